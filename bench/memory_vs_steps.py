@@ -1,0 +1,163 @@
+"""Trains an ODE-Net on digits, then measures a training step's memory and time against its solver steps.
+
+1. Training: scikit-learn's bundled 8x8 handwritten digits, `odeint_adjoint` with dopri5, to a stated test accuracy;
+   the program ends with an error where it is not reached.
+2. Measurement: one training step of the same network with N equal steps of a fixed-grid method, for `odeint`
+   (backpropagation through the solver) and `odeint_adjoint`, of node_cuda and, where it is installed, torchdiffeq.
+   Every cell runs in a process of its own (memory.py says why, and what is measured).
+3. Report: a table, a sentence computed from the data, JSON and a plot.
+
+    python bench/memory_vs_steps.py [--quick] [--device cuda] [--out DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import digits
+import libraries
+import machine
+import torch
+from digits import ODENet
+from plot import draw_memory
+from report import console_table, memory_rows, memory_sentence, write_result
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+HERE = Path(__file__).resolve().parent
+REQUIRED_ACCURACY = 0.97
+RTOL, ATOL = 1e-3, 1e-3  # of the training; torchdiffeq's own ODE-Net example trains with the same
+EPOCHS, LEARNING_RATE = 12, 5e-3
+CHANNELS, BATCH = 16, 64
+STEPS = (8, 16, 32, 64, 128, 256, 512)
+SOLVER_METHOD = "midpoint"  # two evaluations a step: the longest grid stays a matter of seconds
+REPEAT_EVALUATIONS = 512  # short cells are timed several times, until they add up to about so many evaluations
+MAX_REPEATS = 9
+QUICK_IMAGES = 256
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    device = torch.device(arguments.device)
+    console = Console()
+    names = [libraries.OURS]
+    if libraries.installed(libraries.RIVAL) and not arguments.quick:
+        names.append(libraries.RIVAL)
+    cells = [(name, function, n) for n in arguments.steps for name in names for function in libraries.FUNCTIONS]
+
+    with Progress(
+        TextColumn("{task.description:<28}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+        console=console,
+    ) as progress:
+        training = train(arguments, device, progress)
+        if training["test_accuracy"] < training["required_accuracy"]:
+            raise SystemExit(
+                f"After {arguments.epochs} epochs the test accuracy is {training['test_accuracy']:.3f}, less than "
+                f"the required {training['required_accuracy']:g}: nothing is measured. Raise --epochs, or look for "
+                "what is wrong with the gradients: `make test`."
+            )
+        task = progress.add_task("measuring", total=len(cells))
+        measured = []
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for cell in pool.map(lambda key: measure(*key, arguments), cells):
+                measured.append(cell)
+                progress.update(task, advance=1, description=f"measured N={cell['steps']}")
+
+    result = {
+        "benchmark": "memory_vs_steps",
+        "device": device.type,
+        "machine": machine.describe(device),
+        "settings": {"channels": CHANNELS, "batch": arguments.batch, "method": SOLVER_METHOD},
+        "training": training,
+        "cells": measured,
+    }
+    result["sentence"] = memory_sentence(result)
+    path = write_result(result, arguments.out)
+    draw_memory(result, path.with_suffix(".png"))
+    console.print(console_table(memory_rows(result)))
+    console.print(
+        f"Trained with odeint_adjoint to a test accuracy of {training['test_accuracy']:.3f} "
+        f"(at least {training['required_accuracy']:g} was needed) in {training['seconds']:.0f} s."
+    )
+    console.print(result["sentence"], soft_wrap=True)
+    console.print(f"Written: {path} and {path.with_suffix('.png').name}", soft_wrap=True)
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads; 1 is the steadiest (default)")
+    parser.add_argument("--epochs", type=int, default=EPOCHS)
+    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at once; more than 1 spoils the times")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the plot")
+    parser.add_argument(
+        "--quick", action="store_true", help="a few images, two N, node_cuda only: shows that the program runs"
+    )
+    arguments = parser.parse_args()
+    if arguments.quick:
+        arguments.epochs, arguments.steps, arguments.jobs = 1, (2, 16), 2
+    return arguments
+
+
+def train(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
+    """Trains with our `odeint_adjoint`; the record of it for the JSON."""
+    torch.manual_seed(0)
+    solver = libraries.function(libraries.OURS, "odeint_adjoint")
+    net = ODENet(CHANNELS, solver, method="dopri5", rtol=RTOL, atol=ATOL).to(device)
+    data = digits.load(device)
+    if arguments.quick:
+        data = data.fewer(QUICK_IMAGES)
+    task = progress.add_task("training", total=arguments.epochs * digits.batches_of(data, BATCH))
+    record = digits.train(
+        net,
+        data,
+        epochs=arguments.epochs,
+        batch=BATCH,
+        learning_rate=LEARNING_RATE,
+        report=lambda line: progress.update(task, advance=1, description=line),
+    )
+    progress.update(task, description=f"trained, accuracy {record['test_accuracy']:.3f}")
+    # One epoch of --quick shows that the program runs, not that the network learns.
+    required = 0.0 if arguments.quick else REQUIRED_ACCURACY
+    return {"required_accuracy": required, "rtol": RTOL, "atol": ATOL, "batch": BATCH, **record}
+
+
+def measure(library: str, function: str, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One cell in a fresh process; one that fails (out of memory, say) has its reason in `failed` and no numbers."""
+    options = {
+        "library": library,
+        "function": function,
+        "steps": steps,
+        "solver-method": SOLVER_METHOD,
+        "channels": CHANNELS,
+        "batch": arguments.batch,
+        "repeats": min(MAX_REPEATS, max(1, REPEAT_EVALUATIONS // (2 * steps))),
+        "threads": arguments.threads,
+        "device": arguments.device,
+    }
+    command = [sys.executable, str(HERE / "memory_cell.py")]
+    for name, value in options.items():
+        command += [f"--{name}", str(value)]
+    run = subprocess.run(command, capture_output=True, text=True)
+    cell = {"library": library, "function": function, "steps": steps}
+    if run.returncode == 0:
+        return cell | json.loads(run.stdout.splitlines()[-1])
+    lines = run.stderr.strip().splitlines()
+    reason = lines[-1] if lines else f"ended by signal {-run.returncode}, most likely for lack of memory"
+    return cell | {"failed": reason}
+
+
+if __name__ == "__main__":
+    main()

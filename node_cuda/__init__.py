@@ -1,0 +1,42 @@
+"""Neural ODEs for PyTorch: torchdiffeq's interface, with fewer operations a step and gradients to rely on.
+
+from node_cuda import odeint_adjoint as odeint
+"""
+
+from node_cuda._version import __version__
+from node_cuda.event import odeint_event
+from node_cuda.methods import METHODS
+from node_cuda.nn import NeuralODE
+from node_cuda.odeint import odeint, odeint_adjoint, odeint_dense, solve
+from node_cuda.solution import Solution, Stats
+from node_cuda.status import (
+    InvalidField,
+    InvalidInput,
+    InvalidState,
+    InvalidType,
+    SolveError,
+    Status,
+    Unsupported,
+)
+from node_cuda.tableaus import TABLEAUS
+
+__all__ = [
+    "METHODS",
+    "TABLEAUS",
+    "InvalidField",
+    "InvalidInput",
+    "InvalidState",
+    "InvalidType",
+    "NeuralODE",
+    "Solution",
+    "SolveError",
+    "Stats",
+    "Status",
+    "Unsupported",
+    "__version__",
+    "odeint",
+    "odeint_adjoint",
+    "odeint_dense",
+    "odeint_event",
+    "solve",
+]

@@ -1,0 +1,263 @@
+"""How large the next step is: the constants of step control, Hairer's starting step, and the fixed grids.
+
+A pace proposes where the next step ends and judges the step that was taken. `Adaptive` does so by the error, `Grid`
+by a list made in advance.
+"""
+
+from __future__ import annotations
+
+import collections
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels import reference as kernels
+from node_cuda.options import AdaptiveOptions, times_option
+from node_cuda.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import InvalidInput, SolveError, Status
+from node_cuda.steppers.step import Move, Span, Step
+
+
+@dataclass(frozen=True)
+class Controller:
+    """Coefficients of a proportional-integral-derivative step controller, in the signal log(error ratio).
+
+    factor = safety * r_n^-(p + i + d)/q * r_{n-1}^(p + 2 d)/q * r_{n-2}^-d/q for a method of order q. keep: an accepted
+    step is never followed by a smaller one (torchdiffeq's rule; a textbook controller does not have it).
+    """
+
+    pcoeff: float = 0.0
+    icoeff: float = 1.0
+    dcoeff: float = 0.0
+    keep: bool = False
+
+    def law(self, order: int, options: AdaptiveOptions) -> kernels.ControlLaw:
+        """The constants for a method of this order."""
+        p, i, d = self.pcoeff / order, self.icoeff / order, self.dcoeff / order
+        return kernels.ControlLaw(
+            exponents=(p + i + d, -(p + 2 * d), d),
+            safety=float(options.safety),
+            ifactor=float(options.ifactor),
+            dfactor=float(options.dfactor),
+            keep=self.keep,
+            min_step=float(options.min_step),
+            max_step=float(options.max_step),
+        )
+
+
+CONTROLLERS = {
+    "torchdiffeq": Controller(keep=True),
+    "I": Controller(),
+    # Hairer, Norsett and Wanner, Solving ODEs II, IV.2: exponents 0.7 and -0.4.
+    "PI": Controller(pcoeff=0.4, icoeff=0.3),
+    # ARKODE's default (Kennedy and Carpenter 2003): exponents 0.58, -0.21 and 0.1.
+    "PID": Controller(pcoeff=0.01, icoeff=0.47, dcoeff=0.1),
+}
+
+
+def controller(choice: Any) -> Controller:
+    """A controller from its name, or itself."""
+    if isinstance(choice, Controller):
+        return choice
+    if choice not in CONTROLLERS:
+        raise InvalidInput(
+            f'options["controller"] must be one of {", ".join(map(repr, CONTROLLERS))} or a '
+            f"node_cuda.controllers.Controller; got {choice!r}."
+        )
+    return CONTROLLERS[choice]
+
+
+class Pace(Protocol):
+    """Where steps end, and whether they are good."""
+
+    def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
+        """Called once, before the first step."""
+        ...
+
+    def propose(self, t: float, y: Tensor) -> Move | None:
+        """The next step from (t, y); None: there is none."""
+        ...
+
+    def judge(self, step: Step) -> bool:
+        """Is the step good? Also sets `step.jump`."""
+        ...
+
+
+class Extra(Protocol):
+    """Further errors that take part in the norm, such as those of the parameters' gradients."""
+
+    def scaled_errors(self) -> Sequence[Tensor]:
+        """Already scaled, for the step that was just taken."""
+        ...
+
+
+class Adaptive:
+    """Steps by the error estimate, cut to land on step_t, jump_t and `stops`.
+
+    attempts counts since `fresh` was last called, against max_num_steps. A step that was cut to land on a stop does
+    not make the next one small: the proposal from before the cut is kept.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        order: int,
+        options: AdaptiveOptions,
+        stats: Stats,
+        stops: Sequence[float] = (),
+        extra: Extra | None = None,
+    ) -> None:
+        self.problem = problem
+        self.order = order
+        self.options = options
+        self.stats = stats
+        self.extra = extra
+        self.law = controller(options.controller).law(order, options)
+        start, direction = problem.times[0], problem.direction
+        step_t = times_option("step_t", options.step_t, direction, start)
+        jump_t = times_option("jump_t", options.jump_t, direction, start)
+        self._landings = collections.deque(sorted(step_t + jump_t))
+        if len(set(self._landings)) < len(self._landings):
+            raise ValueError(
+                "`step_t` and `jump_t` must not have any repeated elements between them; got "
+                f"step_t = {step_t} and jump_t = {jump_t}. A jump_t is a step_t already: drop it there."
+            )
+        self._jumps = frozenset(jump_t)
+        self._stops = collections.deque(stops)
+        self.attempts = 0
+        self.h = 0.0
+        self._history = (1.0, 1.0)
+        self._carried = 0.0
+        self._finite = True
+        # Only the first step moves with t[0]; the ends of later ones are the solver's choice, and stay.
+        self._taped = torch.is_grad_enabled() and problem.t.requires_grad
+
+    def fresh(self) -> None:
+        """Begin to count attempts anew."""
+        self.attempts = 0
+
+    def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
+        """The first step size: the user's, or by Hairer's rule at the cost of one evaluation."""
+        assert k1 is not None
+        h = self.options.first_step
+        self.h = float(h) if h is not None else self._starting_step(t, y, k1)
+        self.h = min(max(self.h, self.law.min_step), self.law.max_step)
+
+    def propose(self, t: float, y: Tensor) -> Move | None:
+        """The end of the next step."""
+        self._notify("callback_step", t, y, self.h)
+        if not t + self.h > t:
+            self._fail(Status.STEP_UNDERFLOW if self._finite else Status.NON_FINITE, t, f"The step was {self.h:.3g}.")
+        if self.attempts >= self.options.max_num_steps:
+            self._fail(Status.MAX_STEPS, t, f"max_num_steps = {self.options.max_num_steps}, the step {self.h:.3g}.")
+        self.attempts += 1
+        t1, h = self._cut(t, t + self.h, self.h)
+        if not (self._taped and t == self.problem.times[0]):
+            return Move(t1, h)
+        start = self.problem.t[0]
+        return Move(t1, h, (start, torch.tensor(self.problem.direction * t1, dtype=start.dtype, device=start.device)))
+
+    def judge(self, step: Step) -> bool:
+        """Accept or reject, and choose the next step size. One host read."""
+        assert step.error is not None
+        h = step.h
+        also = self.extra.scaled_errors() if self.extra is not None else ()
+        ratio = kernels.error_ratio(step.error, step.last, step.y0, step.y1, self.problem.norm, also)
+        self.stats.host_reads += 1
+        accept, self.h, self._history = kernels.step_control(self.law, h, ratio, self._history)
+        self._finite = math.isfinite(ratio)
+        if accept:
+            if not self._finite:
+                self._fail(Status.NON_FINITE, step.t0, f"The step was min_step = {h:.3g}.")
+            self._notify("callback_accept_step", step.t0, step.y0, h)
+            self.h = max(self.h, self._carried)
+            step.jump = step.t1 in self._jumps
+            self.stats.accepted += 1
+        else:
+            self._notify("callback_reject_step", step.t0, step.y0, h)
+            self.stats.rejected += 1
+        return accept
+
+    def _cut(self, t: float, t1: float, h: float) -> tuple[float, float]:
+        """The end and size of the step, moved to land on the next time that a step must end at."""
+        self._carried = 0.0
+        while self._landings and self._landings[0] <= t:
+            self._landings.popleft()
+        if self._landings and self._landings[0] <= t1:
+            t1 = self._landings[0]
+            h = t1 - t
+        while self._stops and self._stops[0] <= t:
+            self._stops.popleft()
+        if self._stops and t + 2 * h > self._stops[0]:
+            # Two steps would pass the stop: land on it, in one step, or in two even ones and no sliver.
+            stop, self._carried = self._stops[0], h
+            t1 = stop if t1 >= stop else t + 0.5 * (stop - t)
+            h = t1 - t
+        return t1, h
+
+    def _starting_step(self, t: float, y: Tensor, f0: Tensor) -> float:
+        """Hairer, Norsett and Wanner, Solving ODEs I, II.4, with torchdiffeq's constants. One evaluation, two reads."""
+        problem = self.problem
+        with torch.no_grad():
+            y, f0 = y.detach(), f0.detach()
+            d0, d1 = kernels.initial_norms(y, f0, problem.norm)
+            self.stats.host_reads += 2
+            if not (math.isfinite(d0) and math.isfinite(d1)):
+                which = "y0 holds NaN or infinity" if not math.isfinite(d0) else "func(t0, y0) is NaN or infinite"
+                self._fail(Status.NON_FINITE, t, f"{which}.")
+            h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+            probe = torch.tensor(problem.direction * (t + h0), dtype=problem.time_dtype, device=y.device)
+            f1 = problem.field(probe, kernels.rk_stage(y, [f0], [(0, 1.0)], problem.direction * h0))
+            d2 = kernels.initial_change(y, f0, f1, problem.norm) / h0
+            self.stats.host_reads += 1
+        h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / self.order)
+        return min(100 * h0, h1) if math.isfinite(h1) else h0
+
+    def _notify(self, name: str, t: float, y: Tensor, h: float) -> None:
+        if self.problem.callbacks:
+            self.problem.callback(name, t, y, h, self.options.dtype)
+
+    def _fail(self, status: Status, t: float, detail: str) -> None:
+        self.stats.nfe = self.problem.field.nfe
+        raise SolveError(status, self.problem.direction * t, self.stats, detail)
+
+
+class Grid:
+    """Steps from one point of a grid to the next, all of them good.
+
+    points: ascending solver times. tensors: the same in the user's time, where the tape must see them.
+    """
+
+    def __init__(
+        self, problem: Problem, points: Iterator[float] | Sequence[float], stats: Stats, tensors: Tensor | None = None
+    ) -> None:
+        self.problem = problem
+        self.stats = stats
+        self.tensors = tensors
+        self._points = iter(points)
+        self._index = 0
+
+    def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
+        """Pass the first point, which is where the solve starts."""
+        next(self._points)
+
+    def propose(self, t: float, y: Tensor) -> Move | None:
+        """The next point."""
+        t1 = next(self._points, None)
+        if t1 is None:
+            return None
+        if self.problem.callbacks:
+            self.problem.callback("callback_step", t, y, t1 - t, self.problem.t.dtype)
+        i = self._index
+        self._index += 1
+        return Move(t1, t1 - t, None if self.tensors is None else (self.tensors[i], self.tensors[i + 1]))
+
+    def judge(self, step: Step) -> bool:
+        """Always."""
+        self.stats.accepted += 1
+        return True

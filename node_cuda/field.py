@@ -1,0 +1,137 @@
+"""The user's vector field as the solver calls it: counted, checked, flattened, and never sharing memory with it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import Func, State
+from node_cuda.status import InvalidField
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tuple of tensors lies in one flat tensor; `shapes` is None for a state that is one tensor anyway."""
+
+    shapes: tuple[torch.Size, ...] | None = None
+
+    @property
+    def sizes(self) -> tuple[int, ...] | None:
+        """The number of elements of each component."""
+        return None if self.shapes is None else tuple(shape.numel() for shape in self.shapes)
+
+    def flatten(self, parts: Any) -> Tensor:
+        """One tensor from the state: itself, or its components one after another (dtypes promoted)."""
+        return parts if self.shapes is None else torch.cat([part.reshape(-1) for part in parts])
+
+    def unflatten(self, flat: Tensor, lead: Sequence[int] = ()) -> State:
+        """The state from one tensor of shape (*lead, elements): views, each one slice and one view above it."""
+        if self.shapes is None:
+            return flat
+        parts, start = [], 0
+        for shape in self.shapes:
+            stop = start + shape.numel()
+            parts.append(flat[..., start:stop].view((*lead, *shape)))
+            start = stop
+        return tuple(parts)
+
+
+class VectorField:
+    """dy/dt = func(t, y) on flat states: what comes back is a tensor of y's shape and dtype that nobody else writes.
+
+    nfe: evaluations so far. The first two evaluations tell what the user's function does with memory: one that
+    returns the same buffer every time gets its output copied, one that writes into its argument gets a copy of that.
+    """
+
+    def __init__(self, func: Func, layout: Layout) -> None:
+        self.func = func
+        self.layout = layout
+        self.nfe = 0
+        self._copies_output = False
+        self._copies_input = False
+        self._first_output: Tensor | None = None
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
+        """dy/dt at the 0-d tensor t and the state y, which keeps its values."""
+        if self.nfe < 2:
+            return self._probe(t, y)
+        self.nfe += 1
+        if self._copies_input:
+            y = y.clone()
+            return self._checked(self._call(t, y), y)
+        if y.is_inference():
+            return self._checked(self._call(t, y), y)
+        version = y._version
+        out = self._call(t, y)
+        if y._version != version:
+            raise InvalidField(
+                f"func wrote into its argument y at t = {float(t):.6g}, though not when it was called first. "
+                "Write `y = y.clone()` at its beginning, or use operations that are not in place."
+            )
+        return self._checked(out, y)
+
+    def _call(self, t: Tensor, y: Tensor) -> Any:
+        if self.layout.shapes is None:
+            return self.func(t, y)
+        out = self.func(t, self.layout.unflatten(y))
+        shapes = self.layout.shapes
+        if not isinstance(out, (tuple, list)) or len(out) != len(shapes):
+            got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
+            raise InvalidField(
+                f"func must return a tuple of {len(shapes)} tensors, as many as the state y0 has; got {got}."
+            )
+        for part, shape in zip(out, shapes, strict=True):
+            _check(part, shape)
+        return self.layout.flatten(out)
+
+    def _checked(self, out: Any, y: Tensor) -> Tensor:
+        if not isinstance(out, Tensor) or out.shape != y.shape:
+            _check(out, y.shape)
+        if out.dtype is not y.dtype:
+            if out.is_complex() and not y.is_complex():
+                raise InvalidField(
+                    f"func returned {out.dtype} for a state of {y.dtype}: the imaginary part would be lost. "
+                    f"Start from a complex state, `y0.to({out.dtype})`, or return `out.real`."
+                )
+            return out.to(y.dtype)
+        return out.clone() if self._copies_output else out
+
+    def _probe(self, t: Tensor, y: Tensor) -> Tensor:
+        """The first two evaluations: on copies, and watching."""
+        self.nfe += 1
+        argument = y.clone()
+        raw = self._call(t, argument)
+        _check(raw, y.shape)
+        # Compared by value, not by version, because tensors made in inference mode have none. NaN never equals.
+        if not torch.equal(argument.detach(), y.detach()) and bool(torch.isfinite(y).all()):
+            self._copies_input = True
+        if self._first_output is None:
+            self._first_output = raw
+        else:
+            # Both are alive here, so that an equal address is one buffer and no accident.
+            self._copies_output = _storage(raw) == _storage(self._first_output)
+            self._first_output = None
+        copies, self._copies_output = self._copies_output, True
+        out = self._checked(raw, y)
+        self._copies_output = copies
+        return out
+
+
+def _storage(x: Tensor) -> int:
+    return x.untyped_storage().data_ptr()
+
+
+def _check(out: Any, shape: torch.Size) -> None:
+    """Raise if `out` is not a tensor of this shape."""
+    if not isinstance(out, Tensor):
+        hint = " Did it forget `return`?" if out is None else ""
+        raise InvalidField(f"func must return a tensor dy/dt of shape {tuple(shape)}; got {out!r:.60}.{hint}")
+    if out.shape != shape:
+        raise InvalidField(
+            f"func must return dy/dt of the state's shape {tuple(shape)}; got {tuple(out.shape)}. "
+            "Return a tensor shaped like y, e.g. `out.reshape(y.shape)` or `out.expand_as(y)`."
+        )

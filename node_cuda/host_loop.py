@@ -1,0 +1,155 @@
+"""The loop over steps on the host, the only one, and what is made of its steps: outputs and events.
+
+    propose, attempt, judge, move
+
+A pace (controllers.py) proposes and judges, a stepper (steppers/) attempts, the loop moves.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+
+from node_cuda.controllers import Adaptive, Pace
+from node_cuda.interpolation import Interpolant, position
+from node_cuda.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import SolveError, Status
+from node_cuda.steppers.step import Step, Stepper
+
+
+class HostLoop:
+    """Where a solve stands: (t, y) in solver time, and k1 if it is known."""
+
+    def __init__(self, problem: Problem, stepper: Stepper, pace: Pace, stats: Stats, record: bool = False) -> None:
+        self.problem = problem
+        self.stepper = stepper
+        self.pace = pace
+        self.stats = stats
+        self.t = problem.times[0]
+        self.y = problem.y0
+        self.k1: Tensor | None = None
+        if record:
+            stats.step_times = [problem.direction * self.t]
+
+    def steps(self) -> Iterator[Step]:
+        """The accepted steps, one after another, until the pace proposes no more or the caller has enough."""
+        span = (self.problem.t[0], self.problem.t[0]) if self._taped() else None
+        self.k1 = self.stepper.first(self.t, self.y, span)
+        self.pace.start(self.t, self.y, self.k1)
+        while (move := self.pace.propose(self.t, self.y)) is not None:
+            step = self.stepper.attempt(self.t, move, self.y, self.k1)
+            if self.pace.judge(step):
+                self.t, self.y, self.k1 = step.t1, step.y1, self.stepper.carry(step)
+                if self.stats.step_times is not None:
+                    self.stats.step_times.append(self.problem.direction * step.t1)
+                yield step
+            elif self.k1 is None:
+                self.k1 = step.k[0]  # the field at an unchanged start, known by now
+        self.stats.nfe = self.problem.field.nfe
+
+    def restart(self, y: Tensor) -> None:
+        """Go on from another state at the same time; the field is evaluated there anew."""
+        self.y, self.k1 = y, None
+
+    def _taped(self) -> bool:
+        return torch.is_grad_enabled() and self.problem.t.requires_grad
+
+
+def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tuple[Tensor, Status]:
+    """y at the problem's times, of shape (len(times), *y0.shape), and how the solve ended.
+
+    Evaluates the interpolant only in steps that hold an output. With throw=False a failed solve gives NaN in what was
+    not reached.
+    """
+    problem = loop.problem
+    times, y0 = problem.times, problem.y0
+    taped = torch.is_grad_enabled()
+    ys = [y0] if taped else _preallocated(y0, len(times))
+    status, i = Status.SUCCESS, 1
+    try:
+        if i < len(times):
+            for step in loop.steps():
+                k = None
+                while i < len(times) and times[i] <= step.t1:
+                    k = interpolant.prepare(step) if k is None else k
+                    y = output_at(step, k, interpolant, problem, i, None if taped else ys[i])
+                    if taped:
+                        ys.append(y)
+                    i += 1
+                    if isinstance(loop.pace, Adaptive):
+                        loop.pace.fresh()
+                if i == len(times):
+                    break
+    except SolveError as failure:
+        if throw:
+            raise
+        status = failure.status
+        for j in range(i, len(times)):
+            if taped:
+                ys.append(torch.full_like(y0, math.nan))
+            else:
+                ys[j].fill_(math.nan)
+    loop.stats.nfe = problem.field.nfe
+    return torch.stack(ys) if isinstance(ys, list) else ys, status
+
+
+def _preallocated(y0: Tensor, n: int) -> Tensor:
+    ys = torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
+    ys[0] = y0
+    return ys
+
+
+def output_at(
+    step: Step, k: list[Tensor], interpolant: Interpolant, problem: Problem, i: int, out: Tensor | None
+) -> Tensor:
+    """The i-th output, which lies in this step; into `out` if given."""
+    t = problem.t[i] if torch.is_grad_enabled() and problem.t.requires_grad else None
+    if t is None and problem.times[i] == step.t1:
+        return step.y1 if out is None else out.copy_(step.y1)
+    return interpolant.evaluate(step, k, position(step, problem.times[i], problem.direction, t), out)
+
+
+def solve_event(
+    loop: HostLoop,
+    interpolant: Interpolant,
+    event_fn: Callable[[Tensor, Tensor], Tensor],
+    max_steps: int | None = None,
+) -> tuple[float, Tensor]:
+    """The user's time and state at which event_fn, of (t, flat state), changes its sign.
+
+    The sign is looked at where steps end; the event is then bisected on the interpolant, to within atol of time.
+    Raises SolveError(NO_EVENT) after max_steps steps.
+    """
+    problem = loop.problem
+
+    def sign(s: float, y: Tensor) -> float:
+        t = torch.tensor(problem.direction * s, dtype=problem.time_dtype, device=y.device)
+        loop.stats.host_reads += 1
+        with torch.no_grad():
+            return math.copysign(1.0, v) if (v := float(event_fn(t, y))) else 0.0
+
+    start = sign(loop.t, loop.y)
+    if start == 0.0:
+        return problem.direction * loop.t, loop.y
+    atol = problem.norm.atol
+    tolerance = float(atol.min()) if isinstance(atol, Tensor) else atol
+    for count, step in enumerate(loop.steps(), start=1):
+        if sign(step.t1, step.y1) != start:
+            low, high = step.t0, step.t1
+            k = interpolant.prepare(step)
+            while high - low > tolerance and low < (middle := 0.5 * (low + high)) < high:
+                with torch.no_grad():
+                    y = interpolant.evaluate(step, k, position(step, middle, problem.direction))
+                low, high = (middle, high) if sign(middle, y) == start else (low, middle)
+            s = 0.5 * (low + high)
+            loop.stats.nfe = problem.field.nfe
+            return problem.direction * s, interpolant.evaluate(step, k, position(step, s, problem.direction))
+        if count == max_steps:
+            break
+    loop.stats.nfe = problem.field.nfe
+    detail = f"Reached maximum number of iterations {max_steps}."
+    raise SolveError(Status.NO_EVENT, problem.direction * loop.t, loop.stats, detail)

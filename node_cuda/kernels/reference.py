@@ -1,0 +1,207 @@
+"""The primitives of a step in plain PyTorch: the CPU path, and what every other implementation must equal.
+
+Conventions. `y0` is the state at the start of the step and `k` the list of stage derivatives, each a separate tensor
+of the state's shape and dtype. `h` is the signed step size, a float, or a 0-d tensor where the tape must see it. A
+row of coefficients is its non-zero entries `(j, a_j)`: a zero coefficient is never read, because 0 * inf is NaN.
+Half and bfloat16 states accumulate in float32. Nothing that was handed out is written again: every result starts as
+a fresh tensor, and only that one is updated in place (out of place while autograd records).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import Row
+from node_cuda.norms import ErrorNorm, rms
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def _add(acc: Tensor, x: Tensor, weight: float | Tensor) -> Tensor:
+    """acc + weight x; in place unless autograd records. The first call of a chain must own `acc`."""
+    if isinstance(weight, Tensor):
+        return acc + weight * x
+    if torch.is_grad_enabled():
+        return torch.add(acc, x, alpha=weight)
+    return acc.add_(x, alpha=weight)
+
+
+def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """y0 + h sum_j a_j k_j, as a fresh tensor of y0's shape and dtype, or written to `out`."""
+    if not row:
+        return y0.clone() if out is None else out.copy_(y0)
+    half = y0.dtype in _HALF
+    base = y0.float() if half else y0
+    (j, a), *rest = row
+    w = h * a
+    if isinstance(w, Tensor):
+        acc = base + w * k[j]
+    else:
+        acc = torch.add(base, k[j], alpha=w, out=None if half else out)
+    for j, a in rest:
+        acc = _add(acc, k[j], h * a)
+    if half:
+        acc = acc.to(y0.dtype)
+    return acc if out is None or acc is out else out.copy_(acc)
+
+
+def rk_stage(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
+    """The argument of a stage, z_i = y0 + h sum_j a_ij k_j.  Reads y0 and the k_j with a_ij != 0, writes z_i."""
+    return combine(y0, k, row, h)
+
+
+def rk_finish(
+    y0: Tensor, k: Sequence[Tensor], b: Row, b_err: Row | None, h: float | Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """The end of a step as far as the stages in `k` reach: (y1, partial error), in one pass over y0 and k.
+
+    y1 = y0 + h sum_j b_j k_j, which is the last stage's argument where the method is FSAL. The partial error is
+    h sum_j (b - b_hat)_j k_j over the stages in `k`, to which `error_ratio` adds the last one; float32 for half
+    states; None if `b_err` is.
+    """
+    y1 = combine(y0, k, b, h)
+    if b_err is None:
+        return y1, None
+    with torch.no_grad():
+        return y1, _weighted_sum(k, [(j, e) for j, e in b_err if j < len(k)], float(h), like=y0)
+
+
+def _weighted_sum(k: Sequence[Tensor], row: Row, h: float, like: Tensor) -> Tensor:
+    """h sum_j e_j k_j as a fresh tensor, float32 for half states."""
+    dtype = torch.float32 if like.dtype in _HALF else like.dtype
+    if not row:
+        return torch.zeros_like(like, dtype=dtype)
+    (j, e), *rest = row
+    acc = torch.mul(k[j].to(dtype), h * e)
+    for j, e in rest:
+        acc.add_(k[j], alpha=h * e)
+    return acc
+
+
+def error_ratio(
+    error: Tensor,
+    last: tuple[Tensor, float] | None,
+    y0: Tensor,
+    y1: Tensor,
+    norm: ErrorNorm,
+    also: Sequence[Tensor] = (),
+) -> float:
+    """The norm of (error + w k_last) / (atol + rtol max(|y0|, |y1|)); the step is good if it is at most 1.
+
+    `error` is this step's own partial error and is used up; `last` is the last stage and its weight h (b - b_hat), or
+    None. `also`: further errors, already scaled, that take part in the norm. One host read.
+    """
+    with torch.no_grad():
+        if last is not None:
+            error.add_(last[0], alpha=last[1])
+        return norm(error.div_(norm.scale(torch.maximum(y0.abs(), y1.abs()))), also)
+
+
+class InitialStep(NamedTuple):
+    """The norms of Hairer's starting step: d0 of y0, d1 of f0, d2 of the field's change over a small step, over h0."""
+
+    d0: float
+    d1: float
+
+
+def initial_norms(y0: Tensor, f0: Tensor, norm: ErrorNorm) -> InitialStep:
+    """d0 = |y0 / scale|, d1 = |f0 / scale| with scale = atol + rtol |y0|."""
+    with torch.no_grad():
+        scale = norm.scale(y0.abs())
+        return InitialStep(norm(y0 / scale), norm(f0 / scale))
+
+
+def initial_change(y0: Tensor, f0: Tensor, f1: Tensor, norm: ErrorNorm) -> float:
+    """|(f1 - f0) / scale| with scale = atol + rtol |y0|; f1 is the field after the probing Euler step."""
+    with torch.no_grad():
+        return norm((f1 - f0).div_(norm.scale(y0.abs())))
+
+
+class ControlLaw(NamedTuple):
+    """The constants of step control, and how the next step follows from the last errors.
+
+    factor = safety * r_n^-e0 * r_{n-1}^-e1 * r_{n-2}^-e2, clipped to [dfactor, ifactor]; e = (e0, e1, e2) are the
+    controller's coefficients over the order of the method. keep: an accepted step is never followed by a smaller one.
+    """
+
+    exponents: tuple[float, float, float]
+    safety: float
+    ifactor: float
+    dfactor: float
+    keep: bool
+    min_step: float
+    max_step: float
+
+
+class Judgement(NamedTuple):
+    """What step control says: is the step good, how large is the next one, and the errors to remember."""
+
+    accept: bool
+    h_next: float
+    history: tuple[float, float]
+
+
+def step_control(law: ControlLaw, h: float, ratio: float, history: tuple[float, float]) -> Judgement:
+    """Judge a step of size h > 0 with error ratio `ratio`, in double. history: the ratios of the last accepted steps.
+
+    A ratio that is not finite rejects, and shrinks the step as far as one rejection may: the field may only be
+    defined nearer by (some do so: diffrax; torchdiffeq gives up at once). A step of min_step is always accepted.
+    """
+    finite = math.isfinite(ratio)
+    accept = (finite and ratio <= 1.0 and h <= law.max_step) or h <= law.min_step
+    if not finite:
+        factor = law.dfactor
+    elif ratio == 0.0:
+        factor = law.ifactor
+    else:
+        e0, e1, e2 = law.exponents
+        factor = law.safety / ratio**e0
+        if e1:
+            factor *= history[0] ** -e1
+        if e2:
+            factor *= history[1] ** -e2
+        least = 1.0 if law.keep and ratio < 1.0 else law.dfactor
+        most = law.ifactor if law.keep or accept else 1.0
+        factor = min(most, max(factor, least))
+    h_next = min(max(h * factor, law.min_step), law.max_step)
+    if accept:
+        # A vanishing error would make the next factor infinite or zero.
+        history = (max(ratio, 1e-4) if finite else 1.0, history[0])
+    return Judgement(accept, h_next, history)
+
+
+def dense_eval(y0: Tensor, k: Sequence[Tensor], weights: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
+    """One output inside the step, y0 + h sum_i B_i(x) k_i, the weights B_i(x) already evaluated; to `out` if given."""
+    return combine(y0, k, weights, h, out)
+
+
+def accumulate(
+    total: list[Tensor] | None, tensors: Sequence[Tensor], weight: float, dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """total_i += weight x_i over a whole list of tensors; a fresh list where `total` is None.
+
+    One launch, whatever the length of the list. Half and bfloat16 accumulate in float32 (dtypes: those of the sums).
+    """
+    if not tensors:
+        return []
+    if total is None:
+        return list(torch._foreach_mul([x.to(d) for x, d in zip(tensors, dtypes, strict=True)], weight))
+    torch._foreach_add_(total, list(tensors), alpha=weight)
+    return total
+
+
+def scaled_sums(
+    error: Sequence[Tensor], theta0: Sequence[Tensor], theta1: Sequence[Tensor], norm: ErrorNorm
+) -> list[Tensor]:
+    """error_i / (atol + rtol max(|theta0_i|, |theta1_i|)) over a list of accumulated gradients, for `error_ratio`."""
+    if not error:
+        return []
+    size = torch._foreach_maximum(torch._foreach_abs(theta0), torch._foreach_abs(theta1))
+    torch._foreach_mul_(size, norm.rtol)
+    torch._foreach_add_(size, norm.atol)
+    return list(torch._foreach_div(error, size))

@@ -1,0 +1,152 @@
+"""The methods by name, and what a solve by each is made of: its options, its stepper, its pace and its interpolant."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda import options as opt
+from node_cuda.controllers import Adaptive, Extra, Grid, Pace
+from node_cuda.host_loop import HostLoop
+from node_cuda.interpolation import CubicHermite, Interpolant, Linear, default_interpolant
+from node_cuda.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import InvalidInput
+from node_cuda.steppers.adams import Adams
+from node_cuda.steppers.explicit_rk import ExplicitRK
+from node_cuda.steppers.step import Quadrature, Stepper
+from node_cuda.tableau import Tableau
+from node_cuda.tableaus import TABLEAUS
+
+DEFAULT = "dopri5"
+ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
+SCIPY = "scipy_solver"
+METHODS = (*TABLEAUS, *ADAMS, SCIPY)
+
+# torchdiffeq's repository has these, its release 0.2.5 has not; each with the method to take instead.
+IMPLICIT = dict.fromkeys(
+    ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
+    'method="scipy_solver" with options=dict(solver="Radau") for stiff problems, or "implicit_adams"',
+)
+
+
+@dataclass(frozen=True)
+class Method:
+    """A method as asked for: its name, its parsed options, and its tableau if it has one."""
+
+    name: str
+    options: opt.Common
+    tableau: Tableau | None = None
+
+    @property
+    def adaptive(self) -> bool:
+        """Steps are chosen by an error estimate."""
+        return isinstance(self.options, opt.AdaptiveOptions)
+
+
+def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool = False) -> Method:
+    """The method of this name with these options. Raises ValueError for an unknown name, InvalidInput for options;
+    warns of options that it does not know unless quiet."""
+    name = DEFAULT if name is None else name
+    if name in IMPLICIT:
+        raise ValueError(
+            f'Invalid method "{name}": implicit Runge-Kutta methods are not here yet. Use {IMPLICIT[name]}.'
+        )
+    if name not in METHODS:
+        known = ", ".join(f'"{known}"' for known in METHODS)
+        raise ValueError(f'Invalid method "{name}". Must be one of {{{known}}}.')
+    if name == SCIPY:
+        return Method(name, opt.parse(opt.ScipyOptions, name, options, quiet=quiet))
+    if name in ADAMS:
+        return Method(name, opt.parse(opt.AdamsOptions, name, options, quiet=quiet))
+    tableau = TABLEAUS[name]
+    family = opt.AdaptiveOptions if tableau.adaptive else opt.FixedOptions
+    return Method(name, opt.parse(family, name, options, quiet=quiet), tableau)
+
+
+def supported_callbacks(method: Method) -> frozenset[str]:
+    """The callbacks that this method calls."""
+    if method.adaptive:
+        return frozenset(("callback_step", "callback_accept_step", "callback_reject_step"))
+    return frozenset(("callback_step",) if method.name != SCIPY else ())
+
+
+def make_loop(
+    problem: Problem,
+    method: Method,
+    stats: Stats,
+    *,
+    endless: bool = False,
+    stops: Sequence[float] = (),
+    quadrature: Quadrature | None = None,
+    extra: Extra | None = None,
+) -> tuple[HostLoop, Interpolant]:
+    """A solve that is ready to run, and how its outputs are interpolated.
+
+    endless: a fixed grid goes on beyond the last time, for events. stops: times to land on. quadrature, extra: what
+    is integrated beside the state, and its part in the error norm.
+    """
+    options, tableau = method.options, method.tableau
+    stepper: Stepper
+    pace: Pace
+    if isinstance(options, opt.AdaptiveOptions) and tableau is not None:
+        stepper = ExplicitRK(problem, tableau, estimate=True, quadrature=quadrature)
+        pace = Adaptive(problem, tableau.order, options, stats, stops, extra)
+        interpolant = default_interpolant(stepper, tableau, options.dense)
+    else:
+        assert isinstance(options, opt.FixedOptions)
+        if tableau is not None:
+            stepper = ExplicitRK(problem, tableau, estimate=False, inside=options.perturb, quadrature=quadrature)
+        else:
+            assert isinstance(options, opt.AdamsOptions)
+            stepper = Adams(problem, options, implicit=method.name != "explicit_adams", quadrature=quadrature)
+        points, tensors = _endless_grid(problem, options) if endless else _grid(problem, options)
+        pace = Grid(problem, points, stats, tensors)
+        interpolant = Linear() if options.interp == "linear" else CubicHermite(stepper)
+    return HostLoop(problem, stepper, pace, stats, record=options.record_steps), interpolant
+
+
+def _endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[float], None]:
+    if options.step_size is None:
+        raise InvalidInput(
+            "Event handling for fixed step solvers requires `step_size`; got none. Use options=dict(step_size=0.01), say."
+        )
+    start, step = problem.times[0], options.step_size
+    return (start + i * step for i in itertools.count()), None
+
+
+def _grid(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Tensor | None]:
+    """The grid as solver times, and as the user's times on the tape if t needs a gradient."""
+    t = problem.t
+    if options.grid_constructor is not None:
+        grid = options.grid_constructor(lambda t, y, perturb=None: problem.field(t, y), problem.y0, t)
+        if not (isinstance(grid, Tensor) and grid.ndim == 1 and grid.numel() > 1 or len(t) == 1):
+            raise InvalidInput(f"grid_constructor must return a tensor of at least two times; got {grid!r:.80}.")
+        if grid[0] != t[0] or grid[-1] != t[-1]:
+            raise InvalidInput(
+                f"grid_constructor must return a grid from t[0] = {float(t[0]):g} to t[-1] = {float(t[-1]):g}; got one "
+                f"from {float(grid[0]):g} to {float(grid[-1]):g}. Include both ends exactly."
+            )
+    elif options.step_size is not None:
+        grid = _uniform_grid(t, options.step_size * problem.direction)
+    else:
+        grid = t
+    points = [problem.direction * value for value in grid.detach().double().tolist()]
+    if any(not a < b for a, b in itertools.pairwise(points)):
+        raise InvalidInput("grid_constructor must return strictly monotonic times in the direction of t.")
+    return points, grid if torch.is_grad_enabled() and t.requires_grad else None
+
+
+def _uniform_grid(t: Tensor, step: float) -> Tensor:
+    """t[0], t[0] + step, ..., and t[-1] as the last point. Rounds as t's dtype does, on the host, as torchdiffeq."""
+    first, last = t[0].detach().cpu(), t[-1].detach().cpu()
+    steps = int(torch.ceil((last - first) / step + 1).item()) - 1
+    inner = torch.arange(0, max(steps, 1), dtype=t.dtype, device=t.device) * step + t[0]
+    # Rounding may put the last of the inner points on the end itself.
+    inner = inner[: max(int(((t[-1].detach() - inner.detach()) * step > 0).sum()), 1)]
+    return torch.cat([inner, t[-1:]])

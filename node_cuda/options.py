@@ -1,0 +1,133 @@
+"""What `options` may hold, for each family of methods; unknown names warn, as in torchdiffeq."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, TypeVar
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import Norm
+from node_cuda.status import InvalidInput
+
+
+@dataclass(frozen=True)
+class Common:
+    """Options of every method. throw: raise SolveError on failure, else return NaN in what was not reached.
+    record_steps: keep the accepted times in `stats.step_times`. norm: of the scaled error."""
+
+    throw: bool = True
+    record_steps: bool = False
+    norm: Norm | None = None
+
+
+@dataclass(frozen=True)
+class AdaptiveOptions(Common):
+    """Options of the adaptive Runge-Kutta methods, with torchdiffeq's names and defaults.
+
+    Beyond them: dense ("default" or "accurate") picks the interpolant; controller is "torchdiffeq", "I", "PI", "PID"
+    or a `controllers.Controller`. max_num_steps counts attempts since the last output time. dtype is that of the times
+    that callbacks see; the arithmetic of time is always double.
+    """
+
+    min_step: float = 0.0
+    max_step: float = math.inf
+    first_step: float | None = None
+    step_t: Any = None
+    jump_t: Any = None
+    safety: float = 0.9
+    ifactor: float = 10.0
+    dfactor: float = 0.2
+    max_num_steps: int = 2**31 - 1
+    dtype: torch.dtype = torch.float64
+    dense: Literal["default", "accurate"] = "default"
+    controller: Any = "torchdiffeq"
+
+
+@dataclass(frozen=True)
+class FixedOptions(Common):
+    """Options of the fixed-grid methods. interp: "linear" or "cubic"; perturb: evaluate at grid points on the side of
+    the step's inside."""
+
+    step_size: float | None = None
+    grid_constructor: Callable[[Any, Tensor, Tensor], Tensor] | None = None
+    interp: Literal["linear", "cubic"] = "linear"
+    perturb: bool = False
+
+
+@dataclass(frozen=True)
+class AdamsOptions(FixedOptions):
+    """Options of the Adams methods. max_order: 4 to 12; None takes the method's own default."""
+
+    max_order: int | None = None
+    max_iters: int = 4
+
+
+@dataclass(frozen=True)
+class ScipyOptions(Common):
+    """Options of scipy_solver. solver: the `method` of scipy.integrate.solve_ivp."""
+
+    solver: str = "LSODA"
+    min_step: float = 0.0
+    max_step: float = math.inf
+
+
+T = TypeVar("T", bound=Common)
+
+_SCALARS = ("min_step", "max_step", "first_step", "safety", "ifactor", "dfactor", "step_size")
+
+
+def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, quiet: bool = False) -> T:
+    """The options of one family from the user's dict, which is left as it is. Unknown names warn unless quiet.
+
+    Raises InvalidInput or ValueError for a value that cannot be.
+    """
+    options = dict(options or {})
+    known = {f.name for f in dataclasses.fields(family)}
+    unexpected = {name: value for name, value in options.items() if name not in known}
+    if unexpected and not quiet:
+        warnings.warn(
+            f"{method}: Unexpected arguments {unexpected}. It knows {', '.join(sorted(known))}.", stacklevel=4
+        )
+    values = {name: value for name, value in options.items() if name in known}
+    for name in _SCALARS:
+        if isinstance(values.get(name), Tensor):
+            values[name] = float(values[name])
+    parsed = family(**values)
+    _check(parsed)
+    return parsed
+
+
+def times_option(name: str, values: Any, direction: float, start: float) -> list[float]:
+    """step_t or jump_t (tensor, list or None, in the user's time) as ascending solver times after `start`."""
+    if values is None:
+        return []
+    flat = torch.as_tensor(values, dtype=torch.float64).detach().reshape(-1).tolist()
+    if not all(map(math.isfinite, flat)):
+        raise InvalidInput(f"options[{name!r}] must be finite times; got {flat}.")
+    return sorted(s for s in (direction * value for value in flat) if s > start)
+
+
+def _check(options: Common) -> None:
+    if isinstance(options, AdaptiveOptions):
+        if options.dense not in ("default", "accurate"):
+            raise InvalidInput(f'options["dense"] must be "default" or "accurate"; got {options.dense!r}.')
+        if options.first_step is not None and not options.first_step > 0:
+            raise InvalidInput(f'options["first_step"] must be positive; got {options.first_step}.')
+        if not 0 <= options.min_step <= options.max_step or not options.max_step > 0:
+            raise InvalidInput(
+                f"options must have 0 <= min_step <= max_step and max_step > 0; got min_step = {options.min_step}, "
+                f"max_step = {options.max_step}."
+            )
+    if isinstance(options, FixedOptions):
+        if options.interp not in ("linear", "cubic"):
+            raise ValueError(f'Unknown interpolation method {options.interp!r}; use interp="linear" or "cubic".')
+        if options.step_size is not None and options.grid_constructor is not None:
+            raise ValueError("step_size and grid_constructor are mutually exclusive arguments. Drop one of them.")
+        if options.step_size is not None and not options.step_size > 0:
+            raise InvalidInput(f'options["step_size"] must be positive; got {options.step_size}.')

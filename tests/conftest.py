@@ -1,0 +1,34 @@
+"""Every test starts from the same seed, in float32, on one thread; tests marked `gpu` are skipped where there is none."""
+
+import pytest
+import torch
+
+torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
+
+
+def pytest_collection_modifyitems(items):
+    if torch.cuda.is_available():
+        return
+    skip = pytest.mark.skip(reason="no CUDA device on this machine")
+    for item in items:
+        if item.get_closest_marker("gpu"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(autouse=True)
+def same_start():
+    """A test that leaves another default dtype or gradient mode behind fails by itself, not its neighbour."""
+    torch.manual_seed(0)
+    yield
+    assert torch.get_default_dtype() == torch.float32, "a test left another default dtype behind"
+    assert torch.is_grad_enabled(), "a test left gradients switched off"
+
+
+@pytest.fixture
+def torchdiffeq():
+    """The reference version, where it is installed."""
+    return pytest.importorskip("torchdiffeq")
