@@ -5,6 +5,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+from libraries import FUNCTIONS
 
 
 class Case(NamedTuple):
@@ -30,7 +31,7 @@ class Case(NamedTuple):
     def name(self) -> str:
         words = [self.timed, f"{self.batch}x{self.dim} hidden {self.hidden}"]
         if self.timed != "forward":
-            words.append(self.function)
+            words.append(FUNCTIONS[self.function])
         if self.outputs != 2:
             words.append(f"{self.outputs} outputs")
         if self.rtol != 1e-7:

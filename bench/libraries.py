@@ -10,7 +10,7 @@ from typing import Any
 
 OURS = "node_cuda"
 RIVAL = "torchdiffeq"
-FUNCTIONS = ("odeint", "odeint_adjoint")
+FUNCTIONS = {"odeint": "backprop", "odeint_adjoint": "adjoint"}  # and the word for how each differentiates
 
 
 def installed(library: str) -> bool:

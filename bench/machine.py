@@ -29,6 +29,8 @@ def describe(device: torch.device) -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": os.cpu_count(),
+        # More than the cores: other processes took part, and the times are not to be trusted.
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
         "python": platform.python_version(),

@@ -13,7 +13,7 @@ import libraries
 import torch
 from digits import CLASSES, PIXELS, ODENet
 from memory import PeakMemory
-from timing import Spread, seconds
+from timing import seconds
 from torch.nn.functional import cross_entropy
 
 WARM_UP_STEPS = 2
@@ -50,18 +50,17 @@ def main() -> None:
         return nfe, net.field.reset()
 
     training_step(WARM_UP_STEPS)
+    # Timed before PeakMemory changes malloc. The fastest: what slows a repeat down is some other process.
+    times = [seconds(lambda: training_step(arguments.steps), device) for _ in range(arguments.repeats)]
     with PeakMemory(device) as peak:
         nfe, nfe_backward = training_step(arguments.steps)
-    # Timed after the memory is measured: by now the heap is warm, as it is in the middle of a training.
-    times = Spread.of([seconds(lambda: training_step(arguments.steps), device) for _ in range(arguments.repeats)])
     print(
         json.dumps(
             {
                 "peak_mib": peak.bytes / 2**20,
                 "memory_method": peak.method,
-                "seconds": times.median,
-                "seconds_q1": times.q1,
-                "seconds_q3": times.q3,
+                "seconds": min(times),
+                "repeats": arguments.repeats,
                 "nfe": nfe,
                 "nfe_backward": nfe_backward,
             }

@@ -31,15 +31,18 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
 HERE = Path(__file__).resolve().parent
-REQUIRED_ACCURACY = 0.97
+REQUIRED_ACCURACY = 0.96  # other seeds, which is what another machine's roundings amount to, end at 0.97 to 0.98
 RTOL, ATOL = 1e-3, 1e-3  # of the training; torchdiffeq's own ODE-Net example trains with the same
 EPOCHS, LEARNING_RATE = 12, 5e-3
 CHANNELS, BATCH = 16, 64
+MEASURED_BATCH = 32  # large enough for the activations to stand out, small enough for 512 steps in a second or two
 STEPS = (8, 16, 32, 64, 128, 256, 512)
 SOLVER_METHOD = "midpoint"  # two evaluations a step: the longest grid stays a matter of seconds
-REPEAT_EVALUATIONS = 512  # short cells are timed several times, until they add up to about so many evaluations
-MAX_REPEATS = 9
+# A cell is timed several times, short ones more often, until they add up to about so many solver steps.
+REPEAT_STEPS, LEAST_REPEATS, MOST_REPEATS = 512, 2, 9
 QUICK_IMAGES = 256
+
+CellKey = tuple[str, str, int]  # library, function, N
 
 
 def main() -> None:
@@ -69,7 +72,7 @@ def main() -> None:
         task = progress.add_task("measuring", total=len(cells))
         measured = []
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for cell in pool.map(lambda key: measure(*key, arguments), cells):
+            for cell in pool.map(lambda key: measure(key, arguments), cells):
                 measured.append(cell)
                 progress.update(task, advance=1, description=f"measured N={cell['steps']}")
 
@@ -98,7 +101,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads; 1 is the steadiest (default)")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--batch", type=int, default=BATCH)
+    parser.add_argument("--batch", type=int, default=MEASURED_BATCH, help="of the measured step")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N")
     parser.add_argument("--jobs", type=int, default=1, help="cells at once; more than 1 spoils the times")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the plot")
@@ -134,8 +137,9 @@ def train(arguments: argparse.Namespace, device: torch.device, progress: Progres
     return {"required_accuracy": required, "rtol": RTOL, "atol": ATOL, "batch": BATCH, **record}
 
 
-def measure(library: str, function: str, steps: int, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure(key: CellKey, arguments: argparse.Namespace) -> dict[str, Any]:
     """One cell in a fresh process; one that fails (out of memory, say) has its reason in `failed` and no numbers."""
+    library, function, steps = key
     options = {
         "library": library,
         "function": function,
@@ -143,15 +147,15 @@ def measure(library: str, function: str, steps: int, arguments: argparse.Namespa
         "solver-method": SOLVER_METHOD,
         "channels": CHANNELS,
         "batch": arguments.batch,
-        "repeats": min(MAX_REPEATS, max(1, REPEAT_EVALUATIONS // (2 * steps))),
+        "repeats": min(MOST_REPEATS, max(LEAST_REPEATS, REPEAT_STEPS // steps)),
         "threads": arguments.threads,
         "device": arguments.device,
     }
     command = [sys.executable, str(HERE / "memory_cell.py")]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
+    cell: dict[str, Any] = {"library": library, "function": function, "steps": steps}
     run = subprocess.run(command, capture_output=True, text=True)
-    cell = {"library": library, "function": function, "steps": steps}
     if run.returncode == 0:
         return cell | json.loads(run.stdout.splitlines()[-1])
     lines = run.stderr.strip().splitlines()

@@ -10,10 +10,10 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, nor asked for
 
 import matplotlib.pyplot as plt
-from libraries import OURS
+from libraries import FUNCTIONS, OURS
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
-from report import FUNCTION_WORDS, series
+from report import series, slope
 
 COLOURS = {"odeint": "#d95f02", "odeint_adjoint": "#1f78b4"}
 LABEL_GAP = 0.055  # least distance of two labels, as a share of the panel's height
@@ -22,8 +22,8 @@ LABEL_GAP = 0.055  # least distance of two labels, as a share of the panel's hei
 def draw_memory(result: dict[str, Any], path: Path) -> None:
     """Writes the figure of a result of memory_vs_steps.py as a PNG file."""
     figure, (memory, time) = plt.subplots(1, 2, figsize=(11.5, 4.6), layout="constrained")
-    panel(memory, result, "peak_mib", "peak memory of one training step (MiB)")
-    panel(time, result, "seconds", "time of one training step (s)")
+    panel(memory, result, "peak_mib", "peak memory (MiB), with its growth")
+    panel(time, result, "seconds", "time (s)")
     about, settings = result["machine"], result["settings"]
     figure.suptitle(
         f"One training step of an ODE-Net (batch {settings['batch']}) with N {settings['method']} steps",
@@ -58,7 +58,8 @@ def panel(axes: Axes, result: dict[str, Any], quantity: str, title: str) -> None
             linewidth=1.8,
             alpha=1.0 if ours else 0.8,
         )
-        ends.append((values[-1], f"{library}, {FUNCTION_WORDS[function]}", colour))
+        growth = f"  $N^{{{slope(points):.2f}}}$" if quantity == "peak_mib" and len(points) > 1 else ""
+        ends.append((values[-1], f"{library}, {FUNCTIONS[function]}{growth}", colour))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
     axes.set_title(title, fontsize=10, loc="left")

@@ -17,14 +17,13 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from libraries import OURS, RIVAL
+from libraries import FUNCTIONS, OURS, RIVAL
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 HERE = Path(__file__).resolve().parent
 PAGES = (HERE.parent / "README.md", HERE / "README.md")
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-FUNCTION_WORDS = {"odeint": "backprop", "odeint_adjoint": "adjoint"}
 
 
 Result = dict[str, Any]
@@ -76,11 +75,10 @@ def memory_rows(result: Result) -> Rows:
     """Peak memory and time of every cell, a row an N."""
     memory, times = series(result, "peak_mib"), series(result, "seconds")
     steps = sorted({cell["steps"] for cell in result["cells"]})
-    names = [f"{library}, {FUNCTION_WORDS[function]}" for library, function in memory]
-    rows = [["N", *(f"{name}: MiB" for name in names), *(f"{name}: s" for name in names)]]
+    rows = [["N", *(f"{library}\n{FUNCTIONS[function]}\nMiB / s" for library, function in memory)]]
     for n in steps:
-        cells = [number(line.get(n), "{:.1f}") for line in memory.values()]
-        cells += [number(line.get(n), "{:.3f}") for line in times.values()]
+        pairs = [(memory[name].get(n), times[name].get(n)) for name in memory]
+        cells = ["failed" if None in pair else f"{pair[0]:.1f} / {pair[1]:.3f}" for pair in pairs]
         rows.append([str(n), *cells])
     return rows
 
@@ -107,12 +105,12 @@ def speed_rows(result: Result) -> Rows:
     rows = [
         [
             "case",
-            f"{OURS} ms (IQR)",
-            f"{RIVAL} ms (IQR)",
-            "ratio (IQR)",
+            f"{OURS}\nms (IQR)",
+            f"{RIVAL}\nms (IQR)",
+            "ratio\n(IQR)",
             "target",
-            "nfe f+b, both",
-            "error, both",
+            "nfe f+b,\nboth",
+            "error,\nboth",
         ]
     ]
     for row in result["rows"]:
@@ -122,10 +120,10 @@ def speed_rows(result: Result) -> Rows:
                 row["case"],
                 spread(ours["milliseconds"]),
                 spread(theirs["milliseconds"]),
-                f"**{spread(row['ratio'])}**",
-                "" if row["target"] is None else f"{row['target']:g}" + ("" if row["met"] else " (missed)"),
-                f"{evaluations(ours)}, {evaluations(theirs)}",
-                f"{ours['error']:.0e}, {theirs['error']:.0e}",
+                spread(row["ratio"]),
+                "" if row["target"] is None else f"{row['target']:g}" + ("" if row["met"] else "\n(missed)"),
+                f"{evaluations(ours)},\n{evaluations(theirs)}",
+                f"{ours['error']:.0e},\n{theirs['error']:.0e}",
             ]
         )
     return rows
@@ -163,20 +161,16 @@ def provenance(result: Result) -> str:
 
 
 def spread(values: list[float]) -> str:
-    """median (q1-q3), to three digits."""
+    """median (q1-q3), to three digits, on two lines."""
     median, q1, q3 = (f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values)
-    return f"{median} ({q1}-{q3})"
-
-
-def number(value: float | None, form: str) -> str:
-    return "failed" if value is None else form.format(value)
+    return f"{median}\n({q1}-{q3})"
 
 
 def markdown(rows: Rows) -> str:
-    """A Markdown table; the first row is the head, all columns but the first are right-aligned."""
+    """A Markdown table; the first row is the head, a line break in a cell becomes a space."""
     head, *body = rows
     lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return "\n".join(f"| {' | '.join(line)} |".replace("\n", " ") for line in lines)
 
 
 def console_table(rows: Rows) -> Table:
@@ -186,7 +180,7 @@ def console_table(rows: Rows) -> Table:
     for place, title in enumerate(head):
         table.add_column(title, justify="right" if place else "left")
     for line in body:
-        table.add_row(*(cell.replace("**", "") for cell in line))
+        table.add_row(*line)
     return table
 
 

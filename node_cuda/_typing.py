@@ -22,5 +22,5 @@ Norm: TypeAlias = Callable[[Any], "Tensor | float"]
 Tolerance: TypeAlias = float | Tensor
 """rtol or atol: one number, or a tensor that broadcasts against the state."""
 
-Row: TypeAlias = Sequence[tuple[int, float]]
-"""The non-zero entries of a row of coefficients: pairs of stage index and coefficient."""
+Row: TypeAlias = Sequence[tuple[int, "float | Tensor"]]
+"""The non-zero entries of a row of coefficients: pairs of stage index and coefficient (0-d tensors on the tape)."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -20,7 +20,7 @@ from node_cuda.options import AdaptiveOptions, times_option
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, SolveError, Status
-from node_cuda.steppers.step import Move, Span, Step
+from node_cuda.steppers.step import Move, Step
 
 
 @dataclass(frozen=True)
@@ -87,6 +87,10 @@ class Pace(Protocol):
         """Is the step good? Also sets `step.jump`."""
         ...
 
+    def fresh(self) -> None:
+        """An output was reached: begin to count attempts anew."""
+        ...
+
 
 class Extra(Protocol):
     """Further errors that take part in the norm, such as those of the parameters' gradients."""
@@ -144,6 +148,11 @@ class Adaptive:
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
         """The first step size: the user's, or by Hairer's rule at the cost of one evaluation."""
         assert k1 is not None
+        if y.numel() == 0:
+            raise InvalidInput(
+                f"y0 has no elements, so it has no error to choose steps by; got shape {tuple(y.shape)}. Skip "
+                'the solve for an empty batch, or take a fixed grid: method="rk4".'
+            )
         h = self.options.first_step
         self.h = float(h) if h is not None else self._starting_step(t, y, k1)
         self.h = min(max(self.h, self.law.min_step), self.law.max_step)
@@ -208,8 +217,7 @@ class Adaptive:
             d0, d1 = kernels.initial_norms(y, f0, problem.norm)
             self.stats.host_reads += 2
             if not (math.isfinite(d0) and math.isfinite(d1)):
-                which = "y0 holds NaN or infinity" if not math.isfinite(d0) else "func(t0, y0) is NaN or infinite"
-                self._fail(Status.NON_FINITE, t, f"{which}.")
+                self._explain(t, y, f0)
             h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
             probe = torch.tensor(problem.direction * (t + h0), dtype=problem.time_dtype, device=y.device)
             f1 = problem.field(probe, kernels.rk_stage(y, [f0], [(0, 1.0)], problem.direction * h0))
@@ -217,6 +225,16 @@ class Adaptive:
             self.stats.host_reads += 1
         h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / self.order)
         return min(100 * h0, h1) if math.isfinite(h1) else h0
+
+    def _explain(self, t: float, y: Tensor, f0: Tensor) -> None:
+        """Raise what is wrong at the start, where a scaled norm is not finite."""
+        for name, x in (("y0", y), ("func(t0, y0)", f0)):
+            if not bool(torch.isfinite(x).all()):
+                self._fail(Status.NON_FINITE, t, f"{name} holds NaN or infinity.")
+        raise InvalidInput(
+            f"y0 and func(t0, y0) are finite, but not in units of atol + rtol * |y0|, in {y.dtype}: got "
+            f"rtol = {self.problem.norm.rtol} and atol = {self.problem.norm.atol}. Raise atol, or use a wider dtype."
+        )
 
     def _notify(self, name: str, t: float, y: Tensor, h: float) -> None:
         if self.problem.callbacks:
@@ -233,9 +251,7 @@ class Grid:
     points: ascending solver times. tensors: the same in the user's time, where the tape must see them.
     """
 
-    def __init__(
-        self, problem: Problem, points: Iterator[float] | Sequence[float], stats: Stats, tensors: Tensor | None = None
-    ) -> None:
+    def __init__(self, problem: Problem, points: Iterable[float], stats: Stats, tensors: Tensor | None = None) -> None:
         self.problem = problem
         self.stats = stats
         self.tensors = tensors
@@ -256,6 +272,9 @@ class Grid:
         i = self._index
         self._index += 1
         return Move(t1, t1 - t, None if self.tensors is None else (self.tensors[i], self.tensors[i + 1]))
+
+    def fresh(self) -> None:
+        """Nothing is counted."""
 
     def judge(self, step: Step) -> bool:
         """Always."""

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.field import Layout
@@ -26,8 +27,8 @@ def odeint_event(
 ) -> tuple[Tensor, Any]:
     """Solve from t0 until an element of event_fn(t, y) changes its sign; the event's time is differentiable.
 
-    As torchdiffeq's `odeint_event`. t0: a tensor with one element. odeint_interface: `odeint` or `odeint_adjoint`, which
-    also gets **kwargs. Returns (event_t, y) with y of shape (2, *y0.shape): y0 and y(event_t), or tuples of such.
+    As torchdiffeq's `odeint_event`. t0: a tensor with one element. odeint_interface: `odeint` or `odeint_adjoint`,
+    which also gets **kwargs. Returns (event_t, y) with y of shape (2, *y0.shape): y0 and y(event_t), or tuples of such.
 
     Gradients flow to y0, t0 and the parameters of func, and to those of event_fn if it is an nn.Module. By the implicit
     function theorem: c(t*, y(t*)) = 0, so dt* = -(dc/dy . dy + dc/dphi . dphi) / (dc/dt + dc/dy . f)
@@ -55,13 +56,14 @@ class _EventGradient(torch.autograd.Function):
     """The identity on (t*, y(t*)); backwards it adds what moves the event's time."""
 
     @staticmethod
-    def forward(ctx, func, event_fn, layout, shape, event_t, y, *phi):  # type: ignore[override]
+    def forward(ctx, func, event_fn, layout, shape, event_t, y, *phi):
         ctx.func, ctx.event_fn, ctx.layout, ctx.shape = func, event_fn, layout, shape
         ctx.save_for_backward(event_t, y, *phi)
         return event_t.clone(), y.clone()
 
     @staticmethod
-    def backward(ctx, grad_t, grad_y):  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
         event_t, y, *phi = ctx.saved_tensors
 
         def state(flat: Tensor) -> State:

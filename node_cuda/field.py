@@ -51,7 +51,7 @@ class VectorField:
         self.func = func
         self.layout = layout
         self.nfe = 0
-        self._copies_output = False
+        self.copies_output = False  # func returns memory that it writes again
         self._copies_input = False
         self._first_output: Tensor | None = None
 
@@ -98,7 +98,7 @@ class VectorField:
                     f"Start from a complex state, `y0.to({out.dtype})`, or return `out.real`."
                 )
             return out.to(y.dtype)
-        return out.clone() if self._copies_output else out
+        return out.clone() if self.copies_output else out
 
     def _probe(self, t: Tensor, y: Tensor) -> Tensor:
         """The first two evaluations: on copies, and watching."""
@@ -113,23 +113,37 @@ class VectorField:
             self._first_output = raw
         else:
             # Both are alive here, so that an equal address is one buffer and no accident.
-            self._copies_output = _storage(raw) == _storage(self._first_output)
+            self.copies_output = _storage(raw) == _storage(self._first_output)
             self._first_output = None
-        copies, self._copies_output = self._copies_output, True
+        copies, self.copies_output = self.copies_output, True
         out = self._checked(raw, y)
-        self._copies_output = copies
+        self.copies_output = copies
         return out
 
 
 def _storage(x: Tensor) -> int:
-    return x.untyped_storage().data_ptr()
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):  # a tensor under a torch.func transform has none, and is always fresh
+        return id(x)
+
+
+def share_memory(tensors: Sequence[Tensor]) -> bool:
+    """Do two of these tensors start at the same address?"""
+    try:
+        return len({x.data_ptr() for x in tensors}) < len(tensors)
+    except (NotImplementedError, RuntimeError):
+        return False
 
 
 def _check(out: Any, shape: torch.Size) -> None:
     """Raise if `out` is not a tensor of this shape."""
     if not isinstance(out, Tensor):
         hint = " Did it forget `return`?" if out is None else ""
-        raise InvalidField(f"func must return a tensor dy/dt of shape {tuple(shape)}; got {out!r:.60}.{hint}")
+        raise InvalidField(
+            f"func must return a tensor dy/dt of shape {tuple(shape)}; got a {type(out).__name__}.{hint} "
+            "Wrap a number as `torch.full_like(y, number)`."
+        )
     if out.shape != shape:
         raise InvalidField(
             f"func must return dy/dt of the state's shape {tuple(shape)}; got {tuple(out.shape)}. "

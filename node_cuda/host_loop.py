@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from node_cuda.controllers import Adaptive, Pace
+from node_cuda.controllers import Pace
 from node_cuda.interpolation import Interpolant, position
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
@@ -66,41 +66,65 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
     not reached.
     """
     problem = loop.problem
-    times, y0 = problem.times, problem.y0
-    taped = torch.is_grad_enabled()
-    ys = [y0] if taped else _preallocated(y0, len(times))
-    status, i = Status.SUCCESS, 1
+    outputs = _Outputs(problem)
+    status = Status.SUCCESS
     try:
-        if i < len(times):
+        if outputs.missing:
             for step in loop.steps():
-                k = None
-                while i < len(times) and times[i] <= step.t1:
-                    k = interpolant.prepare(step) if k is None else k
-                    y = output_at(step, k, interpolant, problem, i, None if taped else ys[i])
-                    if taped:
-                        ys.append(y)
-                    i += 1
-                    if isinstance(loop.pace, Adaptive):
-                        loop.pace.fresh()
-                if i == len(times):
-                    break
+                if problem.times[outputs.count] <= step.t1:
+                    outputs.take(step, interpolant)
+                    loop.pace.fresh()
+                    if not outputs.missing:
+                        break
     except SolveError as failure:
         if throw:
             raise
         status = failure.status
-        for j in range(i, len(times)):
-            if taped:
-                ys.append(torch.full_like(y0, math.nan))
-            else:
-                ys[j].fill_(math.nan)
+        outputs.fill_missing()
     loop.stats.nfe = problem.field.nfe
-    return torch.stack(ys) if isinstance(ys, list) else ys, status
+    return outputs.stacked(), status
 
 
-def _preallocated(y0: Tensor, n: int) -> Tensor:
-    ys = torch.empty((n, *y0.shape), dtype=y0.dtype, device=y0.device)
-    ys[0] = y0
-    return ys
+class _Outputs:
+    """y at the problem's times, filled as steps reach them: into one tensor, or as a list while autograd records.
+
+    A list, because writing into one tensor would cost autograd a copy of it for every output.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.count = 1
+        self._list: list[Tensor] | None = [problem.y0] if torch.is_grad_enabled() else None
+        y0 = problem.y0
+        self._slab = y0 if self._list else y0.new_empty((len(problem.times), *y0.shape))
+        if self._list is None:
+            self._slab[0] = y0
+
+    @property
+    def missing(self) -> int:
+        """How many outputs were not reached yet."""
+        return len(self.problem.times) - self.count
+
+    def take(self, step: Step, interpolant: Interpolant) -> None:
+        """All outputs that lie in this step."""
+        k = interpolant.prepare(step)
+        while self.missing and self.problem.times[self.count] <= step.t1:
+            out = None if self._list is not None else self._slab[self.count]
+            y = output_at(step, k, interpolant, self.problem, self.count, out)
+            if self._list is not None:
+                self._list.append(y)
+            self.count += 1
+
+    def fill_missing(self) -> None:
+        """NaN in what was not reached."""
+        if self._list is not None:
+            self._list.extend([torch.full_like(self.problem.y0, math.nan)] * self.missing)
+        else:
+            self._slab[self.count :].fill_(math.nan)
+
+    def stacked(self) -> Tensor:
+        """The outputs as one tensor."""
+        return self._slab if self._list is None else torch.stack(self._list)
 
 
 def output_at(

@@ -114,7 +114,8 @@ def make_loop(
 def _endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[float], None]:
     if options.step_size is None:
         raise InvalidInput(
-            "Event handling for fixed step solvers requires `step_size`; got none. Use options=dict(step_size=0.01), say."
+            "Event handling for fixed step solvers requires `step_size`; got none. "
+            "Use options=dict(step_size=0.01), say."
         )
     start, step = problem.times[0], options.step_size
     return (start + i * step for i in itertools.count()), None
@@ -125,7 +126,7 @@ def _grid(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Ten
     t = problem.t
     if options.grid_constructor is not None:
         grid = options.grid_constructor(lambda t, y, perturb=None: problem.field(t, y), problem.y0, t)
-        if not (isinstance(grid, Tensor) and grid.ndim == 1 and grid.numel() > 1 or len(t) == 1):
+        if not (isinstance(grid, Tensor) and grid.ndim == 1 and grid.numel() >= min(2, len(t))):
             raise InvalidInput(f"grid_constructor must return a tensor of at least two times; got {grid!r:.80}.")
         if grid[0] != t[0] or grid[-1] != t[-1]:
             raise InvalidInput(

@@ -97,7 +97,7 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
     values = {name: value for name, value in options.items() if name in known}
     for name in _SCALARS:
         if isinstance(values.get(name), Tensor):
-            values[name] = float(values[name])
+            values[name] = float(values[name].detach())
     parsed = family(**values)
     _check(parsed)
     return parsed

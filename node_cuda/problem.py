@@ -22,9 +22,10 @@ Callback = Callable[[Tensor, Any, Tensor], Any]
 
 
 class Field(Protocol):
-    """dy/dt of a flat state, counting its evaluations."""
+    """dy/dt of a flat state, counting its evaluations. copies_output: what it returns is its caller's own."""
 
     nfe: int
+    copies_output: bool
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
 
@@ -33,12 +34,13 @@ class Field(Protocol):
 class Problem:
     """dy/dt = field(t, y), y(times[0]) = y0, wanted at `times`.
 
-    y0: the flat state. times: solver times s in ascending order, double; the user's time is direction * s, and a step
-    of s by h > 0 is a step of t by direction * h. t: the user's own tensor of times, where gradients go. norm: what
-    counts as a small error. callbacks: the user's, by name, called with (t0, y0, dt); adjoint_callbacks: those of the
-    backward solve, under the same names.
+    func: what the user gave, and field: what the solver calls. y0: the flat state. times: solver times s in ascending
+    order, double; the user's time is direction * s, and a step of s by h > 0 is a step of t by direction * h. t: the
+    user's own tensor of times, where gradients go. norm: what counts as a small error. callbacks: the user's, by
+    name, called with (t0, y0, dt); adjoint_callbacks: those of the backward solve, under the same names.
     """
 
+    func: Func
     field: Field
     y0: Tensor
     t: Tensor
@@ -76,14 +78,15 @@ def make_problem(func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: N
         )
     times, direction = check_times(t)
     error_norm = ErrorNorm(
-        _tolerance("rtol", rtol, layout, flat),
-        _tolerance("atol", atol, layout, flat),
+        check_tolerance("rtol", rtol, layout, flat),
+        check_tolerance("atol", atol, layout, flat),
         layout.sizes,
         None if norm is None else lambda scaled, _: norm(layout.unflatten(scaled)),
     )
     if _is_zero(error_norm.rtol) and _is_zero(error_norm.atol):
         raise InvalidInput("rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use `rtol=1e-12`, say.")
     return Problem(
+        func=func,
         field=VectorField(func, layout),
         y0=flat,
         t=t,
@@ -103,8 +106,10 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
     if not t.is_floating_point():
         raise TypeError(f"`t` must be a floating point Tensor; got {t.dtype}. Use `t.float()` or `t.double()`.")
     if t.ndim != 1 or t.numel() == 0:
-        raise InvalidInput(f"t must be one dimensional, with at least one time; got shape {tuple(t.shape)}. "
-                           "Use `torch.linspace(t0, t1, n)`.")  # fmt: skip
+        raise InvalidInput(
+            f"t must be one dimensional, with at least one time; got shape {tuple(t.shape)}. "
+            "Use `torch.linspace(t0, t1, n)`."
+        )
     values: list[float] = t.detach().double().tolist()
     direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
     times = tuple(direction * value for value in values)
@@ -112,7 +117,7 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
         if not times[i - 1] < times[i]:
             raise InvalidInput(
                 f"t must be strictly increasing or decreasing; got t[{i}] = {values[i]:g} after t[{i - 1}] = "
-                f"{values[i - 1]:g}. Sort it and drop repeats with `torch.unique(t)`, and `.flip(0)` that to go backwards."
+                f"{values[i - 1]:g}. Sort it and drop repeats with `torch.unique(t)`; `.flip(0)` that to go backwards."
             )
     if not all(abs(value) < float("inf") for value in values):
         raise InvalidInput(f"t must be finite; got {values}.")
@@ -149,10 +154,12 @@ def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
     return tuple(part.shape for part in y0)
 
 
-def _tolerance(name: str, tol: Any, layout: Layout, flat: Tensor) -> Tol:
+def check_tolerance(name: str, tol: Any, layout: Layout, flat: Tensor) -> Tol:
     """A float where one number serves, else a tensor that broadcasts against the flat state."""
     if isinstance(tol, Tensor) and tol.requires_grad:
-        raise InvalidInput(f"{name} cannot require gradient. Pass `{name}.detach()`.")
+        raise InvalidInput(
+            f"{name} cannot require gradient, and the tensor that was given does. Pass `{name}.detach()`."
+        )
     if isinstance(tol, Tensor) and tol.ndim == 0:
         tol = tol.item()
     if layout.shapes is not None and isinstance(tol, Iterable):
@@ -171,13 +178,7 @@ def _tolerance(name: str, tol: Any, layout: Layout, flat: Tensor) -> Tol:
         tol = torch.cat(parts)
     if not isinstance(tol, (Tensor, float, int)):
         tol = torch.as_tensor(tol, dtype=flat.dtype.to_real())
-    smallest = (
-        float(tol.min())
-        if isinstance(tol, Tensor) and tol.numel()
-        else float(tol)
-        if not isinstance(tol, Tensor)
-        else 0.0
-    )
+    smallest = float(tol.min() if isinstance(tol, Tensor) and tol.numel() else 0.0 if isinstance(tol, Tensor) else tol)
     if not smallest >= 0:
         raise InvalidInput(f"{name} must not be negative; got {smallest:g}.")
     return tol.to(flat.device, flat.dtype.to_real()) if isinstance(tol, Tensor) else float(tol)

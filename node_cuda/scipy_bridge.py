@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 from scipy.integrate import solve_ivp
@@ -20,7 +22,7 @@ class ScipySolve:
     def __init__(self, problem: Problem, options: ScipyOptions, stats: Stats) -> None:
         self.problem = problem
         self.clock = Clock(problem.direction, problem.time_dtype, problem.y0.device)
-        limits = {"max_step": options.max_step}
+        limits: dict[str, Any] = {"max_step": options.max_step}
         if options.solver == "LSODA":
             limits["min_step"] = options.min_step
         tolerance = {"rtol": self._numpy(problem.norm.rtol), "atol": self._numpy(problem.norm.atol)}

@@ -46,6 +46,9 @@ class Status(Enum):
         member.sentence = sentence
         return member
 
+    def __str__(self) -> str:
+        return f"{self.name}: {self.sentence}"
+
 
 class InvalidInput(ValueError, AssertionError):
     """A caller's mistake in a value. Also an AssertionError, which is what torchdiffeq raises."""

@@ -10,9 +10,8 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import cached_property
-from typing import Union
 
-Number = Union[Fraction, float]  # noqa: UP007 (evaluated at run time; mypy and sphinx read it on 3.10 too)
+Number = Fraction | float
 Row = tuple[Number, ...]
 SparseRow = tuple[tuple[int, float], ...]
 
@@ -22,7 +21,7 @@ SUM_TOLERANCE = 1e-12
 
 
 def row(text: str) -> tuple[Fraction, ...]:
-    """ "0 1/2 -0.161" -> exact fractions; a decimal stands for exactly the number printed."""
+    """Exact fractions from a text like "0 1/2 -0.161"; a decimal stands for exactly the number printed."""
     return tuple(Fraction(word) for word in text.split())
 
 
@@ -89,27 +88,19 @@ class DenseOutput:
         """(i, weights[i] as floats) for the stages whose polynomial is not zero."""
         return tuple((i, tuple(map(float, weights))) for i, weights in enumerate(self.weights) if any(weights))
 
-    def at(self, x: Number) -> Row:
-        """B_i(x) of every stage, exact where weights and x are."""
-        values = []
-        for weights in self.weights:
-            value: Number = Fraction(0)
-            for weight in reversed(weights):
-                value = (value + weight) * x
-            values.append(value)
-        return tuple(values)
-
 
 @dataclass(frozen=True)
 class Tableau:
-    """An explicit Runge-Kutta method: z_i = y_n + h sum_j a_ij k_j, k_i = f(t_n + c_i h, z_i), y_n+1 = y_n + h sum_i b_i k_i.
+    """An explicit Runge-Kutta method.
+
+    z_i = y_n + h sum_j a_ij k_j,  k_i = f(t_n + c_i h, z_i),  y_n+1 = y_n + h sum_i b_i k_i.
 
     name              the key in `TABLEAUS` and the user's `method=`
     order             of b, the solution that is propagated
     c, a, b           nodes, rows (a[0] is empty, a[i] has i entries) and weights
     source            paper, equation or page
     b_hat             weights of the embedded solution, of order `embedded_order`; None on fixed grids
-    b_mid, mid_order  weights of a solution at t_n + h / 2, from which torchdiffeq builds its interpolant, and its order
+    b_mid, mid_order  weights of a solution at t_n + h / 2, through which the default interpolant passes, and its order
     dense             default interpolant; derived from `b_mid` where that is given; None: the step loop has its own
     accurate          an interpolant of the method's own order, where the default's is lower
     carry_last_stage  the step's last stage is taken as the next step's first. Exact for FSAL methods; for others a
@@ -135,7 +126,7 @@ class Tableau:
             self._check()
             if self.b_mid is not None and self.mid_order is not None:
                 order = min(4, self.mid_order, self.order)
-                object.__setattr__(self, "dense", quartic(self.b, self.b_mid, order))
+                object.__setattr__(self, "dense", hermite(order, self.b, b_mid=self.b_mid))
             for dense in (self.dense, self.accurate):
                 self._check_dense(dense)
         except ValueError as mistake:
@@ -143,17 +134,21 @@ class Tableau:
 
     def _check(self) -> None:
         _require(self.order >= 1, "order", self.order, "at least 1")
-        _require(len(self.c) == len(self.a), "len(c)", len(self.c), f"{len(self.a)}, as many as rows in a")
+        _require(len(self.c) == len(self.a) > 0, "len(c)", len(self.c), "as many as rows in a, and at least 1")
         _check_rows(self.c, self.a, first=0)
-        for name, order_name, total in (("b", "order", 1), ("b_hat", "embedded_order", 1), ("b_mid", "mid_order", 0.5)):
+        for name, order_name, total in (
+            ("b", "order", 1),
+            ("b_hat", "embedded_order", 1),
+            ("b_mid", "mid_order", 0.5),
+        ):
             weights, order = getattr(self, name), getattr(self, order_name)
             _require((weights is None) == (order is None), order_name, order, f"given exactly where {name} is")
             if weights is not None:
                 _require(len(weights) == self.stages, f"len({name})", len(weights), f"{self.stages}, one a stage")
                 _require_sum(name, weights, total)
         _require(self.b_mid is None or self.dense is None, "dense", self.dense, "None: it is derived from b_mid")
-        ends_at_one = self.c[-1] == 1
-        _require(ends_at_one or not self.carry_last_stage, "carry_last_stage", True, "False, as the last node is not 1")
+        may_carry = self.c[-1] == 1 or not self.carry_last_stage
+        _require(may_carry, "carry_last_stage", True, "False, as the last node is not 1")
 
     def _check_dense(self, dense: DenseOutput | None) -> None:
         if dense is None:
@@ -167,7 +162,7 @@ class Tableau:
     @cached_property
     def stages(self) -> int:
         """Number of stages, the one that only the next step uses included."""
-        return len(self.b)
+        return len(self.c)
 
     @cached_property
     def adaptive(self) -> bool:
@@ -207,34 +202,45 @@ class Tableau:
         return None if self.b_err is None else sparse(self.b_err)
 
 
-def quartic(b: Row, b_mid: Row, order: int) -> DenseOutput:
-    """The quartic through y0, y1 and y_mid with the slopes k_first at 0 and k_last at 1, torchdiffeq's interpolant.
+def hermite(
+    order: int, b: Row, *, b_mid: Row | None = None, c: Row = (), a: tuple[Row, ...] = (), slopes: int = 0
+) -> DenseOutput:
+    """The polynomial of least degree through y0 and y1 with the slopes k_first at 0 and k_last at 1.
 
-    order: the least of 4, the order of b and that of b_mid.
+    With b_mid it also passes through y0 + h sum_i b_mid_i k_i at 1/2: torchdiffeq's quartic. With extra stages (c, a)
+    it has the slopes of the last so many of them (`slopes`) at their nodes; those before only serve to get there.
+
+    order: the least of the polynomial's degree, the orders of b and b_mid, and one more than the order of the rows
+    whose slopes it takes.
     """
-    first, last = _unit(len(b), 0), _unit(len(b), -1)
-    parts = ((b, "0 -5 14 -8"), (b_mid, "0 16 -32 16"), (first, "1 -4 5 -2"), (last, "0 1 -3 2"))
-    return _blend(order, parts)
+    stages, padding = len(b) + len(c), (Fraction(0),) * len(c)
+    values = [(Fraction(1), (*b, *padding))]
+    if b_mid is not None:
+        values.append((Fraction(1, 2), (*b_mid, *padding)))
+    slope_at = [(Fraction(0), _unit(stages, 0)), (Fraction(1), _unit(stages, len(b) - 1))]
+    slope_at += [(Fraction(c[e]), _unit(stages, len(b) + e)) for e in range(len(c) - slopes, len(c))]
+    degree = len(values) + len(slope_at)
+    # For each stage B_i is the polynomial, zero at 0, that takes the stage's entries as values and slopes.
+    conditions = [[x**d for d in range(1, degree + 1)] for x, _ in values]
+    conditions += [[d * x ** (d - 1) for d in range(1, degree + 1)] for x, _ in slope_at]
+    weights = _solve(conditions, [taken for _, taken in (*values, *slope_at)])
+    return DenseOutput(order=order, weights=tuple(zip(*weights, strict=True)), c=c, a=a)
 
 
-def cubic_hermite(b: Row, order: int) -> DenseOutput:
-    """The cubic through y0 and y1 with the slopes k_first at 0 and k_last at 1.
-
-    order: the lesser of 3 and the order of b, for an FSAL method.
-    """
-    first, last = _unit(len(b), 0), _unit(len(b), -1)
-    return _blend(order, ((b, "0 3 -2"), (first, "1 -2 1"), (last, "0 -1 1")))
-
-
-def _blend(order: int, parts: Sequence[tuple[Row, str]]) -> DenseOutput:
-    """B_i(x) = sum over parts of numbers_i p(x), p given by its coefficients of x, x^2, ..."""
-    polynomials = [(numbers, row(coefficients)) for numbers, coefficients in parts]
-    stages, degree = len(polynomials[0][0]), len(polynomials[0][1])
-    weights = tuple(
-        tuple(sum((numbers[i] * p[d] for numbers, p in polynomials), Fraction(0)) for d in range(degree))
-        for i in range(stages)
-    )
-    return DenseOutput(order=order, weights=weights)
+def _solve(matrix: Sequence[Sequence[Fraction]], right: Sequence[Row]) -> list[list[Number]]:
+    """matrix^-1 right by elimination, in the arithmetic of the entries."""
+    size = len(matrix)
+    table: list[list[Number]] = [[*numbers, *targets] for numbers, targets in zip(matrix, right, strict=True)]
+    for i in range(size):
+        pivot = next((j for j in range(i, size) if table[j][i] != 0), None)
+        if pivot is None:
+            raise ValueError("these values and slopes do not determine a polynomial; move a node.")
+        table[i], table[pivot] = table[pivot], table[i]
+        table[i] = [number / table[i][i] for number in table[i]]
+        for j in range(size):
+            if j != i and (factor := table[j][i]):
+                table[j] = [number - factor * top for number, top in zip(table[j], table[i], strict=True)]
+    return [numbers[size:] for numbers in table]
 
 
 def _unit(length: int, index: int) -> Row:
@@ -246,14 +252,24 @@ def _unit(length: int, index: int) -> Row:
 def _check_rows(c: Row, a: Sequence[Row], first: int) -> None:
     """Row i of a has first + i entries, which add up to c_i."""
     for i, (node, numbers) in enumerate(zip(c, a, strict=True)):
-        _require(len(numbers) == first + i, f"len(a[{i}])", len(numbers), f"{first + i}, one for each stage before it")
+        _require(
+            len(numbers) == first + i,
+            f"len(a[{i}])",
+            len(numbers),
+            f"{first + i}, one for each stage before it",
+        )
         _require_sum(f"a[{i}]", numbers, node)
 
 
 def _require_sum(name: str, numbers: Iterable[Number], total: Number) -> None:
     value = sum(numbers, Fraction(0))
     close = abs(value - total) <= SUM_TOLERANCE
-    _require(close, f"the sum of {name}", float(value), f"{float(total)} (to {SUM_TOLERANCE:g}); look for a misprint")
+    _require(
+        close,
+        f"the sum of {name}",
+        float(value),
+        f"{float(total)} (to {SUM_TOLERANCE:g}); look for a misprint",
+    )
 
 
 def _require(holds: bool, name: str, got: object, need: str) -> None:

@@ -1,13 +1,9 @@
-"""Every test starts from the same seed, in float32, on one thread; tests marked `gpu` are skipped where there is none."""
+"""Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one."""
 
 import pytest
 import torch
 
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
-
-
-def pytest_configure(config):
-    config.addinivalue_line("markers", "gpu: needs a CUDA device; skipped where there is none")
 
 
 def pytest_collection_modifyitems(items):

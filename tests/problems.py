@@ -101,29 +101,73 @@ def _pendulum(t, state):
 
 
 PROBLEMS = (
-    Problem("linear", lambda: lambda t, y: y @ _ROTATION.T, _Y2, linspace(0.0, 2.0, 7),
-            lambda t: _Y2 @ torch.matrix_exp(t * _ROTATION.T)),
-    Problem("stiffish", lambda: lambda t, y: -50.0 * (y - torch.cos(t)), torch.tensor([0.0, 2.0], dtype=F64),
-            linspace(0.0, 0.5, 6),
-            lambda t: (2500 * torch.cos(t) + 50 * torch.sin(t)) / 2501
-            + (torch.tensor([0.0, 2.0], dtype=F64) - 2500 / 2501) * torch.exp(-50 * t)),
-    Problem("oscillating", lambda: lambda t, y: torch.stack([y[1], -9.0 * y[0]]), torch.tensor([1.0, 0.0], dtype=F64),
-            linspace(0.0, 2.0, 9), lambda t: torch.stack([torch.cos(3 * t), -3 * torch.sin(3 * t)])),
-    Problem("nonautonomous", lambda: lambda t, y: y * torch.cos(t), torch.tensor([1.0, 0.3, -2.0], dtype=F64),
-            linspace(0.0, 4.0, 5), lambda t: torch.tensor([1.0, 0.3, -2.0], dtype=F64) * torch.exp(torch.sin(t))),
-    Problem("tuple", lambda: _pendulum,
-            (torch.tensor([[0.5, 1.0], [-0.3, 2.0]], dtype=F64), torch.zeros(2, 2, dtype=F64)), linspace(0.0, 2.0, 4)),
-    Problem("reversed", lambda: lambda t, y: y * (1 - y), torch.tensor([0.9, 0.6], dtype=F64), linspace(1.0, -2.0, 6),
-            lambda t: 1 / (1 + (1 / torch.tensor([0.9, 0.6], dtype=F64) - 1) * torch.exp(1 - t))),
-    Problem("complex", lambda: lambda t, y: (-0.2 + 3j) * y * (1 + 0.5 * torch.sin(t)),
-            torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128), linspace(0.0, 1.5, 5),
-            lambda t: torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128)
-            * torch.exp((-0.2 + 3j) * (t + 0.5 * (1 - torch.cos(t))))),
-    Problem("mlp", lambda: MLP(dim=3, seed=1),
-            torch.randn(5, 3, generator=torch.Generator().manual_seed(5), dtype=F64), linspace(0.0, 2.0, 8)),
+    Problem(
+        "linear",
+        lambda: lambda t, y: y @ _ROTATION.T,
+        _Y2,
+        linspace(0.0, 2.0, 7),
+        lambda t: _Y2 @ torch.matrix_exp(t * _ROTATION.T),
+    ),
+    Problem(
+        "stiffish",
+        lambda: lambda t, y: -50.0 * (y - torch.cos(t)),
+        torch.tensor([0.0, 2.0], dtype=F64),
+        linspace(0.0, 0.5, 6),
+        lambda t: (
+            (2500 * torch.cos(t) + 50 * torch.sin(t)) / 2501
+            + (torch.tensor([0.0, 2.0], dtype=F64) - 2500 / 2501) * torch.exp(-50 * t)
+        ),
+    ),
+    Problem(
+        "oscillating",
+        lambda: lambda t, y: torch.stack([y[1], -9.0 * y[0]]),
+        torch.tensor([1.0, 0.0], dtype=F64),
+        linspace(0.0, 2.0, 9),
+        lambda t: torch.stack([torch.cos(3 * t), -3 * torch.sin(3 * t)]),
+    ),
+    Problem(
+        "nonautonomous",
+        lambda: lambda t, y: y * torch.cos(t),
+        torch.tensor([1.0, 0.3, -2.0], dtype=F64),
+        linspace(0.0, 4.0, 5),
+        lambda t: torch.tensor([1.0, 0.3, -2.0], dtype=F64) * torch.exp(torch.sin(t)),
+    ),
+    Problem(
+        "tuple",
+        lambda: _pendulum,
+        (torch.tensor([[0.5, 1.0], [-0.3, 2.0]], dtype=F64), torch.zeros(2, 2, dtype=F64)),
+        linspace(0.0, 2.0, 4),
+    ),
+    Problem(
+        "reversed",
+        lambda: lambda t, y: y * (1 - y),
+        torch.tensor([0.9, 0.6], dtype=F64),
+        linspace(1.0, -2.0, 6),
+        lambda t: 1 / (1 + (1 / torch.tensor([0.9, 0.6], dtype=F64) - 1) * torch.exp(1 - t)),
+    ),
+    Problem(
+        "complex",
+        lambda: lambda t, y: (-0.2 + 3j) * y * (1 + 0.5 * torch.sin(t)),
+        torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128),
+        linspace(0.0, 1.5, 5),
+        lambda t: (
+            torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128)
+            * torch.exp((-0.2 + 3j) * (t + 0.5 * (1 - torch.cos(t))))
+        ),
+    ),
+    Problem(
+        "mlp",
+        lambda: MLP(dim=3, seed=1),
+        torch.randn(5, 3, generator=torch.Generator().manual_seed(5), dtype=F64),
+        linspace(0.0, 2.0, 8),
+    ),
     Problem("lotka_volterra", lambda: _lotka_volterra, torch.tensor([10.0, 5.0], dtype=F64), linspace(0.0, 3.0, 4)),
-    Problem("reversed_timed_mlp", lambda: MLP(dim=2, seed=2, timed=True), torch.ones(4, 2, dtype=F64),
-            linspace(1.0, -1.0, 5)),
+    Problem(
+        "reversed_timed_mlp",
+        lambda: MLP(dim=2, seed=2, timed=True),
+        torch.ones(4, 2, dtype=F64),
+        linspace(1.0, -1.0, 5),
+    ),
 )
 BY_NAME = {problem.name: problem for problem in PROBLEMS}
 

@@ -2,31 +2,39 @@
 
 A method with nodes c_i = sum_j a_ij is of order p if sum_i b_i Phi_i(t) = 1 / gamma(t) for all trees t with up to p
 vertices; a continuous one, with weights B_i(x), if sum_i B_i(x) Phi_i(t) = x^|t| / gamma(t).
-Works in whatever arithmetic the coefficients are in: Fractions, floats, mpmath.
 """
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
-from fractions import Fraction
 from functools import cache
-from math import prod
+from math import factorial, prod
 from typing import Any, NamedTuple
+
+import numpy as np
+
 
 class Tree(NamedTuple):
     """A root and the trees that hang on it, each by its position in `trees()`."""
 
     order: int  # number of vertices
     density: int  # gamma
+    symmetry: int  # sigma
     children: tuple[int, ...]
 
 
 @cache
 def trees(max_order: int) -> tuple[Tree, ...]:
-    """All rooted trees with up to max_order vertices, small ones first: 1, 1, 2, 4, 9, 20, 48, 115 of orders 1 ... 8."""
+    """All rooted trees with up to max_order vertices, small ones first (1, 1, 2, 4, 9, 20, 48, 115, ...)."""
     if max_order == 0:
         return ()
     smaller = trees(max_order - 1)
     grown = (
-        Tree(max_order, max_order * prod(smaller[i].density for i in children), children)
+        Tree(
+            order=max_order,
+            density=max_order * prod(smaller[i].density for i in children),
+            symmetry=prod(smaller[i].symmetry ** n * factorial(n) for i, n in Counter(children).items()),
+            children=children,
+        )
         for children in _forests(smaller, max_order - 1, start=0)
     )
     return (*smaller, *grown)
@@ -43,18 +51,17 @@ def _forests(smaller: Sequence[Tree], vertices: int, start: int) -> Iterator[tup
             yield (i, *rest)
 
 
-def elementary_weights(a: Sequence[Sequence[Any]], max_order: int) -> list[list[Any]]:
-    """Phi_i(t): a row for each tree of `trees(max_order)`, an entry for each stage (row of a)."""
-    found: list[list[Any]] = []
-    below: list[list[Any]] = []  # sum_j a_ij Phi_j(t) for the trees found so far
-    for tree in trees(max_order):
-        phi = [prod((below[child][i] for child in tree.children), start=Fraction(1)) for i in range(len(a))]
-        found.append(phi)
-        if tree.order < max_order:
-            below.append([dot(numbers, phi) for numbers in a])
-    return found
+def elementary_weights(a: Sequence[Sequence[Any]], max_order: int, dtype: type = object) -> np.ndarray:
+    """Phi_i(t): a row for each tree of `trees(max_order)`, a column for each stage (row of a).
 
-
-def dot(numbers: Sequence[Any], phi: Sequence[Any]) -> Any:
-    """sum_j numbers_j phi_j over the entries that numbers has."""
-    return sum((number * weight for number, weight in zip(numbers, phi) if number and weight), Fraction(0))  # noqa: B905
+    dtype: object for exact arithmetic (a holds Fractions), float for speed.
+    """
+    stages = len(a)
+    square = np.array([[*numbers] + [0] * (stages - len(numbers)) for numbers in a], dtype=dtype)
+    phi = np.ones((len(trees(max_order)), stages), dtype=dtype)
+    below = np.empty_like(phi)  # sum_j a_ij Phi_j(t)
+    for k, tree in enumerate(trees(max_order)):
+        for child in tree.children:
+            phi[k] = phi[k] * below[child]
+        below[k] = square @ phi[k]
+    return phi

@@ -20,7 +20,14 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("options", "field", "problem", "solution"),
     ("steppers.step", "steppers.explicit_rk", "steppers.adams", "steppers", "controllers", "interpolation"),
     ("host_loop", "scipy_bridge", "methods", "dense"),
-    ("gradients.backprop", "gradients.adjoint", "gradients"),
+    (
+        "gradients.request",
+        "gradients.backprop",
+        "gradients.adjoint_norm",
+        "gradients.adjoint_field",
+        "gradients.adjoint",
+        "gradients",
+    ),
     ("odeint", "event"),
     ("nn", "", "__main__"),
 )

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import math
 
-import node_cuda
 import pytest
 import torch
-from node_cuda import TABLEAUS, odeint, solve
 from problems import BY_NAME, F64, Counting, linspace, max_difference, relative_difference
+
+import node_cuda
+from node_cuda import TABLEAUS, odeint, solve
 
 # High Adams orders are unstable at the step sizes used here (the eleventh's stability interval is below 1/1000).
 ADAMS = dict(explicit_adams=dict(max_order=4), implicit_adams=dict(max_order=4))
@@ -188,8 +189,10 @@ def test_a_fixed_method_reads_nothing_back_step_by_step(method):
     """The grid is known beforehand: the host reads of a solve do not grow with its steps."""
     if method == "implicit_adams":
         pytest.skip("its functional iteration tests for convergence")
-    reads = [solve(timed, Y, linspace(0.0, 1.0, 2), method=method, options=dict(step_size=1 / n)).stats.host_reads
-             for n in (8, 64)]
+    reads = [
+        solve(timed, Y, linspace(0.0, 1.0, 2), method=method, options=dict(step_size=1 / n)).stats.host_reads
+        for n in (8, 64)
+    ]
     assert reads[0] == reads[1]
 
 
@@ -222,8 +225,10 @@ def test_the_implicit_adams_method_is_more_accurate_than_the_explicit_one():
 
 def test_fixed_adams_is_the_implicit_one():
     t, options = linspace(0.0, 1.0, 3), dict(step_size=0.05)
-    assert torch.equal(odeint(timed, Y, t, method="fixed_adams", options=options),
-                       odeint(timed, Y, t, method="implicit_adams", options=options))
+    assert torch.equal(
+        odeint(timed, Y, t, method="fixed_adams", options=options),
+        odeint(timed, Y, t, method="implicit_adams", options=options),
+    )
 
 
 def test_an_explicit_adams_step_costs_one_evaluation_after_the_start():
@@ -247,8 +252,9 @@ def test_adams_methods_follow_a_grid_of_uneven_steps():
 def test_scipy_solver_solves_with_the_solver_that_was_named(solver):
     pytest.importorskip("scipy")
     problem = BY_NAME["stiffish"]
-    ys = odeint(problem.make(), problem.y0, problem.t, rtol=1e-6, atol=1e-8, method="scipy_solver",
-                options=dict(solver=solver))
+    ys = odeint(
+        problem.make(), problem.y0, problem.t, rtol=1e-6, atol=1e-8, method="scipy_solver", options=dict(solver=solver)
+    )
     assert relative_difference(ys, torch.stack([problem.exact(t) for t in problem.t])) < 1e-4
 
 

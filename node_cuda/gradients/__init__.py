@@ -1,1 +1,24 @@
-"""How gradients flow through a solve: one file a mode, registered by name where the public functions look them up."""
+"""How gradients flow through a solve: one file a mode, and one line in this registry."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from node_cuda._typing import EventFunc
+from node_cuda.gradients import adjoint, backprop
+from node_cuda.gradients.request import Request
+from node_cuda.status import Status
+
+
+class Mode(NamedTuple):
+    """A way to differentiate. outputs: (y at the problem's times, status). event: (event_t, y0 and y there)."""
+
+    outputs: Callable[[Request], tuple[Tensor, Status]]
+    event: Callable[[Request, EventFunc], tuple[Tensor, Tensor]]
+
+
+GRADIENTS = {
+    "backprop": Mode(backprop.outputs, backprop.event),
+    "adjoint": Mode(adjoint.outputs, adjoint.event),
+}

@@ -1,63 +1,43 @@
 """Gradients by the continuous adjoint method, in memory that does not depend on the number of steps.
 
 Backwards from the last time, da/dt = -a^T df/dy beside dy/dt = f, with a += dL/dy(t_m) and y reset to the stored one
-at every output time; dL/dtheta = int a^T df/dtheta dt as a quadrature over the steps; dL/dt_m = dL/dy(t_m) . f(t_m, y_m)
-and dL/dt_0 = -a(t_0) . f(t_0, y_0). Chen et al. 2018, arXiv:1806.07366; derived in docs/adjoint.md.
+at every output time; dL/dtheta = int a^T df/dtheta dt as a quadrature over the steps; dL/dt_m = dL/dy(t_m) . f(t_m,
+y_m) and dL/dt_0 = -a(t_0) . f(t_0, y_0). Chen et al. 2018, arXiv:1806.07366; derived in docs/adjoint.md.
 """
 
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
-from node_cuda._typing import EventFunc, Norm, Tolerance
+from node_cuda._typing import EventFunc, Func, Tolerance
 from node_cuda.field import Layout
 from node_cuda.gradients import backprop
-from node_cuda.kernels import reference as kernels
-from node_cuda.methods import SCIPY, Method, make_loop
-from node_cuda.norms import ErrorNorm, rms
+from node_cuda.gradients.adjoint_field import AdjointField, ParameterGradient
+from node_cuda.gradients.adjoint_norm import AdjointNorm, backward_error_norm, chosen_norm, smallest
+from node_cuda.gradients.request import Request
+from node_cuda.methods import SCIPY, Method, lookup, make_loop
+from node_cuda.norms import ErrorNorm
 from node_cuda.options import ScipyOptions
-from node_cuda.problem import Problem
+from node_cuda.problem import Problem, check_tolerance
 from node_cuda.scipy_bridge import ScipySolve
 from node_cuda.solution import Stats
 from node_cuda.status import Status
 from node_cuda.steppers.step import Step
 
 
-class AdjointNorm:
-    """The default norms of the backward solve: rms of y and of a, and with params=True of every parameter's gradient.
-
-    user_norm: the user's norm of the forward solve, which then measures y and a. Callable, as torchdiffeq's are, with
-    a tuple (t, y, adj_y, *adj_params) of flat tensors.
-    """
-
-    def __init__(self, layout: Layout, user_norm: Norm | None, *, params: bool) -> None:
-        self.layout = layout
-        self.user_norm = user_norm
-        self.params = params
-
-    def __call__(self, parts: Sequence[Tensor]) -> float:
-        t, y, adj_y, *adj_params = parts
-        values = [t.abs(), self._of_state(y), self._of_state(adj_y), rms(adj_params) if self.params else 0.0]
-        return max(float(value) for value in values)
-
-    def _of_state(self, y: Tensor) -> Tensor | float:
-        parts = self.layout.unflatten(y)
-        if self.user_norm is not None:
-            return self.user_norm(parts)
-        return rms(parts if isinstance(parts, tuple) else (parts,))
-
-
 @dataclass
 class Settings:
-    """How the backward solve is done: its tolerances (flat, as the forward problem's), its method from the options, the
-    options as the user sees them in `grad_fn.adjoint_options`, read when it runs, and the parameters."""
+    """How the backward solve is done: its tolerances (of the flat state), its method from the options, the options as
+    the user sees them in `grad_fn.adjoint_options`, read when it runs, and the parameters."""
 
     rtol: Tolerance
     atol: Tolerance
@@ -66,38 +46,92 @@ class Settings:
     params: tuple[Tensor, ...]
 
 
-def outputs(problem: Problem, method: Method, stats: Stats, settings: Settings) -> tuple[Tensor, Status]:
+def outputs(request: Request) -> tuple[Tensor, Status]:
     """y at the problem's times; its gradient by the adjoint method."""
-
     status = Status.SUCCESS
 
     def forward() -> tuple[float, Tensor]:
         nonlocal status
-        ys, status = backprop.outputs(problem, method, stats)
+        ys, status = backprop.outputs(request)
         return 0.0, ys
 
-    ys, _ = _AdjointSolve.apply(forward, problem, stats, settings, False, problem.t, problem.y0, *settings.params)
-    return ys, status
+    return _solve(request, forward)[0], status
 
 
-def event(
-    problem: Problem, method: Method, stats: Stats, event_fn: EventFunc, settings: Settings
-) -> tuple[Tensor, Tensor]:
-    """The event's time (no gradient) and y there; the gradient of y by the adjoint method, up to that time."""
+def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
+    """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
 
     def forward() -> tuple[float, Tensor]:
-        event_t, y = backprop.event(problem, method, stats, event_fn)
-        return event_t, torch.stack([problem.y0, y])
+        event_t, ys = backprop.event(request, event_fn)
+        return float(event_t), ys
 
-    ys, event_t = _AdjointSolve.apply(forward, problem, stats, settings, True, problem.t, problem.y0, *settings.params)
+    ys, event_t = _solve(request, forward, event_mode=True)
     return event_t, ys
+
+
+def _solve(
+    request: Request, forward: Callable[[], tuple[float, Tensor]], event_mode: bool = False
+) -> tuple[Tensor, Tensor]:
+    settings, problem = _settings(request), request.problem
+    return _AdjointSolve.apply(
+        forward, problem, request.stats, settings, event_mode, problem.t, problem.y0, *settings.params
+    )
+
+
+def _settings(request: Request) -> Settings:
+    """The backward solve's arguments, each by default the forward one, checked before anything is solved."""
+    problem, given, func = request.problem, request.adjoint, request.problem.func
+    if given.params is None and not isinstance(func, nn.Module):
+        raise ValueError(
+            "func must be an nn.Module to find its parameters by the adjoint method; got a "
+            f"{type(func).__name__}. Pass the tensors to differentiate by as `adjoint_params=(...)`, or "
+            "`adjoint_params=()` if there are none."
+        )
+    method = request.method_name if given.method is None else given.method
+    if method != request.method_name and request.options is not None and given.options is None:
+        raise ValueError(
+            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`; got "
+            f"{method!r} and {request.method_name!r}. Pass `adjoint_options=dict(...)` as well."
+        )
+    inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
+    options = inherited if given.options is None else dict(given.options)
+    every = _parameters(func, given.params)
+    params = tuple(p for p in every if p.requires_grad)
+    norm = options.pop("norm", None)
+    if callable(norm) and len(params) < len(every):
+        warnings.warn(
+            "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the "
+            "adjoint pass, and will not appear as a tensor in the adjoint norm.",
+            stacklevel=5,
+        )
+    lookup(method, options)
+    options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
+    rtol, atol = (
+        forward if backward is None else check_tolerance(name, backward, problem.layout, problem.y0)
+        for name, forward, backward in (
+            ("adjoint_rtol", problem.norm.rtol, given.rtol),
+            ("adjoint_atol", problem.norm.atol, given.atol),
+        )
+    )
+    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, params)
+
+
+def _parameters(func: Func, named: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
+    """The tensors to differentiate by: those that the caller named, or the module's parameters."""
+    if named is not None or not isinstance(func, nn.Module):
+        return tuple(named or ())
+    if getattr(func, "_is_replica", False):
+        # In a replica of DataParallel the parameters are plain tensor attributes, which parameters() does not find.
+        members = (vars(module).values() for module in func.modules())
+        return tuple(x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
+    return tuple(func.parameters())
 
 
 class _AdjointSolve(torch.autograd.Function):
     """A whole solve as one operation of the user's graph."""
 
     @staticmethod
-    def forward(ctx, run, problem, stats, settings, event_mode, t, y0, *params):  # type: ignore[override]
+    def forward(ctx, run, problem, stats, settings, event_mode, t, y0, *params):
         event_t, ys = run()
         event_t = torch.tensor(event_t, dtype=t.dtype, device=t.device)
         ctx.mark_non_differentiable(event_t)
@@ -108,7 +142,8 @@ class _AdjointSolve(torch.autograd.Function):
         return ys, event_t
 
     @staticmethod
-    def backward(ctx, grad_ys, _):  # type: ignore[override]
+    @once_differentiable
+    def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         t, ys, event_t, *params = ctx.saved_tensors
         wants_t = ctx.needs_input_grad[5]
         times = torch.stack([t[0], event_t]) if ctx.event_mode else t
@@ -118,7 +153,7 @@ class _AdjointSolve(torch.autograd.Function):
             solve = _BackwardSolve(ctx.problem, ctx.settings, ctx.adjoint_options, times, ys, grad_ys, params)
             adj_t, adj_y0, adj_params = solve.run(wants_t)
             ctx.stats.nfe_backward += solve.field.nfe
-        if wants_t and ctx.event_mode:
+        if adj_t is not None and ctx.event_mode:
             # The event's time is not where the user put t[1], so only t[0] moves the solution.
             adj_t = torch.cat([adj_t[:1], torch.zeros_like(t[1:])])
         return (None, None, None, None, None, adj_t, adj_y0, *adj_params)
@@ -132,105 +167,6 @@ def _autocast_state(device_type: str) -> Callable[[], list[Any]]:
     ]
     cache = torch.is_autocast_cache_enabled()
     return lambda: [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
-
-
-class _AdjointField:
-    """The field of the flat state z = [y, a]: (f, -a^T df/dy), and a^T df/dtheta as the quadrature's integrands."""
-
-    def __init__(self, problem: Problem, params: Sequence[Tensor]) -> None:
-        self.field = problem.field
-        self.params = tuple(params)
-        self.shape = problem.y0.shape
-        self.nfe = 0
-        self.integrands: Sequence[Tensor] = ()
-        self._with_params = True
-        self._zeros: list[Tensor | None] = [None] * len(self.params)
-
-    def wants(self, needed: bool) -> None:
-        """Does the next evaluation need the parameters' vjp?"""
-        self._with_params = needed and bool(self.params)
-
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        """dz/dt at z; one evaluation of f and one vjp."""
-        self.nfe += 1
-        y, a = (part.view(self.shape) for part in z.chunk(2))
-        params = self.params if self._with_params else ()
-        with torch.enable_grad():
-            y = y.detach().requires_grad_(True)
-            f = self.field(t, y)
-            if f.requires_grad:
-                vjp_y, *vjps = torch.autograd.grad(f, (y, *params), a, allow_unused=True)
-            else:
-                vjp_y, vjps = None, [None] * len(params)
-        self.integrands = [self._zero(i) if g is None else g for i, g in enumerate(vjps)]
-        vjp_y = torch.zeros_like(y) if vjp_y is None else vjp_y
-        return torch.cat([f.detach().reshape(-1), vjp_y.reshape(-1).neg()])
-
-    def f_alone(self, t: Tensor, y: Tensor) -> Tensor:
-        """f(t, y) without a vjp."""
-        self.nfe += 1
-        return self.field(t, y)
-
-    def _zero(self, i: int) -> Tensor:
-        zero = self._zeros[i]
-        if zero is None:
-            zero = self._zeros[i] = torch.zeros_like(self.params[i])
-        return zero
-
-
-class _ParameterGradient:
-    """dL/dtheta = int a^T df/dtheta dt by the weights of the method that steps (y, a): it never enters a stage.
-
-    total: what accepted steps gave. Half and bfloat16 parameters accumulate in float32.
-    """
-
-    def __init__(self, field: _AdjointField, norm: ErrorNorm, *, in_norm: bool) -> None:
-        self.field = field
-        self.norm = norm
-        self.in_norm = in_norm
-        self.dtypes = [torch.promote_types(p.dtype, torch.float32) for p in field.params]
-        self.total = [torch.zeros_like(p, dtype=d) for p, d in zip(field.params, self.dtypes, strict=True)]
-        self._sum: list[Tensor] | None = None
-        self._error: list[Tensor] | None = None
-        self._next: list[Tensor] | None = None
-
-    def begin(self) -> None:
-        """See `Quadrature`."""
-        self._sum = self._error = None
-
-    def wants(self, needed: bool) -> None:
-        """See `Quadrature`."""
-        self.field.wants(needed)
-
-    def take(self) -> Sequence[Tensor]:
-        """See `Quadrature`."""
-        return self.field.integrands
-
-    def add(self, integrands: Sequence[Tensor], weight: float, error_weight: float) -> None:
-        """See `Quadrature`. The minus turns the integral from t1 down to t0 into the one from t0 up to t1."""
-        if weight:
-            self._sum = kernels.accumulate(self._sum, integrands, -weight, self.dtypes)
-        if error_weight and self.in_norm:
-            self._error = kernels.accumulate(self._error, integrands, -error_weight, self.dtypes)
-
-    def scaled_errors(self) -> list[Tensor]:
-        """The errors of the step that was just tried, for the norm."""
-        self._next = None
-        if not self.in_norm or self._error is None or self._sum is None:
-            return []
-        self._next = list(torch._foreach_add(self.total, self._sum))
-        return kernels.scaled_sums(self._error, self.total, self._next, self.norm)
-
-    def commit(self) -> None:
-        """The step was accepted."""
-        if self._next is not None:
-            self.total = self._next
-        elif self._sum is not None:
-            torch._foreach_add_(self.total, self._sum)
-
-    def gradients(self) -> list[Tensor]:
-        """In the parameters' own dtypes."""
-        return [g.to(p.dtype) for g, p in zip(self.total, self.field.params, strict=True)]
 
 
 class _BackwardSolve:
@@ -248,12 +184,12 @@ class _BackwardSolve:
     ) -> None:
         self.forward = problem
         self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
-        self.field = _AdjointField(problem, params)
+        self.field = AdjointField(problem, params)
         norm = options["norm"]
         in_norm = not isinstance(norm, AdjointNorm) or norm.params
-        self.error_norm = _backward_error_norm(problem, settings, norm, params)
-        scalar = ErrorNorm(_smallest(settings.rtol), _smallest(settings.atol))
-        self.gradient = _ParameterGradient(self.field, scalar, in_norm=in_norm)
+        self.error_norm = backward_error_norm(problem, settings.rtol, settings.atol, norm, params)
+        scalar = ErrorNorm(smallest(settings.rtol), smallest(settings.atol))
+        self.gradient = ParameterGradient(self.field, scalar, in_norm=in_norm)
         self.method = settings.method({name: value for name, value in options.items() if name != "norm"})
         # Backwards from the last time, in the solver's ascending time.
         backwards = tuple(-problem.direction * value for value in self.t.double().tolist()[::-1])
@@ -308,7 +244,7 @@ class _BackwardSolve:
         def interval(i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
             if i > 0:
                 loop.restart(z)
-                loop.pace.fresh()  # type: ignore[attr-defined]
+                loop.pace.fresh()
             return self._follow(steps, self.problem.times[i + 1])
 
         return interval
@@ -374,36 +310,6 @@ class _BackwardSolve:
             return call
 
         return {name: wrap(callback) for name, callback in self.forward.adjoint_callbacks.items()}
-
-
-def _backward_error_norm(problem: Problem, settings: Settings, norm: Any, params: Sequence[Tensor]) -> ErrorNorm:
-    """The norm of the backward solve as one of the flat state [y, a] and of the parameters' scaled errors."""
-    shape, n = problem.y0.shape, problem.y0.numel()
-    rtol, atol = (_doubled(tol, problem) for tol in (settings.rtol, settings.atol))
-    if isinstance(norm, AdjointNorm) and norm.user_norm is None:
-        return ErrorNorm(rtol, atol, (problem.layout.sizes or (n,)) * 2)
-
-    zeros: list[Tensor] = []
-
-    def custom(scaled: Tensor, also: Sequence[Tensor]) -> Tensor | float:
-        y, a = (part.view(shape) for part in scaled.chunk(2))
-        if not also and params:
-            zeros.extend(torch.zeros_like(p) for p in params[len(zeros) :])
-        return norm((scaled.new_zeros(()).real, y, a, *(also or zeros)))
-
-    return ErrorNorm(rtol, atol, None, custom)
-
-
-def _doubled(tol: Tolerance, problem: Problem) -> Tolerance:
-    """A tolerance of the state as one of [y, a]."""
-    if not isinstance(tol, Tensor):
-        return tol
-    flat = tol.expand(problem.y0.shape).reshape(-1)
-    return torch.cat([flat, flat])
-
-
-def _smallest(tol: Tolerance) -> float:
-    return float(tol.min()) if isinstance(tol, Tensor) else float(tol)
 
 
 def _real_dot(g: Tensor, f: Tensor) -> Tensor:

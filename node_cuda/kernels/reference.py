@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Row
-from node_cuda.norms import ErrorNorm, rms
+from node_cuda.norms import ErrorNorm
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -39,10 +39,8 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     base = y0.float() if half else y0
     (j, a), *rest = row
     w = h * a
-    if isinstance(w, Tensor):
-        acc = base + w * k[j]
-    else:
-        acc = torch.add(base, k[j], alpha=w, out=None if half else out)
+    first_out = None if half else out
+    acc = base + w * k[j] if isinstance(w, Tensor) else torch.add(base, k[j], alpha=w, out=first_out)
     for j, a in rest:
         acc = _add(acc, k[j], h * a)
     if half:
@@ -68,10 +66,11 @@ def rk_finish(
     if b_err is None:
         return y1, None
     with torch.no_grad():
-        return y1, _weighted_sum(k, [(j, e) for j, e in b_err if j < len(k)], float(h), like=y0)
+        step = float(h.detach()) if isinstance(h, Tensor) else h
+        return y1, _weighted_sum(k, [(j, float(e)) for j, e in b_err if j < len(k)], step, like=y0)
 
 
-def _weighted_sum(k: Sequence[Tensor], row: Row, h: float, like: Tensor) -> Tensor:
+def _weighted_sum(k: Sequence[Tensor], row: Sequence[tuple[int, float]], h: float, like: Tensor) -> Tensor:
     """h sum_j e_j k_j as a fresh tensor, float32 for half states."""
     dtype = torch.float32 if like.dtype in _HALF else like.dtype
     if not row:
@@ -181,26 +180,22 @@ def dense_eval(y0: Tensor, k: Sequence[Tensor], weights: Row, h: float | Tensor,
 
 
 def accumulate(
-    total: list[Tensor] | None, tensors: Sequence[Tensor], weight: float, dtypes: Sequence[torch.dtype]
+    total: list[Tensor], tensors: Sequence[Tensor], weight: float, dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:
-    """total_i += weight x_i over a whole list of tensors; a fresh list where `total` is None.
+    """total_i += weight x_i over a whole list of tensors; a fresh list where `total` is empty.
 
     One launch, whatever the length of the list. Half and bfloat16 accumulate in float32 (dtypes: those of the sums).
     """
     if not tensors:
-        return []
-    if total is None:
+        return total
+    if not total:
         return list(torch._foreach_mul([x.to(d) for x, d in zip(tensors, dtypes, strict=True)], weight))
     torch._foreach_add_(total, list(tensors), alpha=weight)
     return total
 
 
-def scaled_sums(
-    error: Sequence[Tensor], theta0: Sequence[Tensor], theta1: Sequence[Tensor], norm: ErrorNorm
-) -> list[Tensor]:
+def scaled_sums(error: list[Tensor], theta0: list[Tensor], theta1: list[Tensor], norm: ErrorNorm) -> list[Tensor]:
     """error_i / (atol + rtol max(|theta0_i|, |theta1_i|)) over a list of accumulated gradients, for `error_ratio`."""
-    if not error:
-        return []
     size = torch._foreach_maximum(torch._foreach_abs(theta0), torch._foreach_abs(theta1))
     torch._foreach_mul_(size, norm.rtol)
     torch._foreach_add_(size, norm.atol)

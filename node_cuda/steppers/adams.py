@@ -1,7 +1,8 @@
 """Steps of the Adams methods: Bashforth's explicit one, and Moulton's corrector over it.
 
 Coefficients are integrals of Lagrange polynomials (Hairer, Norsett and Wanner, Solving ODEs I, III.1), in exact
-arithmetic on a uniform grid, and of the true distances elsewhere. The first steps are taken by the 3/8 rule, of order 4.
+arithmetic on a uniform grid, and of the true distances elsewhere. The first steps are taken by the 3/8 rule, of
+order 4.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -30,20 +32,24 @@ MIN_ORDER, MAX_ORDER = 4, 12
 
 
 @lru_cache(maxsize=256)
-def adams_weights(nodes: tuple[Number, ...]) -> tuple[Number, ...]:
+def adams_weights(nodes: tuple[Any, ...]) -> tuple[Any, ...]:
     """The integrals over [0, 1] of the Lagrange polynomials of these nodes.
 
-    Nodes 0, -1, ..., 1 - q give Adams-Bashforth of order q; 1, 0, ..., 2 - q give Adams-Moulton of order q.
+    Nodes 0, -1, ..., 1 - q give Adams-Bashforth of order q; 1, 0, ..., 2 - q give Adams-Moulton of order q. Exact for
+    whole nodes; nodes may also be floats, or 0-d tensors.
     """
     weights = []
+    on_tape = any(isinstance(node, Tensor) for node in nodes)  # which knows no fractions
     for i, node in enumerate(nodes):
-        coefficients: list[Number] = [Fraction(1)]  # ascending powers of prod_j (x - x_j) / (x_i - x_j)
+        coefficients: list[Any] = [
+            1.0 if on_tape else Fraction(1)
+        ]  # ascending powers of prod_j (x - x_j) / (x_i - x_j)
         for j, other in enumerate(nodes):
             if j != i:
-                shifted = [Fraction(0), *coefficients]
-                scaled = [-other * c for c in coefficients] + [Fraction(0)]
+                shifted = [0 * coefficients[0], *coefficients]
+                scaled = [-other * c for c in coefficients] + [0 * coefficients[0]]
                 coefficients = [(a + b) / (node - other) for a, b in zip(shifted, scaled, strict=True)]
-        weights.append(sum((c / (power + 1) for power, c in enumerate(coefficients)), Fraction(0)))
+        weights.append(sum(c / (power + 1) for power, c in enumerate(coefficients)))
     return tuple(weights)
 
 
@@ -54,6 +60,7 @@ class Slope:
     t: float
     f: Tensor
     integrands: Sequence[Tensor]
+    span: Span | None
 
 
 class Adams:
@@ -100,12 +107,16 @@ class Adams:
     def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
         """A step from (t0, y0)."""
         f0 = self.starter.slope_at_start(t0, move.span, y0)
-        self._slopes.appendleft(Slope(t0, f0, self.quadrature.take() if self.quadrature is not None else ()))
+        integrands = self.quadrature.take() if self.quadrature is not None else ()
+        # A copy, because slopes outlive their step, and func may write its buffer again.
+        self._slopes.appendleft(
+            Slope(t0, f0 if self.problem.field.copies_output else f0.clone(), integrands, move.span)
+        )
         if len(self._slopes) < MIN_ORDER - self.implicit or self.order < MIN_ORDER:
             return self.starter.attempt(t0, move, y0, f0)
         slopes = list(self._slopes)
         dt = self.starter.signed_step(move)
-        past = tuple(_node(slope.t, t0, move.h) for slope in slopes)
+        past = tuple(_node(slope, slopes[0], move, dt) for slope in slopes)
         row = _row(past)
         y1 = kernels.combine(y0, [slope.f for slope in slopes], row, dt)
         last: Sequence[Tensor] | None = None
@@ -115,8 +126,10 @@ class Adams:
         if self.quadrature is not None:
             self.quadrature.begin()
             integrands = [slope.integrands for slope in slopes]
+            signed = self.problem.direction * move.h
             for i, weight in row:
-                self.quadrature.add((integrands if last is None else [last, *integrands])[i], float(dt) * weight, 0.0)
+                of_node = (integrands if last is None else [last, *integrands])[i]
+                self.quadrature.add(of_node, signed * float(weight), 0.0)
         return Step(t0, move.t1, move.h, dt, y0, y1, [f0], span=move.span)
 
     def _correct(
@@ -146,12 +159,16 @@ class Adams:
             return bool(((a - b).abs() < scale).all())
 
 
-def _node(t: float, t0: float, h: float) -> Number:
-    """(t - t0) / h, a whole number where the grid is uniform but for rounding."""
-    x = (t - t0) / h
+def _node(slope: Slope, newest: Slope, move: Move, dt: float | Tensor) -> Number | Tensor:
+    """(t - t0) / h of a slope: a whole number where the grid is uniform but for rounding, a tensor on the tape."""
+    if slope.span is not None and newest.span is not None:
+        return (slope.span[0] - newest.span[0]) / dt
+    x = (slope.t - newest.t) / move.h
     return round(x) if abs(x - round(x)) < 1e-6 else x
 
 
-def _row(nodes: tuple[Number, ...]) -> tuple[tuple[int, float], ...]:
+def _row(nodes: tuple[Number | Tensor, ...]) -> Row:
     """The Adams weights of slopes at these nodes, in units of the step from its start."""
-    return tuple((j, float(w)) for j, w in enumerate(adams_weights(nodes)))
+    if any(isinstance(node, Tensor) for node in nodes):
+        return list(enumerate(adams_weights.__wrapped__(nodes)))
+    return [(j, float(w)) for j, w in enumerate(adams_weights(nodes))]

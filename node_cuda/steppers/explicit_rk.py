@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from node_cuda._typing import Row
+from node_cuda.field import share_memory
 from node_cuda.kernels import reference as kernels
 from node_cuda.problem import Problem
 from node_cuda.steppers.step import Clock, Move, Quadrature, Span, Step
@@ -54,25 +55,29 @@ class ExplicitRK:
     def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
         """A step from (t0, y0)."""
         tableau, span = self.tableau, move.span
-        dt = self.signed_step(move)
+        dt, signed = self.signed_step(move), self.clock.direction * move.h
         if k1 is None:
             k1 = self.slope_at_start(t0, span, y0)
         if self.quadrature is not None:
             self.quadrature.begin()
             self._integrands = self._first_integrands
-            self._add(0, dt)
+            self._add(0, signed)
         k = [k1]
-        times = self._times_at(tableau.nodes[1:], t0, move, self.inside) if tableau.stages > 1 else ()
+        times = self._times_at(tableau.nodes[1:], t0, move, self.inside)
         # With FSAL the last stage's argument is y1 itself.
         for i in range(1, tableau.stages - tableau.fsal):
             k.append(self._evaluate(i, times[i - 1], kernels.rk_stage(y0, k, tableau.rows[i], dt)))
-            self._add(i, dt)
+            self._add(i, signed)
         y1, error = kernels.rk_finish(y0, k, tableau.b_row, self._err_row, dt)
         last = None
         if tableau.fsal:
             k.append(self._evaluate(tableau.stages - 1, times[-1], y1))
-            self._add(tableau.stages - 1, dt)
-            last = (k[-1], float(dt) * self._e[-1]) if self._e[-1] else None
+            self._add(tableau.stages - 1, signed)
+            last = (k[-1], signed * self._e[-1]) if self._e[-1] else None
+        if not self.field.copies_output and share_memory(k):
+            # func returned a buffer that held an earlier stage: take the step again, on copies.
+            self.field.copies_output = True
+            return self.attempt(t0, move, y0, None)
         return Step(t0, move.t1, move.h, dt, y0, y1, k, error, last, span)
 
     def carry(self, step: Step) -> Tensor | None:
@@ -124,10 +129,10 @@ class ExplicitRK:
             self._first_integrands = self._integrands
         return k
 
-    def _add(self, i: int, dt: float | Tensor) -> None:
+    def _add(self, i: int, dt: float) -> None:
         """Give stage i its weights in the quadrature."""
         if self.quadrature is not None and (self._b[i] or self._e[i]):
-            self.quadrature.add(self._integrands, float(dt) * self._b[i], float(dt) * self._e[i])
+            self.quadrature.add(self._integrands, dt * self._b[i], dt * self._e[i])
 
     def _start_time(self, t0: float, span: Span | None, inside: bool) -> Tensor:
         start = self.clock.tensors([self.clock.after(t0) if inside else t0])[0]
@@ -135,6 +140,8 @@ class ExplicitRK:
 
     def _times_at(self, nodes: Sequence[float], t0: float, move: Move, inside: bool) -> tuple[Tensor, ...]:
         t1, h, span = move
+        if not nodes:
+            return ()
         end = self.clock.before(t1) if inside else t1
         times = self.clock.tensors([end if c == 1.0 else t0 + c * h for c in nodes])
         if span is None:

@@ -114,8 +114,7 @@ class Clock:
         """nextafter(round(s), sign * inf) in this dtype."""
         if self.dtype is torch.float64:
             return math.nextafter(s, sign * math.inf)
-        mantissa, exponent = math.frexp(s)
-        exponent = max(exponent - self._bits, self._least)
+        exponent = max(math.frexp(s)[1] - self._bits, self._least)
         rounded = round(math.ldexp(s, -exponent))  # an integer number of units in the last place, ties to even
         if abs(rounded) == 2 ** (self._bits - 1) and rounded * sign < 0 and exponent > self._least:
             return math.ldexp(2 * rounded + sign, exponent - 1)  # towards zero from a power of two: half a unit

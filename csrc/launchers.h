@@ -1,0 +1,150 @@
+// Every launcher, as bind.cpp and the tests see them: plain C++ and raw pointers, nothing of CUDA or Python.
+//
+// A launcher returns a cudaError_t as int, 0 for success; failed_op() then names what failed. It restores the current
+// device, does not synchronise and allocates nothing. Tensors are contiguous, of `dtype` and `n` elements where
+// nothing else is said; dtype is a Dtype, of the state. All pointers to data point to device memory; pointers to
+// structs, and arrays of pointers and coefficients, are host memory that is read before the launcher returns.
+//
+// acc: float for half and bfloat16, else the state's dtype. real: the state's real dtype.
+#pragma once
+#include <cstdint>
+
+#include "control.h"
+
+namespace node_cuda {
+
+enum Dtype : int { FLOAT = 0, DOUBLE = 1, HALF = 2, BFLOAT16 = 3, COMPLEX_FLOAT = 4, COMPLEX_DOUBLE = 5 };
+
+constexpr int MAX_TERMS = 20;     // non-zero coefficients in a row
+constexpr int MAX_DEGREE = 8;     // of a dense output's polynomials
+constexpr int MAX_SLOTS = 32;     // times in one launch_stage_time
+constexpr int MAX_COPIES = 8;     // pairs in one launch_commit
+constexpr int MAX_POINTERS = 448; // tensors in one launch of accumulate by host pointers; longer lists take several
+
+// Where a kernel runs.
+struct On {
+  void* stream;
+  int32_t device;
+  int32_t unused;
+};
+
+// Which step: ctl->next (dense_eval: ctl->last) in device memory, or `at` where ctl is null (fixed grids, old steps).
+// With a ctl that is not active the kernel does nothing.
+struct Where {
+  const Ctl* ctl;
+  Interval at;
+  double direction;  // where ctl is null
+};
+
+// A 0-d tensor of the real dtype that gets a stage's time, in the user's time: direction * (t0 + c h), t1 for c == 1.
+// side: -1: for c == 1 the number before t1, +1: for c == 0 the number after t0 (the step's inside), 0: neither.
+struct Slot {
+  void* time;  // null: nothing is written
+  double c;
+  int64_t side;
+};
+
+// Numbers, or one number an element (of the real dtype) where the pointer is not null.
+struct Tolerance {
+  double rtol, atol;
+  const void* rtol_each;
+  const void* atol_each;
+};
+
+// The parts of a flat state that are measured apart: their ends, ascending, the last one n. A count of 1 needs none.
+struct Segments {
+  int64_t count;
+  const int64_t* ends;       // device memory
+  const int64_t* host_ends;  // the same, on the host
+};
+
+// What the last block of a reduction does with the norm.
+struct Finish {
+  double* result;        // gets the norm; may be null
+  Ctl* ctl;              // not null: step_control with the largest of the norm and `also`
+  const double* also;    // further norms, already computed
+  int64_t also_count;
+  Law law;
+};
+
+// One tensor of the list that accumulate works on, in device memory. dtype: of x; the sums are acc of it.
+struct Part {
+  void* sum;
+  void* error;         // the error's sum, null: none
+  const void* total;   // for sums_ratio: what accepted steps gave
+  int64_t size;
+  int64_t first_chunk; // the sum of chunks_of(size) over the tensors before this one
+  int64_t dtype;
+};
+static_assert(sizeof(Where) == 48 && sizeof(Slot) == 24 && sizeof(Tolerance) == 32, "the layout that Python writes");
+static_assert(sizeof(Finish) == 176 && sizeof(Part) == 48, "the layout that Python writes");
+
+extern "C" {
+
+const char* failed_op();
+
+// Bytes of workspace that the reductions of this size want: zeroed once, then owned by one stream's launches.
+int64_t reduce_workspace(int64_t n, const Segments* segments);
+int64_t sums_workspace(int64_t chunks);
+// Chunks of a tensor of `size` elements in a list of Parts.
+int64_t chunks_of(int64_t size);
+
+// z = y0 + dt sum_j a_j k_j over `count` non-zero coefficients (0: z = y0), and the stage's time.
+int launch_rk_stage(int dtype, int64_t n, void* z, const void* y0, int count, const void* const* k, const double* a,
+                    const Where* where, const Slot* slot, On on);
+// y1 = y0 + dt sum_j b_j k_j and error = dt sum_j e_j k_j (acc; null: none); k are those with b_j or e_j not zero.
+int launch_rk_finish(int dtype, int64_t n, void* y1, void* error, const void* y0, int count, const void* const* k,
+                     const double* b, const double* e, const Where* where, const Slot* slot, On on);
+// The times of stages, without a stage.
+int launch_stage_time(int dtype, int count, const Slot* slots, const Where* where, On on);
+// max over segments of rms |error + dt e_last k_last| / (atol + rtol max(|y0|, |y1|)); last may be null.
+int launch_error_ratio(int dtype, int64_t n, const void* error, const void* last, double e_last, const void* y0,
+                       const void* y1, const Tolerance* tolerance, const Segments* segments, void* workspace,
+                       const Where* where, const Finish* finish, On on);
+// The same quotient element by element, of acc, for a user's own norm. out may be error.
+int launch_scaled_error(int dtype, int64_t n, void* out, const void* error, const void* last, double e_last,
+                        const void* y0, const void* y1, const Tolerance* tolerance, const Where* where, On on);
+// step_control with the largest of `count` ratios in device memory.
+int launch_step_control(Ctl* ctl, const Law* law, const double* ratios, int64_t count, On on);
+// start_control: also the only thing that makes a Ctl.
+int launch_start_control(Ctl* ctl, const Law* law, double direction, double t0, double h, On on);
+int launch_grid_control(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
+// d0 = |y0 / scale|, d1 = |f0 / scale|, scale = atol + rtol |y0|: into norms[0..1] (may be null), then initial_probe of
+// ctl (may be null), whose step rk_stage([f0], {1}, c = 1, side = 0) then takes.
+int launch_initial_norms(int dtype, int64_t n, const void* y0, const void* f0, const Tolerance* tolerance,
+                         const Segments* segments, void* workspace, double* norms, Ctl* ctl, On on);
+// |(f1 - f0) / scale|: into norms[0] (may be null), then initial_step of ctl (may be null).
+int launch_initial_change(int dtype, int64_t n, const void* y0, const void* f0, const void* f1,
+                          const Tolerance* tolerance, const Segments* segments, void* workspace, double* norms,
+                          Ctl* ctl, const Law* law, On on);
+// out[i] = y0 + P(x_i) (y1 - y0) + dt sum_j B_j(x_i) k_j, x_i = (times[i] - t0) / (t1 - t0), y1 itself for
+// times[i] == t1. B_j(x) = sum_d weights[j * degree + d] x^(d + 1); P likewise from end_weights (null: P = 0).
+// Outputs [first, stop) of the rows of n elements at `out`; with a ctl those that its accepted step holds instead.
+int launch_dense_eval(int dtype, int64_t n, void* out, const double* times, int64_t first, int64_t stop,
+                      const void* y0, const void* y1, int count, int degree, const void* const* k,
+                      const double* weights, const double* end_weights, const Where* where, On on);
+// to[i] = from[i] for `bytes` bytes each, if ctl's last step was accepted.
+int launch_commit(int64_t bytes, int count, void* const* to, const void* const* from, const Ctl* ctl, On on);
+// kappa = dt sum_j a_j x_j: x_0 = lam with b_i, then mu_j with a_ji; zero coefficients left out (count 0: kappa = 0).
+int launch_adjoint_stage(int dtype, int64_t n, void* kappa, int count, const void* const* x, const double* a,
+                         const Where* where, On on);
+// out = lam + sum_j mu_j; out may be lam.
+int launch_adjoint_finish(int dtype, int64_t n, void* out, const void* lam, int count, const void* const* mu, On on);
+// row = [f, -vjp], of 2 n elements; vjp null: zeros.
+int launch_pack_adjoint(int dtype, int64_t n, void* row, const void* f, const void* vjp, On on);
+// sum_i (+)= weight dt x_i and error_i (+)= error_weight dt x_i over a list. add 0: =, 1: +=. x: host array of device
+// pointers (null tensors count as zeros), or x_table: the same in device memory. With `when_accepted` and a ctl:
+// only if its last step was accepted, and with dt 1.
+int launch_accumulate(const Part* parts, int64_t count, int64_t chunks, const int64_t* host_first_chunks,
+                      const void* const* x, const void* const* x_table, double weight, double error_weight, int add,
+                      int when_accepted, const Where* where, On on);
+// total_i += sum_i over the list, if ctl's last step was accepted (null: always).
+int launch_commit_sums(const Part* parts, int64_t count, int64_t chunks, const Ctl* ctl, On on);
+// max over the list of rms error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)).
+int launch_sums_ratio(const Part* parts, int64_t count, int64_t chunks, double rtol, double atol, void* workspace,
+                      const Ctl* ctl, const Finish* finish, On on);
+// dot = Re sum conj(g) f, and a += g (a null: only the dot; f null: only the sum).
+int launch_jump(int dtype, int64_t n, void* a, const void* g, const void* f, double* dot, void* workspace, On on);
+
+}  // extern "C"
+}  // namespace node_cuda

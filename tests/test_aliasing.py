@@ -1,0 +1,373 @@
+"""What the user holds is never rewritten; what a field returns may be a view, a parameter, a static buffer."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import F64, linspace, relative_difference
+from torch import nn
+
+from node_cuda import TABLEAUS, odeint, odeint_adjoint
+
+T = linspace(0.0, 1.0, 6)
+# the errors of the methods themselves at these settings
+LIMIT = {"euler": 2e-2, "fehlberg2": 5e-2, "adaptive_heun": 5e-3}
+METHODS = [*TABLEAUS, "explicit_adams", "implicit_adams"]
+
+
+def fresh():
+    return torch.tensor([1.0, -0.5, 2.0], dtype=F64)
+
+
+def settings(method):
+    """Steps short enough for every method to be right to three digits, and its rtol."""
+    if method in TABLEAUS and TABLEAUS[method].adaptive:
+        rtol = 1e-4 if TABLEAUS[method].order < 3 else 1e-6
+        return dict(method=method, rtol=rtol, atol=rtol, options=dict(step_t=T[-1:]))
+    extra = dict(max_order=4) if "adams" in method else {}
+    return dict(method=method, rtol=1e-6, atol=1e-6, options=dict(step_size=1 / 100, **extra))
+
+
+# ------------------------------------------------------------------ fields, and y(1) of each for the state above
+class Static(nn.Module):
+    """Returns the same memory every time, as a captured graph does."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffer = torch.empty(3, dtype=F64)
+
+    def forward(self, t, y):
+        return torch.mul(y, -1.0, out=self.buffer)
+
+
+class OffsetStatic(Static):
+    """The same, as a slice of a larger buffer."""
+
+    def __init__(self):
+        super().__init__()
+        self.pool = torch.zeros(10, dtype=F64)
+        self.buffer = self.pool[3:6]
+
+
+class TwoStatic(nn.Module):
+    """Two buffers in turn: a repetition that the first two evaluations do not show."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffers, self.calls = [torch.empty(3, dtype=F64), torch.empty(3, dtype=F64)], 0
+
+    def forward(self, t, y):
+        self.calls += 1
+        return torch.mul(y, -1.0, out=self.buffers[self.calls % 2])
+
+
+class LateStatic(nn.Module):
+    """Fresh tensors at first, one buffer from the sixth call on: compilation that starts late."""
+
+    def __init__(self):
+        super().__init__()
+        self.buffer, self.calls = torch.empty(3, dtype=F64), 0
+
+    def forward(self, t, y):
+        self.calls += 1
+        return -y if self.calls < 6 else torch.mul(y, -1.0, out=self.buffer)
+
+
+class Parameter(nn.Module):
+    """Returns its parameter itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = nn.Parameter(torch.tensor([1.0, 2.0, 3.0], dtype=F64))
+
+    def forward(self, t, y):
+        return self.p
+
+
+class Constant(nn.Module):
+    """Returns a stored tensor that is not a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.p = torch.tensor([1.0, 2.0, 3.0], dtype=F64)
+
+    def forward(self, t, y):
+        return self.p
+
+
+class Keeping(nn.Module):
+    """Keeps everything that it is given and everything that it returns."""
+
+    def __init__(self):
+        super().__init__()
+        self.ts, self.ys, self.ks, self.copies = [], [], [], []
+
+    def forward(self, t, y):
+        k = -y
+        self.ts.append(t)
+        self.ys.append(y)
+        self.ks.append(k)
+        self.copies.append((t.detach().clone(), y.detach().clone(), k.detach().clone()))
+        return k
+
+    def check(self):
+        assert self.copies
+        for i, (t, y, k) in enumerate(self.copies):
+            assert torch.equal(self.ts[i], t), f"t of evaluation {i} was rewritten"
+            assert torch.equal(self.ys[i], y), f"y of evaluation {i} was rewritten"
+            assert torch.equal(self.ks[i], k), f"the value returned by evaluation {i} was rewritten"
+
+
+def grow(y0):
+    return y0 * math.e
+
+
+def decay(y0):
+    return y0 / math.e
+
+
+FIELDS = {
+    "y itself": (lambda: lambda t, y: y, grow),
+    "a view of y": (lambda: lambda t, y: y.view(1, 3)[0], grow),
+    "y detached": (lambda: lambda t, y: y.detach(), grow),
+    "a flipped view written over": (lambda: lambda t, y: y.flip(0).flip(0), grow),
+    "an expanded tensor": (lambda: lambda t, y: torch.ones((), dtype=F64).expand(3), lambda y0: y0 + 1),
+    "t expanded": (lambda: lambda t, y: t.expand(3), lambda y0: y0 + 0.5),
+    "a parameter": (Parameter, lambda y0: y0 + torch.tensor([1.0, 2.0, 3.0], dtype=F64)),
+    "a constant": (Constant, lambda y0: y0 + torch.tensor([1.0, 2.0, 3.0], dtype=F64)),
+    "one static buffer": (Static, decay),
+    "a slice of a static buffer": (OffsetStatic, decay),
+}
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("name", FIELDS)
+def test_what_a_field_returns_may_be_anything(name, method):
+    make, exact = FIELDS[name]
+    y0 = fresh()
+    func = make()
+    with torch.no_grad():
+        ys = odeint(func, y0, T, **settings(method))
+    assert torch.equal(y0, fresh()), "the caller's y0 was rewritten"
+    limit = LIMIT.get(method, 1e-4)
+    assert relative_difference(ys[-1], exact(fresh())) < limit
+    assert torch.equal(ys[0], fresh())
+    if isinstance(func, Parameter | Constant):
+        assert torch.equal(func.p.detach(), torch.tensor([1.0, 2.0, 3.0], dtype=F64)), "a parameter was rewritten"
+
+
+@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4", "explicit_adams"])
+@pytest.mark.parametrize("make", [TwoStatic, LateStatic])
+def test_a_static_buffer_that_shows_itself_late_is_copied_or_refused_but_never_believed(make, method):
+    """It has overwritten an earlier stage by the time it can be seen: a clear error is the only other right answer."""
+    try:
+        with torch.no_grad():
+            ys = odeint(make(), fresh(), T, **settings(method))
+    except (RuntimeError, ValueError) as error:
+        assert "buffer" in str(error) or "memory" in str(error)
+    else:
+        assert relative_difference(ys[-1], decay(fresh())) < LIMIT.get(method, 1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_field_that_writes_minus_y_in_place_is_right_or_told_so(method):
+    """y.neg_() overwrites the state that it was lent: what it returns is y' = -y all the same."""
+    y0 = fresh()
+    try:
+        with torch.no_grad():
+            ys = odeint(lambda t, y: y.neg_(), y0, T, **settings(method))
+    except (RuntimeError, ValueError) as error:
+        assert "place" in str(error)
+    else:
+        assert relative_difference(ys[-1], decay(fresh())) < LIMIT.get(method, 1e-4)
+    assert torch.equal(y0, fresh()), "the caller's y0 was rewritten"
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [odeint, lambda *args, **kw: odeint_adjoint(*args, adjoint_params=(), **kw)],
+    ids=["odeint", "odeint_adjoint"],
+)
+def test_a_field_that_writes_in_place_has_the_right_gradient_or_is_told_so(solver):
+    y0 = fresh().requires_grad_()
+    try:
+        (grad,) = torch.autograd.grad(solver(lambda t, y: y.neg_(), y0, T)[-1].sum(), y0)
+    except (RuntimeError, ValueError):
+        pass  # autograd refuses to write to a leaf; so may we
+    else:
+        assert torch.allclose(grad, torch.full((3,), 1 / math.e, dtype=F64), rtol=1e-5)
+    assert torch.equal(y0.detach(), fresh())
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_a_field_keeps_is_never_rewritten(method):
+    func = Keeping()
+    with torch.no_grad():
+        odeint(func, fresh(), linspace(0.0, 1.0, 3), rtol=1e-4, atol=1e-4, method=method)
+    func.check()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4"])
+@pytest.mark.parametrize("solver", [odeint, odeint_adjoint], ids=["odeint", "odeint_adjoint"])
+def test_what_a_field_keeps_is_never_rewritten_while_training_either(solver, method):
+    func = Keeping()
+    ys = solver(func, fresh().requires_grad_(), linspace(0.0, 1.0, 3), rtol=1e-4, atol=1e-4, method=method)
+    ys.sum().backward()
+    func.check()
+
+
+def test_what_a_field_keeps_of_a_tuple_state_is_never_rewritten():
+    kept = []
+
+    def func(t, state):
+        kept.append((state, tuple(part.clone() for part in state)))
+        return tuple(-part for part in state)
+
+    odeint(func, (fresh(), fresh()[:2]), T)
+    for state, copies in kept:
+        assert all(torch.equal(a, b) for a, b in zip(state, copies, strict=True))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4", "implicit_adams"])
+def test_what_a_callback_keeps_is_never_rewritten(method):
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.kept = []
+
+        def forward(self, t, y):
+            return -y
+
+        def callback_step(self, t0, y0, dt):
+            self.kept.append(((t0, y0, dt), (t0.clone(), y0.clone(), dt.clone())))
+
+    func = Field()
+    odeint(func, fresh(), T, rtol=1e-3, atol=1e-3, method=method)
+    assert len(func.kept) > 1
+    for kept, copies in func.kept:
+        assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_what_an_adjoint_callback_keeps_is_never_rewritten():
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.ones(3, dtype=F64))
+            self.kept = []
+
+        def forward(self, t, y):
+            return -self.w * y
+
+        def callback_step_adjoint(self, t0, y0, dt):
+            self.kept.append((y0, tuple(part.clone() for part in y0)))
+
+    func = Field()
+    odeint_adjoint(func, fresh(), T).sum().backward()
+    assert func.kept
+    for kept, copies in func.kept:
+        assert all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
+
+
+def test_what_a_norm_keeps_is_never_rewritten():
+    kept = []
+
+    def norm(y):
+        kept.append((y, y.clone()))
+        return y.abs().max()
+
+    odeint(lambda t, y: -y, fresh(), T, options=dict(norm=norm))
+    assert all(torch.equal(a, b) for a, b in kept)
+
+
+def test_outputs_of_two_solves_do_not_share_memory():
+    first = odeint(lambda t, y: -y, fresh(), T)
+    copy = first.clone()
+    odeint(lambda t, y: y, fresh(), T)
+    assert torch.equal(first, copy)
+
+
+def test_the_solution_is_no_view_of_y0():
+    y0 = fresh()
+    for method in ("dopri5", "rk4"):
+        for t in (T, T[:1]):
+            ys = odeint(lambda t, y: -y, y0, t, method=method)
+            ys.zero_()
+            assert torch.equal(y0, fresh())
+
+
+def test_the_caller_may_change_y0_after_the_solve():
+    y0 = fresh()
+    leaf = fresh().requires_grad_()
+    ys = odeint_adjoint(lambda t, y: leaf * y, y0, T, adjoint_params=(leaf,))
+    copy = ys.detach().clone()
+    y0.zero_()
+    assert torch.equal(ys.detach(), copy)
+
+
+# ------------------------------------------------------------------ gradients of the odd fields
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "adaptive_heun"])
+@pytest.mark.parametrize(
+    "solver",
+    [odeint, lambda *args, **kw: odeint_adjoint(*args, adjoint_params=(), **kw)],
+    ids=["odeint", "odeint_adjoint"],
+)
+@pytest.mark.parametrize("name", ["y itself", "a view of y"])
+def test_the_gradient_of_a_field_that_returns_its_input(name, solver, method):
+    y0 = fresh().requires_grad_()
+    ys = solver(FIELDS[name][0](), y0, T, **dict(settings(method), rtol=1e-4, atol=1e-4))
+    (grad,) = torch.autograd.grad(ys[-1].sum(), y0)
+    assert torch.allclose(grad, torch.full((3,), math.e, dtype=F64), rtol=1e-3)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "adaptive_heun"])
+@pytest.mark.parametrize("solver", [odeint, odeint_adjoint], ids=["odeint", "odeint_adjoint"])
+def test_the_gradient_of_a_field_that_returns_its_parameter(solver, method):
+    func, y0 = Parameter(), fresh().requires_grad_()
+    ys = solver(func, y0, T, method=method, rtol=1e-4, atol=1e-4)
+    ys[-1].sum().backward()
+    assert torch.allclose(func.p.grad, torch.ones(3, dtype=F64), rtol=1e-9)
+    assert torch.allclose(y0.grad, torch.ones(3, dtype=F64), rtol=1e-9)
+
+
+def test_the_gradient_of_a_parameter_that_is_expanded():
+    rate = torch.tensor(2.0, dtype=F64, requires_grad=True)
+    for solver in (odeint, lambda *args: odeint_adjoint(*args, adjoint_params=(rate,))):
+        (grad,) = torch.autograd.grad(solver(lambda t, y: rate.expand(3), fresh(), T)[-1].sum(), rate)
+        assert float(grad) == pytest.approx(3.0, rel=1e-9)
+
+
+# ------------------------------------------------------------------ the output
+def test_an_output_changed_in_place_before_the_backward_pass_of_the_adjoint_raises():
+    w = torch.ones(3, dtype=F64, requires_grad=True)
+    ys = odeint_adjoint(lambda t, y: -w * y, fresh(), T, adjoint_params=(w,))
+    loss = ys.square().sum()
+    with torch.no_grad():
+        ys.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_component_changed_in_place_before_the_backward_pass_of_the_adjoint_raises():
+    w = torch.ones(3, dtype=F64, requires_grad=True)
+    one, two = odeint_adjoint(lambda t, s: (-w * s[0], s[1]), (fresh(), fresh()), T, adjoint_params=(w,))
+    loss = one.sum() + two.sum()
+    with torch.no_grad():
+        one.mul_(2.0)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_an_output_of_odeint_changed_in_place_is_differentiated_as_changed_or_raises(method):
+    y0 = fresh().requires_grad_()
+    ys = odeint(lambda t, y: torch.tanh(y), y0, T, method=method)
+    (plain,) = torch.autograd.grad(ys[-1].sum(), y0, retain_graph=True)
+    try:
+        ys.mul_(2.0)
+        (grad,) = torch.autograd.grad(ys[-1].sum(), y0)
+    except RuntimeError as error:
+        assert "inplace" in str(error) or "in-place" in str(error)
+    else:
+        assert torch.allclose(grad, 2 * plain)
