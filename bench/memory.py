@@ -12,13 +12,14 @@ conditions, which `memory_cell.py` meets:
   needed at their worst. Where there is no /proc, `ru_maxrss` has to do.
 - A warm-up step beforehand, so that what is allocated once (thread pools, oneDNN's compiled kernels, gradients)
   is in the baseline; then `malloc_trim`, so that the heap it has freed is given back and not silently used again.
-- Every tensor in a mapping of its own, gone as soon as it is freed. In malloc's heap the holes between the tensors
-  of a tape stay resident, and how many there are is luck: the same step of 34 MiB of live tensors showed as 35, 52
-  or 69 MiB, by the order of allocations and the addresses of the day. That says nothing about a solver. Hence
-  `mallopt`, where malloc is glibc's; elsewhere the holes are in the number, and `method` does not say "mapped".
+- Every tensor in a mapping of its own, gone as soon as it is freed: `MALLOC_ENVIRONMENT`, from the process's start,
+  since malloc would go on filling holes that are there already. In malloc's heap the holes between the tensors of a
+  tape stay resident, and how many there are is luck: the same step of 34 MiB of live tensors showed as 35, 52 or
+  69 MiB, by the order of allocations and the addresses of the day. That says nothing about a solver. Where malloc
+  is not glibc's, the holes are in the number, and `method` does not say "mapped".
 
-Checked against the sum of the live tensors' bytes as torch's profiler records them. Mappings are slow to make: time
-is measured before, with malloc as it is.
+Checked against the live tensors' bytes as torch's profiler records them: 1 to 6 per cent above. Mappings are slow to
+make, so time is measured elsewhere, with malloc as it is.
 """
 
 from __future__ import annotations
@@ -26,6 +27,8 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import gc
+import os
+import platform
 import sys
 from pathlib import Path
 from types import TracebackType
@@ -35,20 +38,20 @@ import torch
 STATUS = Path("/proc/self/status")
 CLEAR_REFS = Path("/proc/self/clear_refs")
 RESET_PEAK = "5"
-M_MMAP_THRESHOLD = -3  # of glibc's malloc.h
-MAPPED_FROM = 2**15  # bytes; smaller blocks are not worth a mapping
+MALLOC_ENVIRONMENT = {"MALLOC_MMAP_THRESHOLD_": "65536"}  # bytes; glibc reads it once, at the start
 
 
 class PeakMemory:
-    """`with PeakMemory(device) as peak: ...`; then `peak.bytes` is the growth over the size at entry.
-
-    On a CPU it leaves malloc as it has set it: the process should end soon after.
-    """
+    """`with PeakMemory(device) as peak: ...`; then `peak.bytes` is the growth over the size at entry."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.bytes = 0
-        self.method = "torch.cuda.max_memory_allocated" if device.type == "cuda" else resident_method()
+        self._resident = resident_method()
+        if device.type == "cuda":
+            self.method = "torch.cuda.max_memory_allocated"
+        else:
+            self.method = f"{self._resident}, mapped" if mapped() else self._resident
 
     def __enter__(self) -> PeakMemory:
         gc.collect()
@@ -56,11 +59,10 @@ class PeakMemory:
             torch.cuda.reset_peak_memory_stats(self.device)
             self._baseline = torch.cuda.memory_allocated(self.device)
         else:
-            mapped = map_each_block()
-            if self.method == "VmHWM":
+            return_free_heap()
+            if self._resident == "VmHWM":
                 CLEAR_REFS.write_text(RESET_PEAK)
-            self._baseline = peak_resident(self.method)
-            self.method += ", mapped" if mapped else ""
+            self._baseline = peak_resident(self._resident)
         return self
 
     def __exit__(
@@ -69,7 +71,7 @@ class PeakMemory:
         if self.device.type == "cuda":
             peak = torch.cuda.max_memory_allocated(self.device)
         else:
-            peak = peak_resident(self.method.removesuffix(", mapped"))
+            peak = peak_resident(self._resident)
         self.bytes = peak - self._baseline
 
 
@@ -100,10 +102,12 @@ def status_field(name: str) -> int:
     return 0
 
 
-def map_each_block() -> bool:
-    """Gives malloc's free heap back, and has every larger block mapped from now on; False if malloc is not glibc's."""
+def return_free_heap() -> None:
+    """Gives the free part of malloc's heap back to the system, where malloc is glibc's."""
     with contextlib.suppress(OSError, AttributeError):
-        libc = ctypes.CDLL("libc.so.6")
-        libc.malloc_trim(0)
-        return bool(libc.mallopt(M_MMAP_THRESHOLD, MAPPED_FROM))
-    return False
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def mapped() -> bool:
+    """Whether this process's malloc is glibc's and gives every tensor a mapping of its own."""
+    return platform.libc_ver()[0] == "glibc" and MALLOC_ENVIRONMENT.items() <= os.environ.items()

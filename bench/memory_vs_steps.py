@@ -4,7 +4,8 @@
    the program ends with an error where it is not reached.
 2. Measurement: one training step of the same network with N equal steps of a fixed-grid method, for `odeint`
    (backpropagation through the solver) and `odeint_adjoint`, of node_cuda and, where it is installed, torchdiffeq.
-   Every cell runs in a process of its own (memory.py says why, and what is measured).
+   Memory in a process of its own for every cell (memory.py says why, and what is measured), time in this one, the
+   fastest of several, all modes in turn.
 3. Report: a table, a sentence computed from the data, JSON and a plot.
 
     python bench/memory_vs_steps.py [--quick] [--device cuda] [--out DIRECTORY]
@@ -14,8 +15,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -25,10 +28,13 @@ import libraries
 import machine
 import torch
 from digits import ODENet
+from memory import MALLOC_ENVIRONMENT
 from plot import draw_memory
 from report import console_table, memory_rows, memory_sentence, write_result
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from timing import seconds
+from training_step import Setting, training_step
 
 HERE = Path(__file__).resolve().parent
 REQUIRED_ACCURACY = 0.96  # other seeds, which is what another machine's roundings amount to, end at 0.97 to 0.98
@@ -38,7 +44,7 @@ CHANNELS, BATCH = 16, 64
 MEASURED_BATCH = 32  # large enough for the activations to stand out, small enough for 512 steps in a second or two
 STEPS = (8, 16, 32, 64, 128, 256, 512)
 SOLVER_METHOD = "midpoint"  # two evaluations a step: the longest grid stays a matter of seconds
-# A cell is timed several times, short ones more often, until they add up to about so many solver steps.
+# A step is timed several times, short ones more often, until they add up to about so many solver steps.
 REPEAT_STEPS, LEAST_REPEATS, MOST_REPEATS = 512, 2, 9
 QUICK_IMAGES = 256
 
@@ -69,12 +75,14 @@ def main() -> None:
                 f"the required {training['required_accuracy']:g}: nothing is measured. Raise --epochs, or look for "
                 "what is wrong with the gradients: `make test`."
             )
-        task = progress.add_task("measuring", total=len(cells))
+        task = progress.add_task("memory", total=len(cells))
         measured = []
         with ThreadPoolExecutor(arguments.jobs) as pool:
-            for cell in pool.map(lambda key: measure(key, arguments), cells):
+            for cell in pool.map(lambda key: measure_memory(key, arguments), cells):
                 measured.append(cell)
-                progress.update(task, advance=1, description=f"measured N={cell['steps']}")
+                progress.update(task, advance=1, description=f"memory, N={cell['steps']}")
+        task = progress.add_task("time", total=len(arguments.steps))
+        measure_times(measured, arguments, lambda: progress.advance(task))
 
     result = {
         "benchmark": "memory_vs_steps",
@@ -103,7 +111,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--epochs", type=int, default=EPOCHS)
     parser.add_argument("--batch", type=int, default=MEASURED_BATCH, help="of the measured step")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N")
-    parser.add_argument("--jobs", type=int, default=1, help="cells at once; more than 1 spoils the times")
+    parser.add_argument("--jobs", type=int, default=1, help="memory cells at once (default: 1)")
     parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the plot")
     parser.add_argument(
         "--quick", action="store_true", help="a few images, two N, node_cuda only: shows that the program runs"
@@ -137,30 +145,45 @@ def train(arguments: argparse.Namespace, device: torch.device, progress: Progres
     return {"required_accuracy": required, "rtol": RTOL, "atol": ATOL, "batch": BATCH, **record}
 
 
-def measure(key: CellKey, arguments: argparse.Namespace) -> dict[str, Any]:
+def measure_memory(key: CellKey, arguments: argparse.Namespace) -> dict[str, Any]:
     """One cell in a fresh process; one that fails (out of memory, say) has its reason in `failed` and no numbers."""
     library, function, steps = key
     options = {
         "library": library,
         "function": function,
         "steps": steps,
-        "solver-method": SOLVER_METHOD,
+        "method": SOLVER_METHOD,
         "channels": CHANNELS,
         "batch": arguments.batch,
-        "repeats": min(MOST_REPEATS, max(LEAST_REPEATS, REPEAT_STEPS // steps)),
         "threads": arguments.threads,
         "device": arguments.device,
     }
     command = [sys.executable, str(HERE / "memory_cell.py")]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC_ENVIRONMENT})
     cell: dict[str, Any] = {"library": library, "function": function, "steps": steps}
-    run = subprocess.run(command, capture_output=True, text=True)
     if run.returncode == 0:
         return cell | json.loads(run.stdout.splitlines()[-1])
     lines = run.stderr.strip().splitlines()
     reason = lines[-1] if lines else f"ended by signal {-run.returncode}, most likely for lack of memory"
     return cell | {"failed": reason}
+
+
+def measure_times(cells: list[dict[str, Any]], arguments: argparse.Namespace, advance: Callable[[], None]) -> None:
+    """Adds `seconds` to the cells that had enough memory: the fastest of several, all modes of an N in turn."""
+    setting = Setting(SOLVER_METHOD, CHANNELS, arguments.batch, arguments.device)
+    device = torch.device(arguments.device)
+    modes = {(cell["library"], cell["function"]) for cell in cells}
+    run = {mode: training_step(*mode, setting) for mode in sorted(modes)}
+    for n in sorted({cell["steps"] for cell in cells}):
+        row = [cell for cell in cells if cell["steps"] == n and "failed" not in cell]
+        for _ in range(min(MOST_REPEATS, max(LEAST_REPEATS, REPEAT_STEPS // n))):
+            for cell in row:
+                step = run[cell["library"], cell["function"]]
+                took = seconds(lambda step=step, n=n: step(n), device)
+                cell["seconds"] = min(took, cell.get("seconds", took))
+        advance()
 
 
 if __name__ == "__main__":

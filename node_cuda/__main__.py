@@ -5,7 +5,6 @@ It reports and decides nothing, and it never fails: what cannot be found out is 
 
 from __future__ import annotations
 
-import importlib
 import importlib.metadata
 import platform
 from typing import NamedTuple
@@ -13,42 +12,42 @@ from typing import NamedTuple
 import torch
 
 from node_cuda._version import __version__
+from node_cuda.kernels import build, extension
 
-KERNELS = "node_cuda._C"
-BUILD = "pip install --no-build-isolation --force-reinstall --no-deps ."
+REFERENCE = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
+FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"
 
 
 class LivePath(NamedTuple):
     name: str  # what computes the steps
     why: str
-    mend: str | None  # how to get the kernels; None where they are live
+    mend: str | None  # how to get the kernels; None where nothing is to be done
 
 
 def live_path() -> LivePath:
     """The path that computes the arithmetic of a step on this machine."""
-    reference = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
     try:
-        importlib.import_module(KERNELS)
-    except ModuleNotFoundError as error:
-        if error.name != KERNELS:
-            return LivePath(reference, f"{KERNELS} is installed but does not load: {error}", BUILD)
+        return _live_path()
+    except Exception as error:  # a broken driver or module: a line of the report, and no failure
+        return LivePath(REFERENCE, f"the kernels cannot be asked for ({error})", build.COMMAND)
+
+
+def _live_path() -> LivePath:
+    gpu = torch.cuda.is_available()
+    found = extension.installed(torch.cuda.get_device_capability() if gpu else None)
+    if found.module is not None and gpu:
+        return LivePath(FUSED, f"{found.why}, and torch sees a CUDA device", None)
+    if found.module is not None:
         return LivePath(
-            reference,
-            f"the compiled module {KERNELS} is not installed",
-            f"in a checkout whose setup.py declares {KERNELS}, with nvcc and a CUDA build of torch: {BUILD}",
-        )
-    except ImportError as error:  # built against another torch, or a shared library is missing
-        return LivePath(reference, f"{KERNELS} is installed but does not load: {error}", BUILD)
-    if not torch.cuda.is_available():
-        return LivePath(
-            reference,
-            f"{KERNELS} is installed, but torch {torch.__version__} sees no CUDA device",
+            REFERENCE,
+            f"{found.why}, but torch {torch.__version__} sees no CUDA device",
             "an NVIDIA GPU with its driver and a CUDA build of torch; then python -m node_cuda again",
         )
+    first_use = extension.forecast()
+    if first_use.possible and gpu:
+        return LivePath(FUSED, f"{found.why}; {first_use.why}", None)
     return LivePath(
-        f"fused kernels ({KERNELS}) on CUDA tensors, the pure PyTorch reference elsewhere",
-        f"{KERNELS} is installed and torch sees a CUDA device",
-        None,
+        REFERENCE, f"{found.why}; {first_use.why}", f"in a checkout, with nvcc and a CUDA torch: {build.COMMAND}"
     )
 
 

@@ -197,16 +197,17 @@ class Adaptive:
         self._carried = 0.0
         while self._landings and self._landings[0] <= t:
             self._landings.popleft()
-        if self._landings and self._landings[0] <= t1:
+        # A landing that the step misses by rounding would leave a sliver for the next one.
+        if self._landings and self._landings[0] <= t1 + 4 * math.ulp(t1):
             t1 = self._landings[0]
-            h = t1 - t
+            h = min(t1 - t, h)  # rounding may make the difference larger than max_step
         while self._stops and self._stops[0] <= t:
             self._stops.popleft()
         if self._stops and t + 2 * h > self._stops[0]:
             # Two steps would pass the stop: land on it, in one step, or in two even ones and no sliver.
             stop, self._carried = self._stops[0], h
             t1 = stop if t1 >= stop else t + 0.5 * (stop - t)
-            h = t1 - t
+            h = min(t1 - t, h)
         return t1, h
 
     def _starting_step(self, t: float, y: Tensor, f0: Tensor) -> float:

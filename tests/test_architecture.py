@@ -16,7 +16,7 @@ PACKAGE = ROOT / "node_cuda"
 LAYERS: tuple[tuple[str, ...], ...] = (
     ("_version", "_typing", "status"),
     ("tableau", "tableaus", "norms"),
-    ("kernels.reference", "kernels"),
+    ("kernels.reference", "kernels.build", "kernels.extension", "kernels"),
     ("options", "field", "problem", "solution"),
     ("steppers.step", "steppers.explicit_rk", "steppers.adams", "steppers", "controllers", "interpolation"),
     ("host_loop", "scipy_bridge", "methods", "dense"),

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,27 +22,24 @@ from node_cuda.norms import ErrorNorm
 _HALF = (torch.float16, torch.bfloat16)
 
 
-def _add(acc: Tensor, x: Tensor, weight: float | Tensor) -> Tensor:
-    """acc + weight x; in place unless autograd records. The first call of a chain must own `acc`."""
-    if isinstance(weight, Tensor):
-        return acc + weight * x
-    if torch.is_grad_enabled():
-        return torch.add(acc, x, alpha=weight)
-    return acc.add_(x, alpha=weight)
-
-
 def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
     """y0 + h sum_j a_j k_j, as a fresh tensor of y0's shape and dtype, or written to `out`."""
     if not row:
         return y0.clone() if out is None else out.copy_(y0)
     half = y0.dtype in _HALF
-    base = y0.float() if half else y0
-    (j, a), *rest = row
-    w = h * a
-    first_out = None if half else out
-    acc = base + w * k[j] if isinstance(w, Tensor) else torch.add(base, k[j], alpha=w, out=first_out)
-    for j, a in rest:
-        acc = _add(acc, k[j], h * a)
+    acc = y0.float() if half else y0
+    weights: list[tuple[int, Any]] = [(j, h * a) for j, a in row]
+    if isinstance(weights[0][1], Tensor):
+        for j, w in weights:
+            acc = acc + w * k[j]
+    elif torch.is_grad_enabled():
+        for j, w in weights:
+            acc = torch.add(acc, k[j], alpha=w)
+    else:
+        (j, w), *rest = weights
+        acc = torch.add(acc, k[j], alpha=w, out=None if half else out)
+        for j, w in rest:
+            acc.add_(k[j], alpha=w)
     if half:
         acc = acc.to(y0.dtype)
     return acc if out is None or acc is out else out.copy_(acc)

@@ -1,0 +1,313 @@
+"""What the compiled module `node_cuda._C` is made of, where its tools are, and which of its three settings is built.
+
+The one place for it: setup.py (at install) and `extension` (on the first CUDA solve) both ask here. setup.py runs this
+file by its path, where torch may be missing: nothing but the standard library is imported at the top.
+
+A source is added by putting it into csrc/: every .cpp there is compiled always, every .cu where kernels are built.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+MODULE = "node_cuda._C"
+COMMAND = "NODE_CUDA_BUILD=cuda pip install -v --no-build-isolation --force-reinstall --no-deps ."
+SETTINGS = ("auto", "python", "cpu", "cuda")
+NOTE = "_build.json"  # in the package's folder: what the last build did, and why
+
+# Compiled for where no GPU is visible: those that the toolkit knows, and PTX of the last for newer ones.
+ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
+
+# No -std: torch's build chooses the one that its headers need. -g0: Python's own flags ask for debug information.
+CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden")
+NVCC_FLAGS = ("-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden")
+
+
+class BuildError(Exception):
+    """The build that was asked for cannot be made; the message says why and what to do."""
+
+
+class Toolkit(NamedTuple):
+    """A CUDA toolkit: bin/nvcc below `home`, the runtime's headers and libraries."""
+
+    home: Path
+    include: Path
+    lib: Path
+    version: tuple[int, int]
+
+    def __str__(self) -> str:
+        return f"CUDA {self.version[0]}.{self.version[1]} in {self.home}"
+
+
+class Recipe(NamedTuple):
+    """One of the three settings, and all that decides what comes out of it."""
+
+    setting: str  # python, cpu or cuda
+    why: str  # half a sentence
+    torch: str = ""  # the version that it is built with
+    cuda_torch: bool = False
+    toolkit: Toolkit | None = None
+    archs: str = ""  # as in TORCH_CUDA_ARCH_LIST
+
+    @property
+    def kernels(self) -> bool:
+        return self.setting == "cuda"
+
+
+def find_csrc() -> Path:
+    """The folder of the sources: in the package where it was installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent.parent
+    for folder in (package / "csrc", package.parent / "csrc"):
+        if (folder / "bind.cpp").is_file():
+            return folder
+    raise BuildError(f"the sources of {MODULE} are missing: there is no csrc/bind.cpp in {package} or beside it")
+
+
+def sources(csrc: Path, kernels: bool) -> list[str]:
+    """The files to compile."""
+    paths = sorted(path for path in csrc.iterdir() if path.suffix == ".cpp" or (kernels and path.suffix == ".cu"))
+    stems = [path.stem for path in paths]
+    if twice := {stem for stem in stems if stems.count(stem) > 1}:  # torch's build would give both the same object file
+        raise BuildError(f"a .cpp and a .cu in csrc/ share the name {', '.join(sorted(twice))}: give one another name")
+    return [str(path) for path in paths]
+
+
+# --- tools -----------------------------------------------------------------------------------------------------------
+
+
+def toolkit_at(home: Path) -> Toolkit | None:
+    """The toolkit in a folder: nvcc and the headers must both be there, which a wrapper in /usr/local/bin lacks."""
+    if not (home / "bin" / "nvcc").is_file():
+        return None
+    for base in (home, *sorted((home / "targets").glob("*-linux"))):  # conda has its headers in the latter
+        header = base / "include" / "cuda_runtime_api.h"
+        if header.is_file() and (base / "include" / "cuda_runtime.h").is_file():
+            found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
+            if found is not None:
+                number = int(found[1])
+                lib = base / "lib64" if (base / "lib64").is_dir() else base / "lib"
+                return Toolkit(home, base / "include", lib, (number // 1000, number % 1000 // 10))
+    return None
+
+
+def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
+    """The CUDA toolkit: CUDA_HOME or CUDA_PATH alone where set, else nvcc's own, else where toolkits usually are."""
+    for variable in ("CUDA_HOME", "CUDA_PATH"):
+        if environ.get(variable):
+            return toolkit_at(Path(environ[variable]))
+    homes = [Path("/usr/local/cuda"), *sorted(Path("/usr/local").glob("cuda-*"), reverse=True), Path("/opt/cuda")]
+    nvcc = shutil.which("nvcc", path=environ.get("PATH"))
+    if nvcc is not None:
+        folders = [Path(nvcc).parent.parent, Path(nvcc).resolve().parent.parent]
+        # The PATH's nvcc may be a script: what it runs tells its own folder.
+        told = re.search(r"^#\$ TOP=(.+)$", _output([nvcc, "--dryrun", "-c", "x.cu"]), re.MULTILINE)
+        homes = [*folders, *([Path(told[1]).resolve()] if told else []), *homes]
+    return next((toolkit for home in homes if (toolkit := toolkit_at(home)) is not None), None)
+
+
+def missing_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
+    """What C++ needs and this machine lacks, as half a sentence; None if it is all there."""
+    command = shlex.split(environ.get("CXX", "c++"))
+    if not command or shutil.which(command[0], path=environ.get("PATH")) is None:
+        return f"there is no C++ compiler ({environ.get('CXX', 'c++')} is not on the PATH)"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    return None if header.is_file() else f"Python's headers are missing ({header})"
+
+
+def _output(command: Sequence[str]) -> str:
+    try:
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, timeout=60)
+    except (OSError, subprocess.SubprocessError):
+        return ""
+    return done.stdout
+
+
+# --- architectures ---------------------------------------------------------------------------------------------------
+
+
+def _known_archs(toolkit: Toolkit) -> set[str]:
+    """What nvcc can compile for, as "8.0"; empty if it does not say."""
+    listed = re.findall(r"compute_(\d+)(\d)\b", _output([str(toolkit.home / "bin" / "nvcc"), "--list-gpu-arch"]))
+    return {f"{major}.{minor}" for major, minor in listed}
+
+
+def _number(arch: str) -> tuple[int, int]:
+    major, minor = arch.split(".")
+    return int(major), int(minor)
+
+
+def choose_archs(toolkit: Toolkit, visible: Sequence[tuple[int, int]], environ: Mapping[str, str] = os.environ) -> str:
+    """TORCH_CUDA_ARCH_LIST, else the visible GPUs, else `ARCHS`, with PTX of the newest for what comes after it."""
+    given = environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
+    if given and given != "native":
+        return given
+    known = _known_archs(toolkit)
+    wanted = {f"{major}.{minor}" for major, minor in visible} or set(ARCHS)
+    archs = sorted(wanted & known if known else wanted, key=_number)
+    if not archs:  # GPUs that this nvcc is too old (or too new) for
+        archs = sorted((arch for arch in ARCHS if arch in known), key=_number)
+    return ";".join(archs) + "+PTX"
+
+
+def gencode(archs: str) -> list[str]:
+    """nvcc's flags for a list of architectures; none where only torch can read the list (it has names like Ampere)."""
+    flags = []
+    for arch in re.split(r"[;\s]+", archs):
+        if not (found := re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)):
+            return []
+        number = "".join(found.groups("")[:3])
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if found[4]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+def fits(archs: str, capability: tuple[int, int]) -> bool:
+    """Whether code for these architectures runs on a GPU: the same major and no higher minor, or older PTX."""
+    for arch in re.split(r"[;\s]+", archs):
+        found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
+        if found is None:
+            return True  # a name that only torch can read: the launch itself will tell
+        number = (int(found[1]), int(found[2]))
+        same = number == capability if found[3] else number[0] == capability[0] and number <= capability
+        if same or (found[4] and not found[3] and number <= capability):
+            return True
+    return False
+
+
+# --- the decision ----------------------------------------------------------------------------------------------------
+
+
+def asked(environ: Mapping[str, str] = os.environ) -> str:
+    """The setting that insists on a compiled module, so that a build without it is a failure; "" where none does."""
+    setting = environ.get("NODE_CUDA_BUILD", "") or "auto"
+    if setting in ("cpu", "cuda"):
+        return f"NODE_CUDA_BUILD={setting}"
+    return "FORCE_CUDA=1" if setting == "auto" and forced(environ) else ""
+
+
+def forced(environ: Mapping[str, str] = os.environ) -> bool:
+    return environ.get("FORCE_CUDA", "") not in ("", "0")
+
+
+def choose(environ: Mapping[str, str] = os.environ) -> Recipe:
+    """Which setting is built: NODE_CUDA_BUILD says, or what is there. BuildError where what was asked cannot be had.
+
+    auto: kernels where torch is a CUDA build and nvcc is there; else the C++ part where torch and a compiler are; else
+    Python alone. FORCE_CUDA=1 builds kernels against a CPU torch too, as a check that they compile.
+    """
+    setting = environ.get("NODE_CUDA_BUILD", "") or "auto"
+    if setting not in SETTINGS:
+        raise BuildError(f"NODE_CUDA_BUILD={setting} is none of {', '.join(SETTINGS)}")
+    if setting == "python":
+        return Recipe("python", "NODE_CUDA_BUILD=python was asked for")
+    insists = asked(environ)
+
+    def python(why: str) -> Recipe:
+        if insists:
+            raise BuildError(f"{insists} asks for a compiled module, but {why}")
+        return Recipe("python", why)
+
+    try:
+        import torch
+    except (ImportError, OSError) as error:  # OSError: a library of torch's is missing
+        return python(f"the build cannot import torch ({error}): pip hides it without --no-build-isolation")
+    if (lacking := missing_compiler(environ)) is not None:
+        return python(lacking)
+
+    version = str(torch.__version__)
+    lacking, toolkit = missing_kernels(torch.version.cuda, environ)
+    if toolkit is not None and setting != "cpu":
+        visible = _visible_gpus() if torch.version.cuda else []
+        archs = choose_archs(toolkit, visible, environ)
+        why = f"torch {version} and nvcc ({toolkit}) are there"
+        return Recipe("cuda", why, version, torch.version.cuda is not None, toolkit, archs)
+    if insists and setting != "cpu":
+        raise BuildError(f"{insists} asks for kernels, but {lacking}")
+    return Recipe("cpu", "NODE_CUDA_BUILD=cpu was asked for" if setting == "cpu" else lacking, version)
+
+
+def missing_kernels(torch_cuda: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, Toolkit | None]:
+    """("", the toolkit), or (what kernels need and is not there, None). torch_cuda is torch.version.cuda."""
+    if torch_cuda is None and not forced(environ):
+        return "this torch is built without CUDA (FORCE_CUDA=1 compiles the kernels all the same, as a check)", None
+    toolkit = find_toolkit(environ)
+    if toolkit is None:
+        where = next((f"{name}={environ[name]}" for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)), None)
+        looked = f"{where} has not" if where else "neither the PATH nor /usr/local/cuda has"
+        return f"{looked} a CUDA toolkit: bin/nvcc and include/cuda_runtime.h (CUDA_HOME names its folder)", None
+    if torch_cuda is not None and int(torch_cuda.split(".")[0]) != toolkit.version[0]:
+        return f"torch is built for CUDA {torch_cuda} and the toolkit is {toolkit}: their major versions differ", None
+    return "", toolkit
+
+
+def _visible_gpus() -> list[tuple[int, int]]:
+    import torch
+
+    if not torch.cuda.is_available():
+        return []
+    return sorted({torch.cuda.get_device_capability(i) for i in range(torch.cuda.device_count())})
+
+
+# --- flags -----------------------------------------------------------------------------------------------------------
+
+
+def macros(recipe: Recipe) -> list[tuple[str, str | None]]:
+    """What bind.cpp is told. Strings come in quotes."""
+    told: list[tuple[str, str | None]] = [("NODE_CUDA_TORCH", f'"{recipe.torch}"')]
+    if recipe.kernels:
+        told += [("NODE_CUDA_WITH_KERNELS", None), ("NODE_CUDA_ARCHS", f'"{recipe.archs}"')]
+    return told
+
+
+def nvcc_flags(recipe: Recipe) -> list[str]:
+    return [*NVCC_FLAGS, *gencode(recipe.archs)]
+
+
+def include_folders(recipe: Recipe) -> list[str]:
+    """The runtime's headers; none where the compiler looks by itself (naming /usr/include breaks its order)."""
+    if recipe.toolkit is None or recipe.toolkit.include == Path("/usr/include"):
+        return []
+    return [str(recipe.toolkit.include)]
+
+
+def library_folders(recipe: Recipe) -> list[str]:
+    return [str(recipe.toolkit.lib)] if recipe.toolkit is not None else []
+
+
+def libraries(recipe: Recipe) -> list[str]:
+    """The CUDA runtime: the shared one that a CUDA torch has loaded, else a copy of our own."""
+    if not recipe.kernels:
+        return []
+    return ["cudart"] if recipe.cuda_torch else ["cudart_static", "rt", "dl", "pthread"]
+
+
+# --- the note that a build leaves for `python -m node_cuda` ----------------------------------------------------------
+
+
+def write_note(package: Path, setting: str, why: str) -> None:
+    (package / NOTE).write_text(json.dumps({"setting": setting, "why": why}) + "\n")
+
+
+def read_note() -> tuple[str, str] | None:
+    """(setting, why) of the build that made this install; None where it left none."""
+    try:
+        note = json.loads((Path(__file__).resolve().parent.parent / NOTE).read_text())
+        return str(note["setting"]), str(note["why"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def say(text: str) -> None:
+    """One line that is not overlooked. pip shows it with -v."""
+    print(f"\n*** node_cuda: {text}\n", file=sys.stderr, flush=True)
