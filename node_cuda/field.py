@@ -57,17 +57,15 @@ class VectorField:
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """dy/dt at the 0-d tensor t and the state y, which keeps its values."""
-        if self.nfe < 2:
-            return self._probe(t, y)
         self.nfe += 1
+        if self.nfe <= 2:
+            return self._probe(t, y)
         if self._copies_input:
             y = y.clone()
             return self._checked(self._call(t, y), y)
-        if y.is_inference():
-            return self._checked(self._call(t, y), y)
-        version = y._version
+        version = _version(y)
         out = self._call(t, y)
-        if y._version != version:
+        if _version(y) != version:
             raise InvalidField(
                 f"func wrote into its argument y at t = {float(t):.6g}, though not when it was called first. "
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place."
@@ -102,13 +100,12 @@ class VectorField:
 
     def _probe(self, t: Tensor, y: Tensor) -> Tensor:
         """The first two evaluations: on copies, and watching."""
-        self.nfe += 1
         argument = y.clone()
+        version = _version(argument)
         raw = self._call(t, argument)
         _check(raw, y.shape)
-        # Compared by value, not by version, because tensors made in inference mode have none. NaN never equals.
-        if not torch.equal(argument.detach(), y.detach()) and bool(torch.isfinite(y).all()):
-            self._copies_input = True
+        wrote = not torch.equal(argument, y) if version is None else _version(argument) != version
+        self._copies_input = self._copies_input or wrote
         if self._first_output is None:
             self._first_output = raw
         else:
@@ -119,6 +116,11 @@ class VectorField:
         out = self._checked(raw, y)
         self.copies_output = copies
         return out
+
+
+def _version(x: Tensor) -> int | None:
+    """How often x was written to; tensors made in inference mode do not know."""
+    return None if x.is_inference() else x._version
 
 
 def _storage(x: Tensor) -> int:
