@@ -4,7 +4,8 @@
     python bench/report.py --write    fills the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->`
     python bench/report.py --check    fails where a page does not show what the JSON says
 
-Blocks: `memory` and `speed` (command, machine and commit; sentence, table); pages: README.md, bench/README.md.
+Blocks: `memory` and `speed` (command, machine and commit; sentence, table), and `memory-short` and `speed-short` for
+the first page; pages: README.md, bench/README.md.
 """
 
 from __future__ import annotations
@@ -138,6 +139,17 @@ def speed_block(result: Result) -> str:
     return "\n\n".join([provenance(result), markdown(speed_rows(result))])
 
 
+def memory_short(result: Result) -> str:
+    return "\n\n".join([provenance(result), result["sentence"]])
+
+
+def speed_short(result: Result) -> str:
+    """The rows with a target, the least favourable one, and all that are lost."""
+    least = min(row["ratio"][0] for row in result["rows"])
+    kept = [row for row in result["rows"] if row["target"] is not None or row["ratio"][0] <= max(least, 1.0)]
+    return speed_block({**result, "rows": kept})
+
+
 # ---- shared
 
 
@@ -186,7 +198,9 @@ def console_table(rows: Rows) -> Table:
 
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "memory": ("memory_vs_steps", memory_block),
+    "memory-short": ("memory_vs_steps", memory_short),
     "speed": ("speed", speed_block),
+    "speed-short": ("speed", speed_short),
 }
 
 

@@ -156,4 +156,6 @@ def test_the_markers_are_those_that_the_report_fills(monkeypatch):
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     import report
 
-    assert {found["name"] for found in report.BLOCK.finditer(README)} == set(report.BLOCKS)
+    names = {found["name"] for found in report.BLOCK.finditer(README)}
+    assert names == {"memory-short", "speed-short"}
+    assert names <= set(report.BLOCKS)
