@@ -43,6 +43,7 @@ bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and tim
 
 clean:  ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -f node_cuda/_C.*.so node_cuda/_build.json
 	find node_cuda tests bench -name __pycache__ -prune -exec rm -rf {} +
 
 # A torch that $(PYTHON) can import (a container's, conda's, an active virtual environment's) is used as it is: .venv then looks
@@ -55,9 +56,10 @@ $(PY):
 	fi
 
 # A second run starts at once: the stamp is older only if what it was made from has changed.
-$(INSTALLED): pyproject.toml setup.py node_cuda/_version.py | $(PY)
+$(INSTALLED): pyproject.toml setup.py node_cuda/_version.py node_cuda/kernels/build.py $(wildcard csrc/*) | $(PY)
 	@$(PY) -c 'import torch' 2>/dev/null || { echo 'installing $(TORCH)'; $(PY) -m pip install '$(TORCH)'; }
 	@echo "installing node_cuda and what its tests and benchmarks need"
-	@$(PY) -m pip install --quiet 'setuptools>=77'
+	@$(PY) -m pip install --quiet 'setuptools>=77' ninja
 	@$(PY) -m pip install --quiet --no-build-isolation --editable '.[test,bench]'
 	@touch $@
+	@$(PY) -m node_cuda  # pip hides what the build said

@@ -66,7 +66,7 @@ struct Ctl {
 static_assert(sizeof(Interval) == 32 && sizeof(Law) == 144 && sizeof(Ctl) == 208, "the layout that Python reads");
 static_assert(offsetof(Law, landings) == 80 && offsetof(Law, keep) == 136, "the layout that Python writes");
 static_assert(offsetof(Ctl, last) == 32 && offsetof(Ctl, h) == 64 && offsetof(Ctl, history) == 88, "as above");
-static_assert(offsetof(Ctl, attempts) == 128 && offsetof(Ctl, accept) == 184 && offsetof(Ctl, active) == 196, "as above");
+static_assert(offsetof(Ctl, attempts) == 128 && offsetof(Ctl, accept) == 184 && offsetof(Ctl, active) == 196, "too");
 
 NODE_CUDA_HD inline double mul(double a, double b) {
 #ifdef __CUDA_ARCH__
@@ -80,6 +80,9 @@ NODE_CUDA_HD inline double mul(double a, double b) {
 NODE_CUDA_HD inline double py_max(double a, double b) { return b > a ? b : a; }
 NODE_CUDA_HD inline double py_min(double a, double b) { return b < a ? b : a; }
 NODE_CUDA_HD inline bool is_finite(double x) { return x - x == 0.0; }
+
+// The distance to the next larger number.
+NODE_CUDA_HD inline double ulp(double x) { return nextafter(fabs(x), HUGE_VAL) - fabs(x); }
 
 // The larger, or NaN if either is.
 NODE_CUDA_HD inline double nan_max(double a, double b) { return a != a || a > b ? a : b; }
@@ -97,16 +100,16 @@ NODE_CUDA_HD inline void cut(Ctl& ctl, const Law& law, double t) {
   double h = ctl.h, t1 = t + h;
   ctl.carried = 0.0;
   while (ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t) ++ctl.next_landing;
-  if (ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t1) {
+  if (ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t1 + mul(4.0, ulp(t1))) {
     t1 = law.landings[ctl.next_landing];
-    h = t1 - t;
+    h = py_min(t1 - t, h);
   }
   while (ctl.next_stop < law.stop_count && law.stops[ctl.next_stop] <= t) ++ctl.next_stop;
   if (ctl.next_stop < law.stop_count && t + mul(2.0, h) > law.stops[ctl.next_stop]) {
     const double stop = law.stops[ctl.next_stop];
     ctl.carried = h;
     t1 = t1 >= stop ? stop : t + mul(0.5, stop - t);
-    h = t1 - t;
+    h = py_min(t1 - t, h);
   }
   ctl.next = Interval{t, t1, h, ctl.direction * h};
 }

@@ -69,9 +69,9 @@ struct Finish {
 
 // One tensor of the list that accumulate works on, in device memory. dtype: of x; the sums are acc of it.
 struct Part {
-  void* sum;
-  void* error;         // the error's sum, null: none
-  const void* total;   // for sums_ratio: what accepted steps gave
+  void* sum;           // this step's
+  void* error;         // this step's error, null: none
+  void* total;         // what accepted steps gave; null: for accumulate alone
   int64_t size;
   int64_t first_chunk; // the sum of chunks_of(size) over the tensors before this one
   int64_t dtype;
@@ -143,7 +143,7 @@ int launch_commit_sums(const Part* parts, int64_t count, int64_t chunks, const C
 // max over the list of rms error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)).
 int launch_sums_ratio(const Part* parts, int64_t count, int64_t chunks, double rtol, double atol, void* workspace,
                       const Ctl* ctl, const Finish* finish, On on);
-// dot = Re sum conj(g) f, and a += g (a null: only the dot; f null: only the sum).
+// dot = Re sum conj(g) f, and a += g (a null: only the dot; f and dot null: only the sum).
 int launch_jump(int dtype, int64_t n, void* a, const void* g, const void* f, double* dot, void* workspace, On on);
 
 }  // extern "C"

@@ -6,6 +6,7 @@ It reports and decides nothing, and it never fails: what cannot be found out is 
 from __future__ import annotations
 
 import importlib.metadata
+import importlib.util
 import platform
 from typing import NamedTuple
 
@@ -15,6 +16,8 @@ from node_cuda._version import __version__
 from node_cuda.kernels import build, extension
 
 REFERENCE = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
+# What hands a solve to the kernels; until it is there they are built, and not called.
+DISPATCHED = importlib.util.find_spec("node_cuda.kernels.fused") is not None
 FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"
 
 
@@ -36,7 +39,7 @@ def _live_path() -> LivePath:
     gpu = torch.cuda.is_available()
     found = extension.installed(torch.cuda.get_device_capability() if gpu else None)
     if found.module is not None and gpu:
-        return LivePath(FUSED, f"{found.why}, and torch sees a CUDA device", None)
+        return _fused(f"{found.why}, and torch sees a CUDA device")
     if found.module is not None:
         return LivePath(
             REFERENCE,
@@ -45,10 +48,16 @@ def _live_path() -> LivePath:
         )
     first_use = extension.forecast()
     if first_use.possible and gpu:
-        return LivePath(FUSED, f"{found.why}; {first_use.why}", None)
+        return _fused(f"{found.why}; {first_use.why}")
     return LivePath(
         REFERENCE, f"{found.why}; {first_use.why}", f"in a checkout, with nvcc and a CUDA torch: {build.COMMAND}"
     )
+
+
+def _fused(why: str) -> LivePath:
+    if not DISPATCHED:
+        return LivePath(REFERENCE, f"{why}; but solves do not call the kernels yet", None)
+    return LivePath(FUSED, why, None)
 
 
 def devices() -> list[str]:

@@ -8,6 +8,7 @@ A source is added by putting it into csrc/: every .cpp there is compiled always,
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import re
@@ -29,8 +30,9 @@ NOTE = "_build.json"  # in the package's folder: what the last build did, and wh
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
 # No -std: torch's build chooses the one that its headers need. -g0: Python's own flags ask for debug information.
-CXX_FLAGS = ("-O3", "-g0", "-fvisibility=hidden")
-NVCC_FLAGS = ("-O3", "-lineinfo", "-Xcompiler=-fvisibility=hidden")
+CXX_FLAGS = ("-O2", "-g0", "-fvisibility=hidden")
+# For a profiler: NVCC_APPEND_FLAGS=-lineinfo, which makes the module three times as large.
+NVCC_FLAGS = ("-O3", "-Xcompiler=-fvisibility=hidden")
 
 
 class BuildError(Exception):
@@ -80,6 +82,14 @@ def sources(csrc: Path, kernels: bool) -> list[str]:
     if twice := {stem for stem in stems if stems.count(stem) > 1}:  # torch's build would give both the same object file
         raise BuildError(f"a .cpp and a .cu in csrc/ share the name {', '.join(sorted(twice))}: give one another name")
     return [str(path) for path in paths]
+
+
+def digest(csrc: Path, suffixes: Sequence[str] = (".cpp", ".cu", ".h", ".cuh")) -> str:
+    """A short hash of the sources, to see that they have changed."""
+    total = hashlib.sha256()
+    for path in sorted(path for path in csrc.iterdir() if path.suffix in suffixes):
+        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    return total.hexdigest()[:16]
 
 
 # --- tools -----------------------------------------------------------------------------------------------------------
@@ -233,14 +243,15 @@ def choose(environ: Mapping[str, str] = os.environ) -> Recipe:
         why = f"torch {version} and nvcc ({toolkit}) are there"
         return Recipe("cuda", why, version, torch.version.cuda is not None, toolkit, archs)
     if insists and setting != "cpu":
-        raise BuildError(f"{insists} asks for kernels, but {lacking}")
+        check = "" if torch.version.cuda else " (FORCE_CUDA=1 compiles them against a CPU torch too, as a check)"
+        raise BuildError(f"{insists} asks for kernels, but {lacking}{check}")
     return Recipe("cpu", "NODE_CUDA_BUILD=cpu was asked for" if setting == "cpu" else lacking, version)
 
 
 def missing_kernels(torch_cuda: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, Toolkit | None]:
     """("", the toolkit), or (what kernels need and is not there, None). torch_cuda is torch.version.cuda."""
     if torch_cuda is None and not forced(environ):
-        return "this torch is built without CUDA (FORCE_CUDA=1 compiles the kernels all the same, as a check)", None
+        return "this torch is built without CUDA", None
     toolkit = find_toolkit(environ)
     if toolkit is None:
         where = next((f"{name}={environ[name]}" for name in ("CUDA_HOME", "CUDA_PATH") if environ.get(name)), None)
@@ -262,9 +273,18 @@ def _visible_gpus() -> list[tuple[int, int]]:
 # --- flags -----------------------------------------------------------------------------------------------------------
 
 
-def macros(recipe: Recipe) -> list[tuple[str, str | None]]:
-    """What bind.cpp is told. Strings come in quotes."""
-    told: list[tuple[str, str | None]] = [("NODE_CUDA_TORCH", f'"{recipe.torch}"')]
+def macros(recipe: Recipe, csrc: Path) -> list[tuple[str, str | None]]:
+    """What bind.cpp is told. Strings come in quotes.
+
+    NODE_CUDA_HEADERS is read by nobody: ninja compiles again when a command changes, and with a CPU torch it knows of
+    no other way that a .cu depends on its headers and on nvcc's own variables.
+    """
+    nvcc = "".join(os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"))
+    headers = digest(csrc, (".h", ".cuh")) + hashlib.sha256(nvcc.encode()).hexdigest()[:8]
+    told: list[tuple[str, str | None]] = [
+        ("NODE_CUDA_TORCH", f'"{recipe.torch}"'),
+        ("NODE_CUDA_HEADERS", f'"{headers}"'),
+    ]
     if recipe.kernels:
         told += [("NODE_CUDA_WITH_KERNELS", None), ("NODE_CUDA_ARCHS", f'"{recipe.archs}"')]
     return told
@@ -295,16 +315,21 @@ def libraries(recipe: Recipe) -> list[str]:
 # --- the note that a build leaves for `python -m node_cuda` ----------------------------------------------------------
 
 
-def write_note(package: Path, setting: str, why: str) -> None:
-    (package / NOTE).write_text(json.dumps({"setting": setting, "why": why}) + "\n")
+class Note(NamedTuple):
+    setting: str
+    why: str
+    sources: str = ""  # their digest, where they were compiled
 
 
-def read_note() -> tuple[str, str] | None:
-    """(setting, why) of the build that made this install; None where it left none."""
+def write_note(package: Path, note: Note) -> None:
+    (package / NOTE).write_text(json.dumps(note._asdict()) + "\n")
+
+
+def read_note() -> Note | None:
+    """What the build that made this install left; None where it left nothing."""
     try:
-        note = json.loads((Path(__file__).resolve().parent.parent / NOTE).read_text())
-        return str(note["setting"]), str(note["why"])
-    except (OSError, ValueError, KeyError, TypeError):
+        return Note(**json.loads((Path(__file__).resolve().parent.parent / NOTE).read_text()))
+    except (OSError, ValueError, TypeError):
         return None
 
 

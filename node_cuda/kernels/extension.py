@@ -86,27 +86,36 @@ def installed(capability: Capability | None = None) -> Search:
         module = importlib.import_module(build.MODULE)
     except ModuleNotFoundError as error:
         if error.name == build.MODULE:
-            return Search(None, _why_not_installed())
+            return Search(None, f"the compiled module {build.MODULE} is not installed{_noted('python')}")
         return Search(None, f"{build.MODULE} is installed but does not load: {error}")
     except ImportError as error:  # built against another torch, or a shared library is missing
         return Search(None, f"{build.MODULE} is installed but does not load: {error}")
-    info = module.build_info()
+    info = module.build_info() if hasattr(module, "build_info") else {"torch": "an unknown version"}
     if info["torch"] != str(torch.__version__):
         why = f"{build.MODULE} was built with torch {info['torch']}, and this is torch {torch.__version__}"
         return Search(None, why)
     if not info["kernels"]:
-        note = build.read_note()
-        because = f" ({note[1]})" if note is not None and note[0] == "cpu" else ""
-        return Search(None, f"{build.MODULE} is installed without kernels{because}")
+        return Search(None, f"{build.MODULE} is installed without kernels{_noted('cpu')}")
+    if _outdated():
+        return Search(None, f"{build.MODULE} was compiled from other sources than those that are in csrc/ now")
     if unfit := _unfit(module, capability):
         return Search(None, unfit)
     return Search(module, f"{build.MODULE} was compiled at installation (CUDA {info['cuda']}, for {info['archs']})")
 
 
-def _why_not_installed() -> str:
+def _noted(setting: str) -> str:
+    """What the installation said about itself, in brackets, if it was in this setting."""
     note = build.read_note()
-    because = f" ({note[1]})" if note is not None and note[0] == "python" else ""
-    return f"the compiled module {build.MODULE} is not installed{because}"
+    return f" ({note.why})" if note is not None and note.setting == setting else ""
+
+
+def _outdated() -> bool:
+    """Whether an editable install has been changed since it was compiled: its structs may have another layout."""
+    note = build.read_note()
+    try:
+        return note is not None and note.sources not in ("", build.digest(build.find_csrc()))
+    except (build.BuildError, OSError):
+        return False
 
 
 def _unfit(module: ModuleType, capability: Capability | None) -> str:
@@ -149,11 +158,16 @@ def plan() -> Plan:
         raise build.BuildError(no_compiler)
     recipe = build.choose({**os.environ, "NODE_CUDA_BUILD": "auto"})
     csrc = build.find_csrc()
-    digest = hashlib.sha256(repr((sys.version, recipe, build.CXX_FLAGS, build.NVCC_FLAGS)).encode())
-    for path in sorted(path for path in csrc.iterdir() if path.is_file()):
-        digest.update(path.name.encode() + path.read_bytes())
     # Everything that the result depends on is in the name: another torch, GPU or version of node_cuda compiles anew.
-    name = f"node_cuda_C_{digest.hexdigest()[:16]}"
+    ingredients = (
+        sys.version,
+        recipe,
+        build.CXX_FLAGS,
+        build.NVCC_FLAGS,
+        build.macros(recipe, csrc),
+        build.digest(csrc),
+    )
+    name = f"node_cuda_C_{hashlib.sha256(repr(ingredients).encode()).hexdigest()[:16]}"
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
@@ -190,7 +204,8 @@ def _load(wanted: Plan) -> ModuleType:
     start = time.perf_counter()
     # torch's own lock outlives a process that was killed, and would then be waited for without end. Ours does not.
     (wanted.folder / "lock").unlink(missing_ok=True)
-    defined = [f"-D{key}" if value is None else shlex.quote(f"-D{key}={value}") for key, value in build.macros(recipe)]
+    macros = build.macros(recipe, wanted.csrc)
+    defined = [f"-D{key}" if value is None else shlex.quote(f"-D{key}={value}") for key, value in macros]
     home = cpp_extension.CUDA_HOME
     cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own search takes a wrapper for a toolkit
     try:

@@ -7,14 +7,17 @@
 #pragma once
 #include <ucontext.h>
 
+#include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <condition_variable>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
 #include <functional>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <thread>
 #include <vector>
@@ -34,6 +37,7 @@
 #define __host__
 #define __forceinline__ inline
 #define __launch_bounds__(...)
+#define __grid_constant__
 #define __shared__ static thread_local  // a host thread runs one block at a time
 
 // --- the runtime's few functions -------------------------------------------------------------------------------
@@ -225,14 +229,45 @@ SHIM_UNWATCHED inline void run_blocks(const std::vector<unsigned>& order, unsign
     blockIdx.x = order[i];
     run_block(threads);
   }
-#if defined(__SANITIZE_THREAD__)
-  for (Fiber& fiber : worker.fibers)
-    if (fiber.sanitizer != nullptr) __tsan_destroy_fiber(fiber.sanitizer), fiber.sanitizer = nullptr;
-#endif
 }
 
-template <class Body>
-void launch(unsigned blocks, unsigned threads, cudaStream_t stream, Body body) {
+// Host threads that run blocks at the same time. They outlive their launches, because fibers are dear to make for the
+// sanitizers, and are left behind at the end of the process.
+class Pool {
+ public:
+  void run(unsigned count, const std::function<void(unsigned)>& job) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    for (; size_ < count; ++size_) std::thread([this, i = size_, seen = round_] { serve(i, seen); }).detach();
+    job_ = &job;
+    count_ = remaining_ = count;
+    ++round_;
+    changed_.notify_all();
+    changed_.wait(lock, [this] { return remaining_ == 0; });
+  }
+
+ private:
+  void serve(unsigned i, uint64_t seen) {
+    std::unique_lock<std::mutex> lock(mutex_);
+    while (true) {
+      changed_.wait(lock, [&] { return round_ != seen; });
+      seen = round_;
+      if (i >= count_) continue;
+      lock.unlock();
+      (*job_)(i);
+      lock.lock();
+      if (--remaining_ == 0) changed_.notify_all();
+    }
+  }
+
+  std::mutex mutex_;
+  std::condition_variable changed_;
+  const std::function<void(unsigned)>* job_ = nullptr;
+  unsigned size_ = 0, count_ = 0, remaining_ = 0;
+  uint64_t round_ = 0;
+};
+inline Pool& pool = *new Pool;
+
+inline void launch(unsigned blocks, unsigned threads, cudaStream_t stream, const std::function<void()>& body) {
   if (next_error != 0) return;
   ++launches;
   launch_device = device;
@@ -243,10 +278,9 @@ void launch(unsigned blocks, unsigned threads, cudaStream_t stream, Body body) {
     std::mt19937_64 random(seed);
     for (unsigned b = blocks; b > 1; --b) std::swap(order[b - 1], order[random() % b]);
   }
-  if (workers <= 1) return run_blocks(order, 0, 1, threads, body);
-  std::vector<std::thread> pool;
-  for (int i = 0; i < workers; ++i) pool.emplace_back([&, i] { run_blocks(order, i, workers, threads, body); });
-  for (std::thread& thread : pool) thread.join();
+  const unsigned count = std::min<unsigned>(workers, blocks);
+  if (count <= 1) return run_blocks(order, 0, 1, threads, body);
+  pool.run(count, [&](unsigned i) { run_blocks(order, i, count, threads, body); });
 }
 
 }  // namespace shim
@@ -264,7 +298,12 @@ SHIM_UNWATCHED inline void __syncthreads() {
 #endif
 }
 
-inline void __threadfence() { std::atomic_thread_fence(std::memory_order_seq_cst); }
+// The thread sanitizer knows no fences; the atomics below order all that they need to.
+inline void __threadfence() {
+#if !defined(__SANITIZE_THREAD__)
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+#endif
+}
 
 // All lanes of a warp exchange a number: lane `from` of this one's warp, or the lane's own beyond the warp.
 SHIM_UNWATCHED inline double shim_exchange(double value, unsigned from) {
@@ -330,6 +369,7 @@ inline __half __float2half_rn(float x) {
   const unsigned short sign = std::signbit(x) ? 0x8000 : 0;
   if (x != x) return __half{0x7fff};
   const float size = std::fabs(x);
+  if (size == 0.0f) return __half{sign};
   if (size >= 65520.0f) return __half{static_cast<unsigned short>(sign | 0x7c00)};
   int exponent;
   std::frexp(size, &exponent);

@@ -1,0 +1,143 @@
+// dense_eval: all outputs that lie in a step, y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, straight from y0 and k.
+// Reads y0 and the k_j once for up to 64 outputs (y1 where P or an output at t1 asks for it), writes the outputs.
+#include "combine.h"
+
+namespace node_cuda {
+
+constexpr int OUTPUTS_AT_ONCE = 64;
+
+// The interpolant: B_j(x) = sum_d weight[j][d] x^(d + 1); the last row is P.
+template <int S>
+struct Polynomials {
+  double weight[Terms<S>::CAPACITY][MAX_DEGREE];
+  double end[MAX_DEGREE];
+  int degree, has_end;
+};
+
+__device__ inline double evaluate(const double* weight, int degree, double x) {
+  double value = 0.0;
+  for (int d = degree - 1; d >= 0; --d) value = mul(value + weight[d], x);
+  return value;
+}
+
+// Rows of the output need not be aligned, whatever y0 and k are.
+template <class T, int N>
+__device__ inline void store_row(T* p, const Acc<T> (&x)[N]) {
+  if (N == 1 || reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+    store(p, x);
+  } else {
+#pragma unroll
+    for (int l = 0; l < N; ++l) p[l] = from_acc<T>(x[l]);
+  }
+}
+
+template <class T, int S>
+__global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
+    dense_eval_kernel(Split split, T* out, const double* times, int64_t first, int64_t stop, const T* y0, const T* y1,
+                      const __grid_constant__ Terms<S> k, const __grid_constant__ Polynomials<S> polynomials,
+                      Where where) {
+  __shared__ Acc<T> weight[OUTPUTS_AT_ONCE][Terms<S>::CAPACITY + 1];
+  __shared__ bool at_end[OUTPUTS_AT_ONCE];
+  Interval at = where.at;
+  if (where.ctl != nullptr) {
+    if (!where.ctl->accept) return;
+    at = where.ctl->last;
+    first = where.ctl->first_output;
+    stop = where.ctl->next_output;
+  }
+  const int terms = S > 0 ? S : k.count;
+  for (int64_t begin = first; begin < stop; begin += OUTPUTS_AT_ONCE) {
+    const int outputs = static_cast<int>(stop - begin < OUTPUTS_AT_ONCE ? stop - begin : OUTPUTS_AT_ONCE);
+    __syncthreads();  // the last use of the weights is over
+    for (int q = threadIdx.x; q < outputs * (terms + 1); q += blockDim.x) {
+      const int o = q / (terms + 1), j = q % (terms + 1);
+      const double time = times[begin + o], x = py_min((time - at.t0) / (at.t1 - at.t0), 1.0);
+      if (j < terms) {
+        weight[o][j] = static_cast<Acc<T>>(at.dt * evaluate(polynomials.weight[j], polynomials.degree, x));
+      } else {
+        weight[o][terms] =
+            polynomials.has_end ? static_cast<Acc<T>>(evaluate(polynomials.end, polynomials.degree, x)) : Acc<T>(0);
+        at_end[o] = time == at.t1;
+      }
+    }
+    __syncthreads();
+    for_each<T>(split, [&](auto width, int64_t i) {
+      constexpr int N = decltype(width)::value;
+      // As in memory: halves take half the registers.
+      const Vec<T, N> start = *reinterpret_cast<const Vec<T, N>*>(y0 + i);
+      [[maybe_unused]] Vec<T, N> raw[S > 0 ? S : 1];
+#pragma unroll
+      for (int j = 0; j < S; ++j)
+        raw[j] = *reinterpret_cast<const Vec<T, N>*>(static_cast<const T*>(k.x[j]) + i);
+      for (int o = 0; o < outputs; ++o) {
+        Acc<T> acc[N];
+        if (at_end[o]) {
+          load(y1 + i, acc);
+        } else {
+#pragma unroll
+          for (int l = 0; l < N; ++l) acc[l] = to_acc(start.v[l]);
+          if (polynomials.has_end) {
+            Acc<T> end[N];
+            load(y1 + i, end);
+#pragma unroll
+            for (int l = 0; l < N; ++l) acc[l] = multiply_add(weight[o][terms], end[l] - acc[l], acc[l]);
+          }
+          if constexpr (S > 0) {
+#pragma unroll
+            for (int j = 0; j < S; ++j) {
+#pragma unroll
+              for (int l = 0; l < N; ++l) acc[l] = multiply_add(weight[o][j], to_acc(raw[j].v[l]), acc[l]);
+            }
+          } else {
+            for (int j = 0; j < terms; ++j) add_term<T, N>(acc, k.x[j], weight[o][j], i);
+          }
+        }
+        store_row<T, N>(out + (begin + o) * split.n + i, acc);
+      }
+    });
+  }
+}
+
+// The counts of the default interpolants (bosh3, dopri5, tsit5) as constants; the others read k again for each output.
+// Seven of doubles would not fit the registers either; the cache has them.
+template <class T, class F>
+int dispatch_terms(int count, F f) {
+  switch (count) {
+#ifndef NODE_CUDA_FEW_TYPES
+    case 4: return f(Width<4>{});
+    case 6: return f(Width<6>{});
+#endif
+    case 7: return f(Width<sizeof(T) < 8 ? 7 : 0>{});
+    default: return count < 0 || count > MAX_TERMS ? INVALID_VALUE : f(Width<0>{});
+  }
+}
+
+extern "C" int launch_dense_eval(int dtype, int64_t n, void* out, const double* times, int64_t first, int64_t stop,
+                                 const void* y0, const void* y1, int count, int degree, const void* const* k,
+                                 const double* weights, const double* end_weights, const Where* where, On on) {
+  if (degree < 0 || degree > MAX_DEGREE) return refuse("dense_eval");
+  if (n == 0 || (where->ctl == nullptr && first >= stop)) return cudaSuccess;
+  const int error = dispatch_real(dtype, &n, [&](auto type) {
+    using T = typename decltype(type)::type;
+    Alignment alignment(LANES<T>);
+    alignment.with(static_cast<const T*>(y0)).with(static_cast<const T*>(y1));
+    for (int j = 0; j < count; ++j) alignment.with(k[j], sizeof(T));
+    const Split split(n, LANES<T>, alignment.phase());
+    return dispatch_terms<T>(count, [&](auto terms) {
+      constexpr int S = decltype(terms)::value;
+      Polynomials<S> polynomials{};
+      polynomials.degree = degree;
+      polynomials.has_end = end_weights != nullptr;
+      for (int d = 0; d < degree; ++d) {
+        for (int j = 0; j < count; ++j) polynomials.weight[j][d] = weights[j * degree + d];
+        if (end_weights != nullptr) polynomials.end[d] = end_weights[d];
+      }
+      return launch("dense_eval", dense_eval_kernel<T, S>, grid_for(split.work()), THREADS, on, split,
+                    static_cast<T*>(out), times, first, stop, static_cast<const T*>(y0), static_cast<const T*>(y1),
+                    Terms<S>(count, k, nullptr), polynomials, *where);
+    });
+  });
+  return error == INVALID_VALUE ? refuse("dense_eval") : error;
+}
+
+}  // namespace node_cuda

@@ -1,0 +1,34 @@
+// step_control and its kin: one thread, scalars only. Where error_ratio's last block does it, no launch is needed.
+#include "launch.h"
+
+namespace node_cuda {
+
+__global__ void step_control_kernel(Ctl* ctl, Law law, const double* ratios, int64_t count) {
+  double ratio = 0.0;
+  for (int64_t i = 0; i < count; ++i) ratio = nan_max(ratio, ratios[i]);
+  step_control(*ctl, law, ratio);
+}
+
+__global__ void start_control_kernel(Ctl* ctl, Law law, double direction, double t0, double h) {
+  start_control(*ctl, law, direction, t0, h);
+}
+
+__global__ void grid_control_kernel(Ctl* ctl, Law law, const double* points, int64_t count) {
+  grid_control(*ctl, law, points, count);
+}
+
+extern "C" int launch_step_control(Ctl* ctl, const Law* law, const double* ratios, int64_t count, On on) {
+  return launch("step_control", step_control_kernel, 1, 1, on, ctl, *law, ratios, count);
+}
+
+extern "C" int launch_start_control(Ctl* ctl, const Law* law, double direction, double t0, double h, On on) {
+  return launch("start_control", start_control_kernel, 1, 1, on, ctl, *law, direction, t0, h);
+}
+
+extern "C" int launch_grid_control(Ctl* ctl, const Law* law, const double* points, int64_t count, On on) {
+  return launch("grid_control", grid_control_kernel, 1, 1, on, ctl, *law, points, count);
+}
+
+extern "C" const char* failed_op() { return last_failed_op; }
+
+}  // namespace node_cuda
