@@ -6,6 +6,12 @@ namespace node_cuda {
 
 constexpr int OUTPUTS_AT_ONCE = 64;
 
+#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // there ptxas spills a few bytes with 64 registers
+constexpr int DENSE_BLOCKS = 3;
+#else
+constexpr int DENSE_BLOCKS = BLOCKS_AT_ONCE;
+#endif
+
 // The interpolant: B_j(x) = sum_d weight[j][d] x^(d + 1); the last row is P.
 template <int S>
 struct Polynomials {
@@ -32,7 +38,7 @@ __device__ inline void store_row(T* p, const Acc<T> (&x)[N]) {
 }
 
 template <class T, int S>
-__global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
+__global__ void __launch_bounds__(THREADS, DENSE_BLOCKS)
     dense_eval_kernel(Split split, T* out, const double* times, int64_t first, int64_t stop, const T* y0, const T* y1,
                       const __grid_constant__ Terms<S> k, const __grid_constant__ Polynomials<S> polynomials,
                       Where where) {
@@ -89,6 +95,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
               for (int l = 0; l < N; ++l) acc[l] = multiply_add(weight[o][j], to_acc(raw[j].v[l]), acc[l]);
             }
           } else {
+#pragma unroll 1
             for (int j = 0; j < terms; ++j) add_term<T, N>(acc, k.x[j], weight[o][j], i);
           }
         }
@@ -99,15 +106,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 }
 
 // The counts of the default interpolants (bosh3, dopri5, tsit5) as constants; the others read k again for each output.
-// Seven of doubles would not fit the registers either; the cache has them.
+// Seven of doubles would not fit the registers, nor any number of halves, 8 to a thread: the cache has them.
 template <class T, class F>
 int dispatch_terms(int count, F f) {
   switch (count) {
 #ifndef NODE_CUDA_FEW_TYPES
-    case 4: return f(Width<4>{});
-    case 6: return f(Width<6>{});
+    case 4: return f(Width<sizeof(T) == 2 ? 0 : 4>{});
+    case 6: return f(Width<sizeof(T) == 2 ? 0 : 6>{});
 #endif
-    case 7: return f(Width<sizeof(T) < 8 ? 7 : 0>{});
+    case 7: return f(Width<sizeof(T) == 4 ? 7 : 0>{});
     default: return count < 0 || count > MAX_TERMS ? INVALID_VALUE : f(Width<0>{});
   }
 }

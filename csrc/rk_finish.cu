@@ -29,7 +29,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     };
     if constexpr (S > 0) {
       // Two sums of 8 halves, or weights in double, and all the k at once are more than 64 registers.
-      [[maybe_unused]] constexpr int AT_ONCE = sizeof(T) == 2 ? 3 : sizeof(T) == 8 ? 4 : S;
+      [[maybe_unused]] constexpr int AT_ONCE = sizeof(T) == 2 ? 3 : sizeof(T) == 8 ? 3 : S;
 #pragma unroll AT_ONCE
       for (int j = 0; j < S; ++j) add(j);
     } else {

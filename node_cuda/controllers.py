@@ -64,7 +64,7 @@ def controller(choice: Any) -> Controller:
     """A controller from its name, or itself."""
     if isinstance(choice, Controller):
         return choice
-    if choice not in CONTROLLERS:
+    if not isinstance(choice, str) or choice not in CONTROLLERS:
         raise InvalidInput(
             f'options["controller"] must be one of {", ".join(map(repr, CONTROLLERS))} or a '
             f"node_cuda.controllers.Controller; got {choice!r}."
@@ -73,7 +73,11 @@ def controller(choice: Any) -> Controller:
 
 
 class Pace(Protocol):
-    """Where steps end, and whether they are good."""
+    """Where steps end, and whether they are good. starts_at_jump: the field is discontinuous where the solve
+    begins. judges: steps may be rejected."""
+
+    starts_at_jump: bool
+    judges: bool
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
         """Called once, before the first step."""
@@ -125,6 +129,8 @@ class Adaptive:
         start, direction = problem.times[0], problem.direction
         step_t = times_option("step_t", options.step_t, direction, start)
         jump_t = times_option("jump_t", options.jump_t, direction, start)
+        self.starts_at_jump = start in jump_t
+        self.judges = True
         self._landings = collections.deque(sorted(step_t + jump_t))
         if len(set(self._landings)) < len(self._landings):
             raise ValueError(
@@ -198,12 +204,13 @@ class Adaptive:
         while self._landings and self._landings[0] <= t:
             self._landings.popleft()
         # A landing that the step misses by rounding would leave a sliver for the next one.
-        if self._landings and self._landings[0] <= t1 + 4 * math.ulp(t1):
+        landed = bool(self._landings) and self._landings[0] <= t1 + 4 * math.ulp(t1)
+        if landed:
             t1 = self._landings[0]
             h = min(t1 - t, h)  # rounding may make the difference larger than max_step
         while self._stops and self._stops[0] <= t:
             self._stops.popleft()
-        if self._stops and t + 2 * h > self._stops[0]:
+        if self._stops and (t1 >= self._stops[0] or (not landed and t + 2 * h > self._stops[0])):
             # Two steps would pass the stop: land on it, in one step, or in two even ones and no sliver.
             stop, self._carried = self._stops[0], h
             t1 = stop if t1 >= stop else t + 0.5 * (stop - t)
@@ -249,13 +256,15 @@ class Adaptive:
 class Grid:
     """Steps from one point of a grid to the next, all of them good.
 
-    points: ascending solver times. tensors: the same in the user's time, where the tape must see them.
+    points: ascending solver times. tensors: the first of them, at least one, in the user's time, where the tape must
+    see them; a step from the last of these to a later point is from a tensor to a number.
     """
 
     def __init__(self, problem: Problem, points: Iterable[float], stats: Stats, tensors: Tensor | None = None) -> None:
         self.problem = problem
         self.stats = stats
         self.tensors = tensors
+        self.starts_at_jump = self.judges = False
         self._points = iter(points)
         self._index = 0
 
@@ -272,7 +281,11 @@ class Grid:
             self.problem.callback("callback_step", t, y, t1 - t, self.problem.t.dtype)
         i = self._index
         self._index += 1
-        return Move(t1, t1 - t, None if self.tensors is None else (self.tensors[i], self.tensors[i + 1]))
+        if self.tensors is None or i >= len(self.tensors):
+            return Move(t1, t1 - t)
+        start = self.tensors[i]
+        stop = self.tensors[i + 1] if i + 1 < len(self.tensors) else start.new_tensor(self.problem.direction * t1)
+        return Move(t1, t1 - t, (start, stop))
 
     def fresh(self) -> None:
         """Nothing is counted."""

@@ -12,7 +12,7 @@ from torch.autograd.function import once_differentiable
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.field import Layout
 from node_cuda.odeint import odeint
-from node_cuda.status import InvalidType
+from node_cuda.status import InvalidInput, InvalidType
 
 
 def odeint_event(
@@ -36,28 +36,68 @@ def odeint_event(
     """
     if not isinstance(t0, Tensor):
         raise InvalidType(f"t0 must be a torch.Tensor; got a {type(t0).__name__}. Use `torch.tensor({t0!r})`.")
+    if t0.numel() != 1:
+        raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve for each start by itself.")
     start = t0.reshape(-1)
     step = -1.0 if reverse_time else 1.0
     event_t, ys = odeint_interface(func, y0, torch.cat([start, start.detach() + step]), event_fn=event_fn, **kwargs)
     is_tuple = isinstance(ys, tuple)
     parts = ys if is_tuple else (ys,)
-    layout = Layout(tuple(part.shape[1:] for part in parts))
+    shapes = tuple(part.shape[1:] for part in parts)
+    layout = Layout(shapes)
     flat = layout.flatten(tuple(part[-1] for part in parts))
-    phi = tuple(event_fn.parameters()) if isinstance(event_fn, nn.Module) else ()
-    event_t, flat = _EventGradient.apply(
-        func, event_fn, layout if is_tuple else Layout(), parts[0].shape[1:], event_t, flat, *phi
-    )
+    crossing = _Crossing(func, event_fn, shapes, is_tuple, start.detach(), tuple(part[0].detach() for part in parts))
+    phi = tuple(p for p in event_fn.parameters() if p.requires_grad) if isinstance(event_fn, nn.Module) else ()
+    event_t, flat = _EventGradient.apply(crossing, event_t, flat, *phi)
     ends = layout.unflatten(flat)
     stitched = tuple(torch.cat([part[:-1], end[None]]) for part, end in zip(parts, ends, strict=True))
     return event_t, stitched if is_tuple else stitched[0]
+
+
+class _Crossing:
+    """The field and the event function at an event, of a flat state."""
+
+    def __init__(
+        self,
+        func: Func,
+        event_fn: EventFunc,
+        shapes: tuple[torch.Size, ...],
+        is_tuple: bool,
+        t0: Tensor,
+        y0: tuple[Tensor, ...],
+    ) -> None:
+        self.func = func
+        self.event_fn = event_fn
+        self.layout = Layout(shapes)
+        self.is_tuple = is_tuple
+        with torch.no_grad():
+            self._signs = torch.sign(self._values(t0[0].to(y0[0].dtype.to_real()), self.layout.flatten(y0)))
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        """f(t, y), flat; the state is a copy, which func may write into."""
+        out = self.func(t, self._state(y.clone()))
+        return self.layout.flatten(out if self.is_tuple else (out,)).to(y.dtype)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """The element of event_fn that crosses zero here: the least of those that all began positive."""
+        values = self._values(t, y)
+        return values[(values.detach() * self._signs).argmin()]
+
+    def _values(self, t: Tensor, y: Tensor) -> Tensor:
+        value = self.event_fn(t, self._state(y))
+        return value.reshape(-1) if isinstance(value, Tensor) else torch.as_tensor(value).reshape(-1)
+
+    def _state(self, y: Tensor) -> State:
+        parts = self.layout.unflatten(y)
+        return parts if self.is_tuple else parts[0]
 
 
 class _EventGradient(torch.autograd.Function):
     """The identity on (t*, y(t*)); backwards it adds what moves the event's time."""
 
     @staticmethod
-    def forward(ctx, func, event_fn, layout, shape, event_t, y, *phi):
-        ctx.func, ctx.event_fn, ctx.layout, ctx.shape = func, event_fn, layout, shape
+    def forward(ctx, crossing, event_t, y, *phi):
+        ctx.crossing = crossing
         ctx.save_for_backward(event_t, y, *phi)
         return event_t.clone(), y.clone()
 
@@ -65,22 +105,15 @@ class _EventGradient(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
         event_t, y, *phi = ctx.saved_tensors
-
-        def state(flat: Tensor) -> State:
-            return ctx.layout.unflatten(flat) if ctx.layout.shapes is not None else flat.view(ctx.shape)
-
-        t = event_t.detach().to(y.dtype.to_real())
-        f = ctx.layout.flatten(ctx.func(t, state(y.detach()))).reshape(-1).to(y.dtype)
+        t, y = event_t.detach().to(y.dtype.to_real()), y.detach()
+        f = ctx.crossing.field(t, y)
         with torch.enable_grad():
-            t_, y_ = t.clone().requires_grad_(True), y.detach().clone().requires_grad_(True)
-            c = ctx.event_fn(t_, state(y_)).reshape(-1)
-            # The element that is zero here is the one that made the event.
-            grads = torch.autograd.grad(c[c.detach().abs().argmin()], (t_, y_, *phi), allow_unused=True)
-        dc_dt, dc_dy, *dc_dphi = (
-            torch.zeros_like(x) if g is None else g for g, x in zip(grads, (t_, y_, *phi), strict=True)
-        )
+            inputs = (t.clone().requires_grad_(True), y.clone().requires_grad_(True), *phi)
+            c = ctx.crossing.condition(*inputs[:2])
+            grads = torch.autograd.grad(c, inputs, allow_unused=True) if c.requires_grad else [None] * len(inputs)
+        dc_dt, dc_dy, *dc_dphi = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))
         rate = dc_dt + torch.vdot(dc_dy, f).real
         if not rate.abs() > 0:
             rate = rate + 1e-12
         moved = -(grad_t + torch.vdot(grad_y, f).real) / rate
-        return (None, None, None, None, None, grad_y + moved * dc_dy, *(moved * g for g in dc_dphi))
+        return (None, None, grad_y + moved * dc_dy, *(moved * g for g in dc_dphi))

@@ -38,7 +38,7 @@ class HostLoop:
     def steps(self) -> Iterator[Step]:
         """The accepted steps, one after another, until the pace proposes no more or the caller has enough."""
         span = (self.problem.t[0], self.problem.t[0]) if self._taped() else None
-        self.k1 = self.stepper.first(self.t, self.y, span)
+        self.k1 = self.stepper.first(self.t, self.y, span, self.pace.starts_at_jump)
         self.pace.start(self.t, self.y, self.k1)
         while (move := self.pace.propose(self.t, self.y)) is not None:
             step = self.stepper.attempt(self.t, move, self.y, self.k1)
@@ -82,7 +82,11 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
         status = failure.status
         outputs.fill_missing()
     loop.stats.nfe = problem.field.nfe
-    return outputs.stacked(), status
+    ys = outputs.stacked()
+    # A fixed grid judges no step: as in torchdiffeq its NaN is returned, but the status says so.
+    if status is Status.SUCCESS and len(ys) > 1 and not loop.pace.judges and not bool(torch.isfinite(ys[-1]).all()):
+        status = Status.NON_FINITE
+    return ys, status
 
 
 class _Outputs:
@@ -154,8 +158,13 @@ def solve_event(
         t = torch.tensor(problem.direction * s, dtype=problem.time_dtype, device=y.device)
         loop.stats.host_reads += 1
         with torch.no_grad():
-            return math.copysign(1.0, v) if (v := float(event_fn(t, y))) else 0.0
+            value = float(event_fn(t, y))
+        if math.isnan(value):
+            loop.stats.nfe = problem.field.nfe
+            raise SolveError(Status.NON_FINITE, problem.direction * s, loop.stats, "event_fn returned NaN.")
+        return math.copysign(1.0, value) if value else 0.0
 
+    latest = 1e-3 * torch.finfo(problem.time_dtype).max  # a few more steps would overflow t
     start = sign(loop.t, loop.y)
     if start == 0.0:
         return problem.direction * loop.t, loop.y
@@ -172,8 +181,8 @@ def solve_event(
             s = 0.5 * (low + high)
             loop.stats.nfe = problem.field.nfe
             return problem.direction * s, interpolant.evaluate(step, k, position(step, s, problem.direction))
-        if count == max_steps:
+        if count == max_steps or not abs(step.t1) < latest:
             break
     loop.stats.nfe = problem.field.nfe
-    detail = f"Reached maximum number of iterations {max_steps}."
+    detail = f"Reached maximum number of iterations {max_steps}." if max_steps else "No event before the end of time."
     raise SolveError(Status.NO_EVENT, problem.direction * loop.t, loop.stats, detail)

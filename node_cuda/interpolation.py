@@ -71,8 +71,8 @@ class CubicHermite:
         self.stepper = stepper
 
     def prepare(self, step: Step) -> list[Tensor]:
-        """f0 and f1."""
-        return [step.k[0], self.stepper.slope_at_end(step)]
+        """f0 and f1. A copy of f0, as func may write its buffer again."""
+        return [step.k[0].clone(), self.stepper.slope_at_end(step)]
 
     def evaluate(self, step: Step, k: list[Tensor], x: float | Tensor, out: Tensor | None = None) -> Tensor:
         """See `Interpolant`."""
@@ -92,8 +92,11 @@ def default_interpolant(stepper: ExplicitRK, tableau: Tableau, dense: str) -> In
 
 def position(step: Step, s: float, direction: float, t: Tensor | None = None) -> float | Tensor:
     """x in [0, 1] of the solver time s in a step; a 0-d tensor if t, the same time as the user's, is on the tape."""
-    if t is None:
+    if t is None and not (step.span is not None and torch.is_grad_enabled()):
         return min((s - step.t0) / (step.t1 - step.t0), 1.0)
+    if t is None:
+        # The ends of the step are on the tape, and the time asked for stays where it is.
+        t = torch.tensor(direction * s, dtype=torch.float64, device=step.y0.device)
     start = step.span[0] if step.span is not None else torch.tensor(direction * step.t0, dtype=t.dtype, device=t.device)
     stop = step.span[1] if step.span is not None else torch.tensor(direction * step.t1, dtype=t.dtype, device=t.device)
     return ((t - start) / (stop - start)).to(step.y0.device, step.y0.dtype.to_real())

@@ -111,14 +111,16 @@ def make_loop(
     return HostLoop(problem, stepper, pace, stats, record=options.record_steps), interpolant
 
 
-def _endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[float], None]:
+def _endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[float], Tensor | None]:
+    """Steps without end; on the tape only the first moves with t[0], as the others end where the solver chose."""
     if options.step_size is None:
         raise InvalidInput(
             "Event handling for fixed step solvers requires `step_size`; got none. "
             "Use options=dict(step_size=0.01), say."
         )
     start, step = problem.times[0], options.step_size
-    return (start + i * step for i in itertools.count()), None
+    on_tape = torch.is_grad_enabled() and problem.t.requires_grad
+    return (start + i * step for i in itertools.count()), problem.t[:1] if on_tape else None
 
 
 def _grid(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Tensor | None]:
@@ -139,14 +141,15 @@ def _grid(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Ten
         grid = t
     points = [problem.direction * value for value in grid.detach().double().tolist()]
     if any(not a < b for a, b in itertools.pairwise(points)):
-        raise InvalidInput("grid_constructor must return strictly monotonic times in the direction of t.")
+        raise InvalidInput(f"grid_constructor must return strictly monotonic times in the direction of t; got {grid}.")
     return points, grid if torch.is_grad_enabled() and t.requires_grad else None
 
 
 def _uniform_grid(t: Tensor, step: float) -> Tensor:
-    """t[0], t[0] + step, ..., and t[-1] as the last point. Rounds as t's dtype does, on the host, as torchdiffeq."""
+    """t[0], t[0] + step, ..., and t[-1] as the last point, in double; as many points as torchdiffeq has."""
     first, last = t[0].detach().cpu(), t[-1].detach().cpu()
     steps = int(torch.ceil((last - first) / step + 1).item()) - 1
+    t = t.double()
     inner = torch.arange(0, max(steps, 1), dtype=t.dtype, device=t.device) * step + t[0]
     # Rounding may put the last of the inner points on the end itself.
     inner = inner[: max(int(((t[-1].detach() - inner.detach()) * step > 0).sum()), 1)]

@@ -59,6 +59,8 @@ class ErrorNorm:
 
     def scale(self, magnitude: Tensor) -> Tensor:
         """atol + rtol * magnitude, for a real non-negative magnitude of the state's shape."""
+        if magnitude.dtype in _HALF:
+            magnitude = magnitude.float()  # where rtol |y| underflows less
         if isinstance(self.rtol, Tensor):
             return self.atol + self.rtol.to(magnitude) * magnitude
         return torch.add(self._atol_like(magnitude), magnitude, alpha=self.rtol)

@@ -16,7 +16,7 @@ from node_cuda.gradients.request import AdjointArguments, Request
 from node_cuda.methods import Method, lookup, supported_callbacks
 from node_cuda.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
-from node_cuda.status import InvalidInput, Status
+from node_cuda.status import InvalidInput, SolveError, Status
 
 
 def odeint(
@@ -137,9 +137,16 @@ def solve(
             f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}. t[1] only gives the "
             "direction of time: `torch.stack([t0, t0 + 1])`."
         )
-    event_t, ys = mode.event(request, combined_event(event_fn, problem))
+    status = Status.SUCCESS
+    try:
+        event_t, ys = mode.event(request, combined_event(event_fn, problem))
+    except SolveError as failure:
+        if chosen.options.throw:
+            raise
+        status, event_t = failure.status, t[0].detach() * torch.nan
+        ys = torch.stack([problem.y0, torch.full_like(problem.y0, torch.nan)])
     ts = torch.stack([t[0].detach(), event_t])
-    return Solution(ts, problem.layout.unflatten(ys, (2,)), request.stats, Status.SUCCESS, event_t)
+    return Solution(ts, problem.layout.unflatten(ys, (2,)), request.stats, status, event_t)
 
 
 def odeint_dense(
@@ -156,11 +163,13 @@ def odeint_dense(
     """Solve from t0 to t1 and return y as a function of time, callable with times of any shape between them.
 
     As torchdiffeq's `odeint_dense`, but for every method, tuple states and both directions. t0, t1: 0-d tensors or
-    numbers. Raises as `odeint` does.
+    numbers. A method whose default interpolant is two orders below its own (bosh3, dopri8) takes its accurate one.
+    Raises as `odeint` does, also with options=dict(throw=False): half a function is of no use.
     """
     chosen = lookup(method, options)
-    t0 = torch.as_tensor(t0)
-    t = torch.stack([t0, torch.as_tensor(t1, dtype=t0.dtype, device=t0.device)])
+    if not (isinstance(t0, Tensor) and t0.is_floating_point()):
+        t0 = torch.as_tensor(t0, dtype=torch.float64)
+    t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
     return solve_dense(problem, chosen, Stats(host_reads=1))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Norm
-from node_cuda.status import InvalidInput
+from node_cuda.status import InvalidInput, InvalidType
 
 
 @dataclass(frozen=True)
@@ -104,21 +104,34 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
 
 
 def times_option(name: str, values: Any, direction: float, start: float) -> list[float]:
-    """step_t or jump_t (tensor, list or None, in the user's time) as ascending solver times after `start`."""
+    """step_t or jump_t (tensor, list or None, in the user's time) as ascending solver times from `start` on."""
     if values is None:
         return []
     flat = torch.as_tensor(values, dtype=torch.float64).detach().reshape(-1).tolist()
     if not all(map(math.isfinite, flat)):
         raise InvalidInput(f"options[{name!r}] must be finite times; got {flat}.")
-    return sorted(s for s in (direction * value for value in flat) if s > start)
+    return sorted(s for s in (direction * value for value in flat) if s >= start)
 
 
 def _check(options: Common) -> None:
+    for name in (*_SCALARS, "max_num_steps"):
+        value = getattr(options, name, None)
+        if value is not None and not isinstance(value, (int, float)):
+            raise InvalidType(f'options["{name}"] must be a number; got {value!r:.60}.')
+    if options.norm is not None and not callable(options.norm):
+        raise InvalidType(f'options["norm"] must be a function of the scaled error; got {options.norm!r:.60}.')
     if isinstance(options, AdaptiveOptions):
         if options.dense not in ("default", "accurate"):
             raise InvalidInput(f'options["dense"] must be "default" or "accurate"; got {options.dense!r}.')
-        if options.first_step is not None and not options.first_step > 0:
-            raise InvalidInput(f'options["first_step"] must be positive; got {options.first_step}.')
+        for name, holds, need in (
+            ("first_step", options.first_step is None or 0 < options.first_step < math.inf, "positive and finite"),
+            ("safety", 0 < options.safety < math.inf, "positive and finite; torchdiffeq's is 0.9"),
+            ("dfactor", 0 < options.dfactor < 1, "between 0 and 1; torchdiffeq's is 0.2"),
+            ("ifactor", options.ifactor >= 1, "at least 1; torchdiffeq's is 10"),
+            ("max_num_steps", options.max_num_steps >= 0, "a number of steps"),
+        ):
+            if not holds:
+                raise InvalidInput(f'options["{name}"] must be {need}; got {getattr(options, name)}.')
         if not 0 <= options.min_step <= options.max_step or not options.max_step > 0:
             raise InvalidInput(
                 f"options must have 0 <= min_step <= max_step and max_step > 0; got min_step = {options.min_step}, "
@@ -129,5 +142,5 @@ def _check(options: Common) -> None:
             raise ValueError(f'Unknown interpolation method {options.interp!r}; use interp="linear" or "cubic".')
         if options.step_size is not None and options.grid_constructor is not None:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments. Drop one of them.")
-        if options.step_size is not None and not options.step_size > 0:
-            raise InvalidInput(f'options["step_size"] must be positive; got {options.step_size}.')
+        if options.step_size is not None and not 0 < options.step_size < math.inf:
+            raise InvalidInput(f'options["step_size"] must be positive and finite; got {options.step_size}.')

@@ -156,32 +156,55 @@ def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
 
 def check_tolerance(name: str, tol: Any, layout: Layout, flat: Tensor) -> Tol:
     """A float where one number serves, else a tensor that broadcasts against the flat state."""
+    if layout.shapes is None or isinstance(tol, Tensor) or not isinstance(tol, Iterable):
+        return _tolerance(name, tol, flat.shape, flat)
+    tol = tuple(tol)
+    if len(tol) != len(layout.shapes):
+        raise InvalidInput(
+            f"If using tupled {name} it must have the same length as the tuple y0: got {len(tol)}, needed "
+            f"{len(layout.shapes)}. Give one number, or one for each component."
+        )
+    parts = [
+        _tolerance(f"{name}[{i}]", x, shape, flat) for i, (x, shape) in enumerate(zip(tol, layout.shapes, strict=True))
+    ]
+    real = flat.dtype.to_real()
+    return torch.cat(
+        [
+            torch.as_tensor(x, dtype=real, device=flat.device).expand(shape).reshape(-1)
+            for x, shape in zip(parts, layout.shapes, strict=True)
+        ]
+    )
+
+
+def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
+    """One tolerance of a state, or of a component, of this shape."""
+    if not isinstance(tol, (Tensor, float, int)):
+        try:
+            tol = torch.as_tensor(tol, dtype=flat.dtype.to_real())
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidType(f"{name} must be a number or a tensor; got {tol!r:.60}. Use 1e-6, say.") from None
     if isinstance(tol, Tensor) and tol.requires_grad:
         raise InvalidInput(
-            f"{name} cannot require gradient, and the tensor that was given does. Pass `{name}.detach()`."
+            f"{name} cannot require gradient, but the tensor that was given does. Pass `{name}.detach()`."
         )
     if isinstance(tol, Tensor) and tol.ndim == 0:
         tol = tol.item()
-    if layout.shapes is not None and isinstance(tol, Iterable):
-        tol = tuple(tol)
-        if len(tol) != len(layout.shapes):
-            raise InvalidInput(
-                f"If using tupled {name} it must have the same length as the tuple y0: got {len(tol)}, needed "
-                f"{len(layout.shapes)}. Give one number, or one for each component."
-            )
-        real = flat.dtype.to_real()
-        parts = [torch.as_tensor(x, dtype=real, device=flat.device) for x in tol]
-        parts = [
-            x.reshape(-1) if x.numel() == size else x.expand(size)
-            for x, size in zip(parts, layout.sizes or (), strict=True)
-        ]
-        tol = torch.cat(parts)
-    if not isinstance(tol, (Tensor, float, int)):
-        tol = torch.as_tensor(tol, dtype=flat.dtype.to_real())
-    smallest = float(tol.min() if isinstance(tol, Tensor) and tol.numel() else 0.0 if isinstance(tol, Tensor) else tol)
-    if not smallest >= 0:
-        raise InvalidInput(f"{name} must not be negative; got {smallest:g}.")
-    return tol.to(flat.device, flat.dtype.to_real()) if isinstance(tol, Tensor) else float(tol)
+    if not isinstance(tol, Tensor):
+        if isinstance(tol, complex) or not tol >= 0:
+            raise InvalidInput(f"{name} must be a number that is not negative; got {tol}.")
+        return float(tol)
+    if tol.is_complex() or not bool((tol >= 0).all()):
+        raise InvalidInput(f"{name} must be real and not negative; got {tol}.")
+    try:
+        fits = torch.broadcast_shapes(tol.shape, shape) == shape
+    except RuntimeError:
+        fits = tol.numel() == shape.numel() and len(shape) != 1
+        tol = tol.reshape(shape) if fits else tol
+    if not fits:
+        raise InvalidInput(
+            f"{name} must be a number, or broadcast against the state's shape {tuple(shape)}; got {tuple(tol.shape)}."
+        )
+    return tol.to(flat.device, flat.dtype.to_real())
 
 
 def _callbacks(func: Func, suffix: str) -> dict[str, Callback]:

@@ -12,8 +12,18 @@ from torch import Tensor
 from node_cuda.options import ScipyOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import SolveError, Status
+from node_cuda.status import SolveError, Status, Unsupported
 from node_cuda.steppers.step import Clock
+
+COMPLEX = ("RK45", "RK23", "DOP853", "BDF")
+"""scipy's solvers that take complex states."""
+
+
+class _NotFinite(Exception):
+    """The field was not finite at solver time s; scipy itself would go on, some solvers for ever."""
+
+    def __init__(self, s: float) -> None:
+        self.s = s
 
 
 class ScipySolve:
@@ -26,20 +36,32 @@ class ScipySolve:
         if options.solver == "LSODA":
             limits["min_step"] = options.min_step
         tolerance = {"rtol": self._numpy(problem.norm.rtol), "atol": self._numpy(problem.norm.atol)}
-        self.result = solve_ivp(
-            self._field,
-            (problem.times[0], problem.times[-1]),
-            self._to_numpy(problem.y0),
-            method=options.solver,
-            dense_output=True,
-            **tolerance,
-            **limits,
-        )
+        if problem.y0.is_complex() and options.solver not in COMPLEX:
+            raise Unsupported(
+                f"scipy's {options.solver} has no complex states; got y0 of {problem.y0.dtype}. Use "
+                f'options=dict(solver="{COMPLEX[0]}") or one of {", ".join(COMPLEX[1:])}.'
+            )
+        self.failure: SolveError | None = None
+        self.reached = problem.times[0]
+        try:
+            self.result = solve_ivp(
+                self._field,
+                (problem.times[0], problem.times[-1]),
+                self._to_numpy(problem.y0),
+                method=options.solver,
+                dense_output=True,
+                **tolerance,
+                **limits,
+            )
+        except _NotFinite as failure:
+            stats.nfe = problem.field.nfe
+            detail = "func returned NaN or infinity, or scipy stepped to a state that holds them."
+            self.failure = SolveError(Status.NON_FINITE, problem.direction * failure.s, stats, detail)
+            return
         stats.nfe, stats.accepted = problem.field.nfe, len(self.result.t) - 1
         if options.record_steps:
             stats.step_times = [problem.direction * float(s) for s in self.result.t]
         self.reached = float(self.result.t[-1])
-        self.failure = None
         if self.result.status != 0:
             finite = bool(np.isfinite(self.result.y[:, -1]).all())
             status = Status.STEP_UNDERFLOW if finite else Status.NON_FINITE
@@ -47,13 +69,17 @@ class ScipySolve:
 
     def at(self, s: float) -> Tensor:
         """y at a solver time, as a tensor like y0; NaN beyond what was reached."""
-        y = self.result.sol(s) if s <= self.reached else np.full(self.problem.y0.numel(), np.nan)
+        known = self.failure is None or (hasattr(self, "result") and s <= self.reached)
+        y = self.result.sol(s) if known else np.full(self.problem.y0.numel(), np.nan)
         return torch.from_numpy(np.asarray(y)).to(self.problem.y0).reshape(self.problem.y0.shape)
 
     def _field(self, s: float, y: np.ndarray) -> np.ndarray:
-        state = torch.from_numpy(y).to(self.problem.y0).reshape(self.problem.y0.shape)
+        # A copy: scipy writes its buffers again, and func may keep what it was given.
+        state = torch.tensor(y).to(self.problem.y0).reshape(self.problem.y0.shape)
         with torch.no_grad():
             f = self.problem.field(self.clock.tensors([s])[0], state)
+        if not bool(torch.isfinite(f).all()):
+            raise _NotFinite(s)
         return self.problem.direction * self._to_numpy(f)
 
     @staticmethod

@@ -20,18 +20,25 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent / "csrc"
 BUDGET = HERE / "kernel_budget.json"
-ARCHITECTURES = (80, 86, 89, 90, 100, 120)
-MOST_REGISTERS = 64  # a thread: four blocks of 256 fill a multiprocessor's registers
+# Two front ends, which is where the time goes: what one makes differs little within a row, and much between them.
+FRONT_ENDS = {80: (80, 86, 89, 90), 100: (100, 120)}
+ARCHITECTURES = tuple(a for row in FRONT_ENDS.values() for a in row)
+# A thread: four blocks of 256 fill a multiprocessor's registers. From sm_100 on dense_eval alone takes more.
+MOST_REGISTERS = 64
+MORE_FROM_SM_100 = {"dense_eval_kernel": 80}
 
 pytestmark = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 
 
 def compile_for_all(source: Path, folder: Path) -> str:
-    """What ptxas says of this file's kernels. One front end for all architectures, and its PTX besides."""
-    codes = ",".join([*(f"sm_{a}" for a in ARCHITECTURES), "compute_80"])
+    """What ptxas says of this file's kernels on all architectures, PTX besides."""
+    targets = []
+    for virtual, real in FRONT_ENDS.items():
+        codes = ",".join([*(f"sm_{a}" for a in real), f"compute_{virtual}"])
+        targets += ["-gencode", f"arch=compute_{virtual},code=[{codes}]"]
     result = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings", "--threads", "2", "--resource-usage",
-         "-gencode", f"arch=compute_80,code=[{codes}]", "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
+         *targets, "-c", str(source), "-o", str(folder / f"{source.stem}.o")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -84,7 +91,10 @@ def test_registers_and_spills(tmp_path):
     for kernel, registers in measured.items():
         assert set(registers) == {f"sm_{a}" for a in ARCHITECTURES}
         for architecture, count in registers.items():
-            assert count <= MOST_REGISTERS, f"{kernel} on {architecture}"
+            most = MOST_REGISTERS
+            if int(architecture[3:]) >= 100:
+                most = MORE_FROM_SM_100.get(kernel, most)
+            assert count <= most, f"{kernel} on {architecture}"
             assert count <= budget[kernel][architecture], f"{kernel} on {architecture} uses more registers than before"
 
 

@@ -55,7 +55,7 @@ def outputs(request: Request) -> tuple[Tensor, Status]:
         ys, status = backprop.outputs(request)
         return 0.0, ys
 
-    return _solve(request, forward)[0], status
+    return _solve(request, forward, lambda: status is not Status.SUCCESS)[0], status
 
 
 def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
@@ -65,16 +65,19 @@ def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
         event_t, ys = backprop.event(request, event_fn)
         return float(event_t), ys
 
-    ys, event_t = _solve(request, forward, event_mode=True)
+    ys, event_t = _solve(request, forward, lambda: False, event_mode=True)
     return event_t, ys
 
 
 def _solve(
-    request: Request, forward: Callable[[], tuple[float, Tensor]], event_mode: bool = False
+    request: Request,
+    forward: Callable[[], tuple[float, Tensor]],
+    failed: Callable[[], bool],
+    event_mode: bool = False,
 ) -> tuple[Tensor, Tensor]:
     settings, problem = _settings(request), request.problem
     return _AdjointSolve.apply(
-        forward, problem, request.stats, settings, event_mode, problem.t, problem.y0, *settings.params
+        forward, failed, problem, request.stats, settings, event_mode, problem.t, problem.y0, *settings.params
     )
 
 
@@ -117,26 +120,31 @@ def _settings(request: Request) -> Settings:
 
 
 def _parameters(func: Func, named: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
-    """The tensors to differentiate by: those that the caller named, or the module's parameters."""
+    """The tensors to differentiate by, each once: those that the caller named, or the module's parameters."""
     if named is not None or not isinstance(func, nn.Module):
-        return tuple(named or ())
-    if getattr(func, "_is_replica", False):
+        found: Iterable[Any] = named or ()
+    elif getattr(func, "_is_replica", False):
         # In a replica of DataParallel the parameters are plain tensor attributes, which parameters() does not find.
         members = (vars(module).values() for module in func.modules())
-        return tuple(x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
-    return tuple(func.parameters())
+        found = (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
+    else:
+        found = func.parameters()
+    return tuple({id(x): x for x in found}.values())
 
 
 class _AdjointSolve(torch.autograd.Function):
     """A whole solve as one operation of the user's graph."""
 
     @staticmethod
-    def forward(ctx, run, problem, stats, settings, event_mode, t, y0, *params):
+    def forward(ctx, run, failed, problem, stats, settings, event_mode, t, y0, *params):
         event_t, ys = run()
         event_t = torch.tensor(event_t, dtype=t.dtype, device=t.device)
         ctx.mark_non_differentiable(event_t)
         ctx.save_for_backward(t, ys, event_t, *params)
-        ctx.problem, ctx.stats, ctx.settings, ctx.event_mode = problem, stats, settings, event_mode
+        # Without y0: its values are in ys, and the user may want to be rid of it.
+        ctx.problem = replace(problem, y0=y0.new_empty(()).expand(y0.shape))
+        ctx.stats, ctx.settings, ctx.event_mode = stats, settings, event_mode
+        ctx.failed = failed
         ctx.adjoint_options = settings.options
         ctx.autocast = _autocast_state(y0.device.type)
         return ys, event_t
@@ -145,18 +153,22 @@ class _AdjointSolve(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         t, ys, event_t, *params = ctx.saved_tensors
-        wants_t = ctx.needs_input_grad[5]
+        wants_t = ctx.needs_input_grad[6]
         times = torch.stack([t[0], event_t]) if ctx.event_mode else t
+        # What a failed solve did not reach is NaN, and nothing flows back from it.
+        reached = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if ctx.failed() else len(ys)
+        times, ys, grad_ys = times[:reached], ys[:reached], grad_ys[:reached]
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for context in ctx.autocast():
                 stack.enter_context(context)
             solve = _BackwardSolve(ctx.problem, ctx.settings, ctx.adjoint_options, times, ys, grad_ys, params)
             adj_t, adj_y0, adj_params = solve.run(wants_t)
             ctx.stats.nfe_backward += solve.field.nfe
-        if adj_t is not None and ctx.event_mode:
+        if adj_t is not None and (ctx.event_mode or reached < len(t)):
             # The event's time is not where the user put t[1], so only t[0] moves the solution.
-            adj_t = torch.cat([adj_t[:1], torch.zeros_like(t[1:])])
-        return (None, None, None, None, None, adj_t, adj_y0, *adj_params)
+            kept = 1 if ctx.event_mode else reached
+            adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
+        return (None, None, None, None, None, None, adj_t, adj_y0, *adj_params)
 
 
 def _autocast_state(device_type: str) -> Callable[[], list[Any]]:
@@ -303,9 +315,12 @@ class _BackwardSolve:
     def _callbacks(self) -> dict[str, Callable[[Tensor, Any, Tensor], Any]]:
         """The user's adjoint callbacks: y0 reaches them as torchdiffeq's tuple (vjp_t, y, vjp_y, *vjp_params)."""
 
+        shape, gradient = self.ys.shape[1:], self.gradient  # and not self, which would be a cycle
+
         def wrap(callback: Callable[[Tensor, Any, Tensor], Any]) -> Callable[[Tensor, Any, Tensor], Any]:
             def call(t0: Tensor, z: Tensor, dt: Tensor) -> Any:
-                return callback(t0, (torch.zeros_like(t0), *self._parts(z), *self.gradient.total), dt)
+                y, a = (part.view(shape) for part in z.chunk(2))
+                return callback(t0, (torch.zeros_like(t0), y, a, *(g.clone() for g in gradient.total)), dt)
 
             return call
 

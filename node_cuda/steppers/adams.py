@@ -92,7 +92,7 @@ class Adams:
         # An implicit formula of order q needs q - 1 past slopes, an explicit one q.
         self._slopes: collections.deque[Slope] = collections.deque(maxlen=max(order - implicit, 1))
 
-    def first(self, t0: float, y0: Tensor, span: Span | None) -> Tensor | None:
+    def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
         """Every step evaluates its own."""
         return None
 

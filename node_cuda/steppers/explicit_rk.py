@@ -46,11 +46,11 @@ class ExplicitRK:
         self._integrands: Sequence[Tensor] = ()  # of the last evaluation
         self._first_integrands: Sequence[Tensor] = ()  # of k1, which outlives a rejected step
 
-    def first(self, t0: float, y0: Tensor, span: Span | None) -> Tensor | None:
-        """f(t0, y0), for methods whose steps hand it on."""
+    def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
+        """f(t0, y0), for methods whose steps hand it on; inside: just after t0."""
         if not self.tableau.adaptive:
             return None
-        return self._evaluate(0, self._start_time(t0, span, inside=False), y0)
+        return self._evaluate(0, self._start_time(t0, span, inside), y0)
 
     def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
         """A step from (t0, y0)."""

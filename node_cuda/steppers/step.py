@@ -50,8 +50,9 @@ class Step:
 class Stepper(Protocol):
     """Takes single steps. k1 is the field at the step's start where it is known already."""
 
-    def first(self, t0: float, y0: Tensor, span: Span | None) -> Tensor | None:
-        """The field at the start of the solve, or None if this stepper always evaluates it anew."""
+    def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
+        """The field at the start of the solve, or None if this stepper always evaluates it anew. inside: beyond a
+        jump at t0."""
         ...
 
     def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
@@ -114,6 +115,8 @@ class Clock:
         """nextafter(round(s), sign * inf) in this dtype."""
         if self.dtype is torch.float64:
             return math.nextafter(s, sign * math.inf)
+        if s == 0.0:
+            return sign * math.ldexp(1.0, self._least)
         exponent = max(math.frexp(s)[1] - self._bits, self._least)
         rounded = round(math.ldexp(s, -exponent))  # an integer number of units in the last place, ties to even
         if abs(rounded) == 2 ** (self._bits - 1) and rounded * sign < 0 and exponent > self._least:
