@@ -100,13 +100,15 @@ NODE_CUDA_HD inline void cut(Ctl& ctl, const Law& law, double t) {
   double h = ctl.h, t1 = t + h;
   ctl.carried = 0.0;
   while (ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t) ++ctl.next_landing;
-  if (ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t1 + mul(4.0, ulp(t1))) {
+  const bool landed =
+      ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t1 + mul(4.0, ulp(t1));
+  if (landed) {
     t1 = law.landings[ctl.next_landing];
     h = py_min(t1 - t, h);
   }
   while (ctl.next_stop < law.stop_count && law.stops[ctl.next_stop] <= t) ++ctl.next_stop;
-  if (ctl.next_stop < law.stop_count && t + mul(2.0, h) > law.stops[ctl.next_stop]) {
-    const double stop = law.stops[ctl.next_stop];
+  const double stop = ctl.next_stop < law.stop_count ? law.stops[ctl.next_stop] : HUGE_VAL;
+  if (t1 >= stop || (!landed && t + mul(2.0, h) > stop)) {
     ctl.carried = h;
     t1 = t1 >= stop ? stop : t + mul(0.5, stop - t);
     h = py_min(t1 - t, h);

@@ -60,8 +60,8 @@ void run(int dtype, int64_t n, int offset) {
 
   check(launch_rk_stage(dtype, n, z.data(), y0.data(), 2, k, a, &where, &slot, on));
   check(launch_rk_stage(dtype, n, z.data(), y0.data(), 7, seven.data(), sevenths.data(), &where, &slot, on));
-  check(launch_rk_finish(dtype, n, y1.data(), error.data(), y0.data(), 7, seven.data(), sevenths.data(), sevenths.data(),
-                         &where, &slot, on));
+  check(launch_rk_finish(dtype, n, y1.data(), error.data(), y0.data(), 7, seven.data(), sevenths.data(),
+                         sevenths.data(), &where, &slot, on));
   check(launch_rk_finish(dtype, n, y1.data(), error.data(), y0.data(), 2, k, a, a, &where, &slot, on));
   check(launch_stage_time(dtype, 1, &slot, &where, on));
 
