@@ -99,8 +99,12 @@ def pip(source: Path, target: Path, **environ: str) -> subprocess.CompletedProce
 
 
 def ask(target: Path, code: str, **environ: str) -> str:
-    """What Python prints, run with an installed package in front of all others."""
-    done = run(sys.executable, "-c", code, cwd=target, PYTHONPATH=str(target), **environ)
+    """What Python prints, run with an installed package in front of all others, and without this checkout.
+
+    An editable install of the checkout would lend its own compiled module to a package that has none.
+    """
+    alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '_EditableFinder' not in repr(f)]"
+    done = run(sys.executable, "-c", f"{alone}\n{code}", cwd=target, PYTHONPATH=str(target), **environ)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

@@ -47,6 +47,8 @@ def train_on_half(rank, file, results):
             net = nn.parallel.DistributedDataParallel(Net(solver))
             grads = gradients(net, batch().chunk(2)[rank])
             torch.save(grads, f"{results}-{solver.__name__}-{rank}.pt")
+        del net
+        dist.barrier()  # gloo aborts in the process whose peer is gone before it has finished
     finally:
         dist.destroy_process_group()
 
