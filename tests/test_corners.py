@@ -152,7 +152,8 @@ def test_a_landing_between_outputs_does_not_halve_the_backward_steps(landing, ke
     ys = odeint_adjoint(field, ones(), T, rtol=1e-3, atol=1e-3, options=options)
     field.nfe = 0
     ys[-1].sum().backward()
-    assert field.nfe <= 20  # three steps of six evaluations, k1 and the first step's probe, as in torchdiffeq
+    # Three steps of six evaluations, k1 and the first step's probe, as in torchdiffeq; one more beyond a jump.
+    assert field.nfe <= (20 if key == "step_t" else 21)
 
 
 def test_a_jump_at_the_last_time_is_known_when_the_backward_solve_begins():
