@@ -75,6 +75,7 @@ def odeint_adjoint(
     leaves the parameters' gradients out of the error norm; a callable gets (t, y, adj_y, *adj_params).
     adjoint_params: what to differentiate by, by default func.parameters(); needed if func is no nn.Module.
 
+    Returns and raises as `odeint` does, and ValueError if the parameters cannot be found. Differentiable once.
     Source: Chen et al. 2018, arXiv:1806.07366; seminorm: Kidger, Chen and Lyons 2021, arXiv:2009.09457.
     """
     return _as_torchdiffeq(
@@ -120,6 +121,9 @@ def solve(
     Arguments as those of `odeint` and `odeint_adjoint`. gradient: "backprop" (autograd through the solver) or "adjoint"
     (the continuous adjoint method; only it reads the adjoint_* arguments). With options=dict(throw=False) a solve that
     fails returns its status, and NaN in what was not reached, instead of raising SolveError.
+
+    Returns Solution(ts, ys, stats, status, event_t); ys of shape (len(t), *y0.shape) in y0's dtype, or a tuple of such.
+    Raises as `odeint` does.
     """
     if gradient not in GRADIENTS:
         raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")

@@ -130,6 +130,12 @@ def test_a_nan_on_a_fixed_grid_is_in_the_status():
     assert solution.status is Status.NON_FINITE and solution.ys[-1].isnan().all()
 
 
+def test_a_nan_on_a_fixed_grid_is_a_nan_in_the_adjoint_gradient_too():
+    y0 = ones(requires_grad=True)
+    odeint_adjoint(lambda t, y: y * float("nan"), y0, T, method="rk4", adjoint_params=())[-1].sum().backward()
+    assert y0.grad.isnan().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("s", [0.0, 1.0, -1.0, 0.3, 1e-3, -0.7])
 def test_the_neighbours_of_a_time_are_those_of_nextafter(s, dtype):

@@ -48,14 +48,15 @@ class Settings:
 
 def outputs(request: Request) -> tuple[Tensor, Status]:
     """y at the problem's times; its gradient by the adjoint method."""
-    status = Status.SUCCESS
+    status, throw = Status.SUCCESS, request.method.options.throw
 
     def forward() -> tuple[float, Tensor]:
         nonlocal status
         ys, status = backprop.outputs(request)
         return 0.0, ys
 
-    return _solve(request, forward, lambda: status is not Status.SUCCESS)[0], status
+    # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
+    return _solve(request, forward, lambda: not throw and status is not Status.SUCCESS)[0], status
 
 
 def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
