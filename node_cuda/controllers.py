@@ -218,7 +218,7 @@ class Adaptive:
         return t1, h
 
     def _starting_step(self, t: float, y: Tensor, f0: Tensor) -> float:
-        """Hairer, Norsett and Wanner, Solving ODEs I, II.4, with torchdiffeq's constants. One evaluation, two reads."""
+        """Hairer, Norsett, Wanner, Solving ODEs I, II.4, with torchdiffeq's constants. One evaluation, three reads."""
         problem = self.problem
         with torch.no_grad():
             y, f0 = y.detach(), f0.detach()

@@ -104,7 +104,7 @@ def make_loop(
             stepper = ExplicitRK(problem, tableau, estimate=False, inside=options.perturb, quadrature=quadrature)
         else:
             assert isinstance(options, opt.AdamsOptions)
-            stepper = Adams(problem, options, implicit=method.name != "explicit_adams", quadrature=quadrature)
+            stepper = Adams(problem, options, stats, implicit=method.name != "explicit_adams", quadrature=quadrature)
         points, tensors = _endless_grid(problem, options) if endless else _grid(problem, options)
         pace = Grid(problem, points, stats, tensors)
         interpolant = Linear() if options.interp == "linear" else CubicHermite(stepper)

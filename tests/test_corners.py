@@ -162,6 +162,18 @@ def test_a_landing_between_outputs_does_not_halve_the_backward_steps(landing, ke
     assert field.nfe <= (20 if key == "step_t" else 21)
 
 
+def test_a_short_interval_between_outputs_does_not_shorten_the_backward_steps_behind_it():
+    """The step size from before a landing is carried: one more output, one more step and slope, however near it is."""
+    nfe = []
+    for times in ([0.0, 0.5, 1.0], [0.0, 0.5, 0.5 + 1e-7, 1.0]):
+        field = Decay()
+        ys = odeint_adjoint(field, ones(), torch.tensor(times, dtype=F64), rtol=1e-6, atol=1e-6)
+        field.nfe = 0
+        ys[-1].sum().backward()
+        nfe.append(field.nfe)
+    assert nfe[1] <= nfe[0] + 7
+
+
 def test_a_jump_at_the_last_time_is_known_when_the_backward_solve_begins():
     """Without it the first backward slope is that of the other side: 170 evaluations."""
     nfe = 0
@@ -319,6 +331,15 @@ def test_the_adjoint_does_not_hold_on_to_a_starting_state_that_nobody_else_wants
     assert alive() is None
     ys[-1].sum().backward()
     assert start.grad is not None
+
+
+def test_every_read_that_a_fixed_grid_waits_for_is_counted():
+    """The times, one for each corrector iteration that asks whether it converged, and one for the status."""
+    t = torch.linspace(0, 1, 11, dtype=F64)
+    assert solve(lambda t, y: -y, ones(), t, method="rk4").stats.host_reads == 2
+    corrected = solve(lambda t, y: -y, ones(), t, method="implicit_adams", rtol=1e-3, atol=1e-3).stats
+    starters, steps = 2, 10
+    assert corrected.host_reads - 2 == corrected.nfe - steps - 3 * starters
 
 
 def test_the_public_names_are_there():

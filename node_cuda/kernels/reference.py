@@ -98,18 +98,18 @@ def error_ratio(
         return norm(error.div_(norm.scale(torch.maximum(y0.abs(), y1.abs()))), also)
 
 
-class InitialStep(NamedTuple):
-    """The norms of Hairer's starting step: d0 of y0, d1 of f0, d2 of the field's change over a small step, over h0."""
+class InitialNorms(NamedTuple):
+    """The norms that Hairer's starting step begins with: d0 of y0, d1 of f0."""
 
     d0: float
     d1: float
 
 
-def initial_norms(y0: Tensor, f0: Tensor, norm: ErrorNorm) -> InitialStep:
+def initial_norms(y0: Tensor, f0: Tensor, norm: ErrorNorm) -> InitialNorms:
     """d0 = |y0 / scale|, d1 = |f0 / scale| with scale = atol + rtol |y0|."""
     with torch.no_grad():
         scale = norm.scale(y0.abs())
-        return InitialStep(norm(y0 / scale), norm(f0 / scale))
+        return InitialNorms(norm(y0 / scale), norm(f0 / scale))
 
 
 def initial_change(y0: Tensor, f0: Tensor, f1: Tensor, norm: ErrorNorm) -> float:

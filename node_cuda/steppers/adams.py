@@ -22,6 +22,7 @@ from node_cuda._typing import Row
 from node_cuda.kernels import reference as kernels
 from node_cuda.options import AdamsOptions
 from node_cuda.problem import Problem
+from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput
 from node_cuda.steppers.explicit_rk import ExplicitRK
 from node_cuda.steppers.step import Move, Quadrature, Span, Step
@@ -72,7 +73,13 @@ class Adams:
     """
 
     def __init__(
-        self, problem: Problem, options: AdamsOptions, *, implicit: bool, quadrature: Quadrature | None = None
+        self,
+        problem: Problem,
+        options: AdamsOptions,
+        stats: Stats,
+        *,
+        implicit: bool,
+        quadrature: Quadrature | None = None,
     ) -> None:
         default = MAX_ORDER if implicit else MIN_ORDER
         order = default if options.max_order is None else int(options.max_order)
@@ -81,6 +88,7 @@ class Adams:
         if order < MIN_ORDER:
             warnings.warn(f"max_order is below {MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
         self.problem = problem
+        self.stats = stats
         self.implicit = implicit
         self.order = order
         self.max_iters = options.max_iters
@@ -153,6 +161,7 @@ class Adams:
 
     def _converged(self, y0: Tensor, previous: Tensor, y1: Tensor) -> bool:
         """Every element of the increment has settled to within atol + rtol |increment|. One host read."""
+        self.stats.host_reads += 1
         with torch.no_grad():
             a, b = previous - y0, y1 - y0
             scale = self.problem.norm.scale(torch.maximum(a.abs(), b.abs()))
