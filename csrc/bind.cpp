@@ -13,6 +13,7 @@
 #ifdef NODE_CUDA_WITH_KERNELS
 #include <cuda_runtime_api.h>
 
+#include "check.h"
 #include "launchers.h"
 #endif
 
@@ -53,14 +54,6 @@ struct Argument<On> {
   using Python = std::pair<std::uintptr_t, int32_t>;
   static On from(const Python& on) { return On{reinterpret_cast<void*>(on.first), on.second, 0}; }
 };
-
-void check(int code) {
-  if (code == cudaSuccess) return;
-  const auto error = static_cast<cudaError_t>(code);
-  const char* op = failed_op();
-  throw std::runtime_error(std::string("node_cuda: ") + (op == nullptr ? "a launch" : op) + " failed: " +
-                           cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
-}
 
 template <class... A>
 void bind(py::module_& m, const char* name, int (*launch)(A...)) {
@@ -114,8 +107,9 @@ py::dict build_info() {
 
 }  // namespace
 
-// Another file of csrc/ binds what it has in a function `void register_NAME(py::module_& m)`, declared here and called
-// below. Its classes are py::module_local(): an installed module and one compiled on first use may meet in a process.
+#ifdef NODE_CUDA_WITH_KERNELS
+void register_plan(py::module_& m);  // plan.cpp
+#endif
 
 }  // namespace node_cuda
 
@@ -124,5 +118,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.def("build_info", &node_cuda::build_info, "kernels, the torch it was built with, the CUDA runtime, archs");
 #ifdef NODE_CUDA_WITH_KERNELS
   node_cuda::register_launchers(m);
+  node_cuda::register_plan(m);
 #endif
 }

@@ -5,6 +5,7 @@ from node_cuda import odeint_adjoint as odeint
 
 from node_cuda._version import __version__
 from node_cuda.event import odeint_event
+from node_cuda.kernels.backend import backend
 from node_cuda.methods import METHODS
 from node_cuda.nn import NeuralODE
 from node_cuda.odeint import odeint, odeint_adjoint, odeint_dense, solve
@@ -34,6 +35,7 @@ __all__ = [
     "Status",
     "Unsupported",
     "__version__",
+    "backend",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

@@ -16,6 +16,8 @@ import torch
 from torch import Tensor
 
 from node_cuda.kernels import reference as kernels
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.clock import HERE
 from node_cuda.options import AdaptiveOptions, times_option
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
@@ -103,6 +105,10 @@ class Extra(Protocol):
         """Already scaled, for the step that was just taken."""
         ...
 
+    def device_ratio(self) -> Tensor | None:
+        """The largest of their rms, as a double where the state is; None: none takes part."""
+        ...
+
 
 class Adaptive:
     """Steps by the error estimate, cut to land on step_t, jump_t and `stops`.
@@ -114,6 +120,7 @@ class Adaptive:
     def __init__(
         self,
         problem: Problem,
+        arithmetic: Arithmetic,
         order: int,
         options: AdaptiveOptions,
         stats: Stats,
@@ -121,6 +128,7 @@ class Adaptive:
         extra: Extra | None = None,
     ) -> None:
         self.problem = problem
+        self.arithmetic = arithmetic
         self.order = order
         self.options = options
         self.stats = stats
@@ -154,11 +162,7 @@ class Adaptive:
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
         """The first step size: the user's, or by Hairer's rule at the cost of one evaluation."""
         assert k1 is not None
-        if y.numel() == 0:
-            raise InvalidInput(
-                f"y0 has no elements, so it has no error to choose steps by; got shape {tuple(y.shape)}. Skip "
-                'the solve for an empty batch, or take a fixed grid: method="rk4".'
-            )
+        self._refuse_empty(y)
         h = self.options.first_step
         self.h = float(h) if h is not None else self._starting_step(t, y, k1)
         self.h = min(max(self.h, self.law.min_step), self.law.max_step)
@@ -171,18 +175,14 @@ class Adaptive:
         if self.attempts >= self.options.max_num_steps:
             self._fail(Status.MAX_STEPS, t, f"max_num_steps = {self.options.max_num_steps}, the step {self.h:.3g}.")
         self.attempts += 1
-        t1, h = self._cut(t, t + self.h, self.h)
-        if not (self._taped and t == self.problem.times[0]):
-            return Move(t1, h)
-        start = self.problem.t[0]
-        return Move(t1, h, (start, torch.tensor(self.problem.direction * t1, dtype=start.dtype, device=start.device)))
+        return self._move(t, *self._cut(t, t + self.h, self.h))
 
     def judge(self, step: Step) -> bool:
         """Accept or reject, and choose the next step size. One host read."""
         assert step.error is not None
-        h = step.h
+        h = step.at.h
         also = self.extra.scaled_errors() if self.extra is not None else ()
-        ratio = kernels.error_ratio(step.error, step.last, step.y0, step.y1, self.problem.norm, also)
+        ratio = self.arithmetic.error_ratio(step.at, step.error, step.last, step.y0, step.y1, also)
         self.stats.host_reads += 1
         accept, self.h, self._history = kernels.step_control(self.law, h, ratio, self._history)
         self._finite = math.isfinite(ratio)
@@ -197,6 +197,13 @@ class Adaptive:
             self._notify("callback_reject_step", step.t0, step.y0, h)
             self.stats.rejected += 1
         return accept
+
+    def _move(self, t: float, t1: float, h: float) -> Move:
+        """The step from t, with its ends where the tape must see them."""
+        if not (self._taped and t == self.problem.times[0]):
+            return Move(t1, h)
+        start = self.problem.t[0]
+        return Move(t1, h, (start, torch.tensor(self.problem.direction * t1, dtype=start.dtype, device=start.device)))
 
     def _cut(self, t: float, t1: float, h: float) -> tuple[float, float]:
         """The end and size of the step, moved to land on the next time that a step must end at."""
@@ -217,6 +224,13 @@ class Adaptive:
             h = min(t1 - t, h)
         return t1, h
 
+    def _refuse_empty(self, y: Tensor) -> None:
+        if y.numel() == 0:
+            raise InvalidInput(
+                f"y0 has no elements, so it has no error to choose steps by; got shape {tuple(y.shape)}. Skip "
+                'the solve for an empty batch, or take a fixed grid: method="rk4".'
+            )
+
     def _starting_step(self, t: float, y: Tensor, f0: Tensor) -> float:
         """Hairer, Norsett, Wanner, Solving ODEs I, II.4, with torchdiffeq's constants. One evaluation, three reads."""
         problem = self.problem
@@ -227,12 +241,19 @@ class Adaptive:
             if not (math.isfinite(d0) and math.isfinite(d1)):
                 self._explain(t, y, f0)
             h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
-            probe = torch.tensor(problem.direction * (t + h0), dtype=problem.time_dtype, device=y.device)
-            f1 = problem.field(probe, kernels.rk_stage(y, [f0], [(0, 1.0)], problem.direction * h0))
+            f1 = self._probe(t, t + h0, h0, y, f0)
             d2 = kernels.initial_change(y, f0, f1, problem.norm) / h0
             self.stats.host_reads += 1
         h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / self.order)
         return min(100 * h0, h1) if math.isfinite(h1) else h0
+
+    def _probe(self, t0: float, t1: float, h: float, y: Tensor, f0: Tensor) -> Tensor:
+        """The field behind an Euler step."""
+        arithmetic = self.arithmetic
+        at = arithmetic.interval(t0, t1, h)
+        (t,) = arithmetic.slots(at, (1.0,), HERE)
+        z = arithmetic.rk_stage(arithmetic.stage(((0, 1.0),), 1.0, HERE), at, y, [f0], t)
+        return arithmetic.own(self.problem.field(t, z))
 
     def _explain(self, t: float, y: Tensor, f0: Tensor) -> None:
         """Raise what is wrong at the start, where a scaled norm is not finite."""

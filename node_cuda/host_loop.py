@@ -7,6 +7,7 @@ A pace (controllers.py) proposes and judges, a stepper (steppers/) attempts, the
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Callable, Iterator
 
@@ -112,14 +113,22 @@ class _Outputs:
         return len(self.problem.times) - self.count
 
     def take(self, step: Step, interpolant: Interpolant) -> None:
-        """All outputs that lie in this step."""
+        """All outputs that lie in this step: in one go where no tape looks."""
         k = interpolant.prepare(step)
-        while self.missing and self.problem.times[self.count] <= step.t1:
-            out = None if self._list is not None else self._slab[self.count]
-            y = output_at(step, k, interpolant, self.problem, self.count, out)
-            if self._list is not None:
-                self._list.append(y)
-            self.count += 1
+        first, times = self.count, self.problem.times
+        self.count = bisect.bisect_right(times, step.t1, lo=first)
+        if self._list is None:
+            interpolant.outputs(step, k, first, self._slab[first : self.count])
+        elif self._taped(step, k):
+            self._list.extend(output_at(step, k, interpolant, self.problem, i) for i in range(first, self.count))
+        else:
+            rows = step.y0.new_empty((self.count - first, *step.y0.shape))
+            interpolant.outputs(step, k, first, rows)
+            self._list.extend(rows.unbind())
+
+    def _taped(self, step: Step, k: list[Tensor]) -> bool:
+        """Autograd records outputs of this step."""
+        return self.problem.t.requires_grad or any(x.requires_grad for x in (step.y0, step.y1, *k))
 
     def fill_missing(self) -> None:
         """NaN in what was not reached."""
@@ -133,14 +142,12 @@ class _Outputs:
         return self._slab if self._list is None else torch.stack(self._list)
 
 
-def output_at(
-    step: Step, k: list[Tensor], interpolant: Interpolant, problem: Problem, i: int, out: Tensor | None
-) -> Tensor:
-    """The i-th output, which lies in this step; into `out` if given."""
-    t = problem.t[i] if torch.is_grad_enabled() and problem.t.requires_grad else None
+def output_at(step: Step, k: list[Tensor], interpolant: Interpolant, problem: Problem, i: int) -> Tensor:
+    """The i-th output, which lies in this step, on the tape."""
+    t = problem.t[i] if problem.t.requires_grad else None
     if t is None and problem.times[i] == step.t1:
-        return step.y1 if out is None else out.copy_(step.y1)
-    return interpolant.evaluate(step, k, position(step, problem.times[i], problem.direction, t), out)
+        return step.y1
+    return interpolant.evaluate(step, k, position(step, problem.times[i], problem.direction, t))
 
 
 def solve_event(

@@ -1,99 +1,82 @@
-"""Outputs between the ends of a step: y(t0 + x h), 0 <= x <= 1.
+"""Outputs between the ends of a step: y(t0 + x h) = y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, 0 <= x <= 1.
 
-An interpolant is asked once a step for what it needs (`prepare`, which may evaluate the field) and then for each
-output (`evaluate`).
+An interpolant is asked once a step for its slopes (`prepare`, which may evaluate the field) and then for outputs.
 """
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from node_cuda.kernels import reference as kernels
+from node_cuda.kernels.arithmetic import Arithmetic, Polynomials
+from node_cuda.kernels.arithmetic import position as place
 from node_cuda.status import InvalidInput
 from node_cuda.steppers.explicit_rk import ExplicitRK
 from node_cuda.steppers.step import Step, Stepper
 from node_cuda.tableau import DenseOutput, Tableau
 
-
-class Interpolant(Protocol):
-    """y inside a step."""
-
-    def prepare(self, step: Step) -> list[Tensor]:
-        """What `evaluate` needs beyond y0 and y1; called once for a step that holds an output."""
-        ...
-
-    def evaluate(self, step: Step, k: list[Tensor], x: float | Tensor, out: Tensor | None = None) -> Tensor:
-        """y at t0 + x h; into `out` if given. x a 0-d tensor where the tape must see it."""
-        ...
+# Cubic Hermite: 3 x^2 - 2 x^3 for y1 - y0, x - 2 x^2 + x^3 and x^3 - x^2 for the slopes at the ends.
+HERMITE = ((0, (1.0, -2.0, 1.0)), (1, (0.0, -1.0, 1.0)))
+HERMITE_END = (0.0, 3.0, -2.0)
 
 
-class Polynomial:
-    """y0 + h sum_i B_i(x) k_i with the polynomials of a `DenseOutput`."""
+class Interpolant:
+    """y inside a step, by prepared polynomials over the slopes that `slopes` gives for a step."""
 
-    def __init__(self, stepper: ExplicitRK, dense: DenseOutput) -> None:
-        self.stepper = stepper
-        self.dense = dense
+    def __init__(
+        self, arithmetic: Arithmetic, polynomials: Polynomials, slopes: Callable[[Step], list[Tensor]]
+    ) -> None:
+        self._arithmetic = arithmetic
+        self._polynomials = polynomials
+        self.prepare = slopes
 
-    def prepare(self, step: Step) -> list[Tensor]:
-        """The stages, and the interpolant's extra ones."""
-        return self.stepper.extra_stages(step, self.dense.nodes, self.dense.rows) if self.dense.extra else step.k
+    def evaluate(self, step: Step, k: Sequence[Tensor], x: float | Tensor) -> Tensor:
+        """y at t0 + x h; x a 0-d tensor where the tape must see it."""
+        return self._arithmetic.dense_eval(self._polynomials, step.at, step.y0, step.y1, k, x)
 
-    def evaluate(self, step: Step, k: list[Tensor], x: float | Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Interpolant`."""
-        row = []
-        for i, weights in self.dense.weight_rows:
-            value = 0.0
-            for weight in reversed(weights):
-                value = (value + weight) * x
-            row.append((i, value))
-        return kernels.dense_eval(step.y0, k, row, step.dt, out)
+    def outputs(self, step: Step, k: Sequence[Tensor], first: int, out: Tensor) -> None:
+        """The problem's outputs from `first` on, all of them in this step, into the rows of `out`; never taped."""
+        self._arithmetic.dense_outputs(self._polynomials, step.at, step.y0, step.y1, k, first, out)
 
 
-class Linear:
-    """y0 + x (y1 - y0), exactly y0 and y1 at the ends."""
-
-    def prepare(self, step: Step) -> list[Tensor]:
-        """Nothing."""
-        return []
-
-    def evaluate(self, step: Step, k: list[Tensor], x: float | Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Interpolant`."""
-        return kernels.combine(step.y0, [step.y1 - step.y0], [(0, 1.0)], x, out)
-
-
-class CubicHermite:
-    """The cubic through y0 and y1 with the field's slopes at both ends; costs one evaluation a step with outputs."""
-
-    def __init__(self, stepper: Stepper) -> None:
-        self.stepper = stepper
-
-    def prepare(self, step: Step) -> list[Tensor]:
-        """f0 and f1. A copy of f0, as func may write its buffer again."""
-        return [step.k[0].clone(), self.stepper.slope_at_end(step)]
-
-    def evaluate(self, step: Step, k: list[Tensor], x: float | Tensor, out: Tensor | None = None) -> Tensor:
-        """See `Interpolant`."""
-        h00 = x * x * (3 - 2 * x)
-        f0, f1 = x * (1 - x) * (1 - x), x * x * (x - 1)
-        ends = kernels.combine(step.y0, [step.y1 - step.y0], [(0, 1.0)], h00)
-        return kernels.combine(ends, k, [(0, f0), (1, f1)], step.dt, out)
-
-
-def default_interpolant(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
+def of_method(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
     """The interpolant of an adaptive method: its default one, or with dense="accurate" one of the method's order."""
     chosen = tableau.dense if dense == "default" or tableau.accurate is None else tableau.accurate
     if chosen is None:
         raise InvalidInput(f"method {tableau.name!r} has an embedded error but no interpolant; give it `dense`.")
-    return Polynomial(stepper, chosen)
+    polynomials = stepper.arithmetic.polynomials(chosen.weight_rows)
+    return Interpolant(stepper.arithmetic, polynomials, _slopes_of(stepper, chosen))
+
+
+def _slopes_of(stepper: ExplicitRK, dense: DenseOutput) -> Callable[[Step], list[Tensor]]:
+    """The step's stages, and the interpolant's extra ones."""
+    if not dense.extra:
+        return lambda step: step.k
+    extra = stepper.prepared(dense.nodes, dense.rows)
+    return lambda step: stepper.extra_stages(step, extra)
+
+
+def linear(arithmetic: Arithmetic) -> Interpolant:
+    """y0 + x (y1 - y0)."""
+    return Interpolant(arithmetic, arithmetic.polynomials((), (1.0,)), lambda step: [])
+
+
+def cubic_hermite(arithmetic: Arithmetic, stepper: Stepper) -> Interpolant:
+    """The cubic through y0 and y1 with the field's slopes at both ends; costs one evaluation a step with outputs."""
+
+    def slopes(step: Step) -> list[Tensor]:
+        # A copy of the first, as func may write its buffer again.
+        return [step.k[0].clone(), stepper.slope_at_end(step)]
+
+    return Interpolant(arithmetic, arithmetic.polynomials(HERMITE, HERMITE_END), slopes)
 
 
 def position(step: Step, s: float, direction: float, t: Tensor | None = None) -> float | Tensor:
     """x in [0, 1] of the solver time s in a step; a 0-d tensor if t, the same time as the user's, is on the tape."""
     if t is None and not (step.span is not None and torch.is_grad_enabled()):
-        return min((s - step.t0) / (step.t1 - step.t0), 1.0)
+        return place(step.at, s)
     if t is None:
         # The ends of the step are on the tape, and the time asked for stays where it is.
         t = torch.tensor(direction * s, dtype=torch.float64, device=step.y0.device)

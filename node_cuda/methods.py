@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,12 @@ from torch import Tensor
 
 from node_cuda import options as opt
 from node_cuda.controllers import Adaptive, Extra, Grid, Pace
+from node_cuda.device_pace import DeviceAdaptive
 from node_cuda.host_loop import HostLoop
-from node_cuda.interpolation import CubicHermite, Interpolant, Linear, default_interpolant
+from node_cuda.interpolation import Interpolant, cubic_hermite, linear, of_method
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.backend import make_arithmetic
+from node_cuda.kernels.fused import Fused
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput
@@ -76,6 +80,11 @@ def supported_callbacks(method: Method) -> frozenset[str]:
     return frozenset(("callback_step",) if method.name != SCIPY else ())
 
 
+def arithmetic_of(problem: Problem) -> Arithmetic:
+    """The arithmetic of a solve of this problem, on the path that is wanted for it."""
+    return make_arithmetic(problem.backend, problem.y0, problem.direction, problem.norm, problem.times)
+
+
 def make_loop(
     problem: Problem,
     method: Method,
@@ -85,29 +94,38 @@ def make_loop(
     stops: Sequence[float] = (),
     quadrature: Quadrature | None = None,
     extra: Extra | None = None,
+    arithmetic: Arithmetic | None = None,
 ) -> tuple[HostLoop, Interpolant]:
     """A solve that is ready to run, and how its outputs are interpolated.
 
-    endless: a fixed grid goes on beyond the last time, for events. stops: times to land on. quadrature, extra: what
-    is integrated beside the state, and its part in the error norm.
+    endless: it goes on beyond the last time, for events. stops: times to land on. quadrature, extra: what is integrated
+    beside the state, and its part in the error norm. arithmetic: that of an earlier solve of the same state and norm.
     """
     options, tableau = method.options, method.tableau
+    arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
+    problem = replace(problem, y0=arithmetic.own(problem.y0))
     stepper: Stepper
     pace: Pace
     if isinstance(options, opt.AdaptiveOptions) and tableau is not None:
-        stepper = ExplicitRK(problem, tableau, estimate=True, quadrature=quadrature)
-        pace = Adaptive(problem, tableau.order, options, stats, stops, extra)
-        interpolant = default_interpolant(stepper, tableau, options.dense)
+        stepper = ExplicitRK(problem, arithmetic, tableau, estimate=True, quadrature=quadrature)
+        if isinstance(arithmetic, Fused):
+            pace = DeviceAdaptive(problem, arithmetic, tableau.order, options, stats, stops, extra, endless=endless)
+        else:
+            pace = Adaptive(problem, arithmetic, tableau.order, options, stats, stops, extra)
+        interpolant = of_method(stepper, tableau, options.dense)
     else:
         assert isinstance(options, opt.FixedOptions)
         if tableau is not None:
-            stepper = ExplicitRK(problem, tableau, estimate=False, inside=options.perturb, quadrature=quadrature)
+            stepper = ExplicitRK(
+                problem, arithmetic, tableau, estimate=False, inside=options.perturb, quadrature=quadrature
+            )
         else:
             assert isinstance(options, opt.AdamsOptions)
-            stepper = Adams(problem, options, stats, implicit=method.name != "explicit_adams", quadrature=quadrature)
+            implicit = method.name != "explicit_adams"
+            stepper = Adams(problem, arithmetic, options, stats, implicit=implicit, quadrature=quadrature)
         points, tensors = _endless_grid(problem, options) if endless else _grid(problem, options)
         pace = Grid(problem, points, stats, tensors)
-        interpolant = Linear() if options.interp == "linear" else CubicHermite(stepper)
+        interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
     return HostLoop(problem, stepper, pace, stats, record=options.record_steps), interpolant
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
 from node_cuda.field import Layout, VectorField
+from node_cuda.kernels import backend
 from node_cuda.norms import ErrorNorm
 from node_cuda.status import InvalidInput, InvalidState, InvalidType
 
@@ -37,7 +38,8 @@ class Problem:
     func: what the user gave, and field: what the solver calls. y0: the flat state. times: solver times s in ascending
     order, double; the user's time is direction * s, and a step of s by h > 0 is a step of t by direction * h. t: the
     user's own tensor of times, where gradients go. norm: what counts as a small error. callbacks: the user's, by
-    name, called with (t0, y0, dt); adjoint_callbacks: those of the backward solve, under the same names.
+    name, called with (t0, y0, dt); adjoint_callbacks: those of the backward solve, under the same names. backend: which
+    path is wanted for the steps (see `node_cuda.backend`), in the backward pass as well, which another thread may run.
     """
 
     func: Func
@@ -50,6 +52,7 @@ class Problem:
     norm: ErrorNorm
     callbacks: dict[str, Callback]
     adjoint_callbacks: dict[str, Callback]
+    backend: str
 
     @property
     def time_dtype(self) -> torch.dtype:
@@ -96,6 +99,7 @@ def make_problem(func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: N
         norm=error_norm,
         callbacks=_callbacks(func, ""),
         adjoint_callbacks=_callbacks(func, "_adjoint"),
+        backend=backend.chosen(),
     )
 
 

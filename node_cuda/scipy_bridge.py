@@ -9,11 +9,11 @@ import torch
 from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from node_cuda.kernels.clock import Clock
 from node_cuda.options import ScipyOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import SolveError, Status, Unsupported
-from node_cuda.steppers.step import Clock
 
 COMPLEX = ("RK45", "RK23", "DOP853", "BDF")
 """scipy's solvers that take complex states."""

@@ -24,7 +24,7 @@ from node_cuda.gradients import backprop
 from node_cuda.gradients.adjoint_field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint_norm import AdjointNorm, backward_error_norm, chosen_norm, smallest
 from node_cuda.gradients.request import Request
-from node_cuda.methods import SCIPY, Method, lookup, make_loop
+from node_cuda.methods import SCIPY, Method, arithmetic_of, lookup, make_loop
 from node_cuda.norms import ErrorNorm
 from node_cuda.options import ScipyOptions
 from node_cuda.problem import Problem, check_tolerance
@@ -197,26 +197,25 @@ class _BackwardSolve:
     ) -> None:
         self.forward = problem
         self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
-        self.field = AdjointField(problem, params)
         norm = options["norm"]
         in_norm = not isinstance(norm, AdjointNorm) or norm.params
         self.error_norm = backward_error_norm(problem, settings.rtol, settings.atol, norm, params)
-        scalar = ErrorNorm(smallest(settings.rtol), smallest(settings.atol))
-        self.gradient = ParameterGradient(self.field, scalar, in_norm=in_norm)
         self.method = settings.method({name: value for name, value in options.items() if name != "norm"})
-        # Backwards from the last time, in the solver's ascending time.
-        backwards = tuple(-problem.direction * value for value in self.t.double().tolist()[::-1])
-        self.problem = replace(
+        backward = replace(
             problem,
-            field=self.field,
-            y0=self._joined(ys[-1], self.grad_ys[-1]),
+            y0=torch.cat([ys[-1].reshape(-1), self.grad_ys[-1].reshape(-1)]),
             t=self.t.flip(0),
-            times=backwards,
+            # Backwards from the last time, in the solver's ascending time.
+            times=tuple(-problem.direction * value for value in self.t.double().tolist()[::-1]),
             direction=-problem.direction,
             layout=Layout(),
             norm=self.error_norm,
-            callbacks=self._callbacks(),
         )
+        self.arithmetic = arithmetic_of(backward)
+        self.field = AdjointField(problem, self.arithmetic, params)
+        scalar = ErrorNorm(smallest(settings.rtol), smallest(settings.atol))
+        self.gradient = ParameterGradient(self.field, scalar, in_norm=in_norm)
+        self.problem = replace(backward, field=self.field, callbacks=self._callbacks())
         self.stats = Stats()
 
     def run(self, wants_t: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
@@ -230,10 +229,10 @@ class _BackwardSolve:
             z, f = interval(i, z)
             a = self._parts(z)[1]
             if adj_t is not None:
-                adj_t[m] = _real_dot(self.grad_ys[m], f if f is not None else self._f(m))
+                adj_t[m] = self.arithmetic.real_dot(self.grad_ys[m], f if f is not None else self._f(m))
                 if m == 1:
-                    adj_t[0] = -_real_dot(a, self._f(0))
-            z = self._joined(self.ys[m - 1], a + self.grad_ys[m - 1])
+                    adj_t[0] = -self.arithmetic.real_dot(a, self._f(0))
+            z = self.arithmetic.jump(self.ys[m - 1], a, self.grad_ys[m - 1])
         return adj_t, self._parts(z)[1], self.gradient.gradients()
 
     def _interval(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
@@ -251,6 +250,7 @@ class _BackwardSolve:
             stops=self.problem.times[1:],
             quadrature=self.gradient,
             extra=self.gradient,
+            arithmetic=self.arithmetic,
         )
         steps = loop.steps()
 
@@ -265,7 +265,7 @@ class _BackwardSolve:
     def _grid_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Fixed grids are laid anew between two output times, as torchdiffeq does."""
         problem = replace(self.problem, y0=z, t=self.problem.t[i : i + 2], times=self.problem.times[i : i + 2])
-        loop, _ = make_loop(problem, self.method, self.stats, quadrature=self.gradient)
+        loop, _ = make_loop(problem, self.method, self.stats, quadrature=self.gradient, arithmetic=self.arithmetic)
         return self._follow(loop.steps(), problem.times[1])
 
     def _follow(self, steps: Iterator[Step], end: float) -> tuple[Tensor, Tensor | None]:
@@ -309,10 +309,6 @@ class _BackwardSolve:
         y, a = z.chunk(2)
         return y.view(self.ys.shape[1:]), a.view(self.ys.shape[1:])
 
-    @staticmethod
-    def _joined(y: Tensor, a: Tensor) -> Tensor:
-        return torch.cat([y.reshape(-1), a.reshape(-1)])
-
     def _callbacks(self) -> dict[str, Callable[[Tensor, Any, Tensor], Any]]:
         """The user's adjoint callbacks: y0 reaches them as torchdiffeq's tuple (vjp_t, y, vjp_y, *vjp_params)."""
 
@@ -326,8 +322,3 @@ class _BackwardSolve:
             return call
 
         return {name: wrap(callback) for name, callback in self.forward.adjoint_callbacks.items()}
-
-
-def _real_dot(g: Tensor, f: Tensor) -> Tensor:
-    """Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
-    return torch.vdot(g.reshape(-1), f.reshape(-1).to(g.dtype)).real

@@ -7,23 +7,26 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from node_cuda.kernels import reference as kernels
+from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.norms import ErrorNorm
 from node_cuda.problem import Problem
 
 
 class AdjointField:
-    """The field of the flat state z = [y, a]: (f, -a^T df/dy), and a^T df/dtheta as the quadrature's integrands."""
+    """The field of the flat state z = [y, a]: (f, -a^T df/dy), and a^T df/dtheta as the quadrature's integrands.
 
-    def __init__(self, problem: Problem, params: Sequence[Tensor]) -> None:
+    problem: the forward one. arithmetic: the backward solve's.
+    """
+
+    def __init__(self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor]) -> None:
         self.field = problem.field
+        self.arithmetic = arithmetic
         self.params = tuple(params)
         self.shape = problem.y0.shape
         self.nfe = 0
         self.copies_output = True
-        self.integrands: Sequence[Tensor] = ()
+        self.integrands: Sequence[Tensor | None] = ()
         self._with_params = True
-        self._zeros: list[Tensor | None] = [None] * len(self.params)
 
     def wants(self, needed: bool) -> None:
         """Does the next evaluation need the parameters' vjp?"""
@@ -38,74 +41,61 @@ class AdjointField:
             y = y.detach().requires_grad_(True)
             f = self.field(t, y)
             if f.requires_grad:
-                vjp_y, *vjps = torch.autograd.grad(f, (y, *params), a, allow_unused=True)
+                vjp_y, *self.integrands = torch.autograd.grad(f, (y, *params), a, allow_unused=True)
             else:
-                vjp_y, vjps = None, [None] * len(params)
-        self.integrands = [self._zero(i) if g is None else g for i, g in enumerate(vjps)]
-        vjp_y = torch.zeros_like(y) if vjp_y is None else vjp_y
-        return torch.cat([f.detach().reshape(-1), vjp_y.reshape(-1).neg()])
+                vjp_y, self.integrands = None, [None] * len(params)
+        return self.arithmetic.pack_adjoint(f.detach(), vjp_y)
 
     def f_alone(self, t: Tensor, y: Tensor) -> Tensor:
         """f(t, y) without a vjp."""
         self.nfe += 1
         return self.field(t, y)
 
-    def _zero(self, i: int) -> Tensor:
-        zero = self._zeros[i]
-        if zero is None:
-            zero = self._zeros[i] = torch.zeros_like(self.params[i])
-        return zero
-
 
 class ParameterGradient:
     """dL/dtheta = int a^T df/dtheta dt by the weights of the method that steps (y, a): it never enters a stage.
 
-    total: what accepted steps gave. Half and bfloat16 parameters accumulate in float32.
+    norm: that of the parameters' errors; in_norm: they take part in the error norm.
     """
 
     def __init__(self, field: AdjointField, norm: ErrorNorm, *, in_norm: bool) -> None:
         self.field = field
         self.norm = norm
-        self.in_norm = in_norm
-        self.dtypes = [torch.promote_types(p.dtype, torch.float32) for p in field.params]
-        self.total = [torch.zeros_like(p, dtype=d) for p, d in zip(field.params, self.dtypes, strict=True)]
-        self._sum: list[Tensor] = []
-        self._error: list[Tensor] = []
-        self._next: list[Tensor] | None = None
+        self.sums = field.arithmetic.sums(field.params, with_error=in_norm)
+
+    @property
+    def total(self) -> list[Tensor]:
+        """What accepted steps gave."""
+        return self.sums.total
 
     def begin(self) -> None:
         """See `Quadrature`."""
-        self._sum, self._error = [], []
+        self.sums.begin()
 
     def wants(self, needed: bool) -> None:
         """See `Quadrature`."""
         self.field.wants(needed)
 
-    def take(self) -> Sequence[Tensor]:
+    def take(self) -> Sequence[Tensor | None]:
         """See `Quadrature`."""
         return self.field.integrands
 
-    def add(self, integrands: Sequence[Tensor], weight: float, error_weight: float) -> None:
+    def add(self, integrands: Sequence[Tensor | None], weight: float, error_weight: float) -> None:
         """See `Quadrature`. The minus turns the integral from t1 down to t0 into the one from t0 up to t1."""
-        if weight:
-            self._sum = kernels.accumulate(self._sum, integrands, -weight, self.dtypes)
-        if error_weight and self.in_norm:
-            self._error = kernels.accumulate(self._error, integrands, -error_weight, self.dtypes)
+        if self.field.params:
+            self.sums.add(integrands, -weight, -error_weight)
 
     def scaled_errors(self) -> list[Tensor]:
-        """The errors of the step that was just tried, for the norm."""
-        self._next = None
-        if not (self.in_norm and self._error and self._sum):
-            return []
-        self._next = list(torch._foreach_add(self.total, self._sum))
-        return kernels.scaled_sums(self._error, self.total, self._next, self.norm)
+        """See `Extra`."""
+        return self.sums.scaled_errors(self.norm)
+
+    def device_ratio(self) -> Tensor | None:
+        """See `Extra`."""
+        return self.sums.device_ratio(self.norm)
 
     def commit(self) -> None:
         """The step was accepted."""
-        if self._next is not None:
-            self.total = self._next
-        elif self._sum:
-            torch._foreach_add_(self.total, self._sum)
+        self.sums.commit()
 
     def gradients(self) -> list[Tensor]:
         """In the parameters' own dtypes."""

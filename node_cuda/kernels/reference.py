@@ -171,6 +171,14 @@ def step_control(law: ControlLaw, h: float, ratio: float, history: tuple[float, 
     return Judgement(accept, h_next, history)
 
 
+def polynomial(weights: Sequence[float], x: float | Tensor) -> float | Tensor:
+    """sum_d weights[d] x^(d + 1)."""
+    value: float | Tensor = 0.0
+    for weight in reversed(weights):
+        value = (value + weight) * x
+    return value
+
+
 def dense_eval(y0: Tensor, k: Sequence[Tensor], weights: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
     """One output inside the step, y0 + h sum_i B_i(x) k_i, the weights B_i(x) already evaluated; to `out` if given."""
     return combine(y0, k, weights, h, out)

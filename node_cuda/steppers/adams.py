@@ -19,7 +19,8 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Row
-from node_cuda.kernels import reference as kernels
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.clock import Interval
 from node_cuda.options import AdamsOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
@@ -60,7 +61,7 @@ class Slope:
 
     t: float
     f: Tensor
-    integrands: Sequence[Tensor]
+    integrands: Sequence[Tensor | None]
     span: Span | None
 
 
@@ -75,6 +76,7 @@ class Adams:
     def __init__(
         self,
         problem: Problem,
+        arithmetic: Arithmetic,
         options: AdamsOptions,
         stats: Stats,
         *,
@@ -88,6 +90,7 @@ class Adams:
         if order < MIN_ORDER:
             warnings.warn(f"max_order is below {MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
         self.problem = problem
+        self.arithmetic = arithmetic
         self.stats = stats
         self.implicit = implicit
         self.order = order
@@ -95,7 +98,7 @@ class Adams:
         self.inside = options.perturb
         self.quadrature = quadrature
         self.starter = ExplicitRK(
-            problem, TABLEAUS["rk4"], estimate=False, inside=options.perturb, quadrature=quadrature
+            problem, arithmetic, TABLEAUS["rk4"], estimate=False, inside=options.perturb, quadrature=quadrature
         )
         # An implicit formula of order q needs q - 1 past slopes, an explicit one q.
         self._slopes: collections.deque[Slope] = collections.deque(maxlen=max(order - implicit, 1))
@@ -123,36 +126,36 @@ class Adams:
         if len(self._slopes) < MIN_ORDER - self.implicit or self.order < MIN_ORDER:
             return self.starter.attempt(t0, move, y0, f0)
         slopes = list(self._slopes)
-        dt = self.starter.signed_step(move)
-        past = tuple(_node(slope, slopes[0], move, dt) for slope in slopes)
+        at = self.starter.interval(t0, move)
+        past = tuple(_node(slope, slopes[0], at) for slope in slopes)
         row = _row(past)
-        y1 = kernels.combine(y0, [slope.f for slope in slopes], row, dt)
-        last: Sequence[Tensor] | None = None
+        y1 = self.arithmetic.combine(y0, [slope.f for slope in slopes], row, at.dt)
+        last: Sequence[Tensor | None] | None = None
         if self.implicit:
             row = _row((1, *past))
-            y1, last = self._correct(y0, y1, slopes, row, move, t0, dt)
+            y1, last = self._correct(y0, y1, slopes, row, at, move.span)
         if self.quadrature is not None:
             self.quadrature.begin()
             integrands = [slope.integrands for slope in slopes]
-            signed = self.problem.direction * move.h
             for i, weight in row:
                 of_node = (integrands if last is None else [last, *integrands])[i]
-                self.quadrature.add(of_node, signed * float(weight), 0.0)
-        return Step(t0, move.t1, move.h, dt, y0, y1, [f0], span=move.span)
+                self.quadrature.add(of_node, at.signed * float(weight), 0.0)
+        return Step(at, y0, y1, [f0], span=move.span)
 
     def _correct(
-        self, y0: Tensor, y1: Tensor, slopes: Sequence[Slope], row: Row, move: Move, t0: float, dt: float | Tensor
-    ) -> tuple[Tensor, Sequence[Tensor]]:
+        self, y0: Tensor, y1: Tensor, slopes: Sequence[Slope], row: Row, at: Interval, span: Span | None
+    ) -> tuple[Tensor, Sequence[Tensor | None]]:
         """y1 = y0 + h (beta_0 f(t1, y1) + known), iterated from the predicted y1, and the integrands at its end."""
         (_, beta), *known = row
-        base = kernels.combine(y0, [slope.f for slope in slopes], [(j - 1, w) for j, w in known], dt)
-        integrands: Sequence[Tensor] = ()
+        combine = self.arithmetic.combine
+        base = combine(y0, [slope.f for slope in slopes], [(j - 1, w) for j, w in known], at.dt)
+        integrands: Sequence[Tensor | None] = ()
         for _ in range(self.max_iters):
             if self.quadrature is not None:
                 self.quadrature.wants(True)
-            f1 = self.starter.slope_at(t0, move, y1, inside=self.inside)
+            f1 = self.starter.slope_at(at, span, y1, inside=self.inside)
             integrands = self.quadrature.take() if self.quadrature is not None else ()
-            previous, y1 = y1, kernels.combine(base, [f1], [(0, beta)], dt)
+            previous, y1 = y1, combine(base, [f1], [(0, beta)], at.dt)
             if self._converged(y0, previous, y1):
                 return y1, integrands
         warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
@@ -168,11 +171,11 @@ class Adams:
             return bool(((a - b).abs() < scale).all())
 
 
-def _node(slope: Slope, newest: Slope, move: Move, dt: float | Tensor) -> Number | Tensor:
+def _node(slope: Slope, newest: Slope, at: Interval) -> Number | Tensor:
     """(t - t0) / h of a slope: a whole number where the grid is uniform but for rounding, a tensor on the tape."""
     if slope.span is not None and newest.span is not None:
-        return (slope.span[0] - newest.span[0]) / dt
-    x = (slope.t - newest.t) / move.h
+        return (slope.span[0] - newest.span[0]) / at.dt
+    x = (slope.t - newest.t) / at.h
     return round(x) if abs(x - round(x)) < 1e-6 else x
 
 

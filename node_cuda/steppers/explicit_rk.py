@@ -9,12 +9,12 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
-from node_cuda._typing import Row
 from node_cuda.field import share_memory
-from node_cuda.kernels import reference as kernels
+from node_cuda.kernels.arithmetic import Arithmetic, Stage
+from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Interval
 from node_cuda.problem import Problem
-from node_cuda.steppers.step import Clock, Move, Quadrature, Span, Step
-from node_cuda.tableau import Tableau
+from node_cuda.steppers.step import Move, Quadrature, Span, Step
+from node_cuda.tableau import SparseRow, Tableau
 
 
 class ExplicitRK:
@@ -28,6 +28,7 @@ class ExplicitRK:
     def __init__(
         self,
         problem: Problem,
+        arithmetic: Arithmetic,
         tableau: Tableau,
         *,
         estimate: bool,
@@ -35,16 +36,22 @@ class ExplicitRK:
         quadrature: Quadrature | None = None,
     ) -> None:
         self.field = problem.field
-        self.clock = Clock(problem.direction, problem.time_dtype, problem.y0.device)
+        self.arithmetic = arithmetic
         self.tableau = tableau
-        self.estimate = estimate
-        self.inside = inside or estimate
         self.quadrature = quadrature
+        self.inside = inside or estimate
+        self._end = JUST_BEFORE if self.inside else HERE
         self._b = tuple(float(b) for b in tableau.b)
         self._e = tuple(float(e) for e in tableau.b_err) if estimate and tableau.b_err else (0.0,) * tableau.stages
-        self._err_row = tableau.err_row if estimate else None
-        self._integrands: Sequence[Tensor] = ()  # of the last evaluation
-        self._first_integrands: Sequence[Tensor] = ()  # of k1, which outlives a rejected step
+        # With FSAL the last stage's argument is y1 itself.
+        self._known = tableau.stages - tableau.fsal
+        self._nodes = tableau.nodes[1:]
+        self._stages = self.prepared(self._nodes[: self._known - 1], tableau.rows[1 : self._known])
+        err_row = tableau.err_row if estimate else None
+        partial = None if err_row is None else tuple((j, e) for j, e in err_row if j < self._known)
+        self._last = arithmetic.last_stage(tableau.b_row, partial, 1.0, self._end)
+        self._integrands: Sequence[Tensor | None] = ()  # of the last evaluation
+        self._first_integrands: Sequence[Tensor | None] = ()  # of k1, which outlives a rejected step
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
         """f(t0, y0), for methods whose steps hand it on; inside: just after t0."""
@@ -54,31 +61,31 @@ class ExplicitRK:
 
     def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
         """A step from (t0, y0)."""
-        tableau, span = self.tableau, move.span
-        dt, signed = self.signed_step(move), self.clock.direction * move.h
+        arithmetic, fsal = self.arithmetic, self.tableau.fsal
+        at = self.interval(t0, move)
         if k1 is None:
-            k1 = self.slope_at_start(t0, span, y0)
+            k1 = self.slope_at_start(t0, move.span, y0)
         if self.quadrature is not None:
             self.quadrature.begin()
             self._integrands = self._first_integrands
-            self._add(0, signed)
+            self._add(0, at)
         k = [k1]
-        times = self._times_at(tableau.nodes[1:], t0, move, self.inside)
-        # With FSAL the last stage's argument is y1 itself.
-        for i in range(1, tableau.stages - tableau.fsal):
-            k.append(self._evaluate(i, times[i - 1], kernels.rk_stage(y0, k, tableau.rows[i], dt)))
-            self._add(i, signed)
-        y1, error = kernels.rk_finish(y0, k, tableau.b_row, self._err_row, dt)
+        times = self._slots(at, self._nodes, move.span)
+        for i, stage in enumerate(self._stages, start=1):
+            t = times[i - 1]
+            k.append(self._evaluate(i, t, arithmetic.rk_stage(stage, at, y0, k, t)))
+            self._add(i, at)
+        y1, error = arithmetic.rk_finish(self._last, at, y0, k, times[-1] if fsal else None)
         last = None
-        if tableau.fsal:
-            k.append(self._evaluate(tableau.stages - 1, times[-1], y1))
-            self._add(tableau.stages - 1, signed)
-            last = (k[-1], signed * self._e[-1]) if self._e[-1] else None
+        if fsal:
+            k.append(self._evaluate(self._known, times[-1], y1))
+            self._add(self._known, at)
+            last = (k[-1], self._e[-1]) if self._e[-1] else None
         if not self.field.copies_output and share_memory(k):
             # func returned a buffer that held an earlier stage: take the step again, on copies.
             self.field.copies_output = True
             return self.attempt(t0, move, y0, None)
-        return Step(t0, move.t1, move.h, dt, y0, y1, k, error, last, span)
+        return Step(at, y0, y1, k, error, last, move.span)
 
     def carry(self, step: Step) -> Tensor | None:
         """The next step's k1: the last stage where the method says so, f(t1, y1) beyond a jump, None to evaluate it."""
@@ -91,59 +98,70 @@ class ExplicitRK:
             return step.k[-1]
         return None
 
-    def signed_step(self, move: Move) -> float | Tensor:
-        """The step in the user's time, a 0-d tensor where the tape must see it."""
+    def interval(self, t0: float, move: Move) -> Interval:
+        """The step from t0; its size a 0-d tensor where the tape must see it."""
         if move.span is None:
-            return self.clock.direction * move.h
-        return (move.span[1] - move.span[0]).to(self.clock.device, self.clock.dtype)
+            return self.arithmetic.interval(t0, move.t1, move.h)
+        start, stop = move.span
+        clock = self.arithmetic.clock
+        return self.arithmetic.interval(t0, move.t1, move.h, (stop - start).to(clock.device, clock.dtype))
 
     def slope_at_start(self, t0: float, span: Span | None, y0: Tensor) -> Tensor:
         """f(t0, y0), as the first stage of a step."""
         return self._evaluate(0, self._start_time(t0, span, self.inside), y0)
 
-    def slope_at(self, t0: float, move: Move, y1: Tensor, inside: bool) -> Tensor:
-        """f(t1, y1) at the end of a step from t0; inside: on the step's own side."""
-        return self.field(self._times_at([1.0], t0, move, inside)[0], y1)
+    def slope_at(self, at: Interval, span: Span | None, y1: Tensor, inside: bool) -> Tensor:
+        """f(t1, y1) at the end of a step; inside: on the step's own side."""
+        return self._f(self._times(at, [1.0], JUST_BEFORE if inside else HERE, span)[0], y1)
 
     def slope_at_end(self, step: Step) -> Tensor:
         """f(t1, y1), for interpolation."""
-        return self.slope_at(step.t0, Move(step.t1, step.h, step.span), step.y1, inside=False)
+        return self.slope_at(step.at, step.span, step.y1, inside=False)
 
-    def extra_stages(self, step: Step, nodes: Sequence[float], rows: Sequence[Row]) -> list[Tensor]:
-        """The step's stages, and further ones at t0 + c h with rows over all before them (for dense output)."""
+    def prepared(self, nodes: Sequence[float], rows: Sequence[SparseRow]) -> list[Stage]:
+        """Stages at t0 + c h, each with its row over those before it."""
+        return [self.arithmetic.stage(row, c, self._end) for c, row in zip(nodes, rows, strict=True)]
+
+    def extra_stages(self, step: Step, stages: Sequence[Stage]) -> list[Tensor]:
+        """The step's stages, and then these (for dense output)."""
         k = list(step.k)
-        times = self._times_at(nodes, step.t0, Move(step.t1, step.h, step.span), self.inside)
-        for t, row in zip(times, rows, strict=True):
-            k.append(self.field(t, kernels.rk_stage(step.y0, k, row, step.dt)))
+        for t, stage in zip(self._slots(step.at, [s.node for s in stages], step.span), stages, strict=True):
+            k.append(self._f(t, self.arithmetic.rk_stage(stage, step.at, step.y0, k, t)))
         return k
+
+    def _f(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.arithmetic.own(self.field(t, z))
 
     def _evaluate(self, i: int, t: Tensor, z: Tensor) -> Tensor:
         """Stage i, and its integrands."""
         if self.quadrature is None:
-            return self.field(t, z)
+            return self._f(t, z)
         next_k1 = self.tableau.carry_last_stage and i == self.tableau.stages - 1
         self.quadrature.wants(bool(self._b[i] or self._e[i] or (next_k1 and (self._b[0] or self._e[0]))))
-        k = self.field(t, z)
+        k = self._f(t, z)
         self._integrands = self.quadrature.take()
         if i == 0:
             self._first_integrands = self._integrands
         return k
 
-    def _add(self, i: int, dt: float) -> None:
+    def _add(self, i: int, at: Interval) -> None:
         """Give stage i its weights in the quadrature."""
         if self.quadrature is not None and (self._b[i] or self._e[i]):
-            self.quadrature.add(self._integrands, dt * self._b[i], dt * self._e[i])
+            self.quadrature.add(self._integrands, at.signed * self._b[i], at.signed * self._e[i])
 
     def _start_time(self, t0: float, span: Span | None, inside: bool) -> Tensor:
-        start = self.clock.tensors([self.clock.after(t0) if inside else t0])[0]
+        at = self.arithmetic.interval(t0, t0, 0.0)
+        start = self.arithmetic.times(at, [0.0], JUST_AFTER if inside else HERE)[0]
         return start if span is None else _with_gradient_of(span[0], start)
 
-    def _times_at(self, nodes: Sequence[float], t0: float, move: Move, inside: bool) -> tuple[Tensor, ...]:
-        t1, h, span = move
-        if not nodes:
-            return ()
-        end = self.clock.before(t1) if inside else t1
-        times = self.clock.tensors([end if c == 1.0 else t0 + c * h for c in nodes])
+    def _slots(self, at: Interval, nodes: Sequence[float], span: Span | None) -> tuple[Tensor, ...]:
+        """The stages' times, to be filled by the stages; on the tape they must be there before."""
+        if span is None:
+            return self.arithmetic.slots(at, nodes, self._end)
+        return self._times(at, nodes, self._end, span)
+
+    def _times(self, at: Interval, nodes: Sequence[float], side: int, span: Span | None) -> tuple[Tensor, ...]:
+        times = self.arithmetic.times(at, nodes, side)
         if span is None:
             return times
         start, stop = span

@@ -3,7 +3,7 @@
 // A CUDA thread is a fiber, a block is a round robin over its fibers that switches at barriers and shuffles, and
 // blocks run one after another in an order shuffled by a seed; with several workers, blocks also run at the same time.
 // The sanitizers know of the fibers: the thread sanitizer sees two CUDA threads that race although one host thread
-// runs both. The headers cuda_runtime.h, cuda_fp16.h and cuda_bf16.h beside this one lead here.
+// runs both. The headers of CUDA beside this one lead here.
 #pragma once
 #include <ucontext.h>
 
@@ -69,6 +69,14 @@ inline cudaError_t cudaGetLastError() {
   shim::next_error = 0;
   return static_cast<cudaError_t>(error);
 }
+
+constexpr int CUDART_VERSION = 0;
+inline cudaError_t cudaRuntimeGetVersion(int* version) {
+  *version = CUDART_VERSION;
+  return cudaSuccess;
+}
+inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheShim"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "as a test asked for"; }
 
 // --- threads and blocks ----------------------------------------------------------------------------------------
 

@@ -8,11 +8,14 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import importlib.util
 import shutil
 import subprocess
+import sysconfig
 from collections.abc import Callable, Sequence
 from ctypes import Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
 from pathlib import Path
+from types import ModuleType
 
 import torch
 from torch import Tensor
@@ -22,6 +25,7 @@ CSRC = HERE.parent.parent / "csrc"
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 HALF = (torch.float16, torch.bfloat16)
+MODULE = "shim_C"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
 
 
@@ -30,7 +34,8 @@ def sources() -> list[Path]:
 
 
 def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Path:
-    """csrc/ behind the shim as a library in `folder`, or with `main` as a program. Two compilers at a time."""
+    """csrc/ behind the shim in `folder`: as a library that is also the Python module `MODULE`, or with `main` as a
+    program without Python. Two compilers at a time."""
     compiler = shutil.which("g++")
     assert compiler is not None
     common = [compiler, *FLAGS, *flags, "-fPIC", f"-I{HERE}", f"-I{CSRC}"]
@@ -39,17 +44,39 @@ def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Pa
     for unit in units:
         wanted = [s for s in sources() if s.name.startswith("rk_") == (unit == "rk_")]
         (folder / f"{unit}.cpp").write_text("".join(f'#include "{s.name}"\n' for s in wanted))
-    paths = [*(folder / f"{unit}.cpp" for unit in units), main or HERE / "exports.cpp"]
-    compilers = [
-        subprocess.Popen([*common, "-c", str(p), "-o", str(folder / f"{p.stem}.o")], stderr=subprocess.PIPE, text=True)
-        for p in paths
-    ]
-    messages = [process.communicate()[1] for process in compilers]
-    assert not any(process.returncode for process in compilers), "".join(messages)
-    result = folder / ("program" if main else "kernels.so")
+    paths = [*(folder / f"{unit}.cpp" for unit in units), *([main] if main else [HERE / "exports.cpp"])]
+    with_python: list[str] = []
+    if main is None:
+        paths += sorted(CSRC.glob("*.cpp"))
+        headers = (sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include")  # pybind11's are torch's
+        with_python += [f"-isystem{path}" for path in headers]
+        with_python += [f"-DTORCH_EXTENSION_NAME={MODULE}", "-DNODE_CUDA_WITH_KERNELS", '-DNODE_CUDA_ARCHS="shim"']
+        with_python.append(f'-DNODE_CUDA_TORCH="{torch.__version__}"')
+    compilers = []
+    for i in range(0, len(paths), 2):
+        pair = [
+            subprocess.Popen(
+                [*common, *with_python, "-c", str(p), "-o", str(folder / f"{p.stem}.o")],
+                stderr=subprocess.PIPE,
+                text=True,
+            )
+            for p in paths[i : i + 2]
+        ]
+        compilers += [(process.communicate()[1], process.returncode) for process in pair]
+    assert not any(code for _, code in compilers), "".join(message for message, _ in compilers)
+    result = folder / ("program" if main else f"{MODULE}.so")
     objects = [str(folder / f"{p.stem}.o") for p in paths]
     subprocess.run([*common, *([] if main else ["-shared"]), *objects, "-o", str(result), "-lpthread"], check=True)
     return result
+
+
+def import_module(library: Path) -> ModuleType:
+    """The library of `compile_with_shim` as what node_cuda._C is: the plan and the launchers."""
+    spec = importlib.util.spec_from_file_location(MODULE, library)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def compile_for_gpu(folder: Path) -> Path:

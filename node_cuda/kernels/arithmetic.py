@@ -1,0 +1,179 @@
+"""The arithmetic of a solve: the primitives of `kernels.reference`, bound to the constants of that solve.
+
+`Arithmetic` is plain PyTorch. `kernels.fused.Fused` is the same over compiled kernels. What a step uses again and
+again (rows, polynomials) is prepared once: a handle that also says what it was made from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import Row
+from node_cuda.kernels import reference
+from node_cuda.kernels.clock import Clock, Interval
+from node_cuda.kernels.sums import Sums
+from node_cuda.norms import ErrorNorm
+
+
+class Stage(NamedTuple):
+    """A prepared row of coefficients, and when its stage takes place.
+
+    row: non-zero entries (j, a_j). err_row: the same of b - b_hat over the stages known by then, None if there is no
+    estimate. node, side: its time, t0 + node h, on this side of the step's ends (see `kernels.clock`).
+    """
+
+    row: Row
+    err_row: Row | None
+    node: float
+    side: int
+    native: int | None = None
+
+
+class Polynomials(NamedTuple):
+    """A prepared interpolant: y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j.
+
+    rows: (j, weights of x, x^2, ...) for every B_j that is not zero; end: the weights of P, empty for P = 0.
+    """
+
+    rows: tuple[tuple[int, tuple[float, ...]], ...]
+    end: tuple[float, ...]
+    native: int | None = None
+
+
+class Arithmetic:
+    """The primitives for states like `y0`, in plain PyTorch.
+
+    times: where outputs are wanted, in solver time; t = direction * s is the user's.
+    """
+
+    def __init__(self, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]) -> None:
+        self.direction = direction
+        self.norm = norm
+        self.output_times = times
+        self.clock = Clock(direction, y0.dtype.to_real(), y0.device)
+
+    def own(self, x: Tensor) -> Tensor:
+        """x as the primitives can read it."""
+        return x
+
+    # ------------------------------------------------------------------ time
+
+    def interval(self, t0: float, t1: float, h: float, dt: Tensor | None = None) -> Interval:
+        """A step. dt: its signed size, where the tape must see it."""
+        signed = self.direction * h
+        return Interval(t0, t1, h, signed, signed if dt is None else dt)
+
+    def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
+        """The 0-d tensors t that the field sees at these nodes."""
+        return self.clock.at_nodes(at, nodes, side)
+
+    def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
+        """The same, but each may only be filled by the `rk_stage` or `rk_finish` that it is handed to."""
+        return self.times(at, nodes, side)
+
+    # ------------------------------------------------------------------ stages
+
+    def stage(self, row: Row, node: float, side: int) -> Stage:
+        """A row for `rk_stage`."""
+        return Stage(row, None, node, side)
+
+    def last_stage(self, b: Row, err_row: Row | None, node: float, side: int) -> Stage:
+        """The rows for `rk_finish`."""
+        return Stage(b, err_row, node, side)
+
+    def rk_stage(self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor) -> Tensor:
+        """z = y0 + dt sum_j a_j k_j, and its time into the slot t."""
+        return reference.rk_stage(y0, k, stage.row, at.dt)
+
+    def rk_finish(
+        self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """y1 = y0 + dt sum_j b_j k_j, its time into the slot t, and the partial error."""
+        return reference.rk_finish(y0, k, stage.row, stage.err_row, at.dt)
+
+    def combine(self, y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
+        """y0 + h sum_j a_j k_j for coefficients that no step has in common with the next."""
+        return reference.combine(y0, k, row, h)
+
+    # ------------------------------------------------------------------ error
+
+    def error_ratio(
+        self,
+        at: Interval,
+        error: Tensor,
+        last: tuple[Tensor, float] | None,
+        y0: Tensor,
+        y1: Tensor,
+        also: Sequence[Tensor] = (),
+    ) -> float:
+        """The norm of the error, to which `last`, a stage and its b - b_hat, is still to be added. One host read."""
+        weighted = None if last is None else (last[0], at.signed * last[1])
+        return reference.error_ratio(error, weighted, y0, y1, self.norm, also)
+
+    # ------------------------------------------------------------------ outputs
+
+    def polynomials(self, rows: Sequence[tuple[int, tuple[float, ...]]], end: tuple[float, ...] = ()) -> Polynomials:
+        """An interpolant for `dense_eval` and `dense_outputs`."""
+        return Polynomials(tuple(rows), end)
+
+    def dense_eval(
+        self,
+        polynomials: Polynomials,
+        at: Interval,
+        y0: Tensor,
+        y1: Tensor,
+        k: Sequence[Tensor],
+        x: float | Tensor,
+        out: Tensor | None = None,
+    ) -> Tensor:
+        """y at t0 + x h, 0 <= x <= 1; x a 0-d tensor where the tape must see it."""
+        if polynomials.end:
+            y0 = reference.combine(y0, [y1 - y0], [(0, 1.0)], reference.polynomial(polynomials.end, x))
+        row = [(j, reference.polynomial(weights, x)) for j, weights in polynomials.rows]
+        return reference.dense_eval(y0, k, row, at.dt, out)
+
+    def dense_outputs(
+        self,
+        polynomials: Polynomials,
+        at: Interval,
+        y0: Tensor,
+        y1: Tensor,
+        k: Sequence[Tensor],
+        first: int,
+        out: Tensor,
+    ) -> None:
+        """Every output time from the one of index `first` on, all in this step, into the rows of `out`."""
+        for i, row in enumerate(out):
+            s = self.output_times[first + i]
+            if s == at.t1:
+                row.copy_(y1)
+            else:
+                self.dense_eval(polynomials, at, y0, y1, k, position(at, s), row)
+
+    # ------------------------------------------------------------------ adjoint
+
+    def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
+        """Accumulators for a list of tensors like these."""
+        return Sums(like, with_error=with_error)
+
+    def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
+        """[f, -vjp], the flat derivative of [y, a]. vjp None: zeros."""
+        vjp = torch.zeros_like(f) if vjp is None else vjp
+        return torch.cat([f.reshape(-1), vjp.reshape(-1).neg()])
+
+    def jump(self, y: Tensor, a: Tensor, g: Tensor) -> Tensor:
+        """The flat state [y, a + g] behind an output whose gradient is g."""
+        return torch.cat([y.reshape(-1), (a + g).reshape(-1)])
+
+    def real_dot(self, g: Tensor, f: Tensor) -> Tensor:
+        """Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
+        return torch.vdot(g.reshape(-1), f.reshape(-1).to(g.dtype)).real
+
+
+def position(at: Interval, s: float) -> float:
+    """x in [0, 1] of the solver time s in a step."""
+    return min((s - at.t0) / (at.t1 - at.t0), 1.0)

@@ -1,0 +1,93 @@
+"""Which path computes the steps of a solve: the compiled kernels or plain PyTorch."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator, Sequence
+from contextvars import ContextVar
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels import extension
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.fused import DTYPES, Fused, On
+from node_cuda.norms import ErrorNorm
+from node_cuda.status import InvalidInput, Unsupported
+
+BACKENDS = ("auto", "reference", "fused")
+VARIABLE = "NODE_CUDA_BACKEND"
+
+_inside: ContextVar[str | None] = ContextVar("node_cuda.backend", default=None)
+
+
+@contextlib.contextmanager
+def backend(name: str) -> Iterator[None]:
+    """Solves that begin inside, and their backward passes, compute their steps this way.
+
+    "auto": by the kernels where the state is on a CUDA device and they can run, else in plain PyTorch. "reference": in
+    plain PyTorch. "fused": by the kernels, or Unsupported with the reason. Outside any such context the environment
+    variable NODE_CUDA_BACKEND decides, by default "auto". Of this thread only. Raises InvalidInput for other names.
+    """
+    token = _inside.set(_checked(name, "backend(name)"))
+    try:
+        yield
+    finally:
+        _inside.reset(token)
+
+
+def chosen() -> str:
+    """What the innermost context says, else the environment."""
+    inside = _inside.get()
+    return inside if inside is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+
+
+def _checked(name: str, where: str) -> str:
+    if name not in BACKENDS:
+        raise InvalidInput(f"{where} must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}.")
+    return name
+
+
+def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]) -> Arithmetic:
+    """The arithmetic of a solve. Raises Unsupported where "fused" is wanted and cannot be had."""
+    obstacle = None if wanted == "reference" else _obstacle(y0)
+    if wanted != "reference" and obstacle is None:
+        module, on = _kernels(y0.device)
+        if module is not None:
+            return Fused(module, on, y0, direction, norm, times)
+        obstacle = "there are no kernels for this device; `python -m node_cuda` says why"
+    if wanted == "fused":
+        raise Unsupported(
+            f'The backend "fused" was asked for, but {obstacle}. Use "auto" to solve without the kernels.'
+        )
+    return Arithmetic(y0, direction, norm, times)
+
+
+def _obstacle(y0: Tensor) -> str | None:
+    """Why kernels cannot work on a state like y0, as half a sentence."""
+    if not _has_kernels(y0.device):
+        return f"the state is on {y0.device}, and the kernels run on CUDA devices"
+    if y0.dtype not in DTYPES:
+        return f"there are no kernels for {y0.dtype}"
+    # What follows sees operations of torch, and would not see ours.
+    if type(y0) not in (Tensor, torch.nn.Parameter):
+        return f"the state is a {type(y0).__name__}, and the kernels take plain tensors"
+    if torch.compiler.is_compiling():
+        return "the solve is being compiled"
+    if torch.autograd.forward_ad._current_level >= 0:
+        return "forward-mode differentiation is on"
+    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+        return "a torch.func transform is at work"
+    return None
+
+
+def _has_kernels(device: torch.device) -> bool:
+    return device.type == "cuda" and torch.version.hip is None
+
+
+def _kernels(device: torch.device) -> tuple[ModuleType | None, On]:
+    """The compiled module, and the stream and device to launch on."""
+    index = torch.cuda.current_device() if device.index is None else device.index
+    return extension.kernels(device), (torch.cuda.current_stream(device).cuda_stream, index)

@@ -1,0 +1,82 @@
+"""The interval of a step, and the 0-d tensors of time that the field sees in it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+JUST_BEFORE, HERE, JUST_AFTER = -1, 0, 1
+"""Sides of the ends of a step: the number just before t1, the ends themselves, the number just after t0."""
+
+
+class Interval(NamedTuple):
+    """A step of size h > 0 from t0 to t1, in solver time.
+
+    h is what t1 was made from, and not t1 - t0, which is another number once t1 is rounded. signed: the step in the
+    user's time, direction * h; dt: the same, a 0-d tensor where the tape must see it. native: what the compiled
+    module makes of it.
+    """
+
+    t0: float
+    t1: float
+    h: float
+    signed: float
+    dt: float | Tensor
+    native: Any = None
+
+    @property
+    def taped(self) -> bool:
+        """The tape must see the size of the step."""
+        return isinstance(self.dt, Tensor)
+
+    def time(self, c: float) -> float:
+        """t0 + c h, and exactly t1 for c = 1."""
+        return self.t1 if c == 1.0 else self.t0 + c * self.h
+
+
+class Clock:
+    """Makes the 0-d tensors t that the field sees: fresh ones, in the state's real dtype, in the user's time."""
+
+    def __init__(self, direction: float, dtype: torch.dtype, device: torch.device) -> None:
+        self.direction = direction
+        self.dtype = dtype
+        self.device = device
+        info = torch.finfo(dtype)
+        self._bits = round(-math.log2(info.eps)) + 1
+        self._least = math.frexp(info.smallest_normal)[1] - self._bits
+
+    def tensors(self, times: Sequence[float]) -> tuple[Tensor, ...]:
+        """One 0-d tensor for each solver time, views of one fresh vector."""
+        return torch.tensor([self.direction * s for s in times], dtype=self.dtype, device=self.device).unbind()
+
+    def at_nodes(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
+        """t0 + c h for each node c, the ends of the step moved to the side that is asked for."""
+        if not nodes:
+            return ()
+        start = self.after(at.t0) if side == JUST_AFTER else at.t0
+        end = self.before(at.t1) if side == JUST_BEFORE else at.t1
+        return self.tensors([end if c == 1.0 else start if c == 0.0 else at.time(c) for c in nodes])
+
+    def before(self, s: float) -> float:
+        """The largest number of this dtype before s, in solver time: the inside of a step that ends at s."""
+        return self._neighbour(s, -1)
+
+    def after(self, s: float) -> float:
+        """The smallest number of this dtype after s, in solver time: the inside of a step that starts at s."""
+        return self._neighbour(s, 1)
+
+    def _neighbour(self, s: float, sign: int) -> float:
+        """nextafter(round(s), sign * inf) in this dtype."""
+        if self.dtype is torch.float64:
+            return math.nextafter(s, sign * math.inf)
+        if s == 0.0:
+            return sign * math.ldexp(1.0, self._least)
+        exponent = max(math.frexp(s)[1] - self._bits, self._least)
+        rounded = round(math.ldexp(s, -exponent))  # an integer number of units in the last place, ties to even
+        if abs(rounded) == 2 ** (self._bits - 1) and rounded * sign < 0 and exponent > self._least:
+            return math.ldexp(2 * rounded + sign, exponent - 1)  # towards zero from a power of two: half a unit
+        return math.ldexp(rounded + sign, exponent)

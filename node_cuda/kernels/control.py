@@ -1,0 +1,122 @@
+"""Step control on the device, as the host sees it: bound once, and one small struct to read a step."""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels.reference import ControlLaw
+
+_LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
+
+
+class Reading(NamedTuple):
+    """Where a solve stands; the names are those of struct Ctl. `t0`, `t1`, `h`, `dt`: the step to be tried."""
+
+    t0: float
+    t1: float
+    h: float
+    dt: float
+    last_t0: float
+    last_t1: float
+    last_h: float
+    last_dt: float
+    proposal: float
+    carried: float
+    ratio: float
+    history_0: float
+    history_1: float
+    direction: float
+    norm_0: float
+    norm_1: float
+    attempts: int
+    accepted: int
+    rejected: int
+    next_landing: int
+    next_stop: int
+    first_output: int
+    next_output: int
+    accept: int
+    jump: int
+    status: int
+    active: int
+    finite: int
+    unused: int
+
+
+class Control:
+    """The state of step control in device memory, and the lists of times that it looks at.
+
+    landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
+    sliver before them. outputs: on the device, the solve ends with the last of them.
+    """
+
+    def __init__(
+        self,
+        plan: Any,
+        law: ControlLaw,
+        order: int,
+        max_num_steps: int,
+        landings: Sequence[float],
+        jumps: frozenset[float],
+        stops: Sequence[float],
+        outputs: Tensor,
+    ) -> None:
+        device = outputs.device
+        self._plan = plan
+        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
+        self._ctl = torch.empty(_LAYOUT.size, dtype=torch.uint8, device=device)
+        # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
+        self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, pin_memory=self._stream is not None)
+        self._bytes = memoryview(self._host.numpy())
+        self._landings = torch.tensor(list(landings), dtype=torch.float64, device=device)
+        self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
+        self._stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
+        self._outputs = outputs
+        plan.set_law(
+            law.exponents,
+            law.safety,
+            law.ifactor,
+            law.dfactor,
+            law.keep,
+            law.min_step,
+            law.max_step,
+            float(order),
+            max_num_steps,
+            _array(self._landings),
+            self._is_jump.data_ptr(),
+            _array(self._stops),
+            _array(outputs),
+            self._ctl.data_ptr(),
+        )
+
+    def start(self, t0: float, h: float | None) -> None:
+        """Begin at t0 with a step of h; None: `initial_norms` and `initial_change` choose it."""
+        self._plan.start_control(t0, h or 0.0)
+
+    def initial_norms(self, y0: Tensor, f0: Tensor) -> None:
+        """The first half of Hairer's starting step: the step to be read is the Euler step that probes."""
+        self._plan.initial_norms(y0.data_ptr(), f0.data_ptr())
+
+    def initial_change(self, y0: Tensor, f0: Tensor, f1: Tensor) -> None:
+        """The second half, with the field behind the Euler step: the step to be read is the first one."""
+        self._plan.initial_change(y0.data_ptr(), f0.data_ptr(), f1.data_ptr())
+
+    def judge_ratio(self, ratio: Tensor) -> None:
+        """Step control with error ratios that were computed elsewhere: doubles on the device."""
+        self._plan.judge_ratio(_array(ratio))
+
+    def read(self) -> Reading:
+        """Where the solve stands. The one host read of a step."""
+        self._host.copy_(self._ctl, non_blocking=True)
+        if self._stream is not None:
+            self._stream.synchronize()
+        return Reading._make(_LAYOUT.unpack(self._bytes))
+
+
+def _array(x: Tensor) -> tuple[int, int]:
+    return x.data_ptr(), x.numel()

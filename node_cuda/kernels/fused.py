@@ -1,0 +1,331 @@
+"""The arithmetic of a solve by the compiled kernels: the same primitives, a launch each, through one plan.
+
+What autograd records takes the plain path, call by call: a kernel writes where no tape looks. Every result is a fresh
+tensor, which nobody else holds; what is written a second time has its version counter raised, so that autograd's own
+check finds who saved it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from types import ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import Row
+from node_cuda._typing import Tolerance as Tol
+from node_cuda.kernels.arithmetic import Arithmetic, Polynomials, Stage
+from node_cuda.kernels.clock import Interval
+from node_cuda.kernels.control import Control
+from node_cuda.kernels.fused_sums import FusedSums, resolved
+from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.sums import Sums
+from node_cuda.norms import ErrorNorm
+from node_cuda.status import InvalidField
+
+# csrc/launchers.h, enum Dtype.
+DTYPES = {
+    dtype: code
+    for code, dtype in enumerate(
+        (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
+    )
+}
+On = tuple[int, int]
+"""A stream's address and a device's index."""
+
+
+class Fused(Arithmetic):
+    """The primitives on the device of `y0`, in the stream `on`. module: the compiled one."""
+
+    def __init__(
+        self, module: ModuleType, on: On, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]
+    ) -> None:
+        super().__init__(y0, direction, norm, times)
+        self.module = module
+        self.on = on
+        self.device = y0.device
+        self.dtype = y0.dtype
+        self.shape = y0.shape
+        self.acc_dtype = torch.float32 if y0.dtype in (torch.float16, torch.bfloat16) else y0.dtype
+        self.plan = module.Plan(
+            DTYPES[y0.dtype], y0.numel(), y0.itemsize, self.acc_dtype.itemsize, on, float(direction)
+        )
+        # Once a solve: what the kernels find on the device.
+        self.device_times = torch.tensor(times, dtype=torch.float64, device=y0.device)
+        self._held = self._bind_norm()
+        self._stages: dict[Any, Stage] = {}
+        self._dot_workspace: Tensor | None = None
+
+    def own(self, x: Tensor) -> Tensor:
+        """x on this device, contiguous, and its numbers as they lie in memory; x itself where it is so already."""
+        if x.device != self.device:
+            raise InvalidField(
+                f"func must return dy/dt on the state's device, {self.device}; got {x.device}. "
+                f"Use `.to({str(self.device)!r})`, or `func.to({str(self.device)!r})` for a module."
+            )
+        return resolved(x).contiguous()
+
+    # ------------------------------------------------------------------ time
+
+    def interval(self, t0: float, t1: float, h: float, dt: Tensor | None = None) -> Interval:
+        """See `Arithmetic`."""
+        signed = self.direction * h
+        if dt is not None:
+            return Interval(t0, t1, h, signed, dt)
+        return Interval(t0, t1, h, signed, signed, self.plan.interval(t0, t1, h))
+
+    def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
+        """See `Arithmetic`. One launch, and no copy from the host, which would wait."""
+        slots = torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
+        native = at.native or self.plan.interval(at.t0, at.t1, at.h)
+        self.plan.stage_times(native, nodes, side, [t.data_ptr() for t in slots])
+        return slots
+
+    def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
+        """See `Arithmetic`. No launch."""
+        return torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
+
+    # ------------------------------------------------------------------ stages
+
+    def stage(self, row: Row, node: float, side: int) -> Stage:
+        """See `Arithmetic`."""
+        return self._prepared(super().stage(row, node, side))
+
+    def last_stage(self, b: Row, err_row: Row | None, node: float, side: int) -> Stage:
+        """See `Arithmetic`."""
+        return self._prepared(super().last_stage(b, err_row, node, side))
+
+    def _prepared(self, stage: Stage) -> Stage:
+        key = (tuple(stage.row), stage.err_row and tuple(stage.err_row), *stage[2:4])
+        if key not in self._stages:
+            entries = {j for j, _ in (*stage.row, *(stage.err_row or ()))}
+            if len(entries) <= self.module.MAX_TERMS:
+                native = self.plan.joined_row(stage.row, stage.err_row or (), stage.node, stage.side)
+                stage = stage._replace(native=native)
+            self._stages[key] = stage
+        return self._stages[key]
+
+    def rk_stage(self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor) -> Tensor:
+        """See `Arithmetic`. One launch."""
+        if stage.native is None or _recorded(at, y0, k):
+            self._fill(stage, at, t)
+            return super().rk_stage(stage, at, y0, k, t)
+        z = torch.empty_like(y0)
+        self.plan.rk_stage(
+            stage.native, at.native, z.data_ptr(), y0.data_ptr(), [x.data_ptr() for x in k], t.data_ptr()
+        )
+        return z
+
+    def rk_finish(
+        self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor | None
+    ) -> tuple[Tensor, Tensor | None]:
+        """See `Arithmetic`. One launch."""
+        if stage.native is None or _recorded(at, y0, k):
+            if t is not None:
+                self._fill(stage, at, t)
+            return super().rk_finish(stage, at, y0, k, t)
+        y1 = torch.empty_like(y0)
+        error = None if stage.err_row is None else torch.empty_like(y0, dtype=self.acc_dtype)
+        self.plan.rk_finish(
+            stage.native,
+            at.native,
+            y1.data_ptr(),
+            0 if error is None else error.data_ptr(),
+            y0.data_ptr(),
+            [x.data_ptr() for x in k],
+            0 if t is None else t.data_ptr(),
+        )
+        return y1, error
+
+    def _fill(self, stage: Stage, at: Interval, t: Tensor) -> None:
+        """Write a slot that no kernel of the stage writes; on the tape `times` has made it already."""
+        if not at.taped:
+            self.plan.stage_times(at.native, (stage.node,), stage.side, [t.data_ptr()])
+
+    def combine(self, y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
+        """See `Arithmetic`. One launch."""
+        terms = [(k[j], a) for j, a in row if isinstance(a, Tensor) or a != 0.0]
+        tensors = [x for x, _ in terms]
+        weights = [a for _, a in terms]
+        if (
+            isinstance(h, Tensor)
+            or any(isinstance(a, Tensor) for a in weights)
+            or len(terms) > self.module.MAX_TERMS
+            or _on_tape(y0, tensors)
+        ):
+            return super().combine(y0, k, row, h)
+        out = torch.empty_like(y0)
+        self.plan.combine(h, out.data_ptr(), y0.data_ptr(), [x.data_ptr() for x in tensors], weights)
+        return out
+
+    # ------------------------------------------------------------------ error
+
+    def control(
+        self,
+        law: ControlLaw,
+        order: int,
+        max_num_steps: int,
+        landings: Sequence[float],
+        jumps: frozenset[float],
+        stops: Sequence[float],
+        outputs: bool,
+    ) -> Control:
+        """Step control on the device. outputs: the solve ends with the last of the output times."""
+        return Control(
+            self.plan,
+            law,
+            order,
+            max_num_steps,
+            landings,
+            jumps,
+            stops,
+            self.device_times[1:] if outputs else self.device_times[:0],
+        )
+
+    def scaled_error(
+        self, at: Interval, error: Tensor, last: tuple[Tensor, float] | None, y0: Tensor, y1: Tensor
+    ) -> Tensor:
+        """(error + dt e k) / (atol + rtol max(|y0|, |y1|)), written over `error`: for a user's own norm."""
+        _written(error)
+        self.plan.scaled_error(
+            self.native(at), error.data_ptr(), error.data_ptr(), *_addresses(last), y0.data_ptr(), y1.data_ptr()
+        )
+        return error
+
+    def judge(
+        self,
+        at: Interval,
+        error: Tensor,
+        last: tuple[Tensor, float] | None,
+        y0: Tensor,
+        y1: Tensor,
+        also: Tensor | None,
+    ) -> None:
+        """The error's norm and step control with it and with the norm `also`, in one launch."""
+        norms = (0, 0) if also is None else (also.data_ptr(), also.numel())
+        self.plan.judge(self.native(at), error.data_ptr(), *_addresses(last), y0.data_ptr(), y1.data_ptr(), norms)
+
+    def native(self, at: Interval) -> Any:
+        """The interval as the module has it, also of a step on the tape."""
+        return at.native or self.plan.interval(at.t0, at.t1, at.h)
+
+    # ------------------------------------------------------------------ outputs
+
+    def polynomials(self, rows: Sequence[tuple[int, tuple[float, ...]]], end: tuple[float, ...] = ()) -> Polynomials:
+        """See `Arithmetic`."""
+        plain = super().polynomials(rows, end)
+        degree = max(len(weights) for weights in (*(weights for _, weights in rows), end))
+        if len(rows) > self.module.MAX_TERMS or degree > self.module.MAX_DEGREE:
+            return plain
+        weights = [w for _, weights in rows for w in weights]
+        return plain._replace(native=self.plan.polynomials([j for j, _ in rows], weights, end, degree))
+
+    def dense_outputs(
+        self,
+        polynomials: Polynomials,
+        at: Interval,
+        y0: Tensor,
+        y1: Tensor,
+        k: Sequence[Tensor],
+        first: int,
+        out: Tensor,
+    ) -> None:
+        """See `Arithmetic`. One launch, however many outputs."""
+        if polynomials.native is None or at.taped:
+            return super().dense_outputs(polynomials, at, y0, y1, k, first, out)
+        _written(out)
+        self.plan.dense_eval(
+            polynomials.native,
+            at.native,
+            out.data_ptr(),
+            self.device_times.data_ptr(),
+            first,
+            first + len(out),
+            y0.data_ptr(),
+            y1.data_ptr(),
+            [x.data_ptr() for x in k],
+        )
+        return None
+
+    # ------------------------------------------------------------------ adjoint
+
+    def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
+        """See `Arithmetic`. One launch a list."""
+        fits = bool(like) and all(x.dtype in DTYPES and x.device == self.device for x in like)
+        if not fits:
+            return super().sums(like, with_error=with_error)
+        codes = [DTYPES[x.dtype] for x in like]
+        return FusedSums(like, self.module, self.on, codes, with_error=with_error)
+
+    def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
+        """See `Arithmetic`. One launch."""
+        f, vjp = self.own(f), None if vjp is None else self.own(vjp)
+        row = f.new_empty(2 * f.numel())
+        self.module.pack_adjoint(
+            DTYPES[f.dtype], f.numel(), row.data_ptr(), f.data_ptr(), 0 if vjp is None else vjp.data_ptr(), self.on
+        )
+        return row
+
+    def real_dot(self, g: Tensor, f: Tensor) -> Tensor:
+        """See `Arithmetic`. One launch; in double."""
+        dot = torch.empty((), dtype=torch.float64, device=self.device)
+        g, f, n = self.own(g), self.own(f), g.numel()
+        if self._dot_workspace is None:
+            self._dot_workspace = self._zeros(self.module.reduce_workspace(n, 0))
+        self.module.jump(
+            DTYPES[g.dtype], n, 0, g.data_ptr(), f.data_ptr(), dot.data_ptr(), self._dot_workspace.data_ptr(), self.on
+        )
+        return dot
+
+    # ------------------------------------------------------------------ binding
+
+    def _bind_norm(self) -> tuple[Tensor | None, ...]:
+        """Tell the plan what counts as small; returns what must stay alive for that."""
+        norm = self.norm
+        rtol, rtol_each = self._tolerance(norm.rtol)
+        atol, atol_each = self._tolerance(norm.atol)
+        sizes = norm.sizes if norm.sizes is not None and len(norm.sizes) > 1 else ()
+        ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0)
+        device_ends = ends.to(self.device) if sizes else None
+        self.plan.set_norm(
+            rtol, atol, *(_address(x) for x in (rtol_each, atol_each)), ends.tolist(), _address(device_ends)
+        )
+        workspace = self._zeros(self.plan.workspace_size())
+        self.plan.set_workspace(workspace.data_ptr())
+        return rtol_each, atol_each, device_ends, workspace
+
+    def _tolerance(self, tol: Tol) -> tuple[float, Tensor | None]:
+        """A number, or one an element of the state, in its real dtype."""
+        if not isinstance(tol, Tensor):
+            return tol, None
+        return 0.0, tol.to(self.device, self.clock.dtype).expand(self.shape).contiguous()
+
+    def _zeros(self, size: int) -> Tensor:
+        """Workspace: zeroed once."""
+        return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _addresses(last: tuple[Tensor, float] | None) -> tuple[int, float]:
+    return (0, 0.0) if last is None else (last[0].data_ptr(), last[1])
+
+
+def _on_tape(y0: Tensor, k: Sequence[Tensor]) -> bool:
+    """Autograd records what is made of these."""
+    return torch.is_grad_enabled() and (y0.requires_grad or any(x.requires_grad for x in k))
+
+
+def _recorded(at: Interval, y0: Tensor, k: Sequence[Tensor]) -> bool:
+    """Autograd records what is made of these in this step."""
+    return at.taped or _on_tape(y0, k)
+
+
+def _written(x: Tensor) -> None:
+    """Tell autograd that a kernel writes x, which was made earlier."""
+    if not x.is_inference():
+        torch.autograd.graph.increment_version(x)

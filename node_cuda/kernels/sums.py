@@ -1,0 +1,70 @@
+"""Sums over the stages of a step, and over steps, of a list of tensors: a quadrature of parameters' gradients."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels import reference
+from node_cuda.norms import ErrorNorm
+
+
+class Sums:
+    """total: what accepted steps gave, a list of tensors like `like`; half and bfloat16 accumulate in float32.
+
+    with_error: the sum of a step gets an error estimate.
+    """
+
+    def __init__(self, like: Sequence[Tensor], *, with_error: bool) -> None:
+        self.like = like
+        self.with_error = with_error
+        self.dtypes = [torch.promote_types(x.dtype, torch.float32) for x in like]
+        self.total = [torch.zeros_like(x, dtype=d) for x, d in zip(like, self.dtypes, strict=True)]
+        self._sum: list[Tensor] = []
+        self._error: list[Tensor] = []
+        self._next: list[Tensor] | None = None
+        self._zeros: list[Tensor | None] = [None] * len(like)
+
+    def begin(self) -> None:
+        """A step is tried: forget what was added for one that was not accepted."""
+        self._sum, self._error = [], []
+
+    def add(self, tensors: Sequence[Tensor | None], weight: float, error_weight: float) -> None:
+        """sum_i += weight x_i, error_i += error_weight x_i; None stands for zeros."""
+        given = [self._zero(i) if x is None else x for i, x in enumerate(tensors)]
+        if weight:
+            self._sum = reference.accumulate(self._sum, given, weight, self.dtypes)
+        if error_weight and self.with_error:
+            self._error = reference.accumulate(self._error, given, error_weight, self.dtypes)
+
+    def scaled_errors(self, norm: ErrorNorm) -> list[Tensor]:
+        """error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)) of the step that was just tried."""
+        self._next = None
+        if not (self._error and self._sum):
+            return []
+        self._next = list(torch._foreach_add(self.total, self._sum))
+        return reference.scaled_sums(self._error, self.total, self._next, norm)
+
+    def device_ratio(self, norm: ErrorNorm) -> Tensor | None:
+        """The largest rms of these, one double where the tensors are; None: no error takes part."""
+        scaled = [error for error in self.scaled_errors(norm) if error.numel()]
+        if not scaled:
+            return None
+        rms = [torch.linalg.vector_norm(error).double() / math.sqrt(error.numel()) for error in scaled]
+        return torch.stack(rms).amax().reshape(1)
+
+    def commit(self) -> None:
+        """The step was accepted."""
+        if self._next is not None:
+            self.total, self._next = self._next, None
+        elif self._sum:
+            torch._foreach_add_(self.total, self._sum)
+
+    def _zero(self, i: int) -> Tensor:
+        zero = self._zeros[i]
+        if zero is None:
+            zero = self._zeros[i] = torch.zeros_like(self.like[i])
+        return zero
