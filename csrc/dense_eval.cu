@@ -6,12 +6,6 @@ namespace node_cuda {
 
 constexpr int OUTPUTS_AT_ONCE = 64;
 
-#if defined(__CUDA_ARCH__) && __CUDA_ARCH__ >= 1000  // there ptxas spills a few bytes with 64 registers
-constexpr int DENSE_BLOCKS = 3;
-#else
-constexpr int DENSE_BLOCKS = BLOCKS_AT_ONCE;
-#endif
-
 // The interpolant: B_j(x) = sum_d weight[j][d] x^(d + 1); the last row is P.
 template <int S>
 struct Polynomials {
@@ -26,34 +20,54 @@ __device__ inline double evaluate(const double* weight, int degree, double x) {
   return value;
 }
 
+// `raw` itself. But nvcc cannot know, and so does not turn all halves into floats ahead of the loop over outputs, where
+// they would take twice the registers.
+template <class T, int N>
+__device__ inline Vec<T, N> as_in_memory(Vec<T, N> raw) {
+#ifdef __CUDA_ARCH__
+  if constexpr (sizeof(T) == 2 && N > 1) {
+    unsigned(&w)[4] = reinterpret_cast<Vec<unsigned, 4>&>(raw).v;
+    asm volatile("" : "+r"(w[0]), "+r"(w[1]), "+r"(w[2]), "+r"(w[3]));
+  }
+#endif
+  return raw;
+}
+
 // Rows of the output need not be aligned, whatever y0 and k are.
 template <class T, int N>
 __device__ inline void store_row(T* p, const Acc<T> (&x)[N]) {
-  if (N == 1 || reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-    store(p, x);
-  } else {
-#pragma unroll
-    for (int l = 0; l < N; ++l) p[l] = from_acc<T>(x[l]);
+  if constexpr (N > 1) {
+    if (reinterpret_cast<uintptr_t>(p) % 16 == 0) {
+#ifdef __CUDA_ARCH__  // said outright: of a plain store here nvcc makes scalar ones, for sm_80 to sm_90
+      Vec<T, N> raw;
+      store(raw.v, x);
+      __stwb(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(raw));
+#else
+      store(p, x);
+#endif
+      return;
+    }
   }
+#pragma unroll
+  for (int l = 0; l < N; ++l) p[l] = from_acc<T>(x[l]);
 }
 
 template <class T, int S>
-__global__ void __launch_bounds__(THREADS, DENSE_BLOCKS)
+__global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     dense_eval_kernel(Split split, T* out, const double* times, int64_t first, int64_t stop, const T* y0, const T* y1,
                       const __grid_constant__ Terms<S> k, const __grid_constant__ Polynomials<S> polynomials,
                       Where where) {
   __shared__ Acc<T> weight[OUTPUTS_AT_ONCE][Terms<S>::CAPACITY + 1];
   __shared__ bool at_end[OUTPUTS_AT_ONCE];
-  Interval at = where.at;
   if (where.ctl != nullptr) {
     if (!where.ctl->accept) return;
-    at = where.ctl->last;
     first = where.ctl->first_output;
     stop = where.ctl->next_output;
   }
   const int terms = S > 0 ? S : k.count;
   for (int64_t begin = first; begin < stop; begin += OUTPUTS_AT_ONCE) {
     const int outputs = static_cast<int>(stop - begin < OUTPUTS_AT_ONCE ? stop - begin : OUTPUTS_AT_ONCE);
+    const Interval at = where.ctl == nullptr ? where.at : where.ctl->last;  // each time: kept, it would take registers
     __syncthreads();  // the last use of the weights is over
     for (int q = threadIdx.x; q < outputs * (terms + 1); q += blockDim.x) {
       const int o = q / (terms + 1), j = q % (terms + 1);
@@ -69,12 +83,12 @@ __global__ void __launch_bounds__(THREADS, DENSE_BLOCKS)
     __syncthreads();
     for_each<T>(split, [&](auto width, int64_t i) {
       constexpr int N = decltype(width)::value;
-      // As in memory: halves take half the registers.
       const Vec<T, N> start = *reinterpret_cast<const Vec<T, N>*>(y0 + i);
       [[maybe_unused]] Vec<T, N> raw[S > 0 ? S : 1];
 #pragma unroll
       for (int j = 0; j < S; ++j)
         raw[j] = *reinterpret_cast<const Vec<T, N>*>(static_cast<const T*>(k.x[j]) + i);
+#pragma unroll 1  // several outputs at once would not fit the registers
       for (int o = 0; o < outputs; ++o) {
         Acc<T> acc[N];
         if (at_end[o]) {
@@ -82,7 +96,7 @@ __global__ void __launch_bounds__(THREADS, DENSE_BLOCKS)
         } else {
 #pragma unroll
           for (int l = 0; l < N; ++l) acc[l] = to_acc(start.v[l]);
-          if (polynomials.has_end) {
+          if (S == 0 && polynomials.has_end) {
             Acc<T> end[N];
             load(y1 + i, end);
 #pragma unroll
@@ -91,11 +105,12 @@ __global__ void __launch_bounds__(THREADS, DENSE_BLOCKS)
           if constexpr (S > 0) {
 #pragma unroll
             for (int j = 0; j < S; ++j) {
+              const Vec<T, N> x = as_in_memory(raw[j]);
 #pragma unroll
-              for (int l = 0; l < N; ++l) acc[l] = multiply_add(weight[o][j], to_acc(raw[j].v[l]), acc[l]);
+              for (int l = 0; l < N; ++l) acc[l] = multiply_add(weight[o][j], to_acc(x.v[l]), acc[l]);
             }
           } else {
-#pragma unroll 1
+#pragma unroll 4
             for (int j = 0; j < terms; ++j) add_term<T, N>(acc, k.x[j], weight[o][j], i);
           }
         }
@@ -105,16 +120,16 @@ __global__ void __launch_bounds__(THREADS, DENSE_BLOCKS)
   }
 }
 
-// The counts of the default interpolants (bosh3, dopri5, tsit5) as constants; the others read k again for each output.
-// Seven of doubles would not fit the registers, nor any number of halves, 8 to a thread: the cache has them.
-template <class T, class F>
-int dispatch_terms(int count, F f) {
-  switch (count) {
+// The counts of the default interpolants (bosh3, dopri5, tsit5) as constants. The others, and all with P, read k again
+// for each output: the cache has it.
+template <class F>
+int dispatch_terms(int count, bool has_end, F f) {
+  switch (has_end ? 0 : count) {
 #ifndef NODE_CUDA_FEW_TYPES
-    case 4: return f(Width<sizeof(T) == 2 ? 0 : 4>{});
-    case 6: return f(Width<sizeof(T) == 2 ? 0 : 6>{});
+    case 4: return f(Width<4>{});
+    case 6: return f(Width<6>{});
 #endif
-    case 7: return f(Width<sizeof(T) == 4 ? 7 : 0>{});
+    case 7: return f(Width<7>{});
     default: return count < 0 || count > MAX_TERMS ? INVALID_VALUE : f(Width<0>{});
   }
 }
@@ -130,7 +145,7 @@ extern "C" int launch_dense_eval(int dtype, int64_t n, void* out, const double* 
     alignment.with(static_cast<const T*>(y0)).with(static_cast<const T*>(y1));
     for (int j = 0; j < count; ++j) alignment.with(k[j], sizeof(T));
     const Split split(n, LANES<T>, alignment.phase());
-    return dispatch_terms<T>(count, [&](auto terms) {
+    return dispatch_terms(count, end_weights != nullptr, [&](auto terms) {
       constexpr int S = decltype(terms)::value;
       Polynomials<S> polynomials{};
       polynomials.degree = degree;

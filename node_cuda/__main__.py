@@ -6,18 +6,15 @@ It reports and decides nothing, and it never fails: what cannot be found out is 
 from __future__ import annotations
 
 import importlib.metadata
-import importlib.util
 import platform
 from typing import NamedTuple
 
 import torch
 
 from node_cuda._version import __version__
-from node_cuda.kernels import build, extension
+from node_cuda.kernels import backend, build, extension
 
 REFERENCE = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
-# What hands a solve to the kernels; until it is there they are built, and not called.
-DISPATCHED = importlib.util.find_spec("node_cuda.kernels.fused") is not None
 FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"
 
 
@@ -55,8 +52,8 @@ def _live_path() -> LivePath:
 
 
 def _fused(why: str) -> LivePath:
-    if not DISPATCHED:
-        return LivePath(REFERENCE, f"{why}; but solves do not call the kernels yet", None)
+    if backend.chosen() == "reference":
+        return LivePath(REFERENCE, f"{backend.VARIABLE}=reference is set", f"unset {backend.VARIABLE}")
     return LivePath(FUSED, why, None)
 
 

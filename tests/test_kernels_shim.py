@@ -44,18 +44,7 @@ def kernels(request, tmp_path_factory, worker_id):
     """csrc/, compiled once a session."""
     if request.param == "gpu":
         return Kernels(shim.once_a_session(tmp_path_factory, worker_id, "gpu", shim.compile_for_gpu), "cuda")
-    return Kernels(shim.once_a_session(tmp_path_factory, worker_id, "shim", behind_shim))
-
-
-@pytest.fixture(scope="session")
-def worker_id(request):
-    """As pytest-xdist's, also where it is not installed or not used."""
-    return os.environ.get("PYTEST_XDIST_WORKER", "master")
-
-
-def behind_shim(folder):
-    # Few blocks, so that grids that are larger than the cap are tested with small tensors.
-    return shim.compile_with_shim(folder, "-O0", "-DNODE_CUDA_MAX_BLOCKS=5")
+    return Kernels(request.getfixturevalue("shim_library"))
 
 
 @pytest.fixture(autouse=True)
@@ -296,17 +285,23 @@ def test_dense_eval(kernels, dtype, method):
         assert torch.equal(out[3], y1)
 
 
-def test_dense_eval_of_many_outputs(kernels):
-    """More than the kernel takes at once; with P, the cubic Hermite polynomial of fixed grids."""
+@pytest.mark.parametrize("count", [2, 4, 6, 7])
+@pytest.mark.parametrize("with_end", [False, True])
+def test_dense_eval_of_many_outputs(kernels, count, with_end):
+    """More than the kernel takes at once, for the counts of terms that it has apart, and with P as fixed grids have."""
     n, m = 37, 150
-    y0, y1, f0, f1 = (make(kernels, n, torch.float64) for _ in range(4))
+    y0, y1, *k = (make(kernels, n, torch.float64) for _ in range(2 + count))
     times = torch.linspace(0, 1, m + 1, dtype=torch.float64, device=kernels.device)[1:]
     out = torch.zeros(m, n, dtype=torch.float64, device=kernels.device)
-    hermite = [(0, (1.0, -2.0, 1.0)), (1, (0.0, -1.0, 1.0))]
-    kernels.dense_eval(out, times, y0, y1, [f0, f1], hermite, step(2.0, 0.0, -1.0, t1=1.0), end=(0.0, 3.0, -2.0))
+    rows = [(j, (1.0, -2.0 - j, 1.0)) for j in range(count)]
+    end = (0.0, 3.0, -2.0) if with_end else None
+    kernels.dense_eval(out, times, y0, y1, k, rows, step(2.0, 0.0, -1.0, t1=1.0), end=end)
     x = times[:, None]
-    expected = y0 + x * x * (3 - 2 * x) * (y1 - y0) - 2.0 * (x * (1 - x) ** 2 * f0 + x * x * (x - 1) * f1)
-    assert_near(out, expected, torch.float64, ulps=16)
+    expected = y0 - 2.0 * sum(horner(weights, x) * k[j] for j, weights in rows)
+    if with_end:
+        expected = expected + x * x * (3 - 2 * x) * (y1 - y0)
+    expected[-1] = y1  # the end of the step is y1 itself
+    assert_near(out, expected, torch.float64, ulps=64)  # 8 sums of terms up to 8 in size
 
 
 def test_dense_eval_writes_only_the_outputs_asked_for(kernels):
@@ -700,8 +695,8 @@ def test_failures_of_a_solve(kernels):
 # --- launching -------------------------------------------------------------------------------------------------
 
 
-def test_a_launch_goes_to_its_device_and_stream_and_names_what_failed(tmp_path_factory, worker_id):
-    kernels = Kernels(shim.once_a_session(tmp_path_factory, worker_id, "shim", behind_shim))
+def test_a_launch_goes_to_its_device_and_stream_and_names_what_failed(shim_library):
+    kernels = Kernels(shim_library)
     y = torch.ones(5)
     arguments = (0, 5, y.data_ptr(), y.data_ptr(), 1, shim.array_of_pointers([y]), shim.doubles([1.0]))
     where = ctypes.byref(step(1.0))
@@ -720,8 +715,8 @@ def test_a_launch_goes_to_its_device_and_stream_and_names_what_failed(tmp_path_f
         kernels.rk_stage(y, [y], too_many, step(1.0))
 
 
-def test_nothing_is_launched_for_nothing(tmp_path_factory, worker_id):
-    kernels = Kernels(shim.once_a_session(tmp_path_factory, worker_id, "shim", behind_shim))
+def test_nothing_is_launched_for_nothing(shim_library):
+    kernels = Kernels(shim_library)
     empty = torch.empty(0)
     before = kernels.lib.shim_launches()
     kernels.rk_stage(empty, [empty], [(0, 1.0)], step(1.0))

@@ -148,20 +148,20 @@ def test_without_compiled_kernels_the_reference_is_live_and_the_report_says_how_
 def test_with_kernels_and_a_gpu_the_kernels_are_live(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, compiled_module())
     see_a_gpu(monkeypatch)
-    monkeypatch.setattr(environment, "DISPATCHED", True)
     path = environment.live_path()
     assert path.name.startswith("fused kernels")
     assert "compiled at installation (CUDA 13.0, for 8.0+PTX)" in path.why
     assert path.mend is None
 
 
-def test_kernels_that_no_solve_calls_are_not_said_to_be_live(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_the_environment_sets_aside_are_not_said_to_be_live(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, compiled_module())
     see_a_gpu(monkeypatch)
-    monkeypatch.setattr(environment, "DISPATCHED", False)
+    monkeypatch.setenv("NODE_CUDA_BACKEND", "reference")
     path = environment.live_path()
     assert "reference" in path.name
-    assert "do not call the kernels yet" in path.why
+    assert "NODE_CUDA_BACKEND=reference is set" in path.why
+    assert path.mend == "unset NODE_CUDA_BACKEND"
 
 
 def test_with_a_gpu_and_a_toolkit_the_report_says_that_the_first_solve_compiles_the_kernels(
@@ -171,7 +171,6 @@ def test_with_a_gpu_and_a_toolkit_the_report_says_that_the_first_solve_compiles_
     see_a_gpu(monkeypatch)
     coming = extension.Forecast(True, "the first CUDA solve compiles it, once")
     monkeypatch.setattr(extension, "forecast", lambda: coming)
-    monkeypatch.setattr(environment, "DISPATCHED", True)
     path = environment.live_path()
     assert path.name.startswith("fused kernels")
     assert path.why.endswith(coming.why)

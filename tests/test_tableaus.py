@@ -6,9 +6,11 @@ Slopes of real solves are measured elsewhere; here a wrong digit cannot hide beh
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import replace
 from fractions import Fraction
 from functools import cache
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -378,3 +380,15 @@ def test_an_interpolant_that_cannot_be_one_says_what_is_wrong():
         DenseOutput(order=1, weights=rows("1 0", "0 1/2"))
     with pytest.raises(ValueError, match="do not determine a polynomial; move a node"):
         hermite(5, row("1/2 1/2"), c=row("0.3 0.3"), a=rows("0.3 0", "0.3 0 0"), slopes=2)
+
+
+def test_every_row_and_interpolant_fits_what_the_kernels_can_take_at_once():
+    """MAX_TERMS and MAX_DEGREE of csrc/launchers.h: beyond them a solve would leave the kernels."""
+    text = (Path(__file__).parent.parent / "csrc" / "launchers.h").read_text()
+    terms, degree = (int(re.search(rf"{name} = (\d+)", text)[1]) for name in ("MAX_TERMS", "MAX_DEGREE"))
+    for tableau in TABLEAUS.values():
+        finish = {j for j, _ in (*tableau.b_row, *(tableau.err_row or ()))}
+        dense = [d for d in (tableau.dense, tableau.accurate) if d is not None]
+        rows = [*tableau.rows, *(row for d in dense for row in d.rows), *(d.weight_rows for d in dense)]
+        assert max(map(len, (finish, *rows))) <= terms, tableau.name
+        assert all(d.degree <= degree for d in dense), tableau.name

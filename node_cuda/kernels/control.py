@@ -72,7 +72,7 @@ class Control:
         self._ctl = torch.empty(_LAYOUT.size, dtype=torch.uint8, device=device)
         # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
         self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, pin_memory=self._stream is not None)
-        self._bytes = memoryview(self._host.numpy())
+        self._bytes = self._host.numpy().data
         self._landings = torch.tensor(list(landings), dtype=torch.float64, device=device)
         self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
         self._stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
