@@ -1,4 +1,4 @@
-"""The problems that speed.py times: data only, one row a case."""
+"""The problems that speed.py and solve.py time: data only, one row a case."""
 
 from __future__ import annotations
 
@@ -9,17 +9,18 @@ from libraries import FUNCTIONS
 
 
 class Case(NamedTuple):
-    """An MLP field dim -> hidden -> dim on a batch of random states, from t = 0 to t_end, with dopri5.
+    """A field on a batch of random states of so many dimensions, from t = 0 to t_end, with dopri5.
 
-    `timed` is "forward" (under no_grad), "backward" (the gradient of a loss alone), or "step" (both).
-    `target` is the ratio torchdiffeq's time / our time that the project has promised, if it has.
+    `hidden` is the width of an MLP field dim -> hidden -> dim; None: the cheap field dz/dt = sin z. `timed` is
+    "forward" (under no_grad), "backward" (the gradient of a loss alone), or "step" (both). `target` is the ratio
+    torchdiffeq's time / our time that the project has promised, if it has; in SOLVE_CASES of the kernels.
     """
 
     timed: str
     function: str
     batch: int
     dim: int
-    hidden: int
+    hidden: int | None
     t_end: float
     outputs: int = 2
     rtol: float = 1e-7  # torchdiffeq's defaults
@@ -29,7 +30,8 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
-        words = [self.timed, f"{self.batch}x{self.dim} hidden {self.hidden}"]
+        field = "sin z" if self.hidden is None else f"hidden {self.hidden}"
+        words = [self.timed, f"{self.batch}x{self.dim} {field}"]
         if self.timed != "forward":
             words.append(FUNCTIONS[self.function])
         if self.outputs != 2:
@@ -58,4 +60,22 @@ CASES = (
 QUICK_CASES = (
     Case("forward", "odeint", 4, 2, 8, t_end=1.0, rtol=1e-4, atol=1e-4),
     Case("backward", "odeint_adjoint", 4, 2, 8, t_end=1.0, rtol=1e-4, atol=1e-4),
+)
+
+
+def whole(batch: int, dim: int, hidden: int | None, t_end: float, target: float) -> tuple[Case, Case]:
+    """A solve and a training step at rtol 1e-6; the target is the solve's, and no step may be slower."""
+    forward = Case("forward", "odeint", batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6, target=target)
+    return forward, forward._replace(timed="step", function="odeint_adjoint", target=1.0)
+
+
+SOLVE_CASES = (
+    *whole(128, 64, 64, t_end=5.0, target=4.0),
+    *whole(16, 2, 50, t_end=5.0, target=1.0),
+    *whole(1024, 32, 64, t_end=5.0, target=1.0),
+    *whole(4096, 4096, None, t_end=1.0, target=3.0),
+)
+QUICK_SOLVE_CASES = (
+    *whole(4, 2, 8, t_end=1.0, target=4.0),
+    *whole(16, 8, None, t_end=1.0, target=3.0),
 )

@@ -17,6 +17,20 @@ class MLPField(nn.Module):
         return self.net(z)
 
 
+class SineField(nn.Module):
+    """dz/dt = sin z: as cheap as a field can be that is not linear. z and dz/dt of any one shape."""
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return torch.sin(z)
+
+    @staticmethod
+    def exact(z0: Tensor, t: Tensor) -> Tensor:
+        """z(t), of shape (*t, *z0): tan(z / 2) grows as e^t, and no z leaves the interval between two odd pi."""
+        t = t.view(-1, *[1] * z0.dim())
+        turn = 2 * torch.pi * torch.round(z0.detach() / (2 * torch.pi))
+        return turn + 2 * torch.atan(torch.tan((z0 - turn) / 2) * torch.exp(t))
+
+
 class ConvField(nn.Module):
     """dz/dt = conv(relu(conv([z, t]))): a small residual branch with the time as one more channel.
 
@@ -31,6 +45,21 @@ class ConvField(nn.Module):
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         time = t.to(z.dtype).expand(z.shape[0], 1, *z.shape[2:])
         return self.outer(torch.relu(self.inner(torch.cat([z, time], dim=1))))
+
+
+class CountsSteps(nn.Module):
+    """`field` with the number of accepted steps in `accepted`, by torchdiffeq's callback."""
+
+    def __init__(self, field: nn.Module) -> None:
+        super().__init__()
+        self.field = field
+        self.accepted = 0
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.field(t, z)
+
+    def callback_accept_step(self, t: Tensor, z: Tensor, dt: Tensor) -> None:
+        self.accepted += 1
 
 
 class Counted(nn.Module):

@@ -1,7 +1,8 @@
-"""The solvers under comparison, found by name: node_cuda, and torchdiffeq where it is installed."""
+"""The solvers under comparison, found by name: node_cuda by either of its paths, and others where installed."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import importlib.util
 from collections.abc import Callable
@@ -10,6 +11,9 @@ from typing import Any
 
 OURS = "node_cuda"
 RIVAL = "torchdiffeq"
+DIFFRAX = "diffrax"
+# A second word chooses the path that computes our steps; without one, node_cuda chooses by itself.
+FUSED, REFERENCE = f"{OURS} fused", f"{OURS} reference"
 FUNCTIONS = {"odeint": "backprop", "odeint_adjoint": "adjoint"}  # and the word for how each differentiates
 
 
@@ -17,12 +21,19 @@ def installed(library: str) -> bool:
     return importlib.util.find_spec(library) is not None
 
 
-def function(library: str, name: str) -> Callable[..., Any]:
+def function(contestant: str, name: str) -> Callable[..., Any]:
     """`odeint` or `odeint_adjoint` of a library; where it is not installed, the program ends and says so."""
+    library = contestant.partition(" ")[0]
     if not installed(library):
         mend = "`pip install -e .` in the repository's root" if library == OURS else f"`pip install {library}`"
         raise SystemExit(f"{library} is needed here and is not installed in this Python: {mend}.")
     return getattr(importlib.import_module(library), name)
+
+
+def path(contestant: str) -> contextlib.AbstractContextManager[Any]:
+    """Inside it, node_cuda computes by the path in the contestant's name. Other libraries do not notice."""
+    chosen = contestant.partition(" ")[2]
+    return importlib.import_module(OURS).backend(chosen) if chosen else contextlib.nullcontext()
 
 
 def version(library: str) -> str | None:

@@ -18,9 +18,18 @@ ROOT = Path(__file__).resolve().parent.parent
 WRITTEN_BY_BENCHMARKS = (":(exclude)bench/results", ":(exclude)*.md")
 
 
+def chosen(name: str) -> torch.device:
+    """The device of that name; ends the program where torch finds no GPU and one was asked for."""
+    device = torch.device(name)
+    if device.type == "cuda" and not torch.cuda.is_available():
+        raise SystemExit(f"--device {name} needs an NVIDIA GPU and a CUDA build of torch, and torch finds none here.")
+    return device
+
+
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, versions, commit and command of this run, ready for JSON."""
-    commit = git("rev-parse", "--short=12", "HEAD")
+    # A copy of the working tree without its repository can be told which commit it is.
+    commit = git("rev-parse", "--short=12", "HEAD") or os.environ.get("NODE_CUDA_COMMIT")
     changes = git("status", "--porcelain", "--", ".", *WRITTEN_BY_BENCHMARKS)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
@@ -37,13 +46,31 @@ def describe(device: torch.device) -> dict[str, Any]:
         "torch": torch.__version__,
         OURS: version(OURS),
         RIVAL: version(RIVAL),
+        **(gpu(device) if device.type == "cuda" else {}),
+    }
+
+
+def gpu(device: torch.device) -> dict[str, Any]:
+    """Driver, CUDA and what the GPU is; the driver None where nvidia-smi does not say."""
+    properties = torch.cuda.get_device_properties(device)
+    driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return {
+        "driver": driver.splitlines()[0] if driver else None,
+        "cuda": torch.version.cuda,
+        "capability": f"{properties.major}.{properties.minor}",
+        "gpu_gib": round(properties.total_memory / 2**30, 1),
     }
 
 
 def git(*arguments: str) -> str | None:
     """What a git command prints in the repository; None without git, a repository or a commit."""
+    return output("git", "-C", str(ROOT), *arguments)
+
+
+def output(*command: str) -> str | None:
+    """What a command prints; None if it is not there or fails."""
     try:
-        result = subprocess.run(["git", "-C", str(ROOT), *arguments], capture_output=True, text=True, check=True)
+        result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
         return None
     return result.stdout.strip()

@@ -1,12 +1,13 @@
 """Trains an ODE-Net on digits, then measures a training step's memory and time against its solver steps.
 
 1. Training: scikit-learn's bundled 8x8 handwritten digits, `odeint_adjoint` with dopri5, to a stated test accuracy;
-   the program ends with an error where it is not reached.
+   the program ends with an error where it is not reached. Without scikit-learn it goes on to the measurement.
 2. Measurement: one training step of the same network with N equal steps of a fixed-grid method, for `odeint`
-   (backpropagation through the solver) and `odeint_adjoint`, of node_cuda and, where it is installed, torchdiffeq.
+   (backpropagation through the solver) and `odeint_adjoint`, of node_cuda (on CUDA by the fused kernels and by plain
+   PyTorch) and, where it is installed, torchdiffeq.
    Memory in a process of its own for every cell (memory.py says why, and what is measured), time in this one, the
    fastest of several, all modes in turn.
-3. Report: a table, a sentence computed from the data, JSON and a plot.
+3. Report: a table, a sentence computed from the data, JSON and, where matplotlib is installed, a plot.
 
     python bench/memory_vs_steps.py [--quick] [--device cuda] [--out DIRECTORY]
 """
@@ -29,10 +30,10 @@ import machine
 import torch
 from digits import ODENet
 from memory import MALLOC_ENVIRONMENT
-from plot import draw_memory
-from report import console_table, memory_rows, memory_sentence, write_result
+from report import NOT_TRAINED, memory_rows, memory_sentence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from tables import show, write_result
 from timing import seconds
 from training_step import Setting, training_step
 
@@ -55,9 +56,9 @@ CellKey = tuple[str, str, int]  # library, function, N
 def main() -> None:
     arguments = parse()
     torch.set_num_threads(arguments.threads)
-    device = torch.device(arguments.device)
+    device = machine.chosen(arguments.device)
     console = Console()
-    names = [libraries.OURS]
+    names = [libraries.FUSED, libraries.REFERENCE] if device.type == "cuda" else [libraries.OURS]
     if libraries.installed(libraries.RIVAL) and not arguments.quick:
         names.append(libraries.RIVAL)
     cells = [(name, function, n) for n in arguments.steps for name in names for function in libraries.FUNCTIONS]
@@ -69,8 +70,8 @@ def main() -> None:
         TimeElapsedColumn(),
         console=console,
     ) as progress:
-        training = train(arguments, device, progress)
-        if training["test_accuracy"] < training["required_accuracy"]:
+        training = train(arguments, device, progress) if libraries.installed("sklearn") else None
+        if training is not None and training["test_accuracy"] < training["required_accuracy"]:
             raise SystemExit(
                 f"After {arguments.epochs} epochs the test accuracy is {training['test_accuracy']:.3f}, less than "
                 f"the required {training['required_accuracy']:g}: nothing is measured. Raise --epochs, or look for "
@@ -95,14 +96,24 @@ def main() -> None:
     }
     result["sentence"] = memory_sentence(result)
     path = write_result(result, arguments.out)
-    draw_memory(result, path.with_suffix(".png"))
-    console.print(console_table(memory_rows(result)))
-    console.print(
-        f"Trained with odeint_adjoint to a test accuracy of {training['test_accuracy']:.3f} "
-        f"(at least {training['required_accuracy']:g} was needed) in {training['seconds']:.0f} s."
-    )
+    written = str(path)
+    if libraries.installed("matplotlib"):
+        from plot import draw_memory
+
+        draw_memory(result, path.with_suffix(".png"))
+        written += f" and {path.with_suffix('.png').name}"
+    show(memory_rows(result))
+    if not libraries.installed(libraries.RIVAL):
+        console.print(f"{libraries.RIVAL} is not installed, and has no columns.")
+    if training is None:
+        console.print(NOT_TRAINED)
+    else:
+        console.print(
+            f"Trained with odeint_adjoint to a test accuracy of {training['test_accuracy']:.3f} "
+            f"(at least {training['required_accuracy']:g} was needed) in {training['seconds']:.0f} s."
+        )
     console.print(result["sentence"], soft_wrap=True)
-    console.print(f"Written: {path} and {path.with_suffix('.png').name}", soft_wrap=True)
+    console.print(f"Written: {written}", soft_wrap=True)
 
 
 def parse() -> argparse.Namespace:

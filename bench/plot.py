@@ -10,7 +10,7 @@ import matplotlib
 matplotlib.use("Agg")  # no display is needed, nor asked for
 
 import matplotlib.pyplot as plt
-from libraries import FUNCTIONS, OURS
+from libraries import FUNCTIONS, OURS, REFERENCE
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullFormatter, NullLocator
 from report import series, slope
@@ -44,14 +44,14 @@ def panel(axes: Axes, result: dict[str, Any], quantity: str, title: str) -> None
     for (library, function), points in series(result, quantity).items():
         if not points:
             continue
-        colour, ours = COLOURS[function], library == OURS
+        colour, ours = COLOURS[function], library.startswith(OURS)
         steps = sorted(points)
         values = [points[n] for n in steps]
         axes.plot(
             steps,
             values,
             color=colour,
-            linestyle="-" if ours else "--",
+            linestyle=":" if library == REFERENCE else "-" if ours else "--",
             marker="o" if ours else "s",
             markerfacecolor=colour if ours else "white",
             markersize=5,

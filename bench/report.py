@@ -4,8 +4,8 @@
     python bench/report.py --write    fills the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->`
     python bench/report.py --check    fails where a page does not show what the JSON says
 
-Blocks: `memory` and `speed` (command, machine and commit; sentence, table), and `memory-short` and `speed-short` for
-the first page; pages: README.md, bench/README.md.
+Blocks: `memory`, `speed`, `kernels`, `solve` and `gpu` (command, machine and commit; sentence, table), and
+`memory-short` and `speed-short` for the first page; pages: README.md, bench/README.md, bench/results/README.md.
 """
 
 from __future__ import annotations
@@ -16,19 +16,15 @@ import math
 import re
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 from libraries import FUNCTIONS, OURS, RIVAL
-from rich.box import SIMPLE_HEAD
-from rich.table import Table
+from report_gpu import gpu_block, kernels_block, solve_block
+from tables import Result, Rows, evaluations, markdown, provenance, spread, target
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE / "results" / "README.md")
+NOT_TRAINED = "Not trained: scikit-learn, whose digits it takes, is not installed."
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
-
-
-Result = dict[str, Any]
-Rows = list[list[str]]
 
 
 # ---- memory_vs_steps
@@ -56,12 +52,13 @@ def memory_sentence(result: Result) -> str:
     """What the measured cells show, in one sentence."""
     lines = series(result, "peak_mib")
     times = series(result, "seconds")
-    backprop, adjoint = lines[OURS, "odeint"], lines[OURS, "odeint_adjoint"]
+    ours = result["cells"][0]["library"]  # the kernels where they are measured, which come first
+    backprop, adjoint = lines[ours, "odeint"], lines[ours, "odeint_adjoint"]
     common = sorted(set(backprop) & set(adjoint))
     if len(common) < 2:
         return "Too few cells could be measured to say how memory grows with the number of solver steps."
     first, last = common[0], common[-1]
-    slower = times[OURS, "odeint_adjoint"][last] / times[OURS, "odeint"][last]
+    slower = times[ours, "odeint_adjoint"][last] / times[ours, "odeint"][last]
     pace = f"{slower:.1f} times the time" if slower >= 1 else f"{1 / slower:.1f} times less time"
     return (
         f"From N = {first} to {last} solver steps, the peak memory of a training step grows as "
@@ -69,6 +66,17 @@ def memory_sentence(result: Result) -> str:
         f"{backprop[last]:.0f} MiB) and as N^{slope(adjoint):.2f} with the adjoint ({adjoint[first]:.0f} to "
         f"{adjoint[last]:.0f} MiB), which at N = {last} takes {backprop[last] / adjoint[last]:.0f} times less "
         f"memory and {pace}."
+    )
+
+
+def training_sentence(result: Result) -> str:
+    """The accuracy reached, or that there was no training."""
+    training = result["training"]
+    if training is None:
+        return NOT_TRAINED
+    return (
+        f"Trained with `odeint_adjoint` to a test accuracy of {training['test_accuracy']:.3f} "
+        f"in {training['seconds']:.0f} s."
     )
 
 
@@ -85,13 +93,11 @@ def memory_rows(result: Result) -> Rows:
 
 
 def memory_block(result: Result) -> str:
-    training = result["training"]
     settings = result["settings"]
     return "\n\n".join(
         [
             provenance(result),
-            f"Trained with `odeint_adjoint` to a test accuracy of {training['test_accuracy']:.3f} in "
-            f"{training['seconds']:.0f} s. {result['sentence']}",
+            f"{training_sentence(result)} {result['sentence']}",
             f"One training step, batch {settings['batch']}, method {settings['method']}, step 1/N:",
             markdown(memory_rows(result)),
         ]
@@ -122,17 +128,12 @@ def speed_rows(result: Result) -> Rows:
                 spread(ours["milliseconds"]),
                 spread(theirs["milliseconds"]),
                 spread(row["ratio"]),
-                "" if row["target"] is None else f"{row['target']:g}" + ("" if row["met"] else "\n(missed)"),
+                target(row),
                 f"{evaluations(ours)},\n{evaluations(theirs)}",
                 f"{ours['error']:.0e},\n{theirs['error']:.0e}",
             ]
         )
     return rows
-
-
-def evaluations(library: Result) -> str:
-    """Forward + backward; only forward where nothing goes back through the field of its own accord."""
-    return f"{library['nfe']}" + (f"+{library['nfe_backward']}" if library["nfe_backward"] else "")
 
 
 def speed_block(result: Result) -> str:
@@ -153,54 +154,14 @@ def speed_short(result: Result) -> str:
 # ---- shared
 
 
-def write_result(result: Result, folder: Path) -> Path:
-    """Writes BENCHMARK-DEVICE.json and returns its path, from the current folder where it lies in it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    path = folder / f"{result['benchmark']}-{result['device']}.json"
-    path.write_text(json.dumps(result, indent=1) + "\n")
-    return path.relative_to(Path.cwd()) if path.is_relative_to(Path.cwd()) else path
-
-
-def provenance(result: Result) -> str:
-    """Command, machine, versions and commit, in one line."""
-    about = result["machine"]
-    commit = about["commit"] or "no commit"
-    return (
-        f"`{about['command']}` ({about['device']}, {about['threads']} of {about['cores']} threads, torch "
-        f"{about['torch']}, {OURS} {about[OURS]}, {RIVAL} {about[RIVAL]}, {about['date'][:10]}, "
-        f"commit {commit}{', with uncommitted changes' if about['dirty'] else ''})"
-    )
-
-
-def spread(values: list[float]) -> str:
-    """median (q1-q3), to three digits, on two lines."""
-    median, q1, q3 = (f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values)
-    return f"{median}\n({q1}-{q3})"
-
-
-def markdown(rows: Rows) -> str:
-    """A Markdown table; the first row is the head, a line break in a cell becomes a space."""
-    head, *body = rows
-    lines = [head, ["---", *["--:"] * (len(head) - 1)], *body]
-    return "\n".join(f"| {' | '.join(line)} |".replace("\n", " ") for line in lines)
-
-
-def console_table(rows: Rows) -> Table:
-    """The same table for a terminal."""
-    head, *body = rows
-    table = Table(box=SIMPLE_HEAD)
-    for place, title in enumerate(head):
-        table.add_column(title, justify="right" if place else "left")
-    for line in body:
-        table.add_row(*line)
-    return table
-
-
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "memory": ("memory_vs_steps", memory_block),
     "memory-short": ("memory_vs_steps", memory_short),
     "speed": ("speed", speed_block),
     "speed-short": ("speed", speed_short),
+    "kernels": ("kernels", kernels_block),
+    "solve": ("solve", solve_block),
+    "gpu": ("gpu", gpu_block),
 }
 
 
@@ -209,7 +170,7 @@ def block(name: str, folder: Path) -> str:
     if name not in BLOCKS:
         raise SystemExit(f"There is no block `bench:{name}`; there are {', '.join(sorted(BLOCKS))}.")
     stem, render = BLOCKS[name]
-    results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{stem}-*.json"))]
+    results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{stem}*.json"))]
     return "\n\n".join(map(render, results)) or "Not measured yet."
 
 

@@ -35,9 +35,10 @@ def training_step(library: str, function: str, setting: Setting) -> Callable[[in
         net.solver_options["options"] = {"step_size": 1.0 / steps}
         net.zero_grad(set_to_none=False)
         net.field.reset()
-        loss = cross_entropy(net(images), labels)
-        nfe = net.field.reset()
-        loss.backward()
+        with libraries.path(library):
+            loss = cross_entropy(net(images), labels)
+            nfe = net.field.reset()
+            loss.backward()
         return nfe, net.field.reset()
 
     return step

@@ -1,12 +1,24 @@
-"""The benchmarks run from end to end at their smallest settings, and their pages are made from their JSON."""
+"""The benchmarks run from end to end at their smallest settings, and their pages are made from their JSON.
 
+What only a GPU can measure is tested up to the measurement: the launches of kernels.py on the CPU behind the shim, the
+reports from numbers that are made up here, gpu.sh with an interpreter that only pretends.
+"""
+
+import importlib
 import json
 import os
+import re
+import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
+from shim import library as shim
+
+from node_cuda.tableaus import TABLEAUS
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -28,12 +40,15 @@ def run_quick(script: str, out: Path) -> dict:
 
 
 @pytest.fixture
-def report(monkeypatch):
-    pytest.importorskip("rich")
+def bench(monkeypatch):
+    """Imports a module of bench/ by its name."""
     monkeypatch.syspath_prepend(str(BENCH))
-    import report
+    return importlib.import_module
 
-    return report
+
+@pytest.fixture
+def report(bench):
+    return bench("report")
 
 
 def test_memory_vs_steps_trains_measures_and_writes_its_results(tmp_path):
@@ -88,5 +103,369 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 
 
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
-    with pytest.raises(SystemExit, match="memory, memory-short, speed, speed-short"):
+    with pytest.raises(SystemExit, match="gpu, kernels, memory, memory-short, solve, speed, speed-short"):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
+
+
+def test_every_page_shows_every_block_and_is_up_to_date(report):
+    shown = {found["name"] for page in report.PAGES for found in report.BLOCK.finditer(page.read_text())}
+    assert shown == set(report.BLOCKS)
+    for page in report.PAGES:
+        assert report.filled(page.read_text(), BENCH / "results") == page.read_text(), page
+
+
+def test_memory_is_told_by_the_path_that_comes_first(report):
+    """On CUDA there are two of ours, and the kernels come first."""
+    cells = [
+        {"library": library, "function": function, "steps": n, "peak_mib": size * n**growth, "seconds": 0.5}
+        for library, size in (("node_cuda fused", 1.0), ("node_cuda reference", 100.0))
+        for function, growth in (("odeint", 1.0), ("odeint_adjoint", 0.0))
+        for n in (4, 8)
+    ]
+    assert "(4 to 8 MiB)" in report.memory_sentence({"cells": cells})
+    assert [len(row) for row in report.memory_rows({"cells": cells})] == [5, 5, 5]
+
+
+def test_a_machine_without_scikit_learn_measures_without_training(report):
+    assert report.training_sentence({"training": None}).startswith("Not trained: scikit-learn")
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda needs an NVIDIA GPU"):
+        bench("machine").chosen("cuda")
+    assert bench("machine").chosen("cpu") == torch.device("cpu")
+
+
+def test_a_copy_without_its_repository_can_be_told_its_commit(bench, monkeypatch):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "git", lambda *arguments: None)
+    monkeypatch.setenv("NODE_CUDA_COMMIT", "abc")
+    about = machine.describe(torch.device("cpu"))
+    assert (about["commit"], about["dirty"]) == ("abc", None)
+
+
+def test_rounds_are_at_least_three_and_each_begins_with_the_next_contestant(bench):
+    order = []
+
+    def run(name):
+        return lambda: order.append(name) or float(ord(name))
+
+    sample = bench("timing").interleaved([run("a"), run("b"), run("c")], rounds=9, budget=0.0)
+    assert sample == [tuple(map(float, b"abc"))] * 3
+    assert "".join(order) == "abcbcacab"
+
+
+# ---- the primitives
+
+
+@pytest.fixture
+def primitives(bench):
+    return bench("primitives")
+
+
+def test_every_launch_that_goes_through_the_state_has_a_row(primitives):
+    launchers = set(re.findall(r"\blaunch_(\w+)\(", (ROOT / "csrc" / "launchers.h").read_text()))
+    assert len(launchers) > 15
+    assert {row.launcher for row in primitives.PRIMITIVES} == launchers - primitives.WITHOUT_STATE
+    assert launchers >= primitives.WITHOUT_STATE
+    assert len({row.name for row in primitives.PRIMITIVES}) == len(primitives.PRIMITIVES)
+
+
+def test_a_step_of_dopri5_is_counted_as_its_tableau_says(primitives):
+    sizes = {row.name: row.sizes for row in primitives.PRIMITIVES}
+    stages = [len(row) for row in TABLEAUS["dopri5"].rows[1:-1]]  # the last one is made by rk_finish
+    assert (*(f"rk_stage, {terms} terms" for terms in stages), "rk_finish", "error_ratio") == primitives.STEP
+    assert [sizes[name] for name in primitives.STEP] == [3, 4, 5, 6, 7, 8, 4]
+    assert sum(sizes[name] for name in primitives.STEP) == 37
+
+
+def test_structs_are_packed_as_csrc_lays_them_out(bench, primitives):
+    launching = bench("primitives.launching")
+    headers = "".join((ROOT / "csrc" / name).read_text() for name in ("launchers.h", "control.h"))
+    said = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)", headers)}
+    assert {name: struct.calcsize(layout) for name, layout in launching.LAYOUTS.items()} == {
+        name: said[name] for name in launching.LAYOUTS
+    }
+    assert said["Ctl"] == launching.CTL_BYTES
+    codes = re.search(r"enum Dtype : int \{(.*?)\}", headers)[1]
+    assert [code.split(" = ")[0].strip() for code in codes.split(",")] == [
+        "FLOAT", "DOUBLE", "HALF", "BFLOAT16", "COMPLEX_FLOAT", "COMPLEX_DOUBLE",
+    ]  # fmt: skip
+    assert [int(code.split(" = ")[1]) for code in codes.split(",")] == list(range(len(launching.DTYPES)))
+
+
+@pytest.fixture
+def launchers(shim_library):
+    """csrc/ with its bindings, on the CPU."""
+    return shim.import_module(shim_library)
+
+
+def prepared(primitives, launchers, row, dtype=torch.float32, n=4096):
+    return row.prepare(primitives.Workplace(launchers, (0, 0), torch.device("cpu"), dtype, n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_every_primitive_is_launched_as_its_formula_says(primitives, bench, launchers, dtype):
+    kernels = bench("kernels")
+    for row in primitives.PRIMITIVES:
+        launch = prepared(primitives, launchers, row, dtype)
+        with torch.no_grad():
+            kernels.require_right(row, launch, dtype)
+            launch.kernel()  # again, as when it is timed
+        # Sums and errors of halves are float32.
+        if dtype.itemsize >= 4:
+            assert launch.bytes == row.sizes * 4096 * dtype.itemsize, row.name
+        assert all(bool(result.double().isfinite().all()) for result in launch.results), row.name
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(primitives, bench, launchers):
+    kernels = bench("kernels")
+    for row in primitives.PRIMITIVES:
+        launch = prepared(primitives, launchers, row)
+        launch.results[-1].mul_(1.001)
+        wrong = launch._replace(kernel=lambda: None)
+        with pytest.raises(ValueError, match="is off by"), torch.no_grad():
+            kernels.require_right(row, wrong, torch.float32)
+
+
+def test_kernels_wants_a_gpu_and_says_so(bench, monkeypatch):
+    kernels = bench("kernels")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
+        with pytest.raises(SystemExit, match=lacking):
+            kernels.cuda_device(name)
+
+
+def test_kernels_measures_every_row_and_writes_its_results(bench, primitives, launchers, report, monkeypatch, tmp_path):
+    """With the CPU behind the shim in the GPU's place, and calls that are only made once."""
+    kernels = bench("kernels")
+
+    def once(calls, **_):
+        for call in calls:
+            call()
+        return [1e-6] * 3
+
+    stream = type("Stream", (), {"cuda_stream": 0})
+    for module, name, value in (
+        (kernels, "device_seconds", once),
+        (kernels, "cuda_device", lambda name: torch.device("cpu", 0)),
+        (kernels, "compiled_module", lambda device: launchers),
+        (kernels, "TARGET_FROM", 2**15),
+        (torch.cuda, "current_stream", lambda device: stream),
+        (torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"L2_cache_size": 2**16})),
+        (
+            sys,
+            "argv",
+            ["kernels.py", "--compile-seconds", "0", "--sizes", str(2**15), str(2**10), "--out", str(tmp_path)],
+        ),
+    ):
+        monkeypatch.setattr(module, name, value)
+    kernels.main()
+    result = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    assert [row["primitive"] for row in result["rows"]] == [row.name for row in primitives.PRIMITIVES] * 2
+    assert not any("failed" in row for row in result["rows"])
+    assert {row["compiled"]["failed"] for row in result["rows"]} == {"not compiled"}
+    assert [row["target"] is None for row in result["rows"]] == sorted(row["target"] is None for row in result["rows"])
+    assert [step["sizes"] for step in result["steps"]] == [37, 37]
+    assert "| rk_finish | 32 KiB | 256 KiB |" in report.block("kernels", tmp_path)
+
+
+MACHINE = {
+    "command": "python bench/x.py", "device": "Some GPU", "driver": "1.2", "cuda": "13.0", "torch": "2.11", "cores": 2,
+    "threads": 1, "node_cuda": "0.1.0", "torchdiffeq": None, "date": "2026-01-01T00:00:00", "commit": "abc",
+    "dirty": False,
+}  # fmt: skip
+BIG = 64 * 2**20
+
+
+def kernels_row(name, sizes, microseconds, **more):
+    rate = sizes * BIG / microseconds * 1e6
+    row = {
+        "primitive": name, "launcher": name.split(",")[0], "state_bytes": BIG, "target": 0.85, "bytes": sizes * BIG,
+        "microseconds": [microseconds] * 3, "bytes_per_second": rate, "of_copy": rate / 1e12,
+        "plain": {"microseconds": [10 * microseconds] * 3}, "compiled": {"microseconds": [2 * microseconds] * 3},
+    }  # fmt: skip
+    return row | {"met": row["of_copy"] >= 0.85} | more
+
+
+def kernels_result(kernels, rows):
+    return {
+        "machine": MACHINE,
+        "settings": {"dtype": "float32"},
+        "complete": True,
+        "copies": [{"state_bytes": BIG, "bytes": 2 * BIG, "microseconds": [2 * BIG / 1e6] * 3}],
+        "steps": [step for step in [kernels.whole_step(rows, BIG)] if step],
+        "rows": rows,
+    }
+
+
+def test_the_report_of_the_kernels_says_what_is_met_and_what_is_not(bench, primitives, report, tmp_path):
+    kernels = bench("kernels")
+    sizes = {row.name: row.sizes for row in primitives.PRIMITIVES}
+    rows = [kernels_row(name, sizes[name], sizes[name] * 70.0) for name in primitives.STEP]  # 0.96 of 1 TB/s
+    rows.append(kernels_row("jump", 4, 400.0, compiled={"failed": "not compiled"}))
+    rows.append({**kernels_row("commit", 4, 1.0), "met": None, "failed": "RuntimeError: commit failed with error 700"})
+    (tmp_path / "kernels-cuda.json").write_text(json.dumps(kernels_result(kernels, rows)))
+    block = report.block("kernels", tmp_path)
+    assert "Some GPU, driver 1.2, CUDA 13.0, torch 2.11" in block and "torchdiffeq not installed" in block
+    assert "A copy of 64 MiB moves 1000 GB/s." in block
+    assert "The 7 launches of a step of dopri5 on 64 MiB move 37 times the state and take 2.59e+03 us" in block
+    assert "7 of 9 primitives reach the target." in block
+    assert "commit: RuntimeError: commit failed with error 700." in block
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in block.splitlines()}
+    assert "| 96% | 0.85 |" in lines["rk_finish"]
+    assert "| 67% | 0.85 (missed) |" in lines["jump"] and "not compiled |" in lines["jump"]
+    assert "| failed |" in lines["commit"]
+
+
+def test_a_step_with_a_missing_launch_is_not_added_up(bench, primitives):
+    rows = [kernels_row(name, 3, 100.0) for name in primitives.STEP[1:]]
+    assert bench("kernels").whole_step(rows, BIG) is None
+
+
+# ---- whole solves
+
+
+def test_solve_runs_without_a_gpu_and_writes_its_results(tmp_path):
+    pytest.importorskip("torchdiffeq")
+    result = run_quick("solve", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS
+    assert [row["case"].split(",")[0] for row in result["rows"]] == ["forward", "step"] * 2
+    for row in result["rows"]:
+        ours, theirs = row["by"]["node_cuda reference"], row["by"]["torchdiffeq"]
+        assert ours["accepted"] == theirs["accepted"] > 0
+        assert ours["nfe"] == theirs["nfe"] > 0
+        assert len(ours["ratio"]) == 3 and "ratio" not in theirs
+        assert "diffrax" in row["by"] and "node_cuda fused" not in row["by"]
+
+
+def test_the_cheap_field_has_the_solution_that_its_formula_says(bench):
+    fields = bench("fields")
+    z0 = torch.linspace(-20.0, 20.0, 41, dtype=torch.float64).requires_grad_()
+    t = torch.tensor([0.0, 0.3, 2.0], dtype=torch.float64, requires_grad=True)
+    z = fields.SineField.exact(z0, t)
+    torch.testing.assert_close(z[0], z0)
+    step = 1e-5
+    before, after = (fields.SineField.exact(z0, t + side * step) for side in (-1, 1))
+    torch.testing.assert_close((after - before) / (2 * step), fields.SineField()(t, z), rtol=1e-6, atol=1e-8)
+
+
+def test_contestants_that_are_missing_or_wrong_keep_their_lines(bench, monkeypatch):
+    solve, solving = bench("solve"), bench("solving")
+    case = bench("cases").QUICK_SOLVE_CASES[2]
+    solved = solving.TorchContestant.solved
+
+    def wrong(self):
+        found = solved(self)
+        return found._replace(quantities=found.quantities._replace(ys=found.quantities.ys * 1.1))
+
+    monkeypatch.setattr(solving.TorchContestant, "solved", wrong)
+    monkeypatch.setattr(solve, "installed", lambda library: library == "node_cuda")
+    row = solve.measure(case, torch.device("cpu"), rounds=3, budget=0.0)
+    assert row["by"]["torchdiffeq"] == row["by"]["diffrax"] == {"failed": "not installed"}
+    assert "misses the exact solution" in row["by"]["node_cuda reference"]["failed"]
+    assert "milliseconds" not in row["by"]["node_cuda reference"]
+
+
+def test_the_exact_solution_is_ours_where_torchdiffeq_is_not_installed(bench, monkeypatch):
+    libraries, solving = bench("libraries"), bench("solving")
+    problem = solving.make_problem(bench("cases").QUICK_SOLVE_CASES[1], torch.device("cpu"))
+    usual = solving.exact(problem)
+    monkeypatch.setattr(libraries, "installed", lambda library: library == "node_cuda")
+    assert solving.largest_error(solving.exact(problem), usual) < 1e-9
+
+
+def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp_path):
+    def record(milliseconds, **more):
+        return {"nfe": 20, "nfe_backward": 0, "accepted": 3, "error": 1e-6, "milliseconds": [milliseconds] * 3} | more
+
+    fast = {"node_cuda fused": record(1.0, ratio=[8.0] * 3, target=4.0, met=True), "torchdiffeq": record(8.0)}
+    slow = {"node_cuda fused": record(4.0, ratio=[2.0] * 3, target=3.0, met=False), "diffrax": {"failed": "x" * 30}}
+    alone = {"node_cuda fused": record(4.0, target=3.0, met=None), "torchdiffeq": {"failed": "not installed"}}
+    rows = [{"case": name, "by": by} for name, by in (("one", fast), ("two", slow), ("three", alone))]
+    (tmp_path / "solve-cuda.json").write_text(json.dumps({"machine": MACHINE, "complete": False, "rows": rows}))
+    block = report.block("solve", tmp_path)
+    assert "rows are missing. 1 of 3 promised ratios reached." in block
+    assert f"diffrax: {'x' * 30}." in block
+    assert "| one | node_cuda fused | 1 (1-1) | 8 (8-8) | 4 | 20 | 3 | 1e-06 |" in block
+    assert "| 2 (2-2) | 3 (missed) |" in block
+    assert "|  | torchdiffeq | not installed |" in block
+
+
+# ---- gpu.sh
+
+PRETENDS = """#!{python}
+import os, sys
+arguments = sys.argv[1:]
+if "torch.cuda.is_available" in " ".join(arguments):
+    print({path!r}, "9.0", "Some GPU", sep="\\n")
+elif "find_spec" in " ".join(arguments):
+    print("rich" if "rich" in arguments else "")
+elif "bench/gpu_record.py" in arguments:
+    os.execv({python!r}, [{python!r}, *arguments])
+else:
+    print("ran", *arguments)
+    sys.exit(3 if "bench/solve.py" in arguments else 0)
+"""
+
+
+def gpu_sh(tmp_path, *stages, **environment):
+    return subprocess.run(
+        [str(BENCH / "gpu.sh"), *stages],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "NODE_CUDA_RESULTS": str(tmp_path / "results"), **environment},
+    )
+
+
+@pytest.fixture
+def interpreter(tmp_path):
+    """A Python that says that there is a GPU, and does nothing."""
+    path = tmp_path / "python"
+    path.write_text(PRETENDS.format(python=sys.executable, path=str(path)))
+    path.chmod(0o755)
+    return str(path)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_gpu_sh_goes_on_after_a_failed_stage_and_records_all(tmp_path, interpreter, report):
+    run = gpu_sh(tmp_path, PYTHON=interpreter)
+    assert run.returncode == 1, run.stderr
+    recorded = json.loads((tmp_path / "results" / "gpu.json").read_text())
+    results = {stage["stage"]: stage["result"] for stage in recorded["stages"]}
+    sanitizers = {"memcheck", "racecheck", "initcheck"}
+    assert {stage: result for stage, result in results.items() if stage not in sanitizers} == {
+        "build": "passed", "tests": "passed", "kernels": "passed", "solve": "failed", "memory": "skipped",
+        "first-use": "passed",
+    }  # fmt: skip
+    assert results.keys() >= sanitizers
+    notes = {stage["stage"]: stage["note"] for stage in recorded["stages"]}
+    assert notes["memory"] == "not installed: rich"
+    assert notes["solve"] == "exit status 3: log/solve.txt"
+    assert "--device cuda" in (tmp_path / "results" / "log" / "solve.txt").read_text()
+    assert "| solve | failed |" in report.block("gpu", tmp_path / "results")
+    assert re.search(r"^solve +failed", run.stdout, re.MULTILINE)
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_gpu_sh_runs_the_stages_that_are_named(tmp_path, interpreter):
+    run = gpu_sh(tmp_path, "kernels", PYTHON=interpreter)
+    assert run.returncode == 0, run.stderr
+    assert {path.name for path in (tmp_path / "results" / "log").iterdir()} == {"kernels.txt"}
+    assert not (tmp_path / "results" / "gpu.json").exists()
+
+
+@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
+def test_gpu_sh_without_a_gpu_is_a_sentence(tmp_path):
+    run = gpu_sh(tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
+    assert run.returncode == 1
+    assert "needs an NVIDIA GPU" in run.stderr
+    assert not (tmp_path / "results").exists()
+
+
+def test_gpu_sh_ends_within_ten_minutes():
+    script = (BENCH / "gpu.sh").read_text()
+    limits = {name: int(seconds) for name, seconds in re.findall(r"\bstage \"?\$?([\w-]+)\"? (\d+) \"", script)}
+    assert limits.keys() == {"build", "tests", "kernels", "solve", "memory", "tool", "first-use"}
+    assert sum(limits.values()) + 2 * limits["tool"] <= 585

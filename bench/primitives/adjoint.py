@@ -1,0 +1,139 @@
+"""The launches of a backward solve, and what plain PyTorch does in their place.
+
+Lists of parameters are TENSORS tensors of one size, together as large as the state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels import reference
+from node_cuda.norms import ErrorNorm, rms
+
+from .launching import DTYPES, Launch, Workplace, numbers, packed, pointers
+from .steps import ATOL, DOPRI5, RTOL, H, weights, where
+
+TENSORS = 8
+WEIGHT, ERROR_WEIGHT = 0.3, 0.2
+
+
+def adjoint_stage(place: Workplace, terms: int) -> Launch:
+    """kappa = h sum_j a_j x_j."""
+    kappa, *x = place.states(terms + 1)
+    a = weights(terms)
+    kernel = place.bind("adjoint_stage", *place.sized, kappa, terms, pointers(x), numbers(a), where())
+    return Launch(kernel, (x, a), (*x, kappa), (kappa,))
+
+
+def plain_adjoint_stage(x: Sequence[Tensor], a: Sequence[float]) -> Tensor:
+    """h sum_j a_j x_j; halves are added in float32."""
+    kappa = torch.mul(x[0].to(torch.promote_types(x[0].dtype, torch.float32)), H * a[0])
+    for tensor, weight in zip(x[1:], a[1:], strict=True):
+        kappa.add_(tensor, alpha=H * weight)
+    return kappa.to(x[0].dtype)
+
+
+def adjoint_finish(place: Workplace) -> Launch:
+    """lam + sum_j mu_j over the stages of dopri5 that count."""
+    out, lam, *mu = place.states(DOPRI5.stages + 1)
+    kernel = place.bind("adjoint_finish", *place.sized, out, lam, len(mu), pointers(mu))
+    return Launch(kernel, (lam, mu, [(j, 1.0) for j in range(len(mu))], 1.0), (lam, *mu, out), (out,))
+
+
+def pack_adjoint(place: Workplace) -> Launch:
+    """[f, -vjp]."""
+    f, vjp = place.states(2)
+    row = torch.zeros(2 * place.n, dtype=place.dtype, device=place.device)
+    kernel = place.bind("pack_adjoint", *place.sized, row, f, vjp)
+    return Launch(kernel, (f, vjp), (f, vjp, row), (row,))
+
+
+def plain_pack_adjoint(f: Tensor, vjp: Tensor) -> Tensor:
+    """[f, -vjp]."""
+    return torch.cat([f, vjp.neg()])
+
+
+def jump(place: Workplace) -> Launch:
+    """a += g and the dot of g and f, which is near g: a sum of what cancels could not be compared."""
+    a, g = place.states(2)
+    f, dot = g + 0.1 * place.state(), place.doubles()
+    arguments = (a.clone(), g, f)
+    kernel = place.bind("jump", *place.sized, a, g, f, dot, place.workspace())
+    return Launch(kernel, arguments, (a, a, g, f), (a, dot))
+
+
+def plain_jump(a: Tensor, g: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
+    """a + g in place, and the dot; of halves in float32."""
+    acc = torch.promote_types(g.dtype, torch.float32)
+    return a.add_(g), torch.dot(g.to(acc), f.to(acc))
+
+
+class Sums:
+    """A list of tensors with their sums, errors and totals, as the launchers want them."""
+
+    def __init__(self, place: Workplace) -> None:
+        size = place.n // TENSORS
+        self.x = list(place.state().split(size))
+        self.sums, self.errors, self.totals = (list(place.error().split(size)) for _ in range(3))
+        self.dtypes = [place.acc] * TENSORS
+        chunks = place.launchers.chunks_of(size)
+        self.first_chunks = torch.arange(TENSORS, dtype=torch.int64) * chunks
+        parts = [
+            packed("Part", *tensors, size, i * chunks, DTYPES.index(place.dtype))
+            for i, tensors in enumerate(zip(self.sums, self.errors, self.totals, strict=True))
+        ]
+        self.sized = torch.cat(parts).to(place.device), TENSORS, TENSORS * chunks
+
+
+def accumulate(place: Workplace, with_error: bool) -> Launch:
+    """What a stage adds to the sums, and to their errors."""
+    of = Sums(place)
+    written = (*of.sums, *of.errors) if with_error else (*of.sums,)
+    error_weight = ERROR_WEIGHT if with_error else 0.0
+    plain_sums = [x.clone() for x in of.sums]
+    plain_errors = [x.clone() for x in of.errors] if with_error else []
+    kernel = place.bind(
+        "accumulate", *of.sized, of.first_chunks, pointers(of.x), None, WEIGHT, error_weight, 1, 0, where()
+    )
+    return Launch(kernel, (plain_sums, plain_errors, of.x, of.dtypes), (*of.x, *written, *written), written, of)
+
+
+def plain_accumulate(
+    sums: list[Tensor], errors: list[Tensor], x: Sequence[Tensor], dtypes: Sequence[torch.dtype]
+) -> list[Tensor]:
+    """sum_i += w x_i and, if there are any, error_i += v x_i."""
+    reference.accumulate(sums, x, WEIGHT * H, dtypes)
+    if errors:
+        reference.accumulate(errors, x, ERROR_WEIGHT * H, dtypes)
+    return [*sums, *errors]
+
+
+def commit_sums(place: Workplace) -> Launch:
+    """total_i += sum_i after an accepted step."""
+    of = Sums(place)
+    plain_totals = [x.clone() for x in of.totals]
+    kernel = place.bind("commit_sums", *of.sized, None)
+    return Launch(kernel, (plain_totals, of.sums), (*of.totals, *of.totals, *of.sums), (*of.totals,), of)
+
+
+def plain_commit_sums(totals: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
+    """total_i += sum_i."""
+    torch._foreach_add_(totals, sums)
+    return totals
+
+
+def sums_ratio(place: Workplace) -> Launch:
+    """The norm of the sums' errors."""
+    of, ratio = Sums(place), place.doubles()
+    workspace = place.workspace(place.launchers.sums_workspace(of.sized[2]))
+    kernel = place.bind("sums_ratio", *of.sized, RTOL, ATOL, workspace, None, packed("Finish", ratio))
+    return Launch(kernel, (of.errors, of.totals, of.sums), (*of.errors, *of.sums, *of.totals), (ratio,), of)
+
+
+def plain_sums_ratio(errors: list[Tensor], totals: list[Tensor], sums: list[Tensor]) -> float:
+    """The largest rms of error_i / (atol + rtol max(|total_i|, |total_i + sum_i|))."""
+    after = list(torch._foreach_add(totals, sums))
+    return rms(reference.scaled_sums(errors, totals, after, ErrorNorm(RTOL, ATOL)))

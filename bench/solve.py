@@ -1,0 +1,123 @@
+"""Times whole solves by the fused kernels, by plain PyTorch, by torchdiffeq and by diffrax, in turn, at rtol 1e-6.
+
+For every case a solve without gradients, and one with the adjoint's backward solve. Each is checked against the exact
+solution first. Evaluations, accepted steps and the achieved error stand beside every time, with the ratio of
+torchdiffeq's time in the same round. A contestant that is missing, fails or is wrong keeps its line, which says why.
+The cases, with what is promised of the kernels, are in cases.py; without a GPU plain PyTorch runs alone for us.
+
+    python bench/solve.py [--quick] [--device cuda] [--threads N] [--budget SECONDS] [--out DIRECTORY]
+"""
+
+# speed.py stays apart: its promises are those of plain PyTorch on a CPU, at torchdiffeq's default tolerances. What
+# both do is in solving.py.
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from cases import QUICK_SOLVE_CASES, SOLVE_CASES, Case
+from diffrax_contestant import DiffraxContestant
+from libraries import DIFFRAX, FUSED, REFERENCE, RIVAL, installed
+from report_gpu import solve_rows, solve_sentences
+from solving import Contestant, Quantities, TorchContestant, exact, largest_error, make_problem, mistake
+from tables import gist, show, write_result
+from timing import Spread, interleaved
+
+HERE = Path(__file__).resolve().parent
+ROUNDS = 41  # at most, of each row
+Record = dict[str, Any]
+
+
+def main() -> None:
+    arguments = parse()
+    torch.set_num_threads(arguments.threads)
+    device = machine.chosen(arguments.device)
+    cases = QUICK_SOLVE_CASES if arguments.quick else SOLVE_CASES
+    rounds = 3 if arguments.quick else ROUNDS
+    rows: list[Record] = []
+    result: Record = {
+        "benchmark": "solve",
+        "device": device.type,
+        "machine": machine.describe(device),
+        "settings": {"method": "dopri5", "rtol": 1e-6, "atol": 1e-6, "loss": "sum of y(t_end)^2 / batch"},
+        "complete": False,
+        "rows": rows,
+    }
+    for case in cases:
+        print(case.name, file=sys.stderr, flush=True)
+        rows.append(measure(case, device, rounds, arguments.budget))
+        write_result(result, arguments.out)  # each time: time on a GPU may be over before the last row
+    result["complete"] = True
+    path = write_result(result, arguments.out)
+    show(solve_rows(result))
+    print(solve_sentences(result))
+    print(f"Written: {path}")
+    ours = [(row["case"], name) for row in rows for name in (FUSED, REFERENCE) if "failed" in row["by"].get(name, {})]
+    if ours:
+        raise SystemExit(f"Failed, or wrong: {'; '.join(f'{name} in `{case}`' for case, name in ours)}.")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
+    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON")
+    parser.add_argument("--quick", action="store_true", help="tiny cases: shows that the program runs")
+    return parser.parse_args()
+
+
+def contestants(device: torch.device) -> list[str]:
+    """Who takes part: the kernels only where they can."""
+    return [*([FUSED] if device.type == "cuda" else []), REFERENCE, RIVAL, DIFFRAX]
+
+
+def measure(case: Case, device: torch.device, rounds: int, budget: float) -> Record:
+    """One row: all checked, then those that are right timed."""
+    problem = make_problem(case, device)
+    expected = exact(problem)
+    by: dict[str, Record] = {}
+    running: dict[str, Contestant] = {}
+    for name in contestants(device):
+        if not installed(name.partition(" ")[0]):
+            by[name] = {"failed": "not installed"}
+            continue
+        try:
+            running[name] = DiffraxContestant(problem) if name == DIFFRAX else TorchContestant(name, problem)
+            by[name] = checked(name, running[name], case, expected)
+        except Exception as error:  # out of memory, say: a value
+            by[name] = {"failed": gist(error)}
+        if "failed" in by[name]:
+            running.pop(name, None)
+    sample = interleaved([contestant.timed for contestant in running.values()], rounds=rounds, budget=budget)
+    times = dict(zip(running, zip(*sample, strict=True), strict=True))
+    for name, took in times.items():
+        by[name]["milliseconds"] = Spread.of([1e3 * seconds for seconds in took])
+        if name != RIVAL and RIVAL in times:
+            by[name]["ratio"] = Spread.of([theirs / its for its, theirs in zip(took, times[RIVAL], strict=True)])
+    if FUSED in by:
+        ratio = by[FUSED].get("ratio")
+        by[FUSED] |= {"target": case.target, "met": None if ratio is None else ratio.median >= case.target}
+    return {"case": case.name, "rounds": len(sample), "by": by}
+
+
+def checked(name: str, contestant: Contestant, case: Case, expected: Quantities) -> Record:
+    """What a contestant's solution cost and how far off it is; `failed` if that is too far."""
+    solved = contestant.solved()
+    error = largest_error(solved.quantities, expected)
+    record: Record = {
+        "nfe": solved.nfe,
+        "nfe_backward": solved.nfe_backward,
+        "accepted": solved.accepted,
+        "error": error,
+    }
+    wrong = mistake(name, case, error)
+    return record if wrong is None else record | {"failed": wrong}
+
+
+if __name__ == "__main__":
+    main()
