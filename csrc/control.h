@@ -188,14 +188,14 @@ NODE_CUDA_HD inline void step_control(Ctl& ctl, const Law& law, double ratio) {
   if (pass_outputs(ctl, law)) propose(ctl, law, ctl.last.t1);
 }
 
-// Begin at t0. h > 0: the first step; else next.t0 alone is set, and initial_probe and initial_step choose h.
+// Begin at t0. h >= 0: the first step; else next.t0 alone is set, and initial_probe and initial_step choose h.
 NODE_CUDA_HD inline void start_control(Ctl& ctl, const Law& law, double direction, double t0, double h) {
   ctl = Ctl{};
   ctl.direction = direction;
   ctl.history[0] = ctl.history[1] = 1.0;
   ctl.active = ctl.finite = 1;
   ctl.next = Interval{t0, t0, 0.0, 0.0};
-  if (!(h > 0.0)) return;
+  if (h < 0.0) return;
   ctl.h = py_min(py_max(h, law.min_step), law.max_step);
   propose(ctl, law, t0);
 }

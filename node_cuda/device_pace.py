@@ -101,7 +101,8 @@ class DeviceAdaptive(Adaptive):
                 return
             scaled = self.fused.scaled_error(step.at, error, last, step.y0, step.y1)
             norm = custom(scaled, () if extra is None else extra.scaled_errors())
-            self.control.judge_ratio(torch.as_tensor(norm).to(scaled.device, torch.float64).abs().reshape(1))
+            ratio = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
+            self.control.judge_ratio(ratio.to(scaled.device, torch.float64).abs().reshape(1))
 
     def _read(self) -> Reading:
         self.now = self.control.read()

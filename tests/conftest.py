@@ -1,7 +1,11 @@
 """Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one."""
 
+import os
+import shutil
+
 import pytest
 import torch
+from shim import library
 
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
 
@@ -28,3 +32,17 @@ def same_start():
 def torchdiffeq():
     """The reference version, where it is installed."""
     return pytest.importorskip("torchdiffeq")
+
+
+@pytest.fixture(scope="session")
+def worker_id():
+    """As pytest-xdist's, also where it is not installed or not used."""
+    return os.environ.get("PYTEST_XDIST_WORKER", "master")
+
+
+@pytest.fixture(scope="session")
+def shim_library(tmp_path_factory, worker_id):
+    """csrc/ behind the shim, compiled once for all tests of a session."""
+    if shutil.which("g++") is None:
+        pytest.skip("no g++ to compile the kernels with")
+    return library.once_a_session(tmp_path_factory, worker_id, "shim", library.behind_shim)

@@ -494,7 +494,7 @@ def test_the_starting_step(kernels):
     y0, f0, f1 = (make(kernels, 999, torch.float64) for _ in range(3))
     for scale in (1.0, 1e-7, 0.0):
         law, ctl = Law(LAW, order=5, device=kernels.device), kernels.new_ctl()
-        kernels.start_control(ctl, law, -1.0, 2.0, 0.0)
+        kernels.start_control(ctl, law, -1.0, 2.0, -1.0)
         d0, d1 = kernels.initial_norms(scale * y0, scale * f0, 1e-3, 1e-6, ctl=ctl).tolist()
         h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
         probe = kernels.read(ctl).next
@@ -503,7 +503,7 @@ def test_the_starting_step(kernels):
         d2 = change / h0
         h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / 5)
         assert kernels.read(ctl).h == pytest.approx(min(100 * h0, h1), rel=0 if kernels.device.type == "cpu" else 1e-14)
-    kernels.start_control(ctl, law, -1.0, 2.0, 0.0)
+    kernels.start_control(ctl, law, -1.0, 2.0, -1.0)
     y0[3] = math.nan
     kernels.initial_norms(y0, f0, 1e-3, 1e-6, ctl=ctl)
     state = kernels.read(ctl)
@@ -513,7 +513,7 @@ def test_the_starting_step(kernels):
 def test_a_grid_goes_from_point_to_point(kernels):
     points = torch.tensor([0.0, 0.25, 1.0, 1.5], dtype=torch.float64, device=kernels.device)
     law, ctl = Law(LAW, outputs=[0.5, 1.0, 1.2], device=kernels.device), kernels.new_ctl()
-    kernels.start_control(ctl, law, 1.0, 0.0, 0.0)
+    kernels.start_control(ctl, law, 1.0, 0.0, -1.0)
     seen = []
     for _ in range(5):
         kernels.grid_control(ctl, law, points)
@@ -562,7 +562,7 @@ class DeviceSolve:
         self.ys = torch.full((len(self.outputs), *y0.shape), math.nan, dtype=y0.dtype, device=kernels.device)
         self.step_times = [self.problem.times[0]]
         kernels.start_control(
-            self.ctl, self.law, self.problem.direction, self.problem.times[0], parsed.first_step or 0.0
+            self.ctl, self.law, self.problem.direction, self.problem.times[0], parsed.first_step or -1.0
         )
         self.k1 = self.at(0.0, 0, self.y0)
         if parsed.first_step is None:

@@ -20,6 +20,7 @@ from node_cuda.status import InvalidInput, Unsupported
 BACKENDS = ("auto", "reference", "fused")
 VARIABLE = "NODE_CUDA_BACKEND"
 
+_TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 _inside: ContextVar[str | None] = ContextVar("node_cuda.backend", default=None)
 
 
@@ -74,8 +75,8 @@ def _obstacle(y0: Tensor) -> str | None:
     # What follows sees operations of torch, and would not see ours.
     if type(y0) not in (Tensor, torch.nn.Parameter):
         return f"the state is a {type(y0).__name__}, and the kernels take plain tensors"
-    if torch.compiler.is_compiling():
-        return "the solve is being compiled"
+    if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(map(torch._C._get_dispatch_mode, _TRACERS)):
+        return "the solve is being compiled or traced"
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is on"
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]

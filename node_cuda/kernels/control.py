@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import struct
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -12,6 +13,7 @@ from torch import Tensor
 from node_cuda.kernels.reference import ControlLaw
 
 _LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
+_MOST = 2**63 - 1
 
 
 class Reading(NamedTuple):
@@ -60,7 +62,7 @@ class Control:
         plan: Any,
         law: ControlLaw,
         order: int,
-        max_num_steps: int,
+        max_num_steps: float,
         landings: Sequence[float],
         jumps: frozenset[float],
         stops: Sequence[float],
@@ -71,7 +73,8 @@ class Control:
         self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._ctl = torch.empty(_LAYOUT.size, dtype=torch.uint8, device=device)
         # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
-        self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, pin_memory=self._stream is not None)
+        pinned = self._stream is not None
+        self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
         self._bytes = self._host.numpy().data
         self._landings = torch.tensor(list(landings), dtype=torch.float64, device=device)
         self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
@@ -86,7 +89,7 @@ class Control:
             law.min_step,
             law.max_step,
             float(order),
-            max_num_steps,
+            min(math.ceil(min(max_num_steps, _MOST)), _MOST),  # attempts are whole: 2.5 allows three of them
             _array(self._landings),
             self._is_jump.data_ptr(),
             _array(self._stops),
@@ -96,7 +99,7 @@ class Control:
 
     def start(self, t0: float, h: float | None) -> None:
         """Begin at t0 with a step of h; None: `initial_norms` and `initial_change` choose it."""
-        self._plan.start_control(t0, h or 0.0)
+        self._plan.start_control(t0, -1.0 if h is None else h)
 
     def initial_norms(self, y0: Tensor, f0: Tensor) -> None:
         """The first half of Hairer's starting step: the step to be read is the Euler step that probes."""

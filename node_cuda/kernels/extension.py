@@ -67,7 +67,7 @@ def _tried(found: Search, capability: Capability | None, device: torch.device | 
     """What was found, if a kernel runs: a driver that is too old for the module shows at its first launch only."""
     if found.module is None or capability is None:
         return found
-    index = torch.device("cuda", device).index if isinstance(device, int) else torch.device(device or "cuda").index
+    index = device.index if isinstance(device, torch.device) else device
     index = torch.cuda.current_device() if index is None else index
     try:
         time = torch.zeros(1, device=f"cuda:{index}")

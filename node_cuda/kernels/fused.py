@@ -65,7 +65,13 @@ class Fused(Arithmetic):
                 f"func must return dy/dt on the state's device, {self.device}; got {x.device}. "
                 f"Use `.to({str(self.device)!r})`, or `func.to({str(self.device)!r})` for a module."
             )
-        return resolved(x).contiguous()
+        x = resolved(x).contiguous()
+        if not (x.data_ptr() or x.numel() == 0):
+            raise InvalidField(
+                f"func returned a {type(x).__name__} without memory of its own, which the kernels cannot read. "
+                'Return a plain tensor, or solve inside `node_cuda.backend("reference")`.'
+            )
+        return x
 
     # ------------------------------------------------------------------ time
 
@@ -166,7 +172,7 @@ class Fused(Arithmetic):
         self,
         law: ControlLaw,
         order: int,
-        max_num_steps: int,
+        max_num_steps: float,
         landings: Sequence[float],
         jumps: frozenset[float],
         stops: Sequence[float],
@@ -253,7 +259,9 @@ class Fused(Arithmetic):
 
     def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
         """See `Arithmetic`. One launch a list."""
-        fits = bool(like) and all(x.dtype in DTYPES and x.device == self.device for x in like)
+        fits = bool(like) and all(
+            x.dtype in DTYPES and x.device == self.device and (x.data_ptr() or x.numel() == 0) for x in like
+        )
         if not fits:
             return super().sums(like, with_error=with_error)
         codes = [DTYPES[x.dtype] for x in like]
@@ -287,7 +295,7 @@ class Fused(Arithmetic):
         rtol, rtol_each = self._tolerance(norm.rtol)
         atol, atol_each = self._tolerance(norm.atol)
         sizes = norm.sizes if norm.sizes is not None and len(norm.sizes) > 1 else ()
-        ends = torch.tensor(sizes, dtype=torch.int64).cumsum(0)
+        ends = torch.tensor(sizes, dtype=torch.int64, device="cpu").cumsum(0)
         device_ends = ends.to(self.device) if sizes else None
         self.plan.set_norm(
             rtol, atol, *(_address(x) for x in (rtol_each, atol_each)), ends.tolist(), _address(device_ends)

@@ -44,6 +44,7 @@ class FusedSums(Sums):
 
     def add(self, tensors: Sequence[Tensor | None], weight: float, error_weight: float) -> None:
         """See `Sums`. One launch; two where one of the sums begins and the other goes on."""
+        tensors = [None if x is None else resolved(x) for x in tensors]
         plan = self._plan or self._lay_out(tensors)
         error_weight = error_weight if self.with_error else 0.0
         given = [
@@ -96,14 +97,15 @@ class FusedSums(Sums):
 
     def _as_laid_out(self, x: Tensor, like: Tensor) -> Tensor:
         """x, or a copy of it where its numbers do not lie as the buffers do."""
-        x = resolved(x)
         if x.stride() == like.stride() or x.numel() <= 1:
             return x
         return torch.empty_like(like, dtype=x.dtype).copy_(x)
 
 
 def resolved(x: Tensor) -> Tensor:
-    """x with its numbers in memory as they are: no conjugation or sign that is still to be applied."""
+    """x with all its numbers in memory as they are: dense, no conjugation or sign that is still to be applied."""
+    if x.layout is not torch.strided:
+        x = x.to_dense()
     if x.is_conj() or x.is_neg() or x._is_zerotensor():
-        return x.resolve_conj().resolve_neg().clone()
+        x = x.resolve_conj().resolve_neg().clone()
     return x

@@ -70,6 +70,11 @@ def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Pa
     return result
 
 
+def behind_shim(folder: Path) -> Path:
+    """csrc/ as the tests of a session share it: with few blocks, so that small tensors go round the loops as well."""
+    return compile_with_shim(folder, "-O0", "-DNODE_CUDA_MAX_BLOCKS=5")
+
+
 def import_module(library: Path) -> ModuleType:
     """The library of `compile_with_shim` as what node_cuda._C is: the plan and the launchers."""
     spec = importlib.util.spec_from_file_location(MODULE, library)
