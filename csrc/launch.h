@@ -61,6 +61,8 @@ int launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, On
     const auto stream = static_cast<cudaStream_t>(on.stream);
     NODE_CUDA_LAUNCH(kernel, static_cast<unsigned>(blocks), threads, stream, arguments...);
     error = cudaGetLastError();
+  } else {
+    cudaGetLastError();  // clears it, so that nobody else's next check finds it
   }
   if (error != cudaSuccess) last_failed_op = op;
   return error;

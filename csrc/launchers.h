@@ -109,6 +109,8 @@ int launch_step_control(Ctl* ctl, const Law* law, const double* ratios, int64_t 
 // start_control: also the only thing that makes a Ctl.
 int launch_start_control(Ctl* ctl, const Law* law, double direction, double t0, double h, On on);
 int launch_grid_control(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
+// The one call that waits: ctl as all launches of the stream before leave it, into (pinned) host memory.
+int read_control(Ctl* host, const Ctl* ctl, On on);
 // d0 = |y0 / scale|, d1 = |f0 / scale|, scale = atol + rtol |y0|: into norms[0..1] (may be null), then initial_probe of
 // ctl (may be null), whose step rk_stage([f0], {1}, c = 1, side = 0) then takes.
 int launch_initial_norms(int dtype, int64_t n, const void* y0, const void* f0, const Tolerance* tolerance,

@@ -1,7 +1,7 @@
 // The plan of a solve: its constants bound once, so that a call from Python passes the addresses of a step and no more.
 //
 // A plan owns no device memory and allocates none: addresses come from Python, which owns the tensors. Everything runs
-// on the stream and device that the plan was made with, and nothing synchronises. `launches` and `bytes` count what
+// on the stream and device that the plan was made with, and nothing but read_control waits. `launches` and `bytes` count what
 // its calls launched, and the traffic that the kernels declare (the sums in the heads of the .cu files).
 #ifdef NODE_CUDA_WITH_KERNELS
 #include <pybind11/pybind11.h>
@@ -85,11 +85,8 @@ class Plan {
     return Where{nullptr, Interval{t0, t1, h, direction_ * h}, direction_};
   }
 
-  // A row; its number is what rk_stage takes.
-  int row(const Entries& a, double c, int64_t side) { return joined_row(a, {}, c, side); }
-
-  // The rows b and e; its number is what rk_finish takes.
-  int joined_row(const Entries& b, const Entries& e, double c, int64_t side) {
+  // Rows b and e over the same stages, e empty for a stage's row; its number is what rk_stage and rk_finish take.
+  int row(const Entries& b, const Entries& e, double c, int64_t side) {
     Row row{{}, {}, {}, Slot{nullptr, c, side}};
     row.put(b, &Row::a);
     row.put(e, &Row::e);
@@ -197,6 +194,16 @@ class Plan {
     check(launch_start_control(ctl_, &law_, direction_, t0, h, on_));
   }
 
+  // Where the solve stands, into host memory. Waits, and lets other threads of Python run meanwhile.
+  void read_control(Address host) {
+    int code;
+    {
+      const py::gil_scoped_release released;
+      code = node_cuda::read_control(at<Ctl>(host), ctl_, on_);
+    }
+    check(code);
+  }
+
   void initial_norms(Address y0, Address f0) {
     declare(2 * size_);
     check(launch_initial_norms(dtype_, n_, at<void>(y0), at<void>(f0), &tolerance_, segments(), workspace_, nullptr,
@@ -299,12 +306,11 @@ class SumsPlan {
 }  // namespace
 
 void register_plan(py::module_& m) {
-  py::class_<Where>(m, "Interval", py::module_local());
+  py::class_<Where>(m, "Where", py::module_local());
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init<int, int64_t, int64_t, int64_t, const Stream&, double>())
       .def("interval", &Plan::interval)
       .def("row", &Plan::row)
-      .def("joined_row", &Plan::joined_row)
       .def("polynomials", &Plan::polynomials)
       .def("set_norm", &Plan::set_norm)
       .def("set_law", &Plan::set_law)
@@ -318,6 +324,7 @@ void register_plan(py::module_& m) {
       .def("scaled_error", &Plan::scaled_error)
       .def("judge_ratio", &Plan::judge_ratio)
       .def("start_control", &Plan::start_control)
+      .def("read_control", &Plan::read_control)
       .def("initial_norms", &Plan::initial_norms)
       .def("initial_change", &Plan::initial_change)
       .def("dense_eval", &Plan::dense_eval)

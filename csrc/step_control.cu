@@ -29,6 +29,19 @@ extern "C" int launch_grid_control(Ctl* ctl, const Law* law, const double* point
   return launch("grid_control", grid_control_kernel, 1, 1, on, ctl, *law, points, count);
 }
 
+extern "C" int read_control(Ctl* host, const Ctl* ctl, On on) {
+  const DeviceGuard guard(on.device);
+  const auto stream = static_cast<cudaStream_t>(on.stream);
+  cudaError_t error = guard.error();
+  if (error == cudaSuccess) error = cudaMemcpyAsync(host, ctl, sizeof(Ctl), cudaMemcpyDeviceToHost, stream);
+  if (error == cudaSuccess) error = cudaStreamSynchronize(stream);
+  if (error != cudaSuccess) {
+    cudaGetLastError();  // clears it
+    last_failed_op = "read_control";
+  }
+  return error;
+}
+
 extern "C" const char* failed_op() { return last_failed_op; }
 
 }  // namespace node_cuda

@@ -101,7 +101,7 @@ class DeviceAdaptive(Adaptive):
                 return
             scaled = self.fused.scaled_error(step.at, error, last, step.y0, step.y1)
             norm = custom(scaled, () if extra is None else extra.scaled_errors())
-            ratio = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64)
+            ratio = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu")
             self.control.judge_ratio(ratio.to(scaled.device, torch.float64).abs().reshape(1))
 
     def _read(self) -> Reading:

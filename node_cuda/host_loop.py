@@ -23,7 +23,7 @@ from node_cuda.steppers.step import Step, Stepper
 
 
 class HostLoop:
-    """Where a solve stands: (t, y) in solver time, and k1 if it is known."""
+    """Where a solve stands: (t, y) in solver time, and k1 if it is known. accepted: told of every accepted step."""
 
     def __init__(self, problem: Problem, stepper: Stepper, pace: Pace, stats: Stats, record: bool = False) -> None:
         self.problem = problem
@@ -33,6 +33,7 @@ class HostLoop:
         self.t = problem.times[0]
         self.y = problem.y0
         self.k1: Tensor | None = None
+        self.accepted: Callable[[Step], None] | None = None
         if record:
             stats.step_times = [problem.direction * self.t]
 
@@ -47,6 +48,8 @@ class HostLoop:
                 self.t, self.y, self.k1 = step.t1, step.y1, self.stepper.carry(step)
                 if self.stats.step_times is not None:
                     self.stats.step_times.append(self.problem.direction * step.t1)
+                if self.accepted is not None:
+                    self.accepted(step)
                 yield step
             elif self.k1 is None:
                 self.k1 = step.k[0]  # the field at an unchanged start, known by now

@@ -41,11 +41,17 @@ class Interpolant:
         self._arithmetic.dense_outputs(self._polynomials, step.at, step.y0, step.y1, k, first, out)
 
 
-def of_method(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
+def dense_of(tableau: Tableau, dense: str) -> DenseOutput:
     """The interpolant of an adaptive method: its default one, or with dense="accurate" one of the method's order."""
     chosen = tableau.dense if dense == "default" or tableau.accurate is None else tableau.accurate
     if chosen is None:
         raise InvalidInput(f"method {tableau.name!r} has an embedded error but no interpolant; give it `dense`.")
+    return chosen
+
+
+def of_method(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
+    """By the polynomials of an adaptive method."""
+    chosen = dense_of(tableau, dense)
     polynomials = stepper.arithmetic.polynomials(chosen.weight_rows)
     return Interpolant(stepper.arithmetic, polynomials, _slopes_of(stepper, chosen))
 

@@ -95,11 +95,14 @@ def make_loop(
     quadrature: Quadrature | None = None,
     extra: Extra | None = None,
     arithmetic: Arithmetic | None = None,
+    points: Iterable[float] | None = None,
 ) -> tuple[HostLoop, Interpolant]:
     """A solve that is ready to run, and how its outputs are interpolated.
 
     endless: it goes on beyond the last time, for events. stops: times to land on. quadrature, extra: what is integrated
-    beside the state, and its part in the error norm. arithmetic: that of an earlier solve of the same state and norm.
+    beside the state, and its part in the error norm. arithmetic: that of an earlier solve of the same state and norm,
+    over now, if this one evaluates no outputs. points: those of
+    `grid_of`, where they are known.
     """
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
@@ -123,7 +126,9 @@ def make_loop(
             assert isinstance(options, opt.AdamsOptions)
             implicit = method.name != "explicit_adams"
             stepper = Adams(problem, arithmetic, options, stats, implicit=implicit, quadrature=quadrature)
-        points, tensors = _endless_grid(problem, options) if endless else _grid(problem, options)
+        tensors = None
+        if points is None:
+            points, tensors = _endless_grid(problem, options) if endless else grid_of(problem, options)
         pace = Grid(problem, points, stats, tensors)
         interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
     return HostLoop(problem, stepper, pace, stats, record=options.record_steps), interpolant
@@ -141,7 +146,7 @@ def _endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable
     return (start + i * step for i in itertools.count()), problem.t[:1] if on_tape else None
 
 
-def _grid(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Tensor | None]:
+def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Tensor | None]:
     """The grid as solver times, and as the user's times on the tape if t needs a gradient."""
     t = problem.t
     if options.grid_constructor is not None:

@@ -67,10 +67,13 @@ def odeint_adjoint(
     adjoint_method: str | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
+    gradient: str = "adjoint",
+    checkpoints: int | str | None = None,
 ) -> Any:
     """As `odeint`, with gradients for y0, t and the parameters by the continuous adjoint method, in constant memory.
 
-    Equivalent to torchdiffeq's `odeint_adjoint`. adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: those of
+    Equivalent to torchdiffeq's `odeint_adjoint`. gradient, checkpoints: as those of `solve`; "discrete" is exact for
+    the computed steps. adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: those of
     the backward solve, by default the forward ones (but for options["norm"]). adjoint_options["norm"]: "seminorm"
     leaves the parameters' gradients out of the error norm; a callable gets (t, y, adj_y, *adj_params).
     adjoint_params: what to differentiate by, by default func.parameters(); needed if func is no nn.Module.
@@ -88,7 +91,8 @@ def odeint_adjoint(
             method=method,
             options=options,
             event_fn=event_fn,
-            gradient="adjoint",
+            gradient=gradient,
+            checkpoints=checkpoints,
             adjoint_rtol=adjoint_rtol,
             adjoint_atol=adjoint_atol,
             adjoint_method=adjoint_method,
@@ -110,6 +114,7 @@ def solve(
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
     gradient: str = "backprop",
+    checkpoints: int | str | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
     adjoint_method: str | None = None,
@@ -118,8 +123,11 @@ def solve(
 ) -> Solution:
     """Solve dy/dt = func(t, y), y(t[0]) = y0: the full interface, with statistics and status.
 
-    Arguments as those of `odeint` and `odeint_adjoint`. gradient: "backprop" (autograd through the solver) or "adjoint"
-    (the continuous adjoint method; only it reads the adjoint_* arguments). With options=dict(throw=False) a solve that
+    Arguments as those of `odeint` and `odeint_adjoint`. gradient: "backprop" (autograd through the solver), "adjoint"
+    (the continuous adjoint method; only it reads the adjoint_* arguments) or "discrete" (the exact gradient of the
+    computed steps, from one state a step; of explicit Runge-Kutta methods, and of these arguments only adjoint_params).
+    checkpoints, of "discrete": at most so many states are held, and others computed again; "auto": as many as fit a
+    quarter of the free memory; None: all. With options=dict(throw=False) a solve that
     fails returns its status, and NaN in what was not reached, instead of raising SolveError.
 
     Returns Solution(ts, ys, stats, status, event_t); ys of shape (len(t), *y0.shape) in y0's dtype, or a tuple of such.
@@ -127,11 +135,12 @@ def solve(
     """
     if gradient not in GRADIENTS:
         raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
+    _check_checkpoints(checkpoints, gradient)
     chosen = lookup(method, options)
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
     given = AdjointArguments(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
-    request = Request(problem, chosen, Stats(host_reads=1), method, options, given)
+    request = Request(problem, chosen, Stats(host_reads=1), method, options, given, checkpoints)
     mode = GRADIENTS[gradient]
     if event_fn is None:
         ys, status = mode.outputs(request)
@@ -177,6 +186,21 @@ def odeint_dense(
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
     return solve_dense(problem, chosen, Stats(host_reads=1))
+
+
+def _check_checkpoints(checkpoints: int | str | None, gradient: str) -> None:
+    if checkpoints is None:
+        return
+    if gradient != "discrete":
+        raise InvalidInput(
+            f'checkpoints={checkpoints!r} belongs to gradient="discrete"; got gradient={gradient!r}. Drop it, or take '
+            'gradient="discrete".'
+        )
+    whole = isinstance(checkpoints, int) and not isinstance(checkpoints, bool) and checkpoints >= 1
+    if not whole and checkpoints != "auto":
+        raise InvalidInput(
+            f'checkpoints must be a number of states, at least 1, "auto" or None; got {checkpoints!r}. Use 64, say.'
+        )
 
 
 def _warn_of_callbacks(problem: Problem, method: Method) -> None:

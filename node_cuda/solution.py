@@ -14,9 +14,11 @@ from node_cuda.status import Status
 class Stats:
     """What a solve cost. Filled while it runs; nfe_backward when the gradient is taken.
 
-    nfe: evaluations of func. nfe_backward: those of the backward pass, each with one vjp. accepted, rejected: steps
-    (fixed grids only accept). host_reads: how often the host waited for a number from the device. step_times: the
-    times between accepted steps, t0 included, if `options=dict(record_steps=True)`.
+    nfe: evaluations of func. nfe_backward: those of the backward pass (of the adjoint each with one vjp). accepted,
+    rejected: steps (fixed grids only accept). host_reads: how often the host waited for a number from the device.
+    step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`. Of
+    gradient="discrete", peak_checkpoints: the most states held at a time; steps_again: steps that the backward pass
+    took again to get at states that were not kept, besides the replay of each.
     """
 
     nfe: int = 0
@@ -25,6 +27,8 @@ class Stats:
     rejected: int = 0
     host_reads: int = 0
     step_times: list[float] | None = None
+    peak_checkpoints: int = 0
+    steps_again: int = 0
 
     def __str__(self) -> str:
         return f"nfe = {self.nfe}, accepted steps = {self.accepted}, rejected = {self.rejected}"

@@ -9,9 +9,11 @@ holds for the loose tolerances used here, rtol >= 1e-4, with which solves are sh
 
 from __future__ import annotations
 
+import gc
 import math
 import threading
 import warnings
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple
@@ -41,7 +43,7 @@ from node_cuda import (
     solve,
 )
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels.control import Control
+from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import FusedSums
 from node_cuda.norms import ErrorNorm
@@ -170,7 +172,7 @@ class Case(NamedTuple):
     def start(self, device: torch.device):
         """The field, and the leaves: y0 (a tuple), t."""
         y0 = tuple(part.to(device).clone().requires_grad_() for part in as_tuple(self.y0))
-        return self.func().to(device), y0, self.t.to(device).requires_grad_()
+        return self.func().to(device), y0, self.t.to(device).clone().requires_grad_()
 
     def state(self, y0):
         return y0 if isinstance(self.y0, tuple) else y0[0]
@@ -517,7 +519,7 @@ ENDINGS = {
     "out of steps": Ending(lambda t, y: -y, Status.MAX_STEPS, dict(max_num_steps=3, first_step=1e-3)),
     "no steps allowed": Ending(lambda t, y: -y, Status.MAX_STEPS, dict(max_num_steps=0)),
     "enough steps for each output": Ending(lambda t, y: -y, Status.SUCCESS, dict(max_num_steps=4, max_step=0.3)),
-    "underflow": Ending(lambda t, y: y * y, Status.STEP_UNDERFLOW, {}),
+    "underflow": Ending(lambda t, y: y**3, Status.STEP_UNDERFLOW, {}),
     "the field is infinite from the start": Ending(lambda t, y: y / 0.0, Status.NON_FINITE, {}),
     "the state is NaN": Ending(lambda t, y: -y, Status.NON_FINITE, {}, math.nan),
     "the state is NaN, and the first step given": Ending(
@@ -550,10 +552,13 @@ def test_every_ending_is_that_of_the_reference(path, name):
 
     actual, expected = both(path, lambda: found(throw=True))
     assert actual.status is expected.status is ending.status
-    assert str(actual.status) == str(expected.status) and actual.stats.rejected == expected.stats.rejected
     if isinstance(expected, SolveError):
-        assert type(actual) is type(expected) and str(actual) == str(expected)
-        assert actual.t == pytest.approx(expected.t, rel=STEP_TIMES)
+        assert type(actual) is type(expected) and ending.status.sentence in str(actual)
+        assert actual.t == pytest.approx(expected.t, rel=1e-6)
+    # Where a field breaks, steps shrink to the last bit, which a GPU's pow may choose otherwise.
+    if path.device.type == "cpu":
+        assert actual.stats.rejected == expected.stats.rejected
+        assert not isinstance(expected, SolveError) or (str(actual) == str(expected) and actual.t == expected.t)
     actual, expected = both(path, lambda: found(throw=False))
     assert actual.status is expected.status is ending.status
     assert_near(actual.ys, expected.ys)
@@ -648,9 +653,34 @@ def test_callbacks_are_called_with_the_same_numbers(path):
 
 
 # ------------------------------------------------------------------ the same bits
-def large(path: Path) -> Outcome:
-    """States and parameters of several blocks and chunks, in segments, with rejected steps; forward and backward."""
-    n = 6149
+class Bits(NamedTuple):
+    """What a solve gave, and norms on its way: the last bit of a norm moves a step rarely, and another order of its sum
+    moves that bit rarely."""
+
+    outcome: Outcome
+    readings: list[Reading]
+    norms_of_parameters: list[float]
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Solves states and parameters of several blocks and chunks, in segments, with rejected steps; and backwards."""
+    n = 9001
+    readings: list[Reading] = []
+    norms: list[float] = []
+    read, ratio = Control.read, FusedSums.device_ratio
+
+    def reading(self):
+        readings.append(read(self))
+        return readings[-1]
+
+    def norm(self, given):
+        for i in range(12):
+            norms.append(float(ratio(self, ErrorNorm(given.rtol * (1 + i / 7), given.atol))))
+        return ratio(self, given)
+
+    monkeypatch.setattr(Control, "read", reading)
+    monkeypatch.setattr(FusedSums, "device_ratio", norm)
 
     class Wide(nn.Module):
         def __init__(self):
@@ -659,11 +689,18 @@ def large(path: Path) -> Outcome:
 
         def forward(self, t, state):
             a, b = state
-            return self.w * torch.sin(a) + b.mean() * torch.cos(3 * t), self.b[:7] * b
+            return self.w * torch.sin(a) * torch.cos(9 * t) + b.mean(), self.b[:7] * b
 
-    case = Case(Wide, (normal(n), normal(7)), linspace(0.0, 1.0, 3), dict(**LOOSE, options=dict(first_step=1.0)))
-    with node_cuda.backend("fused"):
-        return by_adjoint(case, path.device)
+    solver = dict(rtol=1e-4, atol=1e-4, options=dict(first_step=1.0))
+    case = Case(Wide, (normal(n), normal(7)), linspace(0.0, 1.0, 2), solver)
+
+    def run(device) -> Bits:
+        readings.clear()
+        norms.clear()
+        with node_cuda.backend("fused"):
+            return Bits(by_adjoint(case, device), readings.copy(), norms.copy())
+
+    return run
 
 
 def assert_same_bits(one: Outcome, other: Outcome) -> None:
@@ -671,18 +708,16 @@ def assert_same_bits(one: Outcome, other: Outcome) -> None:
     assert one.stats == other.stats
 
 
-def test_a_solve_gives_the_same_bits_twice(path):
-    first, second = large(path), large(path)
-    assert first.stats is not None and first.stats.rejected > 0
-    assert_same_bits(first, second)
-
-
-def test_a_solve_gives_the_same_bits_in_any_order_of_the_blocks(shim):
-    here = Path(torch.device("cpu"))
-    first = large(here)
+def test_a_solve_gives_the_same_bits_twice_and_in_any_order_of_the_blocks(path, large, request):
+    first = large(path.device)
+    assert first.outcome.stats is not None and first.outcome.stats.rejected > 0
+    assert len(first.readings) > 10 and len(first.norms_of_parameters) > 50
     for seed, workers in ((1, 1), (2, 2)):
-        shim.configure(seed, workers)
-        assert_same_bits(large(here), first)
+        if path.device.type == "cpu":
+            request.getfixturevalue("shim").configure(seed, workers)
+        again = large(path.device)
+        assert_same_bits(again.outcome, first.outcome)
+        assert again.readings == first.readings and again.norms_of_parameters == first.norms_of_parameters
 
 
 # ------------------------------------------------------------------ what a step costs
@@ -989,7 +1024,8 @@ def test_however_gradients_of_parameters_lie_in_memory_they_are_those_of_the_ref
     def solved():
         Laid.count = first
         y0 = normal(3, 4, seed=1).to(path.device).requires_grad_()
-        return in_mode("adjoint", Field().to(path.device), y0, y0, settings("bosh3"))
+        solver = dict(method="bosh3", rtol=2e-2, atol=2e-2)
+        return in_mode("adjoint", Field().to(path.device), y0, y0, solver)
 
     assert_agree(*both(path, solved))
 
@@ -1072,6 +1108,32 @@ def test_autograd_sees_that_a_kernel_has_written_over_what_it_saved(path, primit
     assert not bool((target == 1.0).any()), "the kernel wrote nothing"
     with pytest.raises(RuntimeError, match="modified by an inplace operation"):
         loss.backward()
+
+
+@pytest.mark.parametrize("function", [*FUNCTIONS, "a solve that fails"], ids=lambda f: getattr(f, "__name__", f))
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_the_memory_of_a_solve_is_free_when_it_ends_without_waiting_for_the_garbage_collector(path, function, method):
+    """A cycle would keep workspace and stages on the device until Python looks for cycles, which knows no GPU."""
+    case = NETWORK._replace(solver=settings(method))
+
+    def run():
+        if callable(function):
+            function(case, path.device)
+            return
+        with pytest.raises(ZeroDivisionError):
+            solve_a_little(normal(3).to(path.device), lambda t, y: -y if t < 0.5 else 1 / 0, **settings(method))
+
+    gc.collect()
+    gc.disable()
+    try:
+        with node_cuda.backend("fused"):
+            run()
+        found = [weakref.ref(arithmetic) for arithmetic in path.solves]
+        assert found
+        path.solves.clear()
+        assert not any(arithmetic() for arithmetic in found)
+    finally:
+        gc.enable()
 
 
 # ------------------------------------------------------------------ which path
@@ -1183,15 +1245,17 @@ def test_a_tensor_subclass_takes_the_reference(path, method):
         solve_a_little(y0.as_subclass(Subclass), method=method)
 
 
-def test_a_dtype_without_kernels_takes_the_reference(path):
-    y0 = torch.tensor([1.0 + 0.5j, -0.3j], device=path.device)
+def test_a_dtype_without_kernels_takes_the_reference(shim):
+    y0 = torch.tensor([1.0 + 0.5j, -0.3j])
+    expected = solve_a_little(y0, method="rk4")
+    before = shim.lib.shim_launches()
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch says that complex32 is experimental
         actual = solve_a_little(y0.to(torch.complex32), method="rk4")
         with node_cuda.backend("fused"), pytest.raises(Unsupported, match=r"no kernels for torch\.complex32"):
             solve_a_little(y0.to(torch.complex32), method="rk4")
-    assert not path.solves
-    assert_near(actual.to(torch.complex64), solve_a_little(y0, method="rk4"), 1e-2)
+    assert shim.lib.shim_launches() == before
+    assert_near(actual.to(torch.complex64), expected, 1e-2)
 
 
 TRANSFORMS = {
@@ -1298,6 +1362,49 @@ def test_a_field_may_solve_itself(path):
             return Outcome((ys,) if gradient == "none" else (ys, *torch.autograd.grad(weighted(ys), y0)))
 
         assert_agree(*both(path, solved))
+
+
+def test_solves_of_several_threads_at_a_time_are_those_of_one(path):
+    case = NETWORK._replace(solver=settings("dopri5"))
+
+    def solved():
+        with node_cuda.backend("fused"):
+            return by_adjoint(case, path.device)
+
+    expected = solved()
+    found: list[Outcome] = []
+    threads = [threading.Thread(target=lambda: found.append(solved())) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(found) == 4, "a thread raised"
+    for outcome in found:  # to rounding: a product of matrices may depend on what else runs on a GPU
+        assert_agree(outcome, expected)
+
+
+def test_second_derivatives_are_those_of_the_reference(path):
+    def solved():
+        func, (y0,), t = NETWORK.start(path.device)
+        (first,) = torch.autograd.grad(weighted(odeint(func, y0, t, **LOOSE)), y0, create_graph=True)
+        return Outcome((first, *torch.autograd.grad(first.square().sum(), (y0, *func.parameters()))))
+
+    assert_agree(*both(path, solved))
+
+
+def test_a_field_that_is_recorded_in_some_of_its_evaluations_has_the_reference_s_gradient(path):
+    def solved():
+        w = torch.tensor(1.5, dtype=F64, device=path.device, requires_grad=True)
+        y0 = normal(3).to(path.device)
+
+        def func(t, y):
+            with torch.set_grad_enabled(bool(t > 0.4)):
+                return w * torch.sin(y) * torch.cos(3 * t)
+
+        ys = odeint(func, y0, linspace(0.0, 1.0, 4), **LOOSE, options=dict(max_step=0.2))
+        return Outcome((ys, *torch.autograd.grad(weighted(ys), w)))
+
+    assert_agree(*both(path, solved))
 
 
 # Dynamo looks whether its arguments have a .grad, and hides the warning by a way that "error" goes before.
@@ -1457,8 +1564,19 @@ def test_a_sparse_field_gives_the_reference_s_result_or_is_told_so(path):
     assert_near(actual, expected)
 
 
-@pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_torch_s_default_device_is_no_matter(path, method):
+NUMBER = dict(**LOOSE, options=dict(norm=lambda e: float(largest(e))))
+
+
+@pytest.mark.parametrize(
+    "solver",
+    [
+        settings("dopri5"),
+        settings("rk4"),
+        pytest.param(NUMBER, marks=pytest.mark.xfail(strict=False, reason="device_pace makes its tensor there")),
+    ],
+    ids=["dopri5", "rk4", "a norm that is a number"],
+)
+def test_torch_s_default_device_is_no_matter(path, solver):
     """`torch.set_default_device("cuda")` is a common first line. Behind the shim the other device is "meta"."""
 
     def solved():
@@ -1467,9 +1585,31 @@ def test_torch_s_default_device_is_no_matter(path, method):
         t = linspace(0.0, 1.0, 3)
         with torch.device("meta" if path.device.type == "cpu" else path.device):
             with torch.no_grad():
-                ys = odeint(func, y0, t, **settings(method))
-            loss = weighted(odeint_adjoint(func, y0, t, **settings(method)))
+                ys = odeint(func, y0, t, **solver)
+            loss = weighted(odeint_adjoint(func, y0, t, **solver))
             return Outcome((*ys, *torch.autograd.grad(loss, (*y0, func.w))))
+
+    assert_agree(*both(path, solved))
+
+
+@pytest.mark.parametrize("path", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
+@pytest.mark.parametrize("norm", [None, "seminorm"])
+@pytest.mark.xfail(
+    run=False, reason="their norm is an address on the other device, which the kernel reads: no more GPU"
+)
+def test_parameters_on_another_device_than_the_state_have_the_reference_s_gradient(path, norm):
+    class Offloaded(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(normal(3))
+
+        def forward(self, t, y):
+            return self.w.to(y.device) * torch.sin(y)
+
+    def solved():
+        func, y0 = Offloaded(), normal(3).to(path.device).requires_grad_()
+        ys = odeint_adjoint(func, y0, linspace(0.0, 1.0, 3), **LOOSE, adjoint_options=dict(norm=norm))
+        return Outcome((ys, *torch.autograd.grad(weighted(ys), (y0, func.w))))
 
     assert_agree(*both(path, solved))
 
@@ -1552,7 +1692,7 @@ FAILING = {  # a primitive, and the method that launches it
 @pytest.mark.parametrize("name", FAILING)
 def test_a_launch_that_fails_names_itself_and_the_next_solve_works(shim, monkeypatch, name):
     options = dict(norm=largest) if name in ("scaled_error", "step_control") else {}
-    case = variant(options=options)
+    case = variant(t=linspace(0.0, 0.5, 2), options=options)
 
     def train():
         with node_cuda.backend("fused"):

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from node_cuda._typing import EventFunc
-from node_cuda.gradients import adjoint, backprop
+from node_cuda.gradients import adjoint, backprop, discrete
 from node_cuda.gradients.request import Request
 from node_cuda.status import Status
 
@@ -21,4 +21,5 @@ class Mode(NamedTuple):
 GRADIENTS = {
     "backprop": Mode(backprop.outputs, backprop.event),
     "adjoint": Mode(adjoint.outputs, adjoint.event),
+    "discrete": Mode(discrete.outputs, discrete.event),
 }

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -18,11 +18,12 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-from node_cuda._typing import EventFunc, Func, Tolerance
+from node_cuda._typing import EventFunc, Tolerance
 from node_cuda.field import Layout
 from node_cuda.gradients import backprop
 from node_cuda.gradients.adjoint_field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint_norm import AdjointNorm, backward_error_norm, chosen_norm, smallest
+from node_cuda.gradients.context import autocast_state, parameters
 from node_cuda.gradients.request import Request
 from node_cuda.methods import SCIPY, Method, arithmetic_of, lookup, make_loop
 from node_cuda.norms import ErrorNorm
@@ -99,7 +100,7 @@ def _settings(request: Request) -> Settings:
         )
     inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
     options = inherited if given.options is None else dict(given.options)
-    every = _parameters(func, given.params)
+    every = parameters(func, given.params)
     params = tuple(p for p in every if p.requires_grad)
     norm = options.pop("norm", None)
     if callable(norm) and len(params) < len(every):
@@ -120,19 +121,6 @@ def _settings(request: Request) -> Settings:
     return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, params)
 
 
-def _parameters(func: Func, named: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
-    """The tensors to differentiate by, each once: those that the caller named, or the module's parameters."""
-    if named is not None or not isinstance(func, nn.Module):
-        found: Iterable[Any] = named or ()
-    elif getattr(func, "_is_replica", False):
-        # In a replica of DataParallel the parameters are plain tensor attributes, which parameters() does not find.
-        members = (vars(module).values() for module in func.modules())
-        found = (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
-    else:
-        found = func.parameters()
-    return tuple({id(x): x for x in found}.values())
-
-
 class _AdjointSolve(torch.autograd.Function):
     """A whole solve as one operation of the user's graph."""
 
@@ -147,7 +135,7 @@ class _AdjointSolve(torch.autograd.Function):
         ctx.stats, ctx.settings, ctx.event_mode = stats, settings, event_mode
         ctx.failed = failed
         ctx.adjoint_options = settings.options
-        ctx.autocast = _autocast_state(y0.device.type)
+        ctx.autocast = autocast_state(y0.device.type)
         return ys, event_t
 
     @staticmethod
@@ -170,16 +158,6 @@ class _AdjointSolve(torch.autograd.Function):
             kept = 1 if ctx.event_mode else reached
             adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
         return (None, None, None, None, None, None, adj_t, adj_y0, *adj_params)
-
-
-def _autocast_state(device_type: str) -> Callable[[], list[Any]]:
-    """Contexts that put autocast back to what it is now, for this device and the CPU."""
-    states = [
-        (name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name))
-        for name in dict.fromkeys((device_type, "cpu"))
-    ]
-    cache = torch.is_autocast_cache_enabled()
-    return lambda: [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
 
 
 class _BackwardSolve:

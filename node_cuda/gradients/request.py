@@ -26,7 +26,10 @@ class AdjointArguments:
 
 @dataclass(frozen=True)
 class Request:
-    """A problem, the method to solve it by, where to count the cost, and method and options as the user gave them."""
+    """A problem, the method to solve it by, where to count the cost, and method and options as the user gave them.
+
+    checkpoints: the states that the discrete adjoint may keep; None: one a step; "auto": as many as memory allows.
+    """
 
     problem: Problem
     method: Method
@@ -34,3 +37,4 @@ class Request:
     method_name: str | None
     options: Mapping[str, Any] | None
     adjoint: AdjointArguments
+    checkpoints: int | str | None = None

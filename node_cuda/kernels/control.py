@@ -70,11 +70,9 @@ class Control:
     ) -> None:
         device = outputs.device
         self._plan = plan
-        self._stream = torch.cuda.current_stream(device) if device.type == "cuda" else None
         self._ctl = torch.empty(_LAYOUT.size, dtype=torch.uint8, device=device)
         # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
-        pinned = self._stream is not None
-        self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, device="cpu", pin_memory=pinned)
+        self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         self._bytes = self._host.numpy().data
         self._landings = torch.tensor(list(landings), dtype=torch.float64, device=device)
         self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
@@ -114,10 +112,8 @@ class Control:
         self._plan.judge_ratio(_array(ratio))
 
     def read(self) -> Reading:
-        """Where the solve stands. The one host read of a step."""
-        self._host.copy_(self._ctl, non_blocking=True)
-        if self._stream is not None:
-            self._stream.synchronize()
+        """Where the solve stands. The one host read of a step, and the one time that the host waits."""
+        self._plan.read_control(self._host.data_ptr())
         return Reading._make(_LAYOUT.unpack(self._bytes))
 
 

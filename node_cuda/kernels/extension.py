@@ -69,11 +69,13 @@ def _tried(found: Search, capability: Capability | None, device: torch.device | 
         return found
     index = device.index if isinstance(device, torch.device) else device
     index = torch.cuda.current_device() if index is None else index
+    # What fails up to here is no fault of the kernels: memory that is full, an error of an earlier launch.
+    t = torch.zeros(1, device=f"cuda:{index}")
+    torch.cuda.synchronize(index)
     try:
-        time = torch.zeros(1, device=f"cuda:{index}")
-        plan = found.module.Plan(0, 1, 4, 4, (torch.cuda.current_stream(index).cuda_stream, index), 1.0)
-        plan.stage_times(plan.interval(0.0, 1.0, 1.0), (0.5,), 0, [time.data_ptr()])
-        right = time.item() == 0.5
+        trial = found.module.Plan(0, 1, 4, 4, (torch.cuda.current_stream(index).cuda_stream, index), 1.0)
+        trial.stage_times(trial.interval(0.0, 1.0, 1.0), (0.5,), 0, [t.data_ptr()])
+        right = t.item() == 0.5
     except RuntimeError as error:
         return Search(None, f"a first kernel fails on this machine: {_gist(error)}")
     return found if right else Search(None, "a first kernel computes something wrong on this machine")
@@ -145,7 +147,7 @@ def _unfit(module: ModuleType, capability: Capability | None) -> str:
 # --- compiling on first use ------------------------------------------------------------------------------------------
 
 
-class Plan(NamedTuple):
+class Compilation(NamedTuple):
     """A compilation on first use: from what, and where the result is kept."""
 
     recipe: build.Recipe
@@ -163,7 +165,7 @@ class Plan(NamedTuple):
         return self.folder / "finished"
 
 
-def plan() -> Plan:
+def compilation() -> Compilation:
     """What would be compiled on the first CUDA solve. BuildError if it cannot be, with the reason."""
     if declined():
         raise build.BuildError(f"NODE_CUDA_BUILD={os.environ['NODE_CUDA_BUILD']} is set")
@@ -187,13 +189,13 @@ def plan() -> Plan:
     from torch.utils.cpp_extension import get_default_build_root
 
     root = os.environ.get("TORCH_EXTENSIONS_DIR") or get_default_build_root()
-    return Plan(recipe, csrc, Path(root) / name, name)
+    return Compilation(recipe, csrc, Path(root) / name, name)
 
 
 def _compile(not_installed: str) -> Search:
     """Compile the module, or take it from the cache."""
     try:
-        wanted = plan()
+        wanted = compilation()
     except build.BuildError as error:
         return Search(None, f"{not_installed}, and it cannot be compiled here: {error}")
     log = wanted.folder / "log.txt"
@@ -208,7 +210,7 @@ def _compile(not_installed: str) -> Search:
     return Search(module, f"the kernels were compiled on first use, in {wanted.folder}")
 
 
-def _load(wanted: Plan) -> ModuleType:
+def _load(wanted: Compilation) -> ModuleType:
     if wanted.finished.is_file():
         return _import(wanted)
     from torch.utils import cpp_extension
@@ -246,7 +248,7 @@ def _say(text: str) -> None:
     print(f"node_cuda: {text}", file=sys.stderr, flush=True)
 
 
-def _import(wanted: Plan) -> ModuleType:
+def _import(wanted: Compilation) -> ModuleType:
     spec = importlib.util.spec_from_file_location(wanted.name, wanted.library)
     if spec is None or spec.loader is None:
         raise ImportError(f"{wanted.library} cannot be imported")
@@ -286,7 +288,7 @@ class Forecast(NamedTuple):
 def forecast() -> Forecast:
     """Whether the module can be compiled on first use, or was already. Compiles nothing."""
     try:
-        wanted = plan()
+        wanted = compilation()
     except build.BuildError as error:
         return Forecast(False, f"it cannot be compiled on first use: {error}")
     if wanted.finished.is_file():

@@ -19,7 +19,8 @@ from node_cuda._typing import Tolerance as Tol
 from node_cuda.kernels.arithmetic import Arithmetic, Polynomials, Stage
 from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.control import Control
-from node_cuda.kernels.fused_sums import FusedSums, resolved
+from node_cuda.kernels.fused_sums import FusedSums
+from node_cuda.kernels.memory import address, has_address, resolved
 from node_cuda.kernels.reference import ControlLaw
 from node_cuda.kernels.sums import Sums
 from node_cuda.norms import ErrorNorm
@@ -56,6 +57,7 @@ class Fused(Arithmetic):
         self.device_times = torch.tensor(times, dtype=torch.float64, device=y0.device)
         self._held = self._bind_norm()
         self._stages: dict[Any, Stage] = {}
+        self._polynomials: dict[Polynomials, Polynomials] = {}
         self._dot_workspace: Tensor | None = None
 
     def own(self, x: Tensor) -> Tensor:
@@ -66,11 +68,7 @@ class Fused(Arithmetic):
                 f"Use `.to({str(self.device)!r})`, or `func.to({str(self.device)!r})` for a module."
             )
         x = resolved(x).contiguous()
-        if not (x.data_ptr() or x.numel() == 0):
-            raise InvalidField(
-                f"func returned a {type(x).__name__} without memory of its own, which the kernels cannot read. "
-                'Return a plain tensor, or solve inside `node_cuda.backend("reference")`.'
-            )
+        address(x, "what func returned")
         return x
 
     # ------------------------------------------------------------------ time
@@ -90,7 +88,9 @@ class Fused(Arithmetic):
         return slots
 
     def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """See `Arithmetic`. No launch."""
+        """See `Arithmetic`. No launch, but on the tape, where plain PyTorch computes the stages and fills no slot."""
+        if torch.is_grad_enabled():
+            return self.times(at, nodes, side)
         return torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
 
     # ------------------------------------------------------------------ stages
@@ -108,7 +108,7 @@ class Fused(Arithmetic):
         if key not in self._stages:
             entries = {j for j, _ in (*stage.row, *(stage.err_row or ()))}
             if len(entries) <= self.module.MAX_TERMS:
-                native = self.plan.joined_row(stage.row, stage.err_row or (), stage.node, stage.side)
+                native = self.plan.row(stage.row, stage.err_row or (), stage.node, stage.side)
                 stage = stage._replace(native=native)
             self._stages[key] = stage
         return self._stages[key]
@@ -146,8 +146,8 @@ class Fused(Arithmetic):
         return y1, error
 
     def _fill(self, stage: Stage, at: Interval, t: Tensor) -> None:
-        """Write a slot that no kernel of the stage writes; on the tape `times` has made it already."""
-        if not at.taped:
+        """Write a slot that no kernel of the stage writes; see `slots`."""
+        if not torch.is_grad_enabled():
             self.plan.stage_times(at.native, (stage.node,), stage.side, [t.data_ptr()])
 
     def combine(self, y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
@@ -210,6 +210,8 @@ class Fused(Arithmetic):
         also: Tensor | None,
     ) -> None:
         """The error's norm and step control with it and with the norm `also`, in one launch."""
+        if also is not None:
+            also = also.to(self.device)  # parameters may lie elsewhere
         norms = (0, 0) if also is None else (also.data_ptr(), also.numel())
         self.plan.judge(self.native(at), error.data_ptr(), *_addresses(last), y0.data_ptr(), y1.data_ptr(), norms)
 
@@ -222,11 +224,14 @@ class Fused(Arithmetic):
     def polynomials(self, rows: Sequence[tuple[int, tuple[float, ...]]], end: tuple[float, ...] = ()) -> Polynomials:
         """See `Arithmetic`."""
         plain = super().polynomials(rows, end)
-        degree = max(len(weights) for weights in (*(weights for _, weights in rows), end))
-        if len(rows) > self.module.MAX_TERMS or degree > self.module.MAX_DEGREE:
-            return plain
-        weights = [w for _, weights in rows for w in weights]
-        return plain._replace(native=self.plan.polynomials([j for j, _ in rows], weights, end, degree))
+        if plain not in self._polynomials:
+            degree = max(len(weights) for weights in (*(weights for _, weights in rows), end))
+            native = None
+            if len(rows) <= self.module.MAX_TERMS and degree <= self.module.MAX_DEGREE:
+                weights = [w for _, weights in rows for w in weights]
+                native = self.plan.polynomials([j for j, _ in rows], weights, end, degree)
+            self._polynomials[plain] = plain._replace(native=native)
+        return self._polynomials[plain]
 
     def dense_outputs(
         self,
@@ -259,13 +264,21 @@ class Fused(Arithmetic):
 
     def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
         """See `Arithmetic`. One launch a list."""
-        fits = bool(like) and all(
-            x.dtype in DTYPES and x.device == self.device and (x.data_ptr() or x.numel() == 0) for x in like
-        )
+        fits = bool(like) and all(x.dtype in DTYPES and x.device == self.device and has_address(x) for x in like)
         if not fits:
             return super().sums(like, with_error=with_error)
         codes = [DTYPES[x.dtype] for x in like]
         return FusedSums(like, self.module, self.on, codes, with_error=with_error)
+
+    def adjoint_stage(self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
+        """See `Arithmetic`. One launch for every MAX_TERMS terms."""
+        terms, most = [(v, a) for v, a in zip(x, row, strict=True) if a != 0.0], self.module.MAX_TERMS
+        out = torch.empty_like(x[0])
+        for i in range(0, max(len(terms), 1), most):  # a sum that is too long goes on where it is
+            part = terms[i : i + most]
+            pointers = [v.data_ptr() for v, _ in part]
+            self.plan.combine(h, out.data_ptr(), _address(out if i else base), pointers, [a for _, a in part])
+        return out
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
         """See `Arithmetic`. One launch."""

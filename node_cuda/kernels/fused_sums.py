@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from node_cuda.kernels.memory import address, resolved
 from node_cuda.kernels.sums import Sums
 from node_cuda.norms import ErrorNorm
 
@@ -50,7 +51,7 @@ class FusedSums(Sums):
         given = [
             None if x is None else self._as_laid_out(x, total) for x, total in zip(tensors, self.total, strict=True)
         ]
-        addresses = [0 if x is None else x.data_ptr() for x in given]
+        addresses = [0 if x is None else address(x, "the gradient of a parameter") for x in given]
         if weight and error_weight and self._has_sum != self._has_error:
             plan.accumulate(addresses, weight, 0.0, self._has_sum)
             plan.accumulate(addresses, 0.0, error_weight, self._has_error)
@@ -80,7 +81,7 @@ class FusedSums(Sums):
         """Buffers of the memory format of these tensors, and the table of them on the device."""
         for i, (x, dtype) in enumerate(zip(first, self.dtypes, strict=True)):
             if x is not None and torch.empty_like(x).stride() == x.stride():
-                self.total[i] = torch.zeros_like(x, dtype=dtype)
+                self.total[i] = torch.empty_strided(x.size(), x.stride(), dtype=dtype, device=x.device).zero_()
         self._sum = [torch.empty_like(x) for x in self.total]
         self._error = [torch.empty_like(x) for x in self.total] if self.with_error else []
         device, sizes, chunk = self.total[0].device, [x.numel() for x in self.total], 0
@@ -100,12 +101,3 @@ class FusedSums(Sums):
         if x.stride() == like.stride() or x.numel() <= 1:
             return x
         return torch.empty_like(like, dtype=x.dtype).copy_(x)
-
-
-def resolved(x: Tensor) -> Tensor:
-    """x with all its numbers in memory as they are: dense, no conjugation or sign that is still to be applied."""
-    if x.layout is not torch.strided:
-        x = x.to_dense()
-    if x.is_conj() or x.is_neg() or x._is_zerotensor():
-        x = x.resolve_conj().resolve_neg().clone()
-    return x

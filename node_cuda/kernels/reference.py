@@ -184,6 +184,17 @@ def dense_eval(y0: Tensor, k: Sequence[Tensor], weights: Row, h: float | Tensor,
     return combine(y0, k, weights, h, out)
 
 
+def adjoint_stage(base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
+    """kappa = base + h sum_j a_j x_j, the cotangent of a stage; base None: 0. Half states accumulate in float32.
+
+    In the discrete adjoint x is lam with b_i, then the mu_j of later stages with a_ji (a zero is never read).
+    """
+    entries = [(j, a) for j, a in enumerate(row) if a != 0.0]
+    if base is not None:
+        return combine(base, x, entries, h)
+    return _weighted_sum(x, entries, h, like=x[0]).to(x[0].dtype)
+
+
 def accumulate(
     total: list[Tensor], tensors: Sequence[Tensor], weight: float, dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:

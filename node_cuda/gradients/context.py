@@ -1,0 +1,34 @@
+"""What a backward pass finds as the forward pass left it: the parameters, and autocast."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from node_cuda._typing import Func
+
+
+def parameters(func: Func, named: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
+    """The tensors to differentiate by, each once: those that the caller named, or the module's parameters."""
+    if named is not None or not isinstance(func, nn.Module):
+        found: Iterable[Any] = named or ()
+    elif getattr(func, "_is_replica", False):
+        # In a replica of DataParallel the parameters are plain tensor attributes, which parameters() does not find.
+        members = (vars(module).values() for module in func.modules())
+        found = (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
+    else:
+        found = func.parameters()
+    return tuple({id(x): x for x in found}.values())
+
+
+def autocast_state(device_type: str) -> Callable[[], list[Any]]:
+    """Contexts that put autocast back to what it is now, for this device and the CPU."""
+    states = [
+        (name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name))
+        for name in dict.fromkeys((device_type, "cpu"))
+    ]
+    cache = torch.is_autocast_cache_enabled()
+    return lambda: [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]

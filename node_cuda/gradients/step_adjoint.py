@@ -1,0 +1,319 @@
+"""The exact adjoint of one explicit Runge-Kutta step with its outputs, the step size held fixed.
+
+kappa_i is the cotangent of the stage k_i, mu_i that of its argument z_i, lam that of y1:
+
+    kappa_i = h b_i lam + h sum_{j>i} a_ji mu_j + G_i,   mu_i = (df/dz)^T kappa_i,   lam_n = lam + sum_i mu_i + G_0
+
+with G from the outputs in the step. A stage that the next step carries on gets that step's kappa_1 as well, and its one
+vjp serves both (for FSAL methods at the same point). Hager 2000; Matsubara et al. 2021, arXiv:2102.09750, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda.gradients.trajectory import State, Taken
+from node_cuda.interpolation import HERMITE, HERMITE_END
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.clock import HERE, JUST_BEFORE, Interval
+from node_cuda.kernels.reference import polynomial
+from node_cuda.kernels.sums import Sums
+from node_cuda.problem import Problem
+from node_cuda.tableau import DenseOutput, SparseRow, Tableau
+
+
+@dataclass(frozen=True)
+class Form:
+    """A method with its interpolant as one list of stages.
+
+    rows, nodes, sides: of every stage, first the method's own, then those that only outputs need. b: of y1. own: the
+    number of the method's stages. fsal: the last of them is the field at y1. carry: the next step begins with it.
+    dense: (stage, weights of x, x^2, ...) of the interpolant, and end: those of y1 - y0.
+    """
+
+    rows: tuple[SparseRow, ...]
+    nodes: tuple[float, ...]
+    sides: tuple[int, ...]
+    b: tuple[float, ...]
+    own: int
+    fsal: bool
+    carry: bool
+    dense: tuple[tuple[int, tuple[float, ...]], ...]
+    end: tuple[float, ...] = ()
+
+    @property
+    def stages(self) -> int:
+        """Of the method and of its interpolant."""
+        return len(self.rows)
+
+    def columns(self) -> list[list[tuple[int, float]]]:
+        """For each stage i the (j, a_ji) of the later stages j that read it."""
+        columns: list[list[tuple[int, float]]] = [[] for _ in self.rows]
+        for j, row in enumerate(self.rows):
+            for i, a in row:
+                columns[i].append((j, a))
+        return columns
+
+
+def adaptive_form(tableau: Tableau, dense: DenseOutput) -> Form:
+    """An adaptive method with its polynomial outputs."""
+    count, extra = tableau.stages, dense.extra
+    return Form(
+        rows=(*tableau.rows, *dense.rows),
+        nodes=(*tableau.nodes, *dense.nodes),
+        sides=(JUST_BEFORE,) * (count + extra),
+        b=(*(float(b) for b in tableau.b), *(0.0,) * extra),
+        own=count,
+        fsal=tableau.fsal,
+        carry=tableau.carry_last_stage,
+        dense=dense.weight_rows,
+    )
+
+
+def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> Form:
+    """A method on a fixed grid: outputs on the chord, or on the cubic, which has the field at y1 as a further stage."""
+    count = tableau.stages
+    slopes = ((0, HERMITE[0][1]), (count, HERMITE[1][1])) if cubic else ()
+    return Form(
+        rows=(*tableau.rows, *((tableau.b_row,) if cubic else ())),
+        nodes=(*tableau.nodes, *((1.0,) if cubic else ())),
+        sides=((JUST_BEFORE if inside else HERE),) * count + ((HERE,) if cubic else ()),
+        b=(*(float(b) for b in tableau.b), *((0.0,) if cubic else ())),
+        own=count,
+        fsal=False,
+        carry=False,
+        dense=slopes,
+        end=HERMITE_END if cubic else (1.0,),
+    )
+
+
+class Evaluation(NamedTuple):
+    """The field at (t, z) with its graph: f with it, k without."""
+
+    t: Tensor
+    z: Tensor
+    f: Tensor
+    k: Tensor
+
+
+class Output(NamedTuple):
+    """An output at t0 + x h of a step, and its gradient g."""
+
+    x: float
+    g: Tensor
+
+
+@dataclass
+class Cotangent:
+    """What flows back into a step from those behind it.
+
+    lam: of y1. kappa: of its last stage, from the next step, which carried it on. stage: that stage, if it was
+    evaluated there.
+    """
+
+    lam: Tensor
+    kappa: Tensor | None = None
+    stage: Evaluation | None = None
+
+
+@dataclass
+class TimeCotangent:
+    """For exact gradients of a fixed grid: of the step's size, of its start at a fixed size, and of its outputs' x."""
+
+    size: Tensor
+    start: Tensor
+    places: list[Tensor] = field(default_factory=list)
+
+
+class Back(NamedTuple):
+    """What a step gives back: the cotangents in front of it, and those of the grid where they were asked for."""
+
+    cotangent: Cotangent
+    timed: TimeCotangent | None
+
+
+class StepAdjoint:
+    """Takes cotangents back over single steps; the parameters' go to `sums`. timed: also those of the grid."""
+
+    def __init__(
+        self, problem: Problem, arithmetic: Arithmetic, form: Form, params: Sequence[Tensor], sums: Sums, *, timed: bool
+    ) -> None:
+        self.field = problem.field
+        self.arithmetic = arithmetic
+        self.form = form
+        self.params = tuple(params)
+        self.sums = sums
+        self.timed = timed
+        self.nfe = 0
+        self.vjps = 0
+        self._columns = form.columns()
+        self._prepared = [
+            arithmetic.stage(row, c, side) for row, c, side in zip(form.rows, form.nodes, form.sides, strict=True)
+        ]
+        b_row = tuple((i, b) for i, b in enumerate(form.b) if b)
+        self._finish = arithmetic.last_stage(b_row, None, 1.0, HERE)
+
+    def advance(self, taken: Taken, state: State, then: Taken) -> State:
+        """The state behind a step, with which the step `then` begins."""
+        k = [self._plain(*self._start(taken, state)) if state.k1 is None else state.k1]
+        for i in range(1, self.form.own - self.form.fsal):
+            k.append(self._plain(*self._argument(i, taken.at, state.y0, k)))
+        y1 = self._end(taken.at, state.y0, k)
+        return State(y1, k[-1] if then.carried and not self.form.fsal else None)
+
+    def back(self, taken: Taken, state: State, outgoing: Cotangent, outputs: Sequence[Output]) -> Back:
+        """The cotangents in front of a step, from those behind it and from its outputs."""
+        form, at, y0 = self.form, taken.at, state.y0
+        stages, k = self._replay(taken, state, outgoing, dense=bool(outputs))
+        inner = [output for output in outputs if output.x < 1.0]
+        lam, at_start, extra = self._into_stages(at, outgoing.lam, inner)
+        for output in outputs:
+            if output.x == 1.0:
+                lam = lam + output.g
+        if outgoing.kappa is not None:
+            last = form.own - 1
+            extra[last] = outgoing.kappa if last not in extra else outgoing.kappa + extra[last]
+        mu: dict[int, Tensor] = {}
+        kappas: dict[int, Tensor] = {}
+        taus: dict[int, Tensor] = {}
+        for i in range(len(k) - 1, -1, -1):
+            kappa, stage = self._kappa(i, at, lam, mu, extra.get(i)), stages[i]
+            if kappa is None:
+                continue
+            kappas[i] = kappa
+            if stage is None or (i == 0 and taken.carried):
+                continue  # its vjp is the step's before
+            mu_i, tau = self._vjp(stage, kappa)
+            if mu_i is not None:
+                mu[i] = mu_i
+            if tau is not None:
+                taus[i] = tau
+        timed = self._of_time(at, k, kappas, taus, y0, outputs) if self.timed else None
+        starts = [*mu.values(), *at_start]
+        lam = self.arithmetic.adjoint_stage(lam, starts, (1.0,) * len(starts), 1.0) if starts else lam
+        return Back(Cotangent(lam, kappas.get(0), stages[0]) if taken.carried else Cotangent(lam), timed)
+
+    def _replay(
+        self, taken: Taken, state: State, outgoing: Cotangent, *, dense: bool
+    ) -> tuple[list[Evaluation | None], list[Tensor]]:
+        """The step's stages again, each with its graph; those that nobody asks for are left out at the end."""
+        form, arithmetic, at = self.form, self.arithmetic, taken.at
+        stages: list[Evaluation | None] = []
+        k: list[Tensor] = []
+        if state.k1 is None:
+            first = self._evaluate(*self._start(taken, state))
+            stages.append(first)
+            k.append(first.k)
+        else:
+            stages.append(None)
+            k.append(state.k1)
+        known = form.own - form.fsal
+        wanted = form.stages if dense else form.own if outgoing.kappa is not None else known
+        for i in range(1, wanted):
+            if i == known and form.fsal:  # the field at y1, which the next step has as its first stage
+                stage = outgoing.stage
+                if stage is None:
+                    (t,) = arithmetic.times(at, (1.0,), form.sides[i])
+                    stage = self._evaluate(t, self._end(at, state.y0, k))
+            else:
+                stage = self._evaluate(*self._argument(i, at, state.y0, k))
+            stages.append(stage)
+            k.append(stage.k)
+        return stages, k
+
+    def _start(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
+        """(t, z) of the first stage."""
+        return self.arithmetic.times(taken.start, (taken.node,), taken.side)[0], state.y0
+
+    def _argument(self, i: int, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+        """(t, z) of stage i."""
+        (t,) = self.arithmetic.slots(at, (self.form.nodes[i],), self.form.sides[i])
+        return t, self.arithmetic.rk_stage(self._prepared[i], at, y0, k, t)
+
+    def _end(self, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> Tensor:
+        """y1, as the forward solve had it."""
+        return self.arithmetic.rk_finish(self._finish, at, y0, k, None)[0]
+
+    def _into_stages(
+        self, at: Interval, lam: Tensor, outputs: Sequence[Output]
+    ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
+        """The outputs' part in lam, in the state at the start, and in each stage."""
+        if not outputs:
+            return lam, [], {}
+        form, gradients = self.form, [output.g for output in outputs]
+        of_end = [float(polynomial(form.end, output.x)) for output in outputs]
+        at_start = self.arithmetic.adjoint_stage(None, gradients, [1.0 - p for p in of_end], 1.0)
+        if form.end:
+            lam = self.arithmetic.adjoint_stage(lam, gradients, of_end, 1.0)
+        extra = {
+            j: self.arithmetic.adjoint_stage(
+                None, gradients, [float(polynomial(weights, output.x)) for output in outputs], at.signed
+            )
+            for j, weights in form.dense
+        }
+        return lam, [at_start], extra
+
+    def _kappa(self, i: int, at: Interval, lam: Tensor, mu: dict[int, Tensor], extra: Tensor | None) -> Tensor | None:
+        """The cotangent of stage i; None if nothing depends on it."""
+        terms = [(lam, self.form.b[i])] if self.form.b[i] else []
+        terms += [(mu[j], a) for j, a in self._columns[i] if j in mu]
+        if not terms:
+            return extra
+        return self.arithmetic.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at.signed)
+
+    def _plain(self, t: Tensor, z: Tensor) -> Tensor:
+        self.nfe += 1
+        return self.arithmetic.own(self.field(t, z))
+
+    def _evaluate(self, t: Tensor, z: Tensor) -> Evaluation:
+        self.nfe += 1
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            t = t.detach().requires_grad_(self.timed)
+            f = self.field(t, z)
+        return Evaluation(t, z, f, self.arithmetic.own(f.detach()))
+
+    def _vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(mu, tau): kappa pulled back to the argument and to the time; its part in the parameters is added up."""
+        if not stage.f.requires_grad:
+            return None, None
+        self.vjps += 1
+        inputs = (stage.z, *((stage.t,) if self.timed else ()), *self.params)
+        mu, *rest = torch.autograd.grad(stage.f, inputs, kappa, allow_unused=True)
+        tau = rest.pop(0) if self.timed else None
+        if self.params:
+            self.sums.add(rest, 1.0, 0.0)
+        return None if mu is None else self.arithmetic.own(mu), tau
+
+    def _of_time(
+        self,
+        at: Interval,
+        k: Sequence[Tensor],
+        kappas: dict[int, Tensor],
+        taus: dict[int, Tensor],
+        y0: Tensor,
+        outputs: Sequence[Output],
+    ) -> TimeCotangent:
+        """Every kappa_i is h times what multiplies k_i, and every stage's time is t0 + c_i h."""
+        dot, form = self.arithmetic.real_dot, self.form
+        zero = torch.zeros((), dtype=torch.float64, device=y0.device)
+        size = sum((dot(kappa, k[i]).double() / at.signed for i, kappa in kappas.items()), zero)
+        size = sum((tau.double() * form.nodes[i] for i, tau in taus.items()), size)
+        result = TimeCotangent(size, sum((tau.double() for tau in taus.values()), zero))
+        y1 = self._end(at, y0, k) if outputs else y0
+        for x, g in outputs:
+            slope = (y1 - y0) * _derivative(form.end, x)
+            for j, weights in form.dense:
+                slope = slope + k[j] * (at.signed * _derivative(weights, x))
+            result.places.append(dot(g, slope).double())
+        return result
+
+
+def _derivative(weights: Sequence[float], x: float) -> float:
+    """Of sum_d weights[d] x^(d + 1)."""
+    return sum((d + 1) * weight * x**d for d, weight in enumerate(weights))

@@ -1,0 +1,33 @@
+"""What a kernel needs of a tensor: its numbers in memory as they are, and their address."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from node_cuda.status import InvalidField
+
+
+def resolved(x: Tensor) -> Tensor:
+    """x dense, with no conjugation or sign that is still to be applied; x itself where it is so already."""
+    if x.layout is not torch.strided:
+        x = x.to_dense()
+    if x.is_conj() or x.is_neg():
+        x = x.resolve_conj().resolve_neg()
+    return x.clone() if x._is_zerotensor() else x
+
+
+def address(x: Tensor, what: str) -> int:
+    """Where x lies. Raises InvalidField for a tensor without memory of its own, such as a wrapper around others."""
+    where = x.data_ptr()
+    if where == 0 and x.numel():
+        raise InvalidField(
+            f"{what} is a {type(x).__name__} without memory of its own, which the kernels cannot read. Use plain "
+            'tensors, or solve inside `node_cuda.backend("reference")`.'
+        )
+    return where
+
+
+def has_address(x: Tensor) -> bool:
+    """A kernel can read x as it is."""
+    return x.layout is torch.strided and (x.data_ptr() != 0 or x.numel() == 0)
