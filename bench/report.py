@@ -4,8 +4,8 @@
     python bench/report.py --write    fills the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->`
     python bench/report.py --check    fails where a page does not show what the JSON says
 
-Blocks: `memory`, `speed`, `kernels`, `solve` and `gpu` (command, machine and commit; sentence, table), and
-`memory-short` and `speed-short` for the first page; pages: README.md, bench/README.md, bench/results/README.md.
+Blocks: `memory`, `speed`, `gradients`, `kernels`, `solve` and `gpu` (command, machine and commit; sentence, table),
+and `memory-short` and `speed-short` for the first page; pages: README.md, bench/README.md, bench/results/README.md.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ from pathlib import Path
 
 from libraries import FUNCTIONS, OURS, RIVAL
 from report_gpu import gpu_block, kernels_block, solve_block
+from report_gradients import gradients_block
 from tables import Result, Rows, evaluations, markdown, provenance, spread, target
 
 HERE = Path(__file__).resolve().parent
@@ -159,6 +160,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "memory-short": ("memory_vs_steps", memory_short),
     "speed": ("speed", speed_block),
     "speed-short": ("speed", speed_short),
+    "gradients": ("gradients", gradients_block),
     "kernels": ("kernels", kernels_block),
     "solve": ("solve", solve_block),
     "gpu": ("gpu", gpu_block),

@@ -7,10 +7,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.field import Layout
+from node_cuda.gradients.context import first_derivatives
 from node_cuda.odeint import odeint
 from node_cuda.status import InvalidInput, InvalidType
 
@@ -102,8 +102,15 @@ class _EventGradient(torch.autograd.Function):
         return event_t.clone(), y.clone()
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
+        of = (*ctx.saved_tensors[:2], grad_t, grad_y)
+        with torch.no_grad():
+            gradients = _EventGradient.moved(ctx, grad_t, grad_y)
+        return None, *first_derivatives(gradients, "the time of an event", *of)
+
+    @staticmethod
+    def moved(ctx, grad_t, grad_y):
+        """The gradients of t*, y(t*) and phi."""
         event_t, y, *phi = ctx.saved_tensors
         t, y = event_t.detach().to(y.dtype.to_real()), y.detach()
         f = ctx.crossing.field(t, y)
@@ -116,4 +123,4 @@ class _EventGradient(torch.autograd.Function):
         if not rate.abs() > 0:
             rate = rate + 1e-12
         moved = -(grad_t + torch.vdot(grad_y, f).real) / rate
-        return (None, None, grad_y + moved * dc_dy, *(moved * g for g in dc_dphi))
+        return (None, grad_y + moved * dc_dy, *(moved * g for g in dc_dphi))

@@ -14,8 +14,8 @@ from node_cuda.solution import Stats
 class NeuralODE(nn.Module):
     """y(t) of dy/dt = func(t, y) as a layer: `NeuralODE(func)(y0, t)`.
 
-    func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". The other arguments are those of
-    `odeint_adjoint`. stats: what the last call cost; nfe_backward is filled in when the gradient is taken.
+    func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". The other arguments
+    are those of `odeint_adjoint`. stats: what the last call cost; nfe_backward is filled in when the gradient is taken.
     """
 
     def __init__(self, func: nn.Module, *, gradient: str = "adjoint", **solver: Any) -> None:

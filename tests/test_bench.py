@@ -103,7 +103,7 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 
 
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
-    with pytest.raises(SystemExit, match="gpu, kernels, memory, memory-short, solve, speed, speed-short"):
+    with pytest.raises(SystemExit, match="gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short"):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 
 
@@ -393,6 +393,54 @@ def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp
     assert "|  | torchdiffeq | not installed |" in block
 
 
+# ---- gradients
+
+
+def test_gradients_compares_its_modes_and_writes_its_results(tmp_path, report):
+    for needed in ("matplotlib", "torchdiffeq"):
+        pytest.importorskip(needed)
+    result = run_quick("gradients", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
+    (times,), (errors,) = result["times"], result["problems"]
+    theirs, ours = times["by"]["torchdiffeq adjoint"], times["by"]["discrete"]
+    assert len(ours["milliseconds"]) == len(theirs["milliseconds"]) == len(ours["ratio"]) == 3
+    assert ours["target"] == 3.0 and ours["met"] in (True, False) and "ratio" not in theirs
+    assert ours["nfe"] == theirs["nfe"] > 0 and 0 < ours["nfe_backward"] < theirs["nfe_backward"]
+    assert errors["by"]["discrete"]["error_same_steps"] < 1e-6 < errors["by"]["discrete"]["error"] < 1e-3
+    assert errors["by"]["torchdiffeq adjoint"]["error_same_steps"] > 1e-6
+    assert all(record["peak_mib"] >= 0 for record in errors["by"].values())
+    assert (tmp_path / "gradients-cpu.png").stat().st_size > 10_000
+    assert "of 1 promised ratios reached" in report.block("gradients", tmp_path)
+
+
+def test_the_reference_of_the_same_steps_takes_the_steps_of_the_float32_solve(bench):
+    problems, device = bench("gradient_problems"), torch.device("cpu")
+    same, exact = (make(problems.QUICK_PROBLEM, device) for make in (problems.of_same_steps, problems.exact))
+    backprop = problems.Step(problems.QUICK_PROBLEM, "backprop", device)()
+    assert problems.difference(backprop, same) < 1e-6 < problems.difference(same, exact)
+
+
+def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_path, report):
+    gradients, problems = bench("gradients"), bench("gradient_problems")
+
+    monkeypatch.setattr(problems.libraries, "installed", lambda library: library == "node_cuda")
+    arguments = type("Arguments", (), {"budget": 0.0, "jobs": 1, "threads": 1, "device": "cpu"})
+    assert gradients.installed(gradients.TIMED) == ["adjoint", "discrete", "discrete, 8 checkpoints", "backprop"]
+    wrong = problems.Mode("node_cuda", "odeint", {"gradient": "no such"})
+    monkeypatch.setitem(problems.MODES, "adjoint", wrong)
+    monkeypatch.setattr(gradients, "memory", lambda *key: {"peak_mib": 1.5})
+    modes, cpu = ["adjoint", "discrete"], torch.device("cpu")
+    times = gradients.measure_times(problems.QUICK_PROBLEM, modes, cpu, arguments)
+    errors = gradients.measure_errors(problems.QUICK_PROBLEM, modes, cpu, arguments)
+    assert times["by"]["adjoint"]["failed"].startswith("TypeError") and times["by"]["discrete"]["met"] is None
+    (tmp_path / "gradients-cpu.json").write_text(
+        json.dumps({"machine": MACHINE, "complete": False, "times": [times], "problems": [errors]})
+    )
+    block = report.block("gradients", tmp_path)
+    assert "rows are missing. 0 of 1 promised ratios reached. adjoint, quick: TypeError" in block
+    assert "| quick | adjoint | failed |  |  |  |" in block
+
+
 # ---- gpu.sh
 
 PRETENDS = """#!{python}
@@ -437,7 +485,7 @@ def test_gpu_sh_goes_on_after_a_failed_stage_and_records_all(tmp_path, interpret
     sanitizers = {"memcheck", "racecheck", "initcheck"}
     assert {stage: result for stage, result in results.items() if stage not in sanitizers} == {
         "build": "passed", "tests": "passed", "kernels": "passed", "solve": "failed", "memory": "skipped",
-        "first-use": "passed",
+        "first-use": "passed", "gradients": "passed",
     }  # fmt: skip
     assert results.keys() >= sanitizers
     notes = {stage["stage"]: stage["note"] for stage in recorded["stages"]}
@@ -467,5 +515,5 @@ def test_gpu_sh_without_a_gpu_is_a_sentence(tmp_path):
 def test_gpu_sh_ends_within_ten_minutes():
     script = (BENCH / "gpu.sh").read_text()
     limits = {name: int(seconds) for name, seconds in re.findall(r"\bstage \"?\$?([\w-]+)\"? (\d+) \"", script)}
-    assert limits.keys() == {"build", "tests", "kernels", "solve", "memory", "tool", "first-use"}
+    assert limits.keys() == {"build", "tests", "kernels", "solve", "memory", "tool", "first-use", "gradients"}
     assert sum(limits.values()) + 2 * limits["tool"] <= 585

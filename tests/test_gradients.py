@@ -702,3 +702,13 @@ def test_a_neural_ode_module_is_the_adjoint_of_its_field():
     module = node_cuda.NeuralODE(func)
     assert set(dict(module.named_parameters()).values()) == set(func.parameters())
     assert len(list(as_tuple(y0))) == 1
+
+
+@pytest.mark.parametrize("power", [1, 2])
+def test_a_second_derivative_of_the_adjoint_is_refused_also_beside_another_term(power):
+    """The other term has a second derivative, and must not hide that this one has none."""
+    func, y0 = MLP(), torch.ones(3, 2, dtype=F64, requires_grad=True)
+    ys = odeint_adjoint(func, y0, linspace(0.0, 1.0, 3))
+    (grad,) = torch.autograd.grad(ys.pow(power).sum(), y0, create_graph=True)
+    with pytest.raises(NotImplementedError, match='gradient="adjoint" gives first derivatives only'):
+        torch.autograd.grad(grad.square().sum() + y0.square().sum(), y0)

@@ -16,14 +16,13 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from node_cuda._typing import EventFunc, Tolerance
 from node_cuda.field import Layout
 from node_cuda.gradients import backprop
 from node_cuda.gradients.adjoint_field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint_norm import AdjointNorm, backward_error_norm, chosen_norm, smallest
-from node_cuda.gradients.context import autocast_state, parameters
+from node_cuda.gradients.context import autocast_state, first_derivatives, parameters
 from node_cuda.gradients.request import Request
 from node_cuda.methods import SCIPY, Method, arithmetic_of, lookup, make_loop
 from node_cuda.norms import ErrorNorm
@@ -139,7 +138,6 @@ class _AdjointSolve(torch.autograd.Function):
         return ys, event_t
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         t, ys, event_t, *params = ctx.saved_tensors
         wants_t = ctx.needs_input_grad[6]
@@ -157,7 +155,8 @@ class _AdjointSolve(torch.autograd.Function):
             # The event's time is not where the user put t[1], so only t[0] moves the solution.
             kept = 1 if ctx.event_mode else reached
             adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
-        return (None, None, None, None, None, None, adj_t, adj_y0, *adj_params)
+        gradients = first_derivatives((adj_t, adj_y0, *adj_params), 'gradient="adjoint"', ctx.saved_tensors[1], grad_ys)
+        return (None,) * 6 + gradients
 
 
 class _BackwardSolve:

@@ -101,6 +101,13 @@ class Checkpoints(Generic[State]):
                 return
         self._keep(i, state)
 
+    def replace_first(self, state: State) -> None:
+        """The state that the first step began with, if it is still needed."""
+        if 0 in self._kept:
+            self._kept[0] = state
+        if self._last is not None and self._last[0] == 0:
+            self._last = (0, state)
+
     def reverse(self, advance: Callable[[int, State], State], back: Callable[[int, State], None]) -> None:
         """Call back(i, state) for every step i, the last one first. advance(i, state): the state behind step i."""
         if self._last is None:

@@ -1,8 +1,8 @@
-"""What a backward pass finds as the forward pass left it: the parameters, and autocast."""
+"""What the backward passes by hand share: the parameters, autocast as it was, and no second derivative in silence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -32,3 +32,27 @@ def autocast_state(device_type: str) -> Callable[[], list[Any]]:
     ]
     cache = torch.is_autocast_cache_enabled()
     return lambda: [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
+
+
+def first_derivatives(gradients: Sequence[Tensor | None], what: str, *of: Tensor) -> tuple[Tensor | None, ...]:
+    """The gradients, which depend on the tensors `of` in a way that is not on the tape: whoever differentiates them
+    again gets an error. torch's once_differentiable loses that dependence where another term has a gradient."""
+    given = [g for g in gradients if g is not None]
+    if not (torch.is_grad_enabled() and given):
+        return tuple(gradients)
+    marked = iter(_First.apply(what, len(given), *given, *of))
+    return tuple(None if g is None else next(marked) for g in gradients)
+
+
+class _First(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, what, count, *tensors):
+        ctx.what = what
+        return tuple(x.view_as(x) for x in tensors[:count])
+
+    @staticmethod
+    def backward(ctx, *_):
+        raise NotImplementedError(
+            f'{ctx.what} gives first derivatives only, and a second one was asked for. Use gradient="backprop", as '
+            "odeint does."
+        )

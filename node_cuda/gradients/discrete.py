@@ -17,12 +17,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from node_cuda._typing import EventFunc
 from node_cuda.gradients.backprop import MAX_EVENT_STEPS
 from node_cuda.gradients.checkpoints import slots_for
-from node_cuda.gradients.context import autocast_state, parameters
+from node_cuda.gradients.context import autocast_state, first_derivatives, parameters
 from node_cuda.gradients.request import Request
 from node_cuda.gradients.step_adjoint import Cotangent, Form, Output, StepAdjoint, adaptive_form, grid_form
 from node_cuda.gradients.trajectory import State, Trajectory
@@ -131,7 +130,6 @@ class _DiscreteSolve(torch.autograd.Function):
         return done.ys, at
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         t, grid, ys, *params = ctx.saved_tensors
         wants_t, wants_grid = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
@@ -140,11 +138,12 @@ class _DiscreteSolve(torch.autograd.Function):
                 stack.enter_context(context)
             walk = _Backwards(ctx, grad_ys.to(ys.dtype), ys, params, grid if wants_grid else None)
             adj_y0, adj_t, adj_grid = walk.run(t, wants_t)
+            gradients = (adj_t, adj_grid, adj_y0, *walk.gradients())
         stats = ctx.stats
         stats.nfe_backward += walk.adjoint.nfe
         stats.steps_again += walk.steps_again
         stats.peak_checkpoints = max(stats.peak_checkpoints, ctx.trajectory.checkpoints.peak)
-        return (None, None, None, adj_t, adj_grid, adj_y0, *walk.gradients())
+        return (None,) * 3 + first_derivatives(gradients, 'gradient="discrete"', ys, grad_ys)
 
 
 class _Backwards:
@@ -154,6 +153,7 @@ class _Backwards:
         problem: Problem = ctx.problem
         self.problem, self.params, self.grid, self.ys = problem, params, grid, ys
         self.trajectory: Trajectory = ctx.trajectory
+        self.trajectory.begin(ys.detach()[0])  # a view of ys itself would hold the graph that holds the trajectory
         self.times: tuple[float, ...] = ctx.times
         self.arithmetic = arithmetic_of(problem)
         self.sums = self.arithmetic.sums(params, with_error=False)

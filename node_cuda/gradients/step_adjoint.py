@@ -169,8 +169,8 @@ class StepAdjoint:
     def back(self, taken: Taken, state: State, outgoing: Cotangent, outputs: Sequence[Output]) -> Back:
         """The cotangents in front of a step, from those behind it and from its outputs."""
         form, at, y0 = self.form, taken.at, state.y0
-        stages, k = self._replay(taken, state, outgoing, dense=bool(outputs))
         inner = [output for output in outputs if output.x < 1.0]
+        stages, k = self._replay(taken, state, outgoing, dense=bool(inner or (self.timed and outputs)))
         lam, at_start, extra = self._into_stages(at, outgoing.lam, inner)
         for output in outputs:
             if output.x == 1.0:

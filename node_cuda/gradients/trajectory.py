@@ -59,12 +59,15 @@ class Trajectory:
             # Adaptive methods begin where the solve does, and beyond a jump on its far side.
             inside = self._jump if tableau.adaptive else self._stepper.inside
             taken = Taken(step.at, False, step.at, 0.0, JUST_AFTER if inside else HERE)
-        state = State(step.y0, k1)
-        if self._first is None:
-            self._first = state
-        self.checkpoints.offer(len(self.steps), state)
+        # The first state is the user's, who may write it: `begin` gets it again, from the outputs.
+        self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
         self.steps.append(taken)
         self._jump = step.jump
+
+    def begin(self, y0: Tensor) -> None:
+        """The state that the first step began with."""
+        self._first = State(y0, None)
+        self.checkpoints.replace_first(self._first)
 
     def reverse(self, advance: Callable[[int, State], State], back: Callable[[int, State], None]) -> None:
         """See `Checkpoints.reverse`, which gives the states up as it goes: a second time they are made once more."""

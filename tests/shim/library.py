@@ -367,7 +367,7 @@ class Kernels:
         return norm
 
     def dense_eval(self, out, times, y0, y1, k, weight_rows, where, first=0, stop=None, end=None) -> None:
-        degree = len(weight_rows[0][1]) if weight_rows else len(end)
+        degree = len(weight_rows[0][1]) if weight_rows else len(end or ())
         weights = doubles([x for _, row in weight_rows for x in row])
         pointers = array_of_pointers([k[j] for j, _ in weight_rows])
         self.call(
