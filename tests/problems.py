@@ -198,3 +198,16 @@ def loss_of(ys: State) -> Tensor:
         weights = torch.linspace(0.5, 1.5, real.numel(), dtype=F64).reshape(real.shape)
         total = total + (weights * real.to(F64)).sum()
     return total
+
+
+class Parted(nn.Module):
+    """Uses one parameter, ignores another, and has a third that wants no gradient."""
+
+    def __init__(self, weight):
+        super().__init__()
+        self.used = nn.Parameter(weight.clone())
+        self.unused = nn.Parameter(torch.ones(3, 2, dtype=F64))
+        self.fixed = nn.Parameter(torch.ones(2, dtype=F64), requires_grad=False)
+
+    def forward(self, t, y):
+        return torch.tanh(y @ self.used.T) * self.fixed

@@ -9,7 +9,9 @@ from torch import nn
 
 import node_cuda
 from node_cuda import SolveError, Status, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from node_cuda.kernels import reference
 from node_cuda.kernels.clock import Clock
+from node_cuda.norms import ErrorNorm
 
 F64 = torch.float64
 T = torch.tensor([0.0, 1.0], dtype=F64)
@@ -344,3 +346,16 @@ def test_every_read_that_a_fixed_grid_waits_for_is_counted():
 
 def test_the_public_names_are_there():
     assert all(hasattr(node_cuda, name) for name in node_cuda.__all__)
+
+
+def test_the_starting_step_of_a_half_state_does_not_overflow():
+    """The field's change in units of the tolerance, about 1e8 here, is no number of half precision."""
+    y0 = torch.full((3,), 1000.0, dtype=torch.float16)
+    f0, f1 = y0, y0 * 1.5
+    norm = ErrorNorm(1e-9, 1e-9)
+    assert reference.initial_change(y0, f0, f1, norm) == pytest.approx(500 / (1e-9 + 1e-6), rel=1e-3)
+
+
+def test_an_empty_environment_variable_is_one_that_is_not_set(monkeypatch):
+    monkeypatch.setenv("NODE_CUDA_BACKEND", "")
+    assert odeint(lambda t, y: -y, torch.ones(2, dtype=F64), T).shape == (2, 2)

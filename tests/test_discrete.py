@@ -9,7 +9,7 @@ from functools import cache, partial
 
 import pytest
 import torch
-from problems import BY_NAME, F64, MLP, Counting, TimedLinear, as_tuple, linspace, loss_of, relative_difference
+from problems import BY_NAME, F64, MLP, Counting, Parted, TimedLinear, as_tuple, linspace, loss_of, relative_difference
 from tolerances import GLOBAL_ERROR_OVER_RTOL
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -735,24 +735,11 @@ def test_an_output_changed_in_place_is_right_or_raises(method):
         assert relative_difference(grads, truth) <= SAME
 
 
-class Parted(nn.Module):
-    """Uses one parameter, ignores another, and has a third that wants no gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.used = nn.Parameter(W.clone())
-        self.unused = nn.Parameter(torch.ones(3, 2, dtype=F64))
-        self.fixed = nn.Parameter(torch.ones(2, dtype=F64), requires_grad=False)
-
-    def forward(self, t, y):
-        return torch.tanh(y @ self.used.T) * self.fixed
-
-
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_unused_and_frozen_parameters_get_what_the_adjoint_gives_them(method):
     grads = {}
     for mode in ("adjoint", "discrete"):
-        func = Parted()
+        func = Parted(W)
         odeint_adjoint(func, leaf(Y), linspace(0.0, 1.0, 3), method=method, gradient=mode).sum().backward()
         grads[mode] = {name: p.grad for name, p in func.named_parameters()}
         assert float(grads[mode]["used"].abs().min()) > 0

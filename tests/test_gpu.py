@@ -579,3 +579,20 @@ def test_a_captured_solve_on_a_fixed_grid_replays_right_or_is_refused(times):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.startswith(("refused:", "replayed right")), done.stdout
+
+
+@pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", dict(step_size=0.1))])
+def test_the_discrete_adjoint_gives_the_gradient_of_times_that_are_on_the_host(method, options):
+    """The grid's cotangents are made on the device and brought to where t is."""
+
+    def gradients(device):
+        y0 = torch.tensor([1.0, 2.0], dtype=torch.float64, device=device, requires_grad=True)
+        t = torch.linspace(0.0, 1.0, 4, dtype=torch.float64, requires_grad=True)
+        ys = solve(
+            lambda t, y: -y * torch.cos(t), y0, t, method=method, options=options, gradient="discrete",
+            adjoint_params=(),
+        ).ys  # fmt: skip
+        return [g.cpu() for g in torch.autograd.grad(ys.square().sum(), (y0, t))]
+
+    for actual, expected in zip(gradients("cuda"), gradients("cpu"), strict=True):
+        torch.testing.assert_close(actual, expected, rtol=1e-6, atol=1e-9)  # steps may differ in their last bits

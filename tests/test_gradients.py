@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from problems import BY_NAME, F64, MLP, Counting, TimedLinear, as_tuple, linspace, loss_of, relative_difference
+from problems import BY_NAME, F64, MLP, Counting, Parted, TimedLinear, as_tuple, linspace, loss_of, relative_difference
 from tolerances import GLOBAL_ERROR_OVER_RTOL, GRADCHECK, SLOPE, rtol_and_limit
 from torch import nn
 
@@ -235,22 +235,9 @@ def test_the_gradient_of_time_costs_nothing_unless_it_is_wanted():
 
 
 # ------------------------------------------------------------------ parameters
-class Parted(nn.Module):
-    """Uses one parameter, ignores another, and has a third that wants no gradient."""
-
-    def __init__(self):
-        super().__init__()
-        self.used = nn.Parameter(W.clone())
-        self.unused = nn.Parameter(torch.ones(3, 2, dtype=F64))
-        self.fixed = nn.Parameter(torch.ones(2, dtype=F64), requires_grad=False)
-
-    def forward(self, t, y):
-        return torch.tanh(y @ self.used.T) * self.fixed
-
-
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_unused_parameters_get_zeros_and_fixed_ones_are_left_alone(method):
-    func = Parted()
+    func = Parted(W)
     odeint_adjoint(func, leaf(Y), linspace(0.0, 1.0, 3), method=method).sum().backward()
     assert torch.equal(func.unused.grad, torch.zeros(3, 2, dtype=F64))
     assert func.fixed.grad is None
@@ -548,7 +535,7 @@ def test_a_custom_adjoint_norm_sees_time_state_adjoint_and_parameters():
         assert isinstance(tensors, tuple)
         return default_norm(tensors)
 
-    func = Parted()
+    func = Parted(W)
     func.fixed.requires_grad_(True)
     y0 = leaf(torch.stack([Y, Y, Y]))
     odeint_adjoint(func, y0, linspace(0.0, 1.0, 2), adjoint_options=dict(norm=norm)).sum().backward()

@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from node_cuda._typing import EventFunc, Tolerance
 from node_cuda.field import Layout
@@ -85,12 +85,7 @@ def _solve(
 def _settings(request: Request) -> Settings:
     """The backward solve's arguments, each by default the forward one, checked before anything is solved."""
     problem, given, func = request.problem, request.adjoint, request.problem.func
-    if given.params is None and not isinstance(func, nn.Module):
-        raise ValueError(
-            "func must be an nn.Module to find its parameters by the adjoint method; got a "
-            f"{type(func).__name__}. Pass the tensors to differentiate by as `adjoint_params=(...)`, or "
-            "`adjoint_params=()` if there are none."
-        )
+    every = parameters(func, given.params, "adjoint method")
     method = request.method_name if given.method is None else given.method
     if method != request.method_name and request.options is not None and given.options is None:
         raise ValueError(
@@ -99,7 +94,6 @@ def _settings(request: Request) -> Settings:
         )
     inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
     options = inherited if given.options is None else dict(given.options)
-    every = parameters(func, given.params)
     params = tuple(p for p in every if p.requires_grad)
     norm = options.pop("norm", None)
     if callable(norm) and len(params) < len(every):

@@ -11,8 +11,14 @@ from torch import Tensor, nn
 from node_cuda._typing import Func
 
 
-def parameters(func: Func, named: Iterable[Tensor] | None) -> tuple[Tensor, ...]:
-    """The tensors to differentiate by, each once: those that the caller named, or the module's parameters."""
+def parameters(func: Func, named: Iterable[Tensor] | None, method: str) -> tuple[Tensor, ...]:
+    """The tensors to differentiate by, each once: those that the caller named, or the module's parameters. Raises
+    ValueError if there is neither, for this method of differentiation."""
+    if named is None and not isinstance(func, nn.Module):
+        raise ValueError(
+            f"func must be an nn.Module to find its parameters by the {method}; got a {type(func).__name__}. Pass the "
+            "tensors to differentiate by as `adjoint_params=(...)`, or `adjoint_params=()` if there are none."
+        )
     if named is not None or not isinstance(func, nn.Module):
         found: Iterable[Any] = named or ()
     elif getattr(func, "_is_replica", False):

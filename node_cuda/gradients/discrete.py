@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.gradients.backprop import MAX_EVENT_STEPS
@@ -103,14 +103,8 @@ def _form(request: Request) -> Form:
 
 def _params(request: Request) -> tuple[Tensor, ...]:
     """What to differentiate by, besides y0 and t."""
-    func, named = request.problem.func, request.adjoint.params
-    if named is None and not isinstance(func, nn.Module):
-        raise ValueError(
-            "func must be an nn.Module to find its parameters for the discrete adjoint; got a "
-            f"{type(func).__name__}. Pass the tensors to differentiate by as `adjoint_params=(...)`, or "
-            "`adjoint_params=()` if there are none."
-        )
-    return tuple(p for p in parameters(func, named) if p.requires_grad)
+    every = parameters(request.problem.func, request.adjoint.params, "discrete adjoint")
+    return tuple(p for p in every if p.requires_grad)
 
 
 class _DiscreteSolve(torch.autograd.Function):
@@ -169,8 +163,9 @@ class _Backwards:
         """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
         steps, times = self.trajectory.steps, self.times[: self.reached]
         exact = self.grid is not None
-        adj_t = torch.zeros_like(t) if wants_t else None
-        adj_grid = None if self.grid is None else torch.zeros_like(self.grid)
+        # In double, and on the state's device, wherever t is: a step waits for nothing.
+        adj_t = self.ys.new_zeros(len(t), dtype=torch.float64) if wants_t else None
+        adj_grid = None if self.grid is None else self.ys.new_zeros(len(self.grid), dtype=torch.float64)
         flowing = Cotangent(torch.zeros_like(self.grad_ys[0]))
         stop = len(times)
 
@@ -199,7 +194,12 @@ class _Backwards:
         self.trajectory.reverse(advance, back)
         if adj_t is not None and not exact:
             self._times_by_the_flow(adj_t, flowing.lam)
-        return (flowing.lam + self.grad_ys[0]).reshape(self.problem.y0.shape), adj_t, adj_grid
+        adj_y0 = (flowing.lam + self.grad_ys[0]).reshape(self.problem.y0.shape)
+        return (
+            adj_y0,
+            None if adj_t is None else adj_t.to(t),
+            None if adj_grid is None or self.grid is None else adj_grid.to(self.grid),
+        )
 
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
         """dL/dt of the exact flow. The time of an event is not where the user put t[1], so only t[0] moves it."""

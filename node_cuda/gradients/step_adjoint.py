@@ -10,8 +10,9 @@ vjp serves both (for FSAL methods at the same point). Hager 2000; Matsubara et a
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -32,7 +33,7 @@ class Form:
     """A method with its interpolant as one list of stages.
 
     rows, nodes, sides: of every stage, first the method's own, then those that only outputs need. b: of y1. own: the
-    number of the method's stages. fsal: the last of them is the field at y1. carry: the next step begins with it.
+    number of the method's stages. fsal: the last of them is the field at y1, with which the next step begins.
     dense: (stage, weights of x, x^2, ...) of the interpolant, and end: those of y1 - y0.
     """
 
@@ -42,7 +43,6 @@ class Form:
     b: tuple[float, ...]
     own: int
     fsal: bool
-    carry: bool
     dense: tuple[tuple[int, tuple[float, ...]], ...]
     end: tuple[float, ...] = ()
 
@@ -70,7 +70,6 @@ def adaptive_form(tableau: Tableau, dense: DenseOutput) -> Form:
         b=(*(float(b) for b in tableau.b), *(0.0,) * extra),
         own=count,
         fsal=tableau.fsal,
-        carry=tableau.carry_last_stage,
         dense=dense.weight_rows,
     )
 
@@ -86,7 +85,6 @@ def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> Form:
         b=(*(float(b) for b in tableau.b), *((0.0,) if cubic else ())),
         own=count,
         fsal=False,
-        carry=False,
         dense=slopes,
         end=HERMITE_END if cubic else (1.0,),
     )
@@ -150,7 +148,6 @@ class StepAdjoint:
         self.sums = sums
         self.timed = timed
         self.nfe = 0
-        self.vjps = 0
         self._columns = form.columns()
         self._prepared = [
             arithmetic.stage(row, c, side) for row, c, side in zip(form.rows, form.nodes, form.sides, strict=True)
@@ -161,8 +158,8 @@ class StepAdjoint:
     def advance(self, taken: Taken, state: State, then: Taken) -> State:
         """The state behind a step, with which the step `then` begins."""
         k = [self._plain(*self._start(taken, state)) if state.k1 is None else state.k1]
-        for i in range(1, self.form.own - self.form.fsal):
-            k.append(self._plain(*self._argument(i, taken.at, state.y0, k)))
+        for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
+            k.append(self._plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
         y1 = self._end(taken.at, state.y0, k)
         return State(y1, k[-1] if then.carried and not self.form.fsal else None)
 
@@ -214,14 +211,14 @@ class StepAdjoint:
             k.append(state.k1)
         known = form.own - form.fsal
         wanted = form.stages if dense else form.own if outgoing.kappa is not None else known
-        for i in range(1, wanted):
+        for i, t in self._slots(at, wanted):
             if i == known and form.fsal:  # the field at y1, which the next step has as its first stage
                 stage = outgoing.stage
                 if stage is None:
                     (t,) = arithmetic.times(at, (1.0,), form.sides[i])
                     stage = self._evaluate(t, self._end(at, state.y0, k))
             else:
-                stage = self._evaluate(*self._argument(i, at, state.y0, k))
+                stage = self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t))
             stages.append(stage)
             k.append(stage.k)
         return stages, k
@@ -230,10 +227,11 @@ class StepAdjoint:
         """(t, z) of the first stage."""
         return self.arithmetic.times(taken.start, (taken.node,), taken.side)[0], state.y0
 
-    def _argument(self, i: int, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """(t, z) of stage i."""
-        (t,) = self.arithmetic.slots(at, (self.form.nodes[i],), self.form.sides[i])
-        return t, self.arithmetic.rk_stage(self._prepared[i], at, y0, k, t)
+    def _slots(self, at: Interval, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(i, t) for the stages from the second one up to `stop`, each t to be filled by its stage."""
+        for side, stages in groupby(range(1, stop), key=self.form.sides.__getitem__):
+            indices = list(stages)
+            yield from zip(indices, self.arithmetic.slots(at, [self.form.nodes[i] for i in indices], side), strict=True)
 
     def _end(self, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> Tensor:
         """y1, as the forward solve had it."""
@@ -282,7 +280,6 @@ class StepAdjoint:
         """(mu, tau): kappa pulled back to the argument and to the time; its part in the parameters is added up."""
         if not stage.f.requires_grad:
             return None, None
-        self.vjps += 1
         inputs = (stage.z, *((stage.t,) if self.timed else ()), *self.params)
         mu, *rest = torch.autograd.grad(stage.f, inputs, kappa, allow_unused=True)
         tau = rest.pop(0) if self.timed else None

@@ -42,7 +42,7 @@ def backend(name: str) -> Iterator[None]:
 def chosen() -> str:
     """What the innermost context says, else the environment."""
     inside = _inside.get()
-    return inside if inside is not None else _checked(os.environ.get(VARIABLE, "auto"), VARIABLE)
+    return inside if inside is not None else _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
 
 def _checked(name: str, where: str) -> str:

@@ -83,8 +83,7 @@ class Fused(Arithmetic):
     def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
         """See `Arithmetic`. One launch, and no copy from the host, which would wait."""
         slots = torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
-        native = at.native or self.plan.interval(at.t0, at.t1, at.h)
-        self.plan.stage_times(native, nodes, side, [t.data_ptr() for t in slots])
+        self.plan.stage_times(self.native(at), nodes, side, [t.data_ptr() for t in slots])
         return slots
 
     def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:

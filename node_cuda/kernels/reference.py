@@ -115,6 +115,8 @@ def initial_norms(y0: Tensor, f0: Tensor, norm: ErrorNorm) -> InitialNorms:
 def initial_change(y0: Tensor, f0: Tensor, f1: Tensor, norm: ErrorNorm) -> float:
     """|(f1 - f0) / scale| with scale = atol + rtol |y0|; f1 is the field after the probing Euler step."""
     with torch.no_grad():
+        if y0.dtype in _HALF:
+            f0, f1 = f0.float(), f1.float()  # the quotient overflows in half precision long before the norm does
         return norm((f1 - f0).div_(norm.scale(y0.abs())))
 
 
