@@ -43,22 +43,23 @@ class Layout:
 class VectorField:
     """dy/dt = func(t, y) on flat states: what comes back is a tensor of y's shape and dtype that nobody else writes.
 
-    nfe: evaluations so far. The first two evaluations tell what the user's function does with memory: one that
-    returns the same buffer every time gets its output copied, one that writes into its argument gets a copy of that.
+    nfe: evaluations so far. The first two evaluations (`probes`) tell what the user's function does with memory: one
+    that returns the same buffer every time gets its output copied, one that writes into its argument gets a copy of it.
     """
 
     def __init__(self, func: Func, layout: Layout) -> None:
         self.func = func
         self.layout = layout
         self.nfe = 0
+        self.probes = 2
         self.copies_output = False  # func returns memory that it writes again
         self._copies_input = False
-        self._first_output: Tensor | None = None
+        self._last_output: Tensor | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """dy/dt at the 0-d tensor t and the state y, which keeps its values."""
         self.nfe += 1
-        if self.nfe <= 2:
+        if self.nfe <= self.probes:
             return self._probe(t, y)
         if self._copies_input:
             y = y.clone()
@@ -99,19 +100,17 @@ class VectorField:
         return out.clone() if self.copies_output else out
 
     def _probe(self, t: Tensor, y: Tensor) -> Tensor:
-        """The first two evaluations: on copies, and watching."""
+        """One of the first evaluations: on copies, and watching."""
         argument = y.clone()
         version = _version(argument)
         raw = self._call(t, argument)
         _check(raw, y.shape)
         wrote = not torch.equal(argument, y) if version is None else _version(argument) != version
         self._copies_input = self._copies_input or wrote
-        if self._first_output is None:
-            self._first_output = raw
-        else:
-            # Both are alive here, so that an equal address is one buffer and no accident.
-            self.copies_output = _storage(raw) == _storage(self._first_output)
-            self._first_output = None
+        # Both are alive here, so that an equal address is one buffer and no accident.
+        if self._last_output is not None and _storage(raw) == _storage(self._last_output):
+            self.copies_output = True
+        self._last_output = raw if self.nfe < self.probes else None
         copies, self.copies_output = self.copies_output, True
         out = self._checked(raw, y)
         self.copies_output = copies

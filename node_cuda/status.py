@@ -70,6 +70,10 @@ class Unsupported(ValueError, AttributeError):
     """A combination of arguments that no method offers. Also an AttributeError, as in torchdiffeq."""
 
 
+class MissingGradientWarning(UserWarning):
+    """func uses a tensor that requires a gradient and that its gradient mode was not told of."""
+
+
 class SolveError(RuntimeError, AssertionError):
     """A solve that failed: `status` says how, `t` how far it came, `stats` what it cost until there.
 

@@ -7,7 +7,6 @@ y_m) and dL/dt_0 = -a(t_0) . f(t_0, y_0). Chen et al. 2018, arXiv:1806.07366; de
 
 from __future__ import annotations
 
-import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -22,7 +21,8 @@ from node_cuda.field import Layout
 from node_cuda.gradients import backprop
 from node_cuda.gradients.adjoint_field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint_norm import AdjointNorm, backward_error_norm, chosen_norm, smallest
-from node_cuda.gradients.context import autocast_state, first_derivatives, parameters
+from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
+from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.request import Request
 from node_cuda.methods import SCIPY, Method, arithmetic_of, lookup, make_loop
 from node_cuda.norms import ErrorNorm
@@ -36,56 +36,75 @@ from node_cuda.steppers.step import Step
 
 @dataclass
 class Settings:
-    """How the backward solve is done: its tolerances (of the flat state), its method from the options, the options as
-    the user sees them in `grad_fn.adjoint_options`, read when it runs, and the parameters."""
+    """How the backward solve is done: its tolerances (of the flat state), its method from the options, and the options
+    as the user sees them in `grad_fn.adjoint_options`, read when it runs."""
 
     rtol: Tolerance
     atol: Tolerance
     method: Callable[[dict[str, Any]], Method]
     options: dict[str, Any]
-    params: tuple[Tensor, ...]
 
 
 def outputs(request: Request) -> tuple[Tensor, Status]:
     """y at the problem's times; its gradient by the adjoint method."""
-    status, throw = Status.SUCCESS, request.method.options.throw
-
-    def forward() -> tuple[float, Tensor]:
-        nonlocal status
-        ys, status = backprop.outputs(request)
-        return 0.0, ys
-
-    # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
-    return _solve(request, forward, lambda: not throw and status is not Status.SUCCESS)[0], status
+    task = _AdjointTask(request, None)
+    return task()[0], task.status
 
 
 def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
-
-    def forward() -> tuple[float, Tensor]:
-        event_t, ys = backprop.event(request, event_fn)
-        return float(event_t), ys
-
-    ys, event_t = _solve(request, forward, lambda: False, event_mode=True)
-    return event_t, ys
+    refuse_transforms("An event")
+    ys, at = _AdjointTask(request, event_fn)()
+    return at.to(request.problem.t.dtype), ys
 
 
-def _solve(
-    request: Request,
-    forward: Callable[[], tuple[float, Tensor]],
-    failed: Callable[[], bool],
-    event_mode: bool = False,
-) -> tuple[Tensor, Tensor]:
-    settings, problem = _settings(request), request.problem
-    return _AdjointSolve.apply(
-        forward, failed, problem, request.stats, settings, event_mode, problem.t, problem.y0, *settings.params
-    )
+class _AdjointTask(Task):
+    """A solve and its backward solve."""
+
+    what = 'gradient="adjoint"'
+    replays = False
+
+    def __init__(self, request: Request, event_fn: EventFunc | None) -> None:
+        super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
+        self.settings = _settings(request, self.parameters)
+        self.event_fn = event_fn
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        """See `Task`."""
+        return {"adjoint_options": self.settings.options}
+
+    def solve(self, request: Request) -> tuple[Tensor, float]:
+        """See `Task`."""
+        if self.event_fn is not None:
+            event_t, ys = backprop.event(request, self.event_fn)
+            return ys, float(event_t)
+        ys, self.status = backprop.outputs(request)
+        # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
+        self.failed = not request.method.options.throw and self.status is not Status.SUCCESS
+        return ys, request.problem.direction * request.problem.times[-1]
+
+    def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
+        """See `Task`."""
+        t, _, ys, at, params = saved
+        event_mode = self.event_fn is not None
+        times = torch.stack([t[0], at.to(t.dtype)]) if event_mode else t
+        # What a failed solve did not reach is NaN, and nothing flows back from it.
+        failed = not event_mode and self.failed
+        reached = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
+        solve = _BackwardSolve(problem, self.settings, times[:reached], ys[:reached], grad_ys[:reached], params)
+        adj_t, adj_y0, adj_params = solve.run(wants_t)
+        self.stats.nfe_backward += solve.field.nfe
+        if adj_t is not None and (event_mode or reached < len(t)):
+            # The event's time is not where the user put t[1], so only t[0] moves the solution.
+            kept = 1 if event_mode else reached
+            adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
+        return Gradients(adj_t, None, adj_y0, adj_params)
 
 
-def _settings(request: Request) -> Settings:
+def _settings(request: Request, parameters: Parameters) -> Settings:
     """The backward solve's arguments, each by default the forward one, checked before anything is solved."""
-    problem, given, func = request.problem, request.adjoint, request.problem.func
-    every = parameters(func, given.params, "adjoint method")
+    problem, given = request.problem, request.adjoint
     method = request.method_name if given.method is None else given.method
     if method != request.method_name and request.options is not None and given.options is None:
         raise ValueError(
@@ -94,9 +113,8 @@ def _settings(request: Request) -> Settings:
         )
     inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
     options = inherited if given.options is None else dict(given.options)
-    params = tuple(p for p in every if p.requires_grad)
     norm = options.pop("norm", None)
-    if callable(norm) and len(params) < len(every):
+    if callable(norm) and len(parameters.wanted) < len(parameters.every):
         warnings.warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the "
             "adjoint pass, and will not appear as a tensor in the adjoint norm.",
@@ -111,46 +129,7 @@ def _settings(request: Request) -> Settings:
             ("adjoint_atol", problem.norm.atol, given.atol),
         )
     )
-    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, params)
-
-
-class _AdjointSolve(torch.autograd.Function):
-    """A whole solve as one operation of the user's graph."""
-
-    @staticmethod
-    def forward(ctx, run, failed, problem, stats, settings, event_mode, t, y0, *params):
-        event_t, ys = run()
-        event_t = torch.tensor(event_t, dtype=t.dtype, device=t.device)
-        ctx.mark_non_differentiable(event_t)
-        ctx.save_for_backward(t, ys, event_t, *params)
-        # Without y0: its values are in ys, and the user may want to be rid of it.
-        ctx.problem = replace(problem, y0=y0.new_empty(()).expand(y0.shape))
-        ctx.stats, ctx.settings, ctx.event_mode = stats, settings, event_mode
-        ctx.failed = failed
-        ctx.adjoint_options = settings.options
-        ctx.autocast = autocast_state(y0.device.type)
-        return ys, event_t
-
-    @staticmethod
-    def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        t, ys, event_t, *params = ctx.saved_tensors
-        wants_t = ctx.needs_input_grad[6]
-        times = torch.stack([t[0], event_t]) if ctx.event_mode else t
-        # What a failed solve did not reach is NaN, and nothing flows back from it.
-        reached = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if ctx.failed() else len(ys)
-        times, ys, grad_ys = times[:reached], ys[:reached], grad_ys[:reached]
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for context in ctx.autocast():
-                stack.enter_context(context)
-            solve = _BackwardSolve(ctx.problem, ctx.settings, ctx.adjoint_options, times, ys, grad_ys, params)
-            adj_t, adj_y0, adj_params = solve.run(wants_t)
-            ctx.stats.nfe_backward += solve.field.nfe
-        if adj_t is not None and (ctx.event_mode or reached < len(t)):
-            # The event's time is not where the user put t[1], so only t[0] moves the solution.
-            kept = 1 if ctx.event_mode else reached
-            adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
-        gradients = first_derivatives((adj_t, adj_y0, *adj_params), 'gradient="adjoint"', ctx.saved_tensors[1], grad_ys)
-        return (None,) * 6 + gradients
+    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options)
 
 
 class _BackwardSolve:
@@ -160,7 +139,6 @@ class _BackwardSolve:
         self,
         problem: Problem,
         settings: Settings,
-        options: dict[str, Any],
         t: Tensor,
         ys: Tensor,
         grad_ys: Tensor,
@@ -168,6 +146,7 @@ class _BackwardSolve:
     ) -> None:
         self.forward = problem
         self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
+        options = settings.options
         norm = options["norm"]
         in_norm = not isinstance(norm, AdjointNorm) or norm.params
         self.error_norm = backward_error_norm(problem, settings.rtol, settings.atol, norm, params)

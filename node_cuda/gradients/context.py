@@ -1,33 +1,12 @@
-"""What the backward passes by hand share: the parameters, autocast as it was, and no second derivative in silence."""
+"""What the backward passes by hand share: autocast as it was, and no second derivative in silence."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NoReturn
 
 import torch
-from torch import Tensor, nn
-
-from node_cuda._typing import Func
-
-
-def parameters(func: Func, named: Iterable[Tensor] | None, method: str) -> tuple[Tensor, ...]:
-    """The tensors to differentiate by, each once: those that the caller named, or the module's parameters. Raises
-    ValueError if there is neither, for this method of differentiation."""
-    if named is None and not isinstance(func, nn.Module):
-        raise ValueError(
-            f"func must be an nn.Module to find its parameters by the {method}; got a {type(func).__name__}. Pass the "
-            "tensors to differentiate by as `adjoint_params=(...)`, or `adjoint_params=()` if there are none."
-        )
-    if named is not None or not isinstance(func, nn.Module):
-        found: Iterable[Any] = named or ()
-    elif getattr(func, "_is_replica", False):
-        # In a replica of DataParallel the parameters are plain tensor attributes, which parameters() does not find.
-        members = (vars(module).values() for module in func.modules())
-        found = (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
-    else:
-        found = func.parameters()
-    return tuple({id(x): x for x in found}.values())
+from torch import Tensor
 
 
 def autocast_state(device_type: str) -> Callable[[], list[Any]]:
@@ -58,7 +37,11 @@ class _First(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, *_):
-        raise NotImplementedError(
-            f'{ctx.what} gives first derivatives only, and a second one was asked for. Use gradient="backprop", as '
-            "odeint does."
-        )
+        refuse_second_derivative(ctx.what)
+
+
+def refuse_second_derivative(what: str) -> NoReturn:
+    """A sentence, where torch would lose the derivative without one."""
+    raise NotImplementedError(
+        f'{what} gives first derivatives only, and a second one was asked for. Use gradient="backprop", as odeint does.'
+    )

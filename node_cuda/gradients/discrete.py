@@ -9,11 +9,8 @@ Zhuang et al. 2020, arXiv:2006.02493; Matsubara, Miyatake and Yaguchi 2021, arXi
 
 from __future__ import annotations
 
-import contextlib
 from bisect import bisect_right
-from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -21,7 +18,8 @@ from torch import Tensor
 from node_cuda._typing import EventFunc
 from node_cuda.gradients.backprop import MAX_EVENT_STEPS
 from node_cuda.gradients.checkpoints import slots_for
-from node_cuda.gradients.context import autocast_state, first_derivatives, parameters
+from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
+from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.request import Request
 from node_cuda.gradients.step_adjoint import Cotangent, Form, Output, StepAdjoint, adaptive_form, grid_form
 from node_cuda.gradients.trajectory import State, Trajectory
@@ -35,46 +33,61 @@ from node_cuda.status import Status, Unsupported
 from node_cuda.steppers.explicit_rk import ExplicitRK
 
 
-@dataclass
-class Run:
-    """A forward solve: y at `times` (solver times, the first is the start), the steps in between, how it ended."""
-
-    ys: Tensor
-    times: tuple[float, ...]
-    trajectory: Trajectory
-    status: Status = Status.SUCCESS
-
-
 def outputs(request: Request) -> tuple[Tensor, Status]:
     """y at the problem's times; its gradient by the discrete adjoint."""
-    problem, options = request.problem, request.method.options
-    form = _form(request)
-    points, grid = grid_of(problem, options) if isinstance(options, FixedOptions) else (None, None)
-    status = Status.SUCCESS
-
-    def forward() -> Run:
-        nonlocal status
-        loop, interpolant = make_loop(problem, request.method, request.stats, points=points)
-        trajectory = _recorded(loop, request, None if points is None else len(points) - 1)
-        ys, status = solve_outputs(loop, interpolant, options.throw)
-        return Run(ys, problem.times, trajectory, status)
-
-    return _DiscreteSolve.apply(forward, request, form, problem.t, grid, problem.y0, *_params(request))[0], status
+    options = request.method.options
+    points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
+    task = _DiscreteTask(request, None, points)
+    return task(grid)[0], task.status
 
 
 def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """The event's time (no gradient), and y0 and y there; their gradient by the discrete adjoint."""
-    problem, method = request.problem, request.method
-    form = _form(request)
+    refuse_transforms("An event")
+    ys, at = _DiscreteTask(request, event_fn, None)()
+    return at.to(request.problem.t.dtype), ys
 
-    def forward() -> Run:
-        loop, interpolant = make_loop(problem, method, request.stats, endless=True)
-        trajectory = _recorded(loop, request, None)
-        at, y = solve_event(loop, interpolant, event_fn, None if method.adaptive else MAX_EVENT_STEPS)
-        return Run(torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at), trajectory)
 
-    ys, at = _DiscreteSolve.apply(forward, request, form, problem.t, None, problem.y0, *_params(request))
-    return at.to(problem.t.dtype), ys
+class _DiscreteTask(Task):
+    """A solve that records its steps, and the walk back over them.
+
+    points: the grid that the steps lie on, in solver time, where it is known before. times: those of the outputs, in
+    solver time, the first is the start.
+    """
+
+    what = 'gradient="discrete"'
+    replays = True
+    trajectory: Trajectory
+    times: tuple[float, ...]
+
+    def __init__(self, request: Request, event_fn: EventFunc | None, points: list[float] | None) -> None:
+        super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "discrete adjoint"))
+        self.form = _form(request)
+        self.event_fn = event_fn
+        self.points = points
+
+    def solve(self, request: Request) -> tuple[Tensor, float]:
+        """See `Task`."""
+        problem, method, stats = request.problem, request.method, request.stats
+        endless = self.event_fn is not None
+        loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
+        self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
+        if self.event_fn is None:
+            ys, self.status = solve_outputs(loop, interpolant, method.options.throw)
+            self.times = problem.times
+        else:
+            at, y = solve_event(loop, interpolant, self.event_fn, None if method.adaptive else MAX_EVENT_STEPS)
+            ys, self.times = torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at)
+        return ys, problem.direction * self.times[-1]
+
+    def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
+        """See `Task`."""
+        walk = _Backwards(self, problem, saved, grad_ys, wants_grid)
+        adj_y0, adj_t, adj_grid = walk.run(saved.t, wants_t)
+        self.stats.nfe_backward += walk.adjoint.nfe
+        self.stats.steps_again += walk.steps_again
+        self.stats.peak_checkpoints = max(self.stats.peak_checkpoints, self.trajectory.checkpoints.peak)
+        return Gradients(adj_t, adj_grid, adj_y0, walk.of_params())
 
 
 def _recorded(loop: HostLoop, request: Request, steps: int | None) -> Trajectory:
@@ -101,63 +114,26 @@ def _form(request: Request) -> Form:
     return grid_form(method.tableau, inside=options.perturb, cubic=options.interp != "linear")
 
 
-def _params(request: Request) -> tuple[Tensor, ...]:
-    """What to differentiate by, besides y0 and t."""
-    every = parameters(request.problem.func, request.adjoint.params, "discrete adjoint")
-    return tuple(p for p in every if p.requires_grad)
-
-
-class _DiscreteSolve(torch.autograd.Function):
-    """A whole solve as one operation of the user's graph."""
-
-    @staticmethod
-    def forward(ctx, run: Callable[[], Run], request: Request, form: Form, t, grid, y0, *params):
-        done = run()
-        at = torch.tensor(request.problem.direction * done.times[-1], dtype=torch.float64, device=t.device)
-        ctx.mark_non_differentiable(at)
-        ctx.save_for_backward(t, grid, done.ys, *params)
-        ctx.times, ctx.trajectory, ctx.failed = done.times, done.trajectory, done.status is not Status.SUCCESS
-        # Without the tensors that hold the user's graph.
-        ctx.problem = replace(request.problem, y0=y0.detach(), t=t.detach())
-        ctx.form, ctx.stats = form, request.stats
-        ctx.autocast = autocast_state(y0.device.type)
-        return done.ys, at
-
-    @staticmethod
-    def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
-        t, grid, ys, *params = ctx.saved_tensors
-        wants_t, wants_grid = ctx.needs_input_grad[3], ctx.needs_input_grad[4]
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for context in ctx.autocast():
-                stack.enter_context(context)
-            walk = _Backwards(ctx, grad_ys.to(ys.dtype), ys, params, grid if wants_grid else None)
-            adj_y0, adj_t, adj_grid = walk.run(t, wants_t)
-            gradients = (adj_t, adj_grid, adj_y0, *walk.gradients())
-        stats = ctx.stats
-        stats.nfe_backward += walk.adjoint.nfe
-        stats.steps_again += walk.steps_again
-        stats.peak_checkpoints = max(stats.peak_checkpoints, ctx.trajectory.checkpoints.peak)
-        return (None,) * 3 + first_derivatives(gradients, 'gradient="discrete"', ys, grad_ys)
-
-
 class _Backwards:
     """The walk over the steps from the last one to the first."""
 
-    def __init__(self, ctx: Any, grad_ys: Tensor, ys: Tensor, params: list[Tensor], grid: Tensor | None) -> None:
-        problem: Problem = ctx.problem
-        self.problem, self.params, self.grid, self.ys = problem, params, grid, ys
-        self.trajectory: Trajectory = ctx.trajectory
-        self.trajectory.begin(ys.detach()[0])  # a view of ys itself would hold the graph that holds the trajectory
-        self.times: tuple[float, ...] = ctx.times
+    def __init__(self, task: _DiscreteTask, problem: Problem, saved: Saved, grad_ys: Tensor, wants_grid: bool) -> None:
+        ys, self.params = saved.ys, saved.params
+        # A view of ys itself would hold the graph that holds the trajectory.
+        problem = replace(problem, y0=ys.detach()[0])
+        self.problem, self.ys, self.grid = problem, ys, saved.grid if wants_grid else None
+        self.trajectory, self.times = task.trajectory, task.times
+        self.trajectory.begin(problem.y0)
         self.arithmetic = arithmetic_of(problem)
-        self.sums = self.arithmetic.sums(params, with_error=False)
+        self.sums = self.arithmetic.sums(self.params, with_error=False)
         self.sums.begin()
         self.steps_again = 0
-        self.adjoint = StepAdjoint(problem, self.arithmetic, ctx.form, params, self.sums, timed=grid is not None)
+        self.adjoint = StepAdjoint(problem, self.arithmetic, task.form, self.params, self.sums, timed=wants_grid)
         # What a failed solve did not reach is NaN, and nothing flows back from it.
-        finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if ctx.failed else None
+        failed = task.status is not Status.SUCCESS
+        finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
         self.reached = len(ys) if finite is None else max(int(finite.sum()), 1)
-        self.grad_ys = [self.arithmetic.own(g) for g in grad_ys[: self.reached]]
+        self.grad_ys = [self.arithmetic.own(g) for g in grad_ys[: self.reached].to(ys.dtype)]
 
     def run(self, t: Tensor, wants_t: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
@@ -211,7 +187,7 @@ class _Backwards:
             cotangent = -lam0 if m == 0 else self.grad_ys[m]
             adj_t[m] = self.arithmetic.real_dot(cotangent, f)
 
-    def gradients(self) -> list[Tensor]:
+    def of_params(self) -> list[Tensor]:
         """dL/dtheta in the parameters' own dtypes."""
         self.sums.commit()
         return [g.to(p.dtype) for g, p in zip(self.sums.total, self.params, strict=True)]
