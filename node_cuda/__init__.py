@@ -9,6 +9,7 @@ from node_cuda.kernels.backend import backend
 from node_cuda.methods import METHODS
 from node_cuda.nn import NeuralODE
 from node_cuda.odeint import odeint, odeint_adjoint, odeint_dense, solve
+from node_cuda.regularized import regularized
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import (
     InvalidField,
@@ -16,6 +17,7 @@ from node_cuda.status import (
     InvalidState,
     InvalidType,
     MissingGradientWarning,
+    ReconstructionWarning,
     SolveError,
     Status,
     Unsupported,
@@ -31,6 +33,7 @@ __all__ = [
     "InvalidType",
     "MissingGradientWarning",
     "NeuralODE",
+    "ReconstructionWarning",
     "Solution",
     "SolveError",
     "Stats",
@@ -42,5 +45,6 @@ __all__ = [
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "regularized",
     "solve",
 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
@@ -14,22 +15,32 @@ from node_cuda.solution import Stats
 class NeuralODE(nn.Module):
     """y(t) of dy/dt = func(t, y) as a layer: `NeuralODE(func)(y0, t)`.
 
-    func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". The other arguments
-    are those of `odeint_adjoint`. stats: what the last call cost; nfe_backward is filled in when the gradient is taken.
+    func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". integral: as that of
+    `solve`; its parameters are the layer's, if it is an nn.Module. The other arguments are those of `odeint_adjoint`.
+    stats: what the last call cost; nfe_backward is filled in when the gradient is taken.
     """
 
-    def __init__(self, func: nn.Module, *, gradient: str = "adjoint", **solver: Any) -> None:
+    def __init__(
+        self,
+        func: nn.Module,
+        *,
+        gradient: str = "adjoint",
+        integral: Callable[[Tensor, Any, Any], Tensor] | None = None,
+        **solver: Any,
+    ) -> None:
         super().__init__()
         self.func = func
         self.gradient = gradient
+        self.integral = integral
         self.solver = solver
         self.stats: Stats | None = None
 
-    def forward(self, y0: State, t: Tensor) -> State:
-        """y at the times t, of shape (len(t), *y0.shape), or a tuple of such."""
-        solution = solve(self.func, y0, t, gradient=self.gradient, **self.solver)
+    def forward(self, y0: State, t: Tensor) -> State | tuple[State, Tensor]:
+        """y at the times t, of shape (len(t), *y0.shape), or a tuple of such. With an integral, or a func made by
+        `regularized`: (y, `Solution.integral`)."""
+        solution = solve(self.func, y0, t, gradient=self.gradient, integral=self.integral, **self.solver)
         self.stats = solution.stats
-        return solution.ys
+        return solution.ys if solution.integral is None else (solution.ys, solution.integral)
 
     def extra_repr(self) -> str:
         """How it is solved."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -13,8 +13,10 @@ from node_cuda._typing import EventFunc, Func, State
 from node_cuda.dense import DenseSolution, solve_dense
 from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.request import AdjointArguments, Request
+from node_cuda.integral import Beside, Integral, event_of, with_integral
 from node_cuda.methods import Method, lookup, supported_callbacks
 from node_cuda.problem import Problem, combined_event, make_problem
+from node_cuda.regularized import Regularized, refuse_regularized
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import InvalidInput, SolveError, Status
 
@@ -47,6 +49,7 @@ def odeint(
     Raises InvalidInput, InvalidType, InvalidState, InvalidField or ValueError for a caller's mistake, SolveError if
     the solve fails. Source: Hairer, Norsett and Wanner, Solving ODEs I.
     """
+    refuse_regularized(func, "odeint")
     return _as_torchdiffeq(
         solve(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn), event_fn
     )
@@ -81,6 +84,7 @@ def odeint_adjoint(
     Returns and raises as `odeint` does, and ValueError if the parameters cannot be found. Differentiable once.
     Source: Chen et al. 2018, arXiv:1806.07366; seminorm: Kidger, Chen and Lyons 2021, arXiv:2009.09457.
     """
+    refuse_regularized(func, "odeint_adjoint")
     return _as_torchdiffeq(
         solve(
             func,
@@ -120,6 +124,7 @@ def solve(
     adjoint_method: str | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
+    integral: Callable[[Tensor, Any, Any], Tensor] | None = None,
 ) -> Solution:
     """Solve dy/dt = func(t, y), y(t[0]) = y0: the full interface, with statistics and status.
 
@@ -130,21 +135,33 @@ def solve(
     quarter of the free memory; None: all. With options=dict(throw=False) a solve that
     fails returns its status, and NaN in what was not reached, instead of raising SolveError.
 
-    Returns Solution(ts, ys, stats, status, event_t); ys of shape (len(t), *y0.shape) in y0's dtype, or a tuple of such.
-    Raises as `odeint` does.
+    integral: g(t, y, dy), a tensor of any shape that is the same at each call, of y and dy = func(t, y) in y0's
+    structure. Its integral from t[0] to each t, which counts in the step control as one more component of y, with the
+    smallest of rtol and of atol, is `Solution.integral`, of shape (len(t), *g.shape) and zero at t[0]. It is
+    differentiable as y is; default parameters are those of func, and of integral if it is an nn.Module. func is
+    evaluated once for both; integral once more, with a dy of zeros, for its shape. Callbacks, event_fn and norms see y
+    alone. func may be one made by `regularized`, with an integral of its own.
+
+    Returns Solution(ts, ys, stats, status, event_t, integral); ys of shape (len(t), *y0.shape) in y0's dtype, or a
+    tuple of such; the integral in the dtype of y0, in its real one if g is real. Raises as `odeint` does.
     """
     if gradient not in GRADIENTS:
         raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
     _check_checkpoints(checkpoints, gradient)
     chosen = lookup(method, options)
-    problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm)
+    of_y = func.func if isinstance(func, Regularized) else func
+    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
+    adjoint_params = None if adjoint_params is None else tuple(adjoint_params)
     given = AdjointArguments(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
+    beside = _beside(func, problem, integral, adjoint_params)
+    if beside is not None:
+        problem, chosen, given = with_integral(problem, chosen, given, beside)
     request = Request(problem, chosen, Stats(host_reads=1), method, options, given, checkpoints)
     mode = GRADIENTS[gradient]
     if event_fn is None:
         ys, status = mode.outputs(request)
-        return Solution(t, problem.layout.unflatten(ys, (len(t),)), request.stats, status)
+        return _solution(request, beside, t, ys, status)
     if len(t) != 2:
         raise ValueError(
             f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}. t[1] only gives the "
@@ -152,14 +169,15 @@ def solve(
         )
     status = Status.SUCCESS
     try:
-        event_t, ys = mode.event(request, combined_event(event_fn, problem))
+        of_state = event_fn if beside is None else event_of(beside, event_fn)
+        event_t, ys = mode.event(request, combined_event(of_state, problem))
     except SolveError as failure:
         if chosen.options.throw:
             raise
         status, event_t = failure.status, t[0].detach() * torch.nan
         ys = torch.stack([problem.y0, torch.full_like(problem.y0, torch.nan)])
     ts = torch.stack([t[0].detach(), event_t])
-    return Solution(ts, problem.layout.unflatten(ys, (2,)), request.stats, status, event_t)
+    return _solution(request, beside, ts, ys, status, event_t)
 
 
 def odeint_dense(
@@ -179,6 +197,7 @@ def odeint_dense(
     numbers. A method whose default interpolant is two orders below its own (bosh3, dopri8) takes its accurate one.
     Raises as `odeint` does, also with options=dict(throw=False): half a function is of no use.
     """
+    refuse_regularized(func, "odeint_dense")
     chosen = lookup(method, options)
     if not (isinstance(t0, Tensor) and t0.is_floating_point()):
         t0 = torch.as_tensor(t0, dtype=torch.float64)
@@ -186,6 +205,27 @@ def odeint_dense(
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
     return solve_dense(problem, chosen, Stats(host_reads=1))
+
+
+def _beside(func: Func, problem: Problem, integral: Any, params: Sequence[Tensor] | None) -> Beside | None:
+    """What is to be integrated beside y."""
+    if not isinstance(func, Regularized):
+        return None if integral is None else Integral(func, problem, integral)
+    if integral is not None:
+        raise InvalidInput(
+            "integral was given beside regularized(...), which is an integral itself, and a solve has one. Use "
+            "`solve(func, ..., integral=...)` with both in a tensor, e.g. 0.01 * dy.square().sum(), or drop one."
+        )
+    return func.beside(problem, params)
+
+
+def _solution(
+    request: Request, beside: Beside | None, ts: Tensor, ys: Tensor, status: Status, event_t: Tensor | None = None
+) -> Solution:
+    state, integral = request.problem.layout.unflatten(ys, (len(ts),)), None
+    if beside is not None:
+        state, integral = beside.split(state)
+    return Solution(ts, state, request.stats, status, event_t, integral)
 
 
 def _check_checkpoints(checkpoints: int | str | None, gradient: str) -> None:

@@ -19,10 +19,12 @@ from node_cuda.status import InvalidInput, InvalidType
 @dataclass(frozen=True)
 class Common:
     """Options of every method. throw: raise SolveError on failure, else return NaN in what was not reached.
-    record_steps: keep the accepted times in `stats.step_times`. norm: of the scaled error."""
+    record_steps: keep the accepted times in `stats.step_times`. norm: of the scaled error. check_reconstruction: with
+    gradient="adjoint", compare what the backward solve rebuilds with the outputs, and warn if it is off."""
 
     throw: bool = True
     record_steps: bool = False
+    check_reconstruction: bool = False
     norm: Norm | None = None
 
 

@@ -16,9 +16,13 @@ class Stats:
 
     nfe: evaluations of func. nfe_backward: those of the backward pass (of the adjoint each with one vjp). accepted,
     rejected: steps (fixed grids only accept). host_reads: how often the host waited for a number from the device.
-    step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`. Of
-    gradient="discrete", peak_checkpoints: the most states held at a time; steps_again: steps that the backward pass
-    took again to get at states that were not kept, besides the replay of each.
+    step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`.
+
+    Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
+    most that were; steps_again: steps that the backward pass took again to get at states that were not kept, besides
+    the replay of each; graph_of: what the backward pass holds a graph of, a whole "step" or, where that would take too
+    much memory, a "stage" at a time. Of gradient="adjoint" with `options=dict(check_reconstruction=True)`:
+    reconstruction_error, the largest error of y rebuilt backwards at an output, in units of the tolerances.
     """
 
     nfe: int = 0
@@ -27,8 +31,11 @@ class Stats:
     rejected: int = 0
     host_reads: int = 0
     step_times: list[float] | None = None
+    checkpoint_slots: int | None = None
     peak_checkpoints: int = 0
     steps_again: int = 0
+    graph_of: str | None = None
+    reconstruction_error: float | None = None
 
     def __str__(self) -> str:
         return f"nfe = {self.nfe}, accepted steps = {self.accepted}, rejected = {self.rejected}"
@@ -40,6 +47,7 @@ class Solution:
 
     ts: the times, as given. ys: y at these times, of shape (len(ts), *y0.shape), or a tuple of such; after an event
     y0 and y(event_t). stats: what it cost. status: how it ended. event_t: where the event was, a 0-d tensor, or None.
+    integral: of what was integrated beside y, from ts[0] to these times, of shape (len(ts), *its shape), or None.
     """
 
     ts: Tensor
@@ -47,3 +55,4 @@ class Solution:
     stats: Stats
     status: Status
     event_t: Tensor | None = None
+    integral: Tensor | None = None

@@ -5,6 +5,7 @@ Knows nothing of tensors or methods. A new way to fail is one member of `Status`
 
 from __future__ import annotations
 
+import sys
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -74,6 +75,10 @@ class MissingGradientWarning(UserWarning):
     """func uses a tensor that requires a gradient and that its gradient mode was not told of."""
 
 
+class ReconstructionWarning(UserWarning):
+    """The adjoint method went backwards along another trajectory than forwards."""
+
+
 class SolveError(RuntimeError, AssertionError):
     """A solve that failed: `status` says how, `t` how far it came, `stats` what it cost until there.
 
@@ -85,3 +90,11 @@ class SolveError(RuntimeError, AssertionError):
         self.t = t
         self.stats = stats
         super().__init__(f"{status.name} at t = {t:.6g}. {detail}{' ' if detail else ''}{status.sentence} ({stats})")
+
+
+def users_level() -> int:
+    """The stack level, for `warnings.warn`, of the first caller that is neither this package nor torch."""
+    level, frame = 1, sys._getframe(1)
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("node_cuda", "torch"):
+        level, frame = level + 1, frame.f_back
+    return level

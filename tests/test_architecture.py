@@ -50,14 +50,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.parameters",
         "gradients.inspection",
         "gradients.operation",
+        "gradients.reconstruction",
         "gradients.adjoint",
+        "gradients.free_memory",
         "gradients.checkpoints",
         "gradients.trajectory",
         "gradients.step_adjoint",
         "gradients.discrete",
         "gradients",
     ),
-    ("odeint", "event"),
+    ("integral", "regularized", "odeint", "event"),
     ("nn", "", "__main__"),
 )
 PLACE = {name: (level, i) for level, layer in enumerate(LAYERS) for i, name in enumerate(layer)}

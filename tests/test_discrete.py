@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import itertools
 import math
+import weakref
 from functools import cache, partial
 
 import pytest
@@ -16,7 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from node_cuda import TABLEAUS, MissingGradientWarning, odeint, odeint_adjoint, odeint_event, solve
+from node_cuda.gradients import step_adjoint
 from node_cuda.gradients.checkpoints import Checkpoints
+from node_cuda.gradients.free_memory import graph_size
 from node_cuda.status import InvalidInput, Status, Unsupported
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
@@ -820,6 +823,88 @@ def test_a_field_that_writes_into_its_own_buffer_or_its_argument_has_the_same_gr
         ys = odeint_adjoint(func, y0, t, gradient="discrete", checkpoints=2, **asked(method))
         found.append((ys.detach(), *torch.autograd.grad(loss_of(ys), [y0, func.w])))
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+# ------------------------------------------------------------------ graphs that are too large, and half precision
+@pytest.fixture
+def no_memory(monkeypatch):
+    """No graph of a whole step fits."""
+    monkeypatch.setattr(step_adjoint, "fits", lambda size, device: False)
+
+
+@pytest.mark.parametrize("checkpoints", [None, 2])
+@pytest.mark.parametrize("method", EVERY)
+def test_one_graph_at_a_time_gives_the_same_gradients(method, checkpoints, no_memory, monkeypatch):
+    """To the last bit: the same operations in the same order, some of them twice."""
+
+    def gradients():
+        func, y0, t = MLP(), leaf(Y), leaf(linspace(0.0, 1.0, 5))
+        solution = solve(func, y0, t, gradient="discrete", checkpoints=checkpoints, **asked(method))
+        found = torch.autograd.grad(loss_of(solution.ys), [y0, t, *func.parameters()])
+        return solution.stats.graph_of, found
+
+    one, of_stage = gradients()
+    monkeypatch.undo()
+    two, of_step = gradients()
+    assert (one, two) == ("stage", "step")
+    assert all(torch.equal(a, b) for a, b in zip(of_stage, of_step, strict=True))
+
+
+@pytest.mark.parametrize("method, stages", [("dopri5", 6), ("rk4", 4), ("bosh3", 3)])
+def test_one_graph_at_a_time_costs_an_evaluation_more_for_every_stage_that_another_reads(method, stages, no_memory):
+    """N (2s - 1) evaluations, and s N products."""
+    t = linspace(0.0, 2.0, 9)
+    options = {} if method == "rk4" else dict(step_t=t[1:])  # outputs at the ends of steps only
+    count, nfe, stats = vjps(t, method=method, options=options)
+    assert count == stages * stats.accepted
+    assert nfe == (2 * stages - 1) * stats.accepted
+
+
+def test_never_more_than_one_graph_is_alive_where_no_more_fit(no_memory):
+    alive, most = 0, 0
+
+    class Watched(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, y):
+            nonlocal alive, most
+            if torch.is_grad_enabled() or y.requires_grad:
+                alive += 1
+                most = max(most, alive)
+                ctx.mark = weakref.finalize(ctx, left)
+            return -y
+
+        @staticmethod
+        def backward(ctx, g):  # pyright: ignore[reportIncompatibleMethodOverride]
+            return -g
+
+    def left():
+        nonlocal alive
+        alive -= 1
+
+    ys = solve(lambda t, y: Watched.apply(y), leaf(Y), linspace(0.0, 2.0, 9), gradient="discrete", adjoint_params=()).ys
+    most = 0
+    ys.sum().backward()
+    assert most == 1
+
+
+def test_a_graph_counts_what_it_keeps_and_not_the_parameters():
+    w, y = leaf(torch.ones(50, 50, dtype=F64)), leaf(torch.ones(20, 50, dtype=F64))
+    with graph_size(y.device, [w]) as size:
+        kept = torch.tanh(torch.tanh(y @ w) @ w)
+    assert kept.requires_grad
+    assert size() == 3 * y.nbytes  # y itself and both results of tanh
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_cotangents_of_half_states_add_up_in_single_precision(dtype, method):
+    """Two thousand outputs of a state at rest: in bfloat16 a sum of ones stands still at 256."""
+    y0 = torch.ones(3, dtype=dtype, requires_grad=True)
+    ys = odeint_adjoint(
+        lambda t, y: 0 * y, y0, torch.linspace(0, 1, 2000), method=method, gradient="discrete", adjoint_params=()
+    )
+    (grad,) = torch.autograd.grad(ys.sum(), y0)
+    assert grad.dtype == dtype and torch.equal(grad, torch.full_like(grad, 2000.0))
 
 
 # ------------------------------------------------------------------ errors, and solves that fail

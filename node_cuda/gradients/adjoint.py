@@ -23,6 +23,7 @@ from node_cuda.gradients.adjoint_field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint_norm import AdjointNorm, backward_error_norm, chosen_norm, smallest
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
+from node_cuda.gradients.reconstruction import Reconstruction
 from node_cuda.gradients.request import Request
 from node_cuda.methods import SCIPY, Method, arithmetic_of, lookup, make_loop
 from node_cuda.norms import ErrorNorm
@@ -37,12 +38,13 @@ from node_cuda.steppers.step import Step
 @dataclass
 class Settings:
     """How the backward solve is done: its tolerances (of the flat state), its method from the options, and the options
-    as the user sees them in `grad_fn.adjoint_options`, read when it runs."""
+    as the user sees them in `grad_fn.adjoint_options`, read when it runs. checks: compare what it rebuilds."""
 
     rtol: Tolerance
     atol: Tolerance
     method: Callable[[dict[str, Any]], Method]
     options: dict[str, Any]
+    checks: bool
 
 
 def outputs(request: Request) -> tuple[Tensor, Status]:
@@ -95,6 +97,9 @@ class _AdjointTask(Task):
         solve = _BackwardSolve(problem, self.settings, times[:reached], ys[:reached], grad_ys[:reached], params)
         adj_t, adj_y0, adj_params = solve.run(wants_t)
         self.stats.nfe_backward += solve.field.nfe
+        if solve.reconstruction is not None:
+            self.stats.reconstruction_error = solve.reconstruction.worst
+            solve.reconstruction.warn()
         if adj_t is not None and (event_mode or reached < len(t)):
             # The event's time is not where the user put t[1], so only t[0] moves the solution.
             kept = 1 if event_mode else reached
@@ -120,7 +125,7 @@ def _settings(request: Request, parameters: Parameters) -> Settings:
             "adjoint pass, and will not appear as a tensor in the adjoint norm.",
             stacklevel=5,
         )
-    lookup(method, options)
+    checks = lookup(method, options).options.check_reconstruction or request.method.options.check_reconstruction
     options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
     rtol, atol = (
         forward if backward is None else check_tolerance(name, backward, problem.layout, problem.y0)
@@ -129,7 +134,7 @@ def _settings(request: Request, parameters: Parameters) -> Settings:
             ("adjoint_atol", problem.norm.atol, given.atol),
         )
     )
-    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options)
+    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks)
 
 
 class _BackwardSolve:
@@ -167,6 +172,9 @@ class _BackwardSolve:
         self.gradient = ParameterGradient(self.field, scalar, in_norm=in_norm)
         self.problem = replace(backward, field=self.field, callbacks=self._callbacks())
         self.stats = Stats()
+        self.steps = 0  # since the last output
+        own = ErrorNorm(settings.rtol, settings.atol, problem.norm.sizes, problem.norm.custom)
+        self.reconstruction = Reconstruction(own) if settings.checks else None
 
     def run(self, wants_t: bool) -> tuple[Tensor | None, Tensor, list[Tensor]]:
         """(dL/dt or None, dL/dy0, dL/dparams)."""
@@ -177,7 +185,10 @@ class _BackwardSolve:
         for i in range(last):  # from output m back to the one before it
             m = last - i
             z, f = interval(i, z)
-            a = self._parts(z)[1]
+            y, a = self._parts(z)
+            if self.reconstruction is not None:
+                self.reconstruction.compare(float(self.t[m - 1]), y, self.ys[m - 1], self.steps)
+                self.steps = 0
             if adj_t is not None:
                 adj_t[m] = self.arithmetic.real_dot(self.grad_ys[m], f if f is not None else self._f(m))
                 if m == 1:
@@ -223,6 +234,7 @@ class _BackwardSolve:
         f = None
         for step in steps:
             self.gradient.commit()
+            self.steps += 1
             if f is None:
                 f = self._parts(step.k[0])[0]
             if step.t1 >= end:
@@ -237,6 +249,7 @@ class _BackwardSolve:
         solve = ScipySolve(problem, self.method.options, self.stats)
         if solve.failure is not None:
             raise solve.failure
+        self.steps += len(solve.result.t) - 1
         if self.field.params:
             nodes, weights = np.polynomial.legendre.leggauss(5)
             for s0, s1 in zip(solve.result.t[:-1], solve.result.t[1:], strict=True):

@@ -8,16 +8,14 @@ the backward pass then takes segment by segment, and each that does not fit by t
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
 
-State = TypeVar("State")
+from node_cuda.gradients.free_memory import SHARE, free_memory
 
-AUTO_SHARE = 0.25
-"""The part of the free memory that checkpoints="auto" fills at most."""
+State = TypeVar("State")
 
 MOST_PLACES = 64
 """The places among which `worth_keeping` chooses; its work grows with their cube."""
@@ -57,12 +55,8 @@ def binomial_places(steps: int, slots: int) -> list[int]:
 
 
 def slots_for(bytes_a_state: int, device: torch.device) -> int:
-    """The states that fit a quarter of the memory that is free on the device, at least 8."""
-    if device.type == "cuda":
-        free = torch.cuda.mem_get_info(device)[0]
-    else:
-        free = os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    return max(int(AUTO_SHARE * free) // max(bytes_a_state, 1), 8)
+    """The states that fit their share of the memory that is free on the device, at least 8."""
+    return max(int(SHARE * free_memory(device)) // max(bytes_a_state, 1), 8)
 
 
 class Checkpoints(Generic[State]):

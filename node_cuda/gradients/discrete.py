@@ -27,6 +27,7 @@ from node_cuda.host_loop import HostLoop, solve_event, solve_outputs
 from node_cuda.interpolation import dense_of
 from node_cuda.kernels.arithmetic import position
 from node_cuda.methods import arithmetic_of, grid_of, make_loop
+from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem import Problem
 from node_cuda.status import Status, Unsupported
@@ -87,6 +88,7 @@ class _DiscreteTask(Task):
         self.stats.nfe_backward += walk.adjoint.nfe
         self.stats.steps_again += walk.steps_again
         self.stats.peak_checkpoints = max(self.stats.peak_checkpoints, self.trajectory.checkpoints.peak)
+        self.stats.graph_of = "stage" if walk.adjoint.at_once is False else "step"
         return Gradients(adj_t, adj_grid, adj_y0, walk.of_params())
 
 
@@ -97,6 +99,7 @@ def _recorded(loop: HostLoop, request: Request, steps: int | None) -> Trajectory
     if isinstance(slots, str):  # "auto"
         tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
         slots = slots_for(tensors * y0.numel() * y0.itemsize, y0.device)
+    request.stats.checkpoint_slots = slots
     return Trajectory(loop, loop.stepper, slots, steps)
 
 
@@ -128,12 +131,19 @@ class _Backwards:
         self.sums = self.arithmetic.sums(self.params, with_error=False)
         self.sums.begin()
         self.steps_again = 0
-        self.adjoint = StepAdjoint(problem, self.arithmetic, task.form, self.params, self.sums, timed=wants_grid)
+        # Small cotangents would vanish in the sum of many in half precision.
+        wide = torch.promote_types(ys.dtype, torch.float32)
+        self.cotangents = self.arithmetic
+        if wide != ys.dtype:
+            self.cotangents = arithmetic_of(replace(problem, y0=problem.y0.to(wide), norm=ErrorNorm(0.0, 0.0)))
+        self.adjoint = StepAdjoint(
+            problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, timed=wants_grid
+        )
         # What a failed solve did not reach is NaN, and nothing flows back from it.
         failed = task.status is not Status.SUCCESS
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
         self.reached = len(ys) if finite is None else max(int(finite.sum()), 1)
-        self.grad_ys = [self.arithmetic.own(g) for g in grad_ys[: self.reached].to(ys.dtype)]
+        self.grad_ys = [self.cotangents.own(g) for g in grad_ys[: self.reached].to(wide)]
 
     def run(self, t: Tensor, wants_t: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
@@ -170,7 +180,7 @@ class _Backwards:
         self.trajectory.reverse(advance, back)
         if adj_t is not None and not exact:
             self._times_by_the_flow(adj_t, flowing.lam)
-        adj_y0 = (flowing.lam + self.grad_ys[0]).reshape(self.problem.y0.shape)
+        adj_y0 = (flowing.lam + self.grad_ys[0]).reshape(self.problem.y0.shape).to(self.ys.dtype)
         return (
             adj_y0,
             None if adj_t is None else adj_t.to(t),

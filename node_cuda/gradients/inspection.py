@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
-import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -20,7 +19,7 @@ from torch import Tensor, nn
 from node_cuda._typing import Func, State
 from node_cuda.field import VectorField
 from node_cuda.gradients.parameters import is_wrapped
-from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported
+from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, users_level
 
 
 class Inspection:
@@ -74,7 +73,7 @@ class Inspection:
         warnings.warn(
             f"{words}: the backward pass of {self.what} solves with other random numbers, and its gradient is that of "
             'no solve. Put func in evaluation mode, draw the noise once before the solve, or use gradient="backprop".',
-            stacklevel=_users_level(),
+            stacklevel=users_level(),
         )
 
     def _states(self, device: torch.device) -> list[Any]:
@@ -101,7 +100,7 @@ class Inspection:
             f"func uses what requires a gradient and {self.what} was not told of: {words}. No gradient will reach it. "
             "Add it to `adjoint_params=(...)`, make it a parameter of func, or use its `.detach()`.",
             MissingGradientWarning,
-            stacklevel=_users_level(),
+            stacklevel=users_level(),
         )
 
 
@@ -168,11 +167,3 @@ def _parts(state: Any) -> tuple[Any, ...]:
 
 def _copied(state: State) -> State:
     return state.clone() if isinstance(state, Tensor) else tuple(x.clone() for x in state)
-
-
-def _users_level() -> int:
-    """The stack level, for `warnings.warn`, of the first caller that is neither this package nor torch."""
-    level, frame = 1, sys._getframe(1)
-    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("node_cuda", "torch"):
-        level, frame = level + 1, frame.f_back
-    return level

@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from node_cuda.gradients.free_memory import fits, graph_size
 from node_cuda.gradients.trajectory import State, Taken
 from node_cuda.interpolation import HERMITE, HERMITE_END
 from node_cuda.kernels.arithmetic import Arithmetic
@@ -91,12 +92,12 @@ def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> Form:
 
 
 class Evaluation(NamedTuple):
-    """The field at (t, z) with its graph: f with it, k without."""
+    """The field at (t, z): f with its graph, where that is kept, and k without, where a later stage reads it."""
 
     t: Tensor
     z: Tensor
-    f: Tensor
-    k: Tensor
+    f: Tensor | None
+    k: Tensor | None
 
 
 class Output(NamedTuple):
@@ -136,13 +137,28 @@ class Back(NamedTuple):
 
 
 class StepAdjoint:
-    """Takes cotangents back over single steps; the parameters' go to `sums`. timed: also those of the grid."""
+    """Takes cotangents back over single steps; the parameters' go to `sums`. timed: also those of the grid.
+
+    arithmetic: of states; cotangents: of lam, kappa and mu, which are float32 where states are half precision.
+    at_once: the graphs of a step's stages are held all at once; else one at a time, and the stages that others read are
+    evaluated twice. None until the first graph is there to be measured.
+    """
 
     def __init__(
-        self, problem: Problem, arithmetic: Arithmetic, form: Form, params: Sequence[Tensor], sums: Sums, *, timed: bool
+        self,
+        problem: Problem,
+        arithmetic: Arithmetic,
+        cotangents: Arithmetic,
+        form: Form,
+        params: Sequence[Tensor],
+        sums: Sums,
+        *,
+        timed: bool,
     ) -> None:
         self.field = problem.field
         self.arithmetic = arithmetic
+        self.cotangents = cotangents
+        self.at_once: bool | None = None
         self.form = form
         self.params = tuple(params)
         self.sums = sums
@@ -192,7 +208,7 @@ class StepAdjoint:
                 taus[i] = tau
         timed = self._of_time(at, k, kappas, taus, y0, outputs) if self.timed else None
         starts = [*mu.values(), *at_start]
-        lam = self.arithmetic.adjoint_stage(lam, starts, (1.0,) * len(starts), 1.0) if starts else lam
+        lam = self.cotangents.adjoint_stage(lam, starts, (1.0,) * len(starts), 1.0) if starts else lam
         return Back(Cotangent(lam, kappas.get(0), stages[0]) if taken.carried else Cotangent(lam), timed)
 
     def _replay(
@@ -200,27 +216,32 @@ class StepAdjoint:
     ) -> tuple[list[Evaluation | None], list[Tensor]]:
         """The step's stages again, each with its graph; those that nobody asks for are left out at the end."""
         form, arithmetic, at = self.form, self.arithmetic, taken.at
+        known = form.own - form.fsal
+        wanted = form.stages if dense else form.own if outgoing.kappa is not None else known
+        given = known if form.fsal and outgoing.stage is not None else None
+        rows = (form.rows[i] for i in range(1, wanted) if i != given)
+        read = set(range(wanted)) if self.timed else {j for row in rows for j, _ in row}
         stages: list[Evaluation | None] = []
         k: list[Tensor] = []
+
+        def add(stage: Evaluation) -> None:
+            stages.append(stage)
+            k.append(stage.z if stage.k is None else stage.k)  # z: nobody reads it
+
         if state.k1 is None:
-            first = self._evaluate(*self._start(taken, state))
-            stages.append(first)
-            k.append(first.k)
+            add(self._evaluate(*self._start(taken, state), 0 in read or taken.carried))
         else:
             stages.append(None)
             k.append(state.k1)
-        known = form.own - form.fsal
-        wanted = form.stages if dense else form.own if outgoing.kappa is not None else known
         for i, t in self._slots(at, wanted):
             if i == known and form.fsal:  # the field at y1, which the next step has as its first stage
                 stage = outgoing.stage
                 if stage is None:
                     (t,) = arithmetic.times(at, (1.0,), form.sides[i])
-                    stage = self._evaluate(t, self._end(at, state.y0, k))
+                    stage = self._evaluate(t, self._end(at, state.y0, k), i in read)
+                add(stage)
             else:
-                stage = self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t))
-            stages.append(stage)
-            k.append(stage.k)
+                add(self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t), i in read))
         return stages, k
 
     def _start(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
@@ -245,11 +266,11 @@ class StepAdjoint:
             return lam, [], {}
         form, gradients = self.form, [output.g for output in outputs]
         of_end = [float(polynomial(form.end, output.x)) for output in outputs]
-        at_start = self.arithmetic.adjoint_stage(None, gradients, [1.0 - p for p in of_end], 1.0)
+        at_start = self.cotangents.adjoint_stage(None, gradients, [1.0 - p for p in of_end], 1.0)
         if form.end:
-            lam = self.arithmetic.adjoint_stage(lam, gradients, of_end, 1.0)
+            lam = self.cotangents.adjoint_stage(lam, gradients, of_end, 1.0)
         extra = {
-            j: self.arithmetic.adjoint_stage(
+            j: self.cotangents.adjoint_stage(
                 None, gradients, [float(polynomial(weights, output.x)) for output in outputs], at.signed
             )
             for j, weights in form.dense
@@ -262,13 +283,24 @@ class StepAdjoint:
         terms += [(mu[j], a) for j, a in self._columns[i] if j in mu]
         if not terms:
             return extra
-        return self.arithmetic.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at.signed)
+        return self.cotangents.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at.signed)
 
     def _plain(self, t: Tensor, z: Tensor) -> Tensor:
         self.nfe += 1
         return self.arithmetic.own(self.field(t, z))
 
-    def _evaluate(self, t: Tensor, z: Tensor) -> Evaluation:
+    def _evaluate(self, t: Tensor, z: Tensor, read: bool) -> Evaluation:
+        """The field at (t, z), for its vjp and, if it is read, for later stages."""
+        if self.at_once is False:
+            return Evaluation(t, z, None, self._plain(t, z) if read else None)
+        if self.at_once:
+            return self._taped(t, z)
+        with graph_size(z.device, self.params) as size:
+            stage = self._taped(t, z)
+        self.at_once = fits(size() * self.form.stages, z.device)
+        return stage if self.at_once else stage._replace(f=None)
+
+    def _taped(self, t: Tensor, z: Tensor) -> Evaluation:
         self.nfe += 1
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
@@ -278,14 +310,17 @@ class StepAdjoint:
 
     def _vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(mu, tau): kappa pulled back to the argument and to the time; its part in the parameters is added up."""
-        if not stage.f.requires_grad:
+        if stage.f is None:
+            stage = self._taped(stage.t, stage.z)
+        f = stage.f
+        if f is None or not f.requires_grad:
             return None, None
         inputs = (stage.z, *((stage.t,) if self.timed else ()), *self.params)
-        mu, *rest = torch.autograd.grad(stage.f, inputs, kappa, allow_unused=True)
+        mu, *rest = torch.autograd.grad(f, inputs, kappa.to(f.dtype), allow_unused=True)
         tau = rest.pop(0) if self.timed else None
         if self.params:
             self.sums.add(rest, 1.0, 0.0)
-        return None if mu is None else self.arithmetic.own(mu), tau
+        return None if mu is None else self.cotangents.own(mu.to(kappa.dtype)), tau
 
     def _of_time(
         self,

@@ -61,16 +61,24 @@ class ExplicitRK:
 
     def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
         """A step from (t0, y0)."""
-        arithmetic, fsal = self.arithmetic, self.tableau.fsal
-        at = self.interval(t0, move)
         if k1 is None:
             k1 = self.slope_at_start(t0, move.span, y0)
+        step = self.attempt_at(self.interval(t0, move), y0, k1, move.span)
+        if not self.field.copies_output and share_memory(step.k):
+            # func returned a buffer that held an earlier stage: take the step again, on copies.
+            self.field.copies_output = True
+            return self.attempt(t0, move, y0, None)
+        return step
+
+    def attempt_at(self, at: Interval, y0: Tensor, k1: Tensor, span: Span | None = None) -> Step:
+        """A step over this interval, whose times need not be known on the host."""
+        arithmetic, fsal = self.arithmetic, self.tableau.fsal
         if self.quadrature is not None:
             self.quadrature.begin()
             self._integrands = self._first_integrands
             self._add(0, at)
         k = [k1]
-        times = self._slots(at, self._nodes, move.span)
+        times = self._slots(at, self._nodes, span)
         for i, stage in enumerate(self._stages, start=1):
             t = times[i - 1]
             k.append(self._evaluate(i, t, arithmetic.rk_stage(stage, at, y0, k, t)))
@@ -81,11 +89,7 @@ class ExplicitRK:
             k.append(self._evaluate(self._known, times[-1], y1))
             self._add(self._known, at)
             last = (k[-1], self._e[-1]) if self._e[-1] else None
-        if not self.field.copies_output and share_memory(k):
-            # func returned a buffer that held an earlier stage: take the step again, on copies.
-            self.field.copies_output = True
-            return self.attempt(t0, move, y0, None)
-        return Step(at, y0, y1, k, error, last, move.span)
+        return Step(at, y0, y1, k, error, last, span)
 
     def carry(self, step: Step) -> Tensor | None:
         """The next step's k1: the last stage where the method says so, f(t1, y1) beyond a jump, None to evaluate it."""

@@ -1,0 +1,50 @@
+"""How much memory a backward pass may take, and how much the graph of an evaluation takes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Callable, Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+SHARE = 0.25
+"""The part of the free memory that kept states, and the graphs of a step, may each fill."""
+
+SMALL = 2**26
+"""Bytes that are given without a look at what is free, which costs a call of the driver."""
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that are free on the device, those included that torch holds and does not use."""
+    if device.type != "cuda":
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return torch.cuda.mem_get_info(device)[0] + idle
+
+
+def fits(size: int, device: torch.device) -> bool:
+    """So many bytes are within the share of the free memory."""
+    return size <= SMALL or size <= SHARE * free_memory(device)
+
+
+@contextlib.contextmanager
+def graph_size(device: torch.device, params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
+    """Counts the bytes that a graph built inside keeps alive, but for the parameters."""
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated(device)
+        yield lambda: torch.cuda.memory_allocated(device) - before
+        return
+    known = {p.untyped_storage().data_ptr() for p in params}
+    kept: dict[int, int] = {}
+
+    def keep(x: Tensor) -> Tensor:
+        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors have no storage
+            storage = x.untyped_storage()
+            if storage.data_ptr() not in known:
+                kept[storage.data_ptr()] = storage.nbytes()
+        return x
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):
+        yield lambda: sum(kept.values())
