@@ -108,7 +108,8 @@ py::dict build_info() {
 }  // namespace
 
 #ifdef NODE_CUDA_WITH_KERNELS
-void register_plan(py::module_& m);  // plan.cpp
+void register_plan(py::module_& m);    // plan.cpp
+void register_graphs(py::module_& m);  // bind_graphs.cpp
 #endif
 
 }  // namespace node_cuda
@@ -119,5 +120,6 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
 #ifdef NODE_CUDA_WITH_KERNELS
   node_cuda::register_launchers(m);
   node_cuda::register_plan(m);
+  node_cuda::register_graphs(m);
 #endif
 }

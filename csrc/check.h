@@ -9,12 +9,14 @@
 
 namespace node_cuda {
 
-inline void check(int code) {
-  if (code == cudaSuccess) return;
-  const auto error = static_cast<cudaError_t>(code);
-  const char* op = failed_op();
+inline void check(cudaError_t error, const char* op) {
+  if (error == cudaSuccess) return;
   throw std::runtime_error(std::string("node_cuda: ") + (op == nullptr ? "a launch" : op) + " failed: " +
                            cudaGetErrorName(error) + ": " + cudaGetErrorString(error));
+}
+
+inline void check(int code) {
+  if (code != cudaSuccess) check(static_cast<cudaError_t>(code), failed_op());
 }
 
 }  // namespace node_cuda

@@ -5,11 +5,13 @@
 #include <cstdint>
 
 #include "control.h"
+#include "device_guard.h"
 #include "launchers.h"
 
-// The tests' shim replaces this, and nothing else, to run the same kernels without a GPU.
+// The tests' shim replaces these two, and nothing else, to run the same kernels without a GPU.
 #ifndef NODE_CUDA_LAUNCH
 #define NODE_CUDA_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
+#define NODE_CUDA_FUNCTION(kernel) reinterpret_cast<void*>(kernel)  // for a node of a graph
 #endif
 
 namespace node_cuda {
@@ -26,23 +28,6 @@ constexpr int64_t MAX_BLOCKS = 1 << 20;
 
 // The name of the launch that failed last in this thread.
 inline thread_local const char* last_failed_op = "";
-
-class DeviceGuard {
- public:
-  explicit DeviceGuard(int device) : device_(device) {
-    error_ = cudaGetDevice(&previous_);
-    if (error_ == cudaSuccess && previous_ != device_) error_ = cudaSetDevice(device_);
-  }
-  ~DeviceGuard() {
-    if (error_ == cudaSuccess && previous_ != device_) cudaSetDevice(previous_);
-  }
-  DeviceGuard(const DeviceGuard&) = delete;
-  cudaError_t error() const { return error_; }
-
- private:
-  int device_, previous_ = 0;
-  cudaError_t error_;
-};
 
 inline int64_t blocks_for(int64_t work, int64_t a_block) { return (work + a_block - 1) / a_block; }
 

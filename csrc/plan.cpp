@@ -85,6 +85,13 @@ class Plan {
     return Where{nullptr, Interval{t0, t1, h, direction_ * h}, direction_};
   }
 
+  // The step that the control says when the kernel runs, and the host does not know: dense_eval takes the one judged
+  // last. With it a captured call serves for every step.
+  Where current() const {
+    if (ctl_ == nullptr) throw std::logic_error("node_cuda: a plan without step control has no current step");
+    return Where{ctl_, Interval{}, 0.0};
+  }
+
   // Rows b and e over the same stages, e empty for a stage's row; its number is what rk_stage and rk_finish take.
   int row(const Entries& b, const Entries& e, double c, int64_t side) {
     Row row{{}, {}, {}, Slot{nullptr, c, side}};
@@ -176,6 +183,16 @@ class Plan {
                              &tolerance_, segments(), workspace_, &where, &finish, on_));
   }
 
+  // to_i = from_i for a list of states, if the step judged last was accepted.
+  void commit(const py::list& to, const py::list& from) {
+    const auto count = static_cast<int64_t>(PyList_GET_SIZE(to.ptr()));
+    if (count > MAX_COPIES) throw std::invalid_argument("node_cuda: too many copies at once");
+    void* targets[MAX_COPIES];
+    for (int64_t i = 0; i < count; ++i) targets[i] = item(to, i), x_[i] = item(from, i);
+    declare(2 * count * size_);
+    check(launch_commit(size_, static_cast<int>(count), targets, x_, ctl_, on_));
+  }
+
   // For a user's own norm: the scaled error, which may lie where the error lies, and step control with its norm.
   void scaled_error(const Where& where, Address out, Address error, Address last, double e_last, Address y0,
                     Address y1) {
@@ -216,7 +233,8 @@ class Plan {
                                 workspace_, nullptr, ctl_, &law_, on_));
   }
 
-  // Outputs [first, stop) of the times on the device into the rows at `out`, whose first is output `first`.
+  // Outputs [first, stop) of the times on the device into the rows at `out`, whose first is output `first`; with the
+  // current step those that it holds, of all the times into all the rows.
   void dense_eval(int polynomials, const Where& where, Address out, Address times, int64_t first, int64_t stop,
                   Address y0, Address y1, const py::list& k) {
     const Polynomials& p = polynomials_.at(polynomials);
@@ -310,6 +328,7 @@ void register_plan(py::module_& m) {
   py::class_<Plan>(m, "Plan", py::module_local())
       .def(py::init<int, int64_t, int64_t, int64_t, const Stream&, double>())
       .def("interval", &Plan::interval)
+      .def("current", &Plan::current)
       .def("row", &Plan::row)
       .def("polynomials", &Plan::polynomials)
       .def("set_norm", &Plan::set_norm)
@@ -321,6 +340,7 @@ void register_plan(py::module_& m) {
       .def("combine", &Plan::combine)
       .def("stage_times", &Plan::stage_times)
       .def("judge", &Plan::judge)
+      .def("commit", &Plan::commit)
       .def("scaled_error", &Plan::scaled_error)
       .def("judge_ratio", &Plan::judge_ratio)
       .def("start_control", &Plan::start_control)

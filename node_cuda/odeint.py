@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -152,9 +152,8 @@ def solve(
     of_y = func.func if isinstance(func, Regularized) else func
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
-    adjoint_params = None if adjoint_params is None else tuple(adjoint_params)
     given = AdjointArguments(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
-    beside = _beside(func, problem, integral, adjoint_params)
+    beside = _beside(func, problem, integral)
     if beside is not None:
         problem, chosen, given = with_integral(problem, chosen, given, beside)
     request = Request(problem, chosen, Stats(host_reads=1), method, options, given, checkpoints)
@@ -207,7 +206,7 @@ def odeint_dense(
     return solve_dense(problem, chosen, Stats(host_reads=1))
 
 
-def _beside(func: Func, problem: Problem, integral: Any, params: Sequence[Tensor] | None) -> Beside | None:
+def _beside(func: Func, problem: Problem, integral: Any) -> Beside | None:
     """What is to be integrated beside y."""
     if not isinstance(func, Regularized):
         return None if integral is None else Integral(func, problem, integral)
@@ -216,7 +215,7 @@ def _beside(func: Func, problem: Problem, integral: Any, params: Sequence[Tensor
             "integral was given beside regularized(...), which is an integral itself, and a solve has one. Use "
             "`solve(func, ..., integral=...)` with both in a tensor, e.g. 0.01 * dy.square().sum(), or drop one."
         )
-    return func.beside(problem, params)
+    return func.beside(problem)
 
 
 def _solution(

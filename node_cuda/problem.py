@@ -114,7 +114,13 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
             f"t must be one dimensional, with at least one time; got shape {tuple(t.shape)}. "
             "Use `torch.linspace(t0, t1, n)`."
         )
-    values: list[float] = t.detach().double().tolist()
+    try:
+        values: list[float] = t.detach().double().tolist()
+    except RuntimeError as failure:
+        raise InvalidInput(
+            "t must be numbers that the host can read, the same for all samples of a vmap; got a tensor without data "
+            f"({failure!s:.80}). Solve once for each t, with in_dims=None for it."
+        ) from failure
     direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
     times = tuple(direction * value for value in values)
     for i in range(1, len(times)):

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from itertools import chain
 from typing import Any
 
 import torch
@@ -43,12 +42,12 @@ class Regularized(nn.Module):
         """The weights."""
         return f"kinetic={self.kinetic:g}, jacobian={self.jacobian:g}"
 
-    def beside(self, problem: Problem, named: Sequence[Tensor] | None) -> Penalty:
-        """The penalty of one solve, with noise of its own. named: the user's adjoint_params. Raises InvalidInput."""
+    def beside(self, problem: Problem) -> Penalty:
+        """The penalty of one solve, with noise of its own. Raises InvalidInput."""
         shapes = problem.layout.shapes or (problem.y0.shape,)
         parts = self._chosen(len(shapes))
         noise = self._drawn([shapes[i] for i in parts], problem.y0) if self.jacobian else []
-        return Penalty(self, problem, parts, noise, named)
+        return Penalty(self, problem, parts, noise)
 
     def _chosen(self, count: int) -> tuple[int, ...]:
         if self.parts is None:
@@ -156,7 +155,6 @@ class Penalty(Beside):
         problem: Problem,
         parts: tuple[int, ...],
         noise: list[Tensor],
-        named: Sequence[Tensor] | None,
     ) -> None:
         every = problem.layout.shapes or (problem.y0.shape,)
         super().__init__(of.func, problem, _batch([every[i] for i in parts]), real=True)
@@ -164,7 +162,6 @@ class Penalty(Beside):
         self.kinetic, self.jacobian = (problem.direction * weight for weight in (of.kinetic, of.jacobian))
         self.parts = parts
         self.noise = noise
-        self.named = named
 
     def evaluate(self, t: Tensor, y: State) -> tuple[State, Tensor]:
         if not self.noise:
@@ -174,8 +171,7 @@ class Penalty(Beside):
         # In inference mode nothing is recorded, nor later of tensors that were made there.
         with torch.inference_mode(False), torch.enable_grad():
             t, *plain = (x.clone() if x.is_inference() else x for x in (t, *as_tuple(y)))
-            anchor = self._anchor() if taped else None
-            roots = [_root(plain[i], taped, anchor) for i in self.parts]
+            roots = [_root(plain[i], taped) for i in self.parts]
             for i, root in zip(self.parts, roots, strict=True):
                 plain[i] = root.clone()  # which func may write into
             out = self.func(t, plain[0] if isinstance(y, Tensor) else tuple(plain))
@@ -197,15 +193,6 @@ class Penalty(Beside):
             return torch.stack([x.sum() for x in squares]).sum()
         return torch.stack([x.reshape(len(x), math.prod(x.shape[1:])).sum(1) for x in squares]).sum(0)
 
-    def _anchor(self) -> Tensor | None:
-        """One of the parameters that want a gradient."""
-        tensors = self.named
-        if tensors is None and isinstance(self.func, nn.Module):
-            # Those of a replica of DataParallel are plain attributes.
-            attributes = (x for module in self.func.modules() for x in vars(module).values() if isinstance(x, Tensor))
-            tensors = chain(self.func.parameters(), attributes)
-        return next((x for x in tensors or () if x.requires_grad), None)
-
 
 def _batch(shapes: list[torch.Size]) -> torch.Size:
     """(samples,) if all have that first dimension and one has a second, else ()."""
@@ -213,15 +200,9 @@ def _batch(shapes: list[torch.Size]) -> torch.Size:
     return shapes[0][:1] if together and any(len(shape) > 1 for shape in shapes) else torch.Size()
 
 
-def _root(y: Tensor, taped: bool, anchor: Tensor | None) -> Tensor:
-    """y as a tensor to differentiate by: itself where it is on the tape. Else it hangs on a parameter by a zero, where
-    there is one: a leaf of ours in the graph would look like a tensor of the user's that wants a gradient."""
-    if taped and y.requires_grad:
-        return y
-    if anchor is None:
-        return y.detach().requires_grad_(True)
-    zero = anchor.reshape(-1)[:0].sum()
-    return y - (zero.real if zero.is_complex() else zero).to(y)
+def _root(y: Tensor, taped: bool) -> Tensor:
+    """y as a tensor to differentiate by: itself where it is on the tape."""
+    return y if taped and y.requires_grad else y.detach().requires_grad_(True)
 
 
 def _vjp(outputs: list[Tensor], roots: list[Tensor], noise: list[Tensor], taped: bool) -> list[Tensor]:

@@ -45,6 +45,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.request",
         "gradients.backprop",
         "gradients.adjoint_norm",
+        "gradients.reached",
         "gradients.adjoint_field",
         "gradients.context",
         "gradients.parameters",

@@ -57,15 +57,18 @@ def test_memory_vs_steps_trains_measures_and_writes_its_results(tmp_path):
     result = run_quick("memory_vs_steps", tmp_path)
     assert result["machine"].keys() >= MACHINE_FIELDS
     assert result["training"]["test_accuracy"] > 0.1  # guessing gets a tenth of the digits right
-    assert len(result["cells"]) == 4
+    assert len(result["cells"]) == 8
     for cell in result["cells"]:
         assert cell["peak_mib"] > 0 and cell["seconds"] > 0, cell
         assert cell["nfe"] == 2 * cell["steps"]  # midpoint
-    memory = {(cell["function"], cell["steps"]): cell["peak_mib"] for cell in result["cells"]}
+    cells = {(cell["gradient"], cell["steps"]): cell for cell in result["cells"]}
     few, many = sorted({cell["steps"] for cell in result["cells"]})
-    assert memory["odeint", many] > 2 * memory["odeint", few]
-    assert memory["odeint", many] > memory["odeint_adjoint", many]
-    assert "peak memory" in result["sentence"]
+    memory = {key: cell["peak_mib"] for key, cell in cells.items()}
+    assert memory["backprop", many] > 2 * memory["backprop", few]
+    assert memory["backprop", many] > max(memory["adjoint", many], memory["discrete", many])
+    assert cells["discrete", many]["recompute"] == 0 < cells["discrete, 8 checkpoints", many]["recompute"] < 1
+    assert "recompute" not in cells["backprop", many].keys() | cells["adjoint", many].keys()
+    assert "peak memory" in result["sentence"] and "N steps taken again" in result["sentence"]
     assert (tmp_path / "memory_vs_steps-cpu.png").stat().st_size > 10_000
 
 
@@ -83,16 +86,61 @@ def test_speed_compares_with_torchdiffeq_and_writes_its_results(tmp_path):
     assert backward["libraries"]["node_cuda"]["nfe_backward"] > 0
 
 
-def test_the_slope_of_a_power_law_is_its_exponent(report):
-    assert report.slope({n: 3.0 * n**0.75 for n in (8, 16, 64)}) == pytest.approx(0.75)
+@pytest.fixture
+def report_memory(bench):
+    return bench("report_memory")
 
 
-def test_a_cell_that_failed_is_a_value_in_the_table(report):
+def test_the_slope_of_a_power_law_is_its_exponent(report_memory):
+    assert report_memory.slope({n: 3.0 * n**0.75 for n in (8, 16, 64)}) == pytest.approx(0.75)
+
+
+def test_a_cell_that_failed_is_a_value_in_the_table(report_memory):
     cells = [
-        {"library": "node_cuda", "function": "odeint", "steps": 8, "peak_mib": 5.0, "seconds": 0.5},
-        {"library": "node_cuda", "function": "odeint", "steps": 16, "failed": "out of memory"},
+        {"library": "node_cuda", "gradient": "backprop", "steps": 8, "peak_mib": 5.0, "seconds": 0.5},
+        {"library": "node_cuda", "gradient": "backprop", "steps": 16, "failed": "out of memory"},
     ]
-    assert [row[1] for row in report.memory_rows({"cells": cells})[1:]] == ["5.0 / 0.500", "failed"]
+    assert [row[1] for row in report_memory.memory_rows({"cells": cells})[1:]] == ["5.0 / 0.500", "failed"]
+
+
+def memory_cells(growth, library="node_cuda", size=1.0):
+    """A cell for each of the modes, whose memory grows as this power of N."""
+    return [
+        {"library": library, "gradient": gradient, "steps": n, "peak_mib": size * n**power, "seconds": 0.5}
+        for gradient, power in growth.items()
+        for n in (4, 8)
+    ]
+
+
+def test_the_modes_that_take_steps_again_say_how_many(report_memory):
+    cells = memory_cells({"backprop": 1.0, "discrete": 0.5, "discrete, 8 checkpoints": 0.0, "adjoint": 0.0})
+    for cell in cells:
+        if cell["gradient"].startswith("discrete"):
+            cell["recompute"] = cell["steps"] / 8 if "8" in cell["gradient"] else 0.0
+    sentence = report_memory.memory_sentence({"cells": cells})
+    assert "as N^0.50 with the discrete adjoint (2 to 3 MiB), as N^0.00 with the discrete adjoint with 8" in sentence
+    assert "takes 8 times less memory and 1.0 times the time, 1.0 times the N steps taken again; and the a" in sentence
+    assert sentence.count("taken again") == 1
+    head, *_, last = report_memory.memory_rows({"cells": cells})
+    assert [title.splitlines()[-1] for title in head[1:]] == ["MiB / s", *["MiB / s / again"] * 2, "MiB / s"]
+    assert last[1:] == ["8.0 / 0.500", "2.8 / 0.500 / 0.00", "1.0 / 0.500 / 1.00", "1.0 / 0.500"]
+
+
+def test_a_file_that_names_functions_instead_of_modes_still_has_its_table_and_its_plot(bench, report, tmp_path):
+    pytest.importorskip("matplotlib")
+    names = {"backprop": "odeint", "adjoint": "odeint_adjoint"}
+    cells = memory_cells({"backprop": 1.0, "adjoint": 0.0})
+    for cell in cells:
+        cell["function"] = names[cell.pop("gradient")]
+    result = {
+        "machine": MACHINE, "training": None, "settings": {"batch": 2, "method": "midpoint"}, "cells": cells,
+        "sentence": "So it is.",
+    }  # fmt: skip
+    (tmp_path / "memory_vs_steps-cpu.json").write_text(json.dumps(result))
+    assert "| N | node_cuda backprop MiB / s | node_cuda adjoint MiB / s |" in report.block("memory", tmp_path)
+    assert report.block("memory-short", tmp_path).endswith("So it is.")
+    bench("plot_memory").draw_memory(result, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 10_000
 
 
 def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path):
@@ -103,7 +151,9 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 
 
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
-    with pytest.raises(SystemExit, match="gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short"):
+    with pytest.raises(
+        SystemExit, match="endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short"
+    ):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 
 
@@ -114,20 +164,16 @@ def test_every_page_shows_every_block_and_is_up_to_date(report):
         assert report.filled(page.read_text(), BENCH / "results") == page.read_text(), page
 
 
-def test_memory_is_told_by_the_path_that_comes_first(report):
+def test_memory_is_told_by_the_path_that_comes_first(report_memory):
     """On CUDA there are two of ours, and the kernels come first."""
-    cells = [
-        {"library": library, "function": function, "steps": n, "peak_mib": size * n**growth, "seconds": 0.5}
-        for library, size in (("node_cuda fused", 1.0), ("node_cuda reference", 100.0))
-        for function, growth in (("odeint", 1.0), ("odeint_adjoint", 0.0))
-        for n in (4, 8)
-    ]
-    assert "(4 to 8 MiB)" in report.memory_sentence({"cells": cells})
-    assert [len(row) for row in report.memory_rows({"cells": cells})] == [5, 5, 5]
+    growth = {"backprop": 1.0, "adjoint": 0.0}
+    cells = memory_cells(growth, "node_cuda fused") + memory_cells(growth, "node_cuda reference", 100.0)
+    assert "(4 to 8 MiB)" in report_memory.memory_sentence({"cells": cells})
+    assert [len(row) for row in report_memory.memory_rows({"cells": cells})] == [5, 5, 5]
 
 
-def test_a_machine_without_scikit_learn_measures_without_training(report):
-    assert report.training_sentence({"training": None}).startswith("Not trained: scikit-learn")
+def test_a_machine_without_scikit_learn_measures_without_training(report_memory):
+    assert report_memory.training_sentence({"training": None}).startswith("Not trained: scikit-learn")
 
 
 def test_a_gpu_that_is_not_there_is_a_sentence(bench, monkeypatch):
@@ -188,7 +234,9 @@ def test_structs_are_packed_as_csrc_lays_them_out(bench, primitives):
         name: said[name] for name in launching.LAYOUTS
     }
     assert said["Ctl"] == launching.CTL_BYTES
-    codes = re.search(r"enum Dtype : int \{(.*?)\}", headers)[1]
+    dtypes = re.search(r"enum Dtype : int \{(.*?)\}", headers)
+    assert dtypes
+    codes = dtypes[1]
     assert [code.split(" = ")[0].strip() for code in codes.split(",")] == [
         "FLOAT", "DOUBLE", "HALF", "BFLOAT16", "COMPLEX_FLOAT", "COMPLEX_DOUBLE",
     ]  # fmt: skip
@@ -414,20 +462,52 @@ def test_gradients_compares_its_modes_and_writes_its_results(tmp_path, report):
 
 
 def test_the_reference_of_the_same_steps_takes_the_steps_of_the_float32_solve(bench):
-    problems, device = bench("gradient_problems"), torch.device("cpu")
-    same, exact = (make(problems.QUICK_PROBLEM, device) for make in (problems.of_same_steps, problems.exact))
-    backprop = problems.Step(problems.QUICK_PROBLEM, "backprop", device)()
-    assert problems.difference(backprop, same) < 1e-6 < problems.difference(same, exact)
+    problem, steps, device = bench("gradient_problems").QUICK_PROBLEM, bench("gradient_steps"), torch.device("cpu")
+    same, exact = (make(problem, device) for make in (steps.of_same_steps, steps.exact))
+    backprop = steps.Step(problem, "backprop", device)()
+    assert steps.difference(backprop, same) < 1e-6 < steps.difference(same, exact)
+
+
+def test_the_flow_carries_the_exact_trace_with_and_without_a_tape(bench):
+    field = bench("fields").FlowField(2, 8).double()
+    state, t = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
+
+    def move(z):
+        return field.net(torch.cat([z, t.double().expand(1)]))
+
+    traces = torch.stack([torch.autograd.functional.jacobian(move, z).trace() for z in state[:, :2]])
+    with torch.no_grad():
+        plain = field(t, state)
+    taped = field(t, state.clone().requires_grad_())
+    assert not plain.requires_grad and taped.requires_grad
+    torch.testing.assert_close(plain[:, 2], -traces)
+    torch.testing.assert_close(taped, plain)
+    torch.testing.assert_close(plain[:, :2], torch.stack([move(z) for z in state[:, :2]]))
+
+
+def test_the_loss_of_a_flow_that_does_nothing_is_that_of_the_normal_distribution(bench):
+    problems = bench("gradient_problems")
+    starts = problems.eight_gaussians(64, 3, torch.Generator().manual_seed(1))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    expected = -normal.log_prob(starts[:, :2]).sum(1).mean()
+    torch.testing.assert_close(problems.negative_log_likelihood(torch.stack([starts, starts])), expected)
+
+
+def test_all_ways_to_a_gradient_and_all_problems_are_plotted(bench):
+    problems, gradients, modes = bench("gradient_problems"), bench("gradients"), bench("modes")
+    assert len({problem.name for problem in problems.PROBLEMS_PLOTTED}) == 4
+    assert set(modes.MODES) >= {*gradients.TIMED, "adjoint, seminorm", "torchdiffeq backprop"}
+    assert {mode.gradient for mode in modes.MODES.values()} == set(bench("plotting").COLOURS)
 
 
 def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_path, report):
-    gradients, problems = bench("gradients"), bench("gradient_problems")
+    gradients, problems, table = bench("gradients"), bench("gradient_problems"), bench("modes")
 
-    monkeypatch.setattr(problems.libraries, "installed", lambda library: library == "node_cuda")
+    monkeypatch.setattr(table.libraries, "installed", lambda library: library == "node_cuda")
     arguments = type("Arguments", (), {"budget": 0.0, "jobs": 1, "threads": 1, "device": "cpu"})
     assert gradients.installed(gradients.TIMED) == ["adjoint", "discrete", "discrete, 8 checkpoints", "backprop"]
-    wrong = problems.Mode("node_cuda", "odeint", {"gradient": "no such"})
-    monkeypatch.setitem(problems.MODES, "adjoint", wrong)
+    wrong = table.Mode("adjoint", "node_cuda", "odeint", {"gradient": "no such"})
+    monkeypatch.setitem(table.MODES, "adjoint", wrong)
     monkeypatch.setattr(gradients, "memory", lambda *key: {"peak_mib": 1.5})
     modes, cpu = ["adjoint", "discrete"], torch.device("cpu")
     times = gradients.measure_times(problems.QUICK_PROBLEM, modes, cpu, arguments)
@@ -439,6 +519,68 @@ def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_pa
     block = report.block("gradients", tmp_path)
     assert "rows are missing. 0 of 1 promised ratios reached. adjoint, quick: TypeError" in block
     assert "| quick | adjoint | failed |  |  |  |" in block
+
+
+# ---- endurance
+
+
+def test_endurance_watches_every_way_to_a_gradient_and_writes_its_results(tmp_path, report):
+    pytest.importorskip("rich")
+    result = run_quick("endurance", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
+    assert [row["gradient"] for row in result["rows"]] == [
+        "backprop", "adjoint", "discrete", "discrete, 1 checkpoint", "event, adjoint",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert row["grew"] == [] and row["samples"][-1]["solves"] == result["settings"]["solves"]
+        assert all(sample["resident"] > 2**20 and sample["allocated"] is None for sample in row["samples"])
+    assert "memory did not grow" in report.block("endurance", tmp_path)
+
+
+def test_the_loops_take_steps_again_and_pass_an_event(bench):
+    tiny = bench("endurance_loops").Tiny(torch.device("cpu"))
+    node_cuda = importlib.import_module("node_cuda")
+    start, found = tiny.start.clone().requires_grad_(), []
+
+    def solver(*arguments, **options):
+        found.append(node_cuda.solve(*arguments, **options, gradient="discrete", checkpoints=1))
+        return found[-1].ys
+
+    tiny.outputs(solver)
+    assert found[0].stats.accepted > 1 and found[0].stats.steps_again > 0
+    time, _ = node_cuda.odeint_event(tiny.field, start, tiny.t[0], event_fn=tiny.passed, rtol=1e-3, atol=1e-3)
+    assert 0.0 < time.item() < tiny.t[1]
+
+
+def test_endurance_ends_with_an_error_where_memory_grew(bench, monkeypatch, tmp_path):
+    pytest.importorskip("rich")
+    endurance, kept = bench("endurance"), []
+    leak = {"a leak": lambda: kept.append(torch.zeros(1)), "none": lambda: torch.zeros(1)}
+    monkeypatch.setattr(endurance, "loops", lambda device: leak)
+    monkeypatch.setattr(endurance.program, "begin", lambda arguments: torch.device("cpu"))  # torch's threads stay
+    monkeypatch.setattr(sys, "argv", ["endurance.py", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"Memory grew: a leak\."):
+        endurance.main()
+    assert json.loads((tmp_path / "endurance-cpu.json").read_text())["complete"]
+
+
+def test_what_stays_behind_is_growth(bench, tmp_path, report):
+    endurance, kept = bench("endurance"), []
+    samples = endurance.repeated(lambda: kept.append(torch.zeros(1)), 40, torch.device("cpu"), lambda done: None)
+    assert endurance.judged(samples)["grew"] == ["tensors"]
+    many = [endurance.Sample(solves, 100 * solves, 6, 512) for solves in range(0, 20001, 1000)]
+    row = endurance.judged(many)
+    assert row["grew"] == ["resident"] and row["bytes_a_solve"] == pytest.approx(100.0)
+    assert endurance.judged([each._replace(resident=50 * each.solves) for each in many])["grew"] == []
+    assert endurance.judged([*many[:-1], many[-1]._replace(allocated=1024)])["grew"] == ["resident", "allocated"]
+    result = {
+        "machine": MACHINE, "device": "cuda", "complete": True, "settings": {"warm_up": 0.25},
+        "rows": [{"gradient": "adjoint", "seconds": 2.0, **row}],
+    }  # fmt: skip
+    (tmp_path / "endurance-cuda.json").write_text(json.dumps(result))
+    block = report.block("endurance", tmp_path)
+    assert "memory grew: adjoint (resident memory)." in block and "+100.0 bytes a solve; 70 would" in block
+    assert "| adjoint | 20000 | 0.1 | 0.5 to 1.9 | +100.0 | 6 to 6 | 0.5 to 0.5 |" in block
 
 
 # ---- gpu.sh
@@ -485,7 +627,7 @@ def test_gpu_sh_goes_on_after_a_failed_stage_and_records_all(tmp_path, interpret
     sanitizers = {"memcheck", "racecheck", "initcheck"}
     assert {stage: result for stage, result in results.items() if stage not in sanitizers} == {
         "build": "passed", "tests": "passed", "kernels": "passed", "solve": "failed", "memory": "skipped",
-        "first-use": "passed", "gradients": "passed",
+        "first-use": "passed", "endurance": "skipped", "gradients": "passed",
     }  # fmt: skip
     assert results.keys() >= sanitizers
     notes = {stage["stage"]: stage["note"] for stage in recorded["stages"]}
@@ -515,5 +657,7 @@ def test_gpu_sh_without_a_gpu_is_a_sentence(tmp_path):
 def test_gpu_sh_ends_within_ten_minutes():
     script = (BENCH / "gpu.sh").read_text()
     limits = {name: int(seconds) for name, seconds in re.findall(r"\bstage \"?\$?([\w-]+)\"? (\d+) \"", script)}
-    assert limits.keys() == {"build", "tests", "kernels", "solve", "memory", "tool", "first-use", "gradients"}
+    assert limits.keys() == {
+        "build", "tests", "kernels", "solve", "memory", "tool", "first-use", "endurance", "gradients",
+    }  # fmt: skip
     assert sum(limits.values()) + 2 * limits["tool"] <= 585

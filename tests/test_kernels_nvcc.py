@@ -32,7 +32,9 @@ MOST_REGISTERS_OTHERWISE = 96  # complex types, and more than 7 stages
 NO_SPILLS = ("sm_80", "sm_90")
 COUNTED_UP_TO_7 = ("rk_stage_kernel", "rk_finish_kernel")  # a variant for each count, and "0" for more
 
-NO_STATE = ("grid_control_kernel", "stage_time_kernel", "start_control_kernel", "step_control_kernel")
+NO_STATE = (
+    "grid_control_kernel", "set_condition_kernel", "stage_time_kernel", "start_control_kernel", "step_control_kernel"
+)  # fmt: skip
 ONLY_READ = ("error_ratio_kernel", "initial_change_kernel", "initial_norms_kernel", "sums_ratio_kernel")
 
 TYPES = {

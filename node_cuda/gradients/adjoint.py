@@ -23,6 +23,7 @@ from node_cuda.gradients.adjoint_field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint_norm import AdjointNorm, backward_error_norm, chosen_norm, smallest
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
+from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.reconstruction import Reconstruction
 from node_cuda.gradients.request import Request
 from node_cuda.methods import SCIPY, Method, arithmetic_of, lookup, make_loop
@@ -93,16 +94,18 @@ class _AdjointTask(Task):
         times = torch.stack([t[0], at.to(t.dtype)]) if event_mode else t
         # What a failed solve did not reach is NaN, and nothing flows back from it.
         failed = not event_mode and self.failed
-        reached = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
-        solve = _BackwardSolve(problem, self.settings, times[:reached], ys[:reached], grad_ys[:reached], params)
+        count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
+        used = self.reached(problem)
+        solve = _BackwardSolve(problem, self.settings, times[:count], ys[:count], grad_ys[:count], params, used)
         adj_t, adj_y0, adj_params = solve.run(wants_t)
+        used.check(params)
         self.stats.nfe_backward += solve.field.nfe
         if solve.reconstruction is not None:
             self.stats.reconstruction_error = solve.reconstruction.worst
             solve.reconstruction.warn()
-        if adj_t is not None and (event_mode or reached < len(t)):
+        if adj_t is not None and (event_mode or count < len(t)):
             # The event's time is not where the user put t[1], so only t[0] moves the solution.
-            kept = 1 if event_mode else reached
+            kept = 1 if event_mode else count
             adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
         return Gradients(adj_t, None, adj_y0, adj_params)
 
@@ -148,6 +151,7 @@ class _BackwardSolve:
         ys: Tensor,
         grad_ys: Tensor,
         params: Sequence[Tensor],
+        reached: Reached,
     ) -> None:
         self.forward = problem
         self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
@@ -167,7 +171,7 @@ class _BackwardSolve:
             norm=self.error_norm,
         )
         self.arithmetic = arithmetic_of(backward)
-        self.field = AdjointField(problem, self.arithmetic, params)
+        self.field = AdjointField(problem, self.arithmetic, params, reached)
         scalar = ErrorNorm(smallest(settings.rtol), smallest(settings.atol))
         self.gradient = ParameterGradient(self.field, scalar, in_norm=in_norm)
         self.problem = replace(backward, field=self.field, callbacks=self._callbacks())

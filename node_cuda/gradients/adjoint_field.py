@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from node_cuda.gradients.reached import Reached
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.norms import ErrorNorm
 from node_cuda.problem import Problem
@@ -18,10 +19,11 @@ class AdjointField:
     problem: the forward one. arithmetic: the backward solve's.
     """
 
-    def __init__(self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor]) -> None:
+    def __init__(self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor], reached: Reached) -> None:
         self.field = problem.field
         self.arithmetic = arithmetic
         self.params = tuple(params)
+        self.reached = reached
         self.shape = problem.y0.shape
         self.nfe = 0
         self.copies_output = True
@@ -44,6 +46,8 @@ class AdjointField:
                 vjp_y, *self.integrands = torch.autograd.grad(f, (y, *params), a, allow_unused=True)
             else:
                 vjp_y, self.integrands = None, [None] * len(params)
+        if params:
+            self.reached.see(self.integrands)
         return self.arithmetic.pack_adjoint(f.detach(), vjp_y)
 
     def f_alone(self, t: Tensor, y: Tensor) -> Tensor:

@@ -16,10 +16,12 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import EventFunc
+from node_cuda.field import VectorField
 from node_cuda.gradients.backprop import MAX_EVENT_STEPS
 from node_cuda.gradients.checkpoints import slots_for
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
+from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.request import Request
 from node_cuda.gradients.step_adjoint import Cotangent, Form, Output, StepAdjoint, adaptive_form, grid_form
 from node_cuda.gradients.trajectory import State, Trajectory
@@ -83,8 +85,10 @@ class _DiscreteTask(Task):
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """See `Task`."""
-        walk = _Backwards(self, problem, saved, grad_ys, wants_grid)
+        reached = self.reached(problem)
+        walk = _Backwards(self, problem, saved, grad_ys, wants_grid, reached)
         adj_y0, adj_t, adj_grid = walk.run(saved.t, wants_t)
+        reached.check(saved.params)
         self.stats.nfe_backward += walk.adjoint.nfe
         self.stats.steps_again += walk.steps_again
         self.stats.peak_checkpoints = max(self.stats.peak_checkpoints, self.trajectory.checkpoints.peak)
@@ -120,7 +124,15 @@ def _form(request: Request) -> Form:
 class _Backwards:
     """The walk over the steps from the last one to the first."""
 
-    def __init__(self, task: _DiscreteTask, problem: Problem, saved: Saved, grad_ys: Tensor, wants_grid: bool) -> None:
+    def __init__(
+        self,
+        task: _DiscreteTask,
+        problem: Problem,
+        saved: Saved,
+        grad_ys: Tensor,
+        wants_grid: bool,
+        reached: Reached,
+    ) -> None:
         ys, self.params = saved.ys, saved.params
         # A view of ys itself would hold the graph that holds the trajectory.
         problem = replace(problem, y0=ys.detach()[0])
@@ -137,8 +149,10 @@ class _Backwards:
         if wide != ys.dtype:
             self.cotangents = arithmetic_of(replace(problem, y0=problem.y0.to(wide), norm=ErrorNorm(0.0, 0.0)))
         self.adjoint = StepAdjoint(
-            problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, timed=wants_grid
+            problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
         )
+        assert isinstance(problem.field, VectorField)
+        problem.field.watch_again()
         # What a failed solve did not reach is NaN, and nothing flows back from it.
         failed = task.status is not Status.SUCCESS
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -35,6 +36,10 @@ def graph_size(device: torch.device, params: Sequence[Tensor]) -> Iterator[Calla
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.memory_allocated(device) - before
+        return
+    c: Any = torch._C
+    if not c._autograd._saved_tensors_hooks_is_enabled():  # a transform of torch.func has none
+        yield lambda: 0
         return
     known = {p.untyped_storage().data_ptr() for p in params}
     kept: dict[int, int] = {}

@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import functools
 import inspect
+import sys
 import warnings
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -19,7 +20,10 @@ from torch import Tensor, nn
 from node_cuda._typing import Func, State
 from node_cuda.field import VectorField
 from node_cuda.gradients.parameters import is_wrapped
+from node_cuda.problem import Problem
 from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, users_level
+
+functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
 class Inspection:
@@ -36,6 +40,7 @@ class Inspection:
         self.named = named
         self.what = what
         self.replays = replays
+        self._reached: set[int] = set()
 
     def __call__(self, t: Tensor, y: State) -> Any:
         self.field.func = self.called
@@ -44,24 +49,25 @@ class Inspection:
         states = self._states(t.device)
         with torch.enable_grad():
             out = self.called(t, y)
-        if any(is_wrapped(x) for x in _parts(out)) and not any(is_wrapped(x) for x in _parts(y)):
-            raise Unsupported(
-                f"func uses a tensor of a torch.func transform that {self.what} was not told of. Make func an "
-                "nn.Module and the tensor one of its parameters, or part of the state y0."
-            )
         self._refuse_chance(t, before, out, states)
-        self._warn_of_unnamed(out)
+        self._warn_of_unnamed(out, (t, *_parts(y)))
         detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in _parts(out))
         return detached if isinstance(out, (tuple, list)) else detached[0]
+
+    def used(self, tensors: Sequence[Tensor]) -> list[int]:
+        """The places of those tensors that func used."""
+        return [i for i, x in enumerate(tensors) if id(x) in self._reached]
 
     def _refuse_chance(self, t: Tensor, y: State, out: Any, states: list[Any]) -> None:
         """Raise, or warn, if func answers by chance: something changed as it was evaluated, and a second time its
         answer is another one."""
-        if all(map(_same, states, self._states(t.device))):
+        after = self._states(t.device)
+        if all(map(_same, states, after)):
             return
         self.field.nfe += 1
         with torch.no_grad():
             again = self.called(t, y)
+        _restore_random(after, t.device)  # so that this look moves nothing
         if all(map(_equal, _parts(out), _parts(again))):
             return
         words = "func answers differently when it is asked again at the same t and y (dropout, spectral norm, noise?)"
@@ -79,22 +85,24 @@ class Inspection:
     def _states(self, device: torch.device) -> list[Any]:
         """What an evaluation changes if it depends on chance, or on earlier ones: random generators, and func's buffers
         where steps are taken again."""
-        states: list[Any] = [torch.get_rng_state()]
-        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-            states.append(torch.cuda.get_rng_state(device))
+        states: list[Any] = _random_states(device)
         if self.replays and isinstance(self.func, nn.Module):
             states += [x._version for x in self.func.buffers() if not x.is_inference()]
         return states
 
-    def _warn_of_unnamed(self, out: Any) -> None:
-        missing = _unnamed(out, self.named, {})
-        if not missing:
+    def _warn_of_unnamed(self, out: Any, arguments: tuple[Tensor, ...]) -> None:
+        named = (*self.named, *arguments)
+        self._reached, *missing = _sources(out, named, {})
+        if not any(missing):
             return
+        del missing  # it holds them
         # Again, and no further than to what has a name: a product of a named tensor is known by it.
         known = {id(x): (name, x) for name, x in _names(self.func)}
-        missing = _unnamed(out, self.named, known)
+        _, held, _ = _sources(out, named, known)
+        if not held:
+            return
         words = ", ".join(
-            f"{known[id(x)][0] if id(x) in known else 'a tensor'} of shape {tuple(x.shape)}" for x in missing
+            f"{known[id(x)][0] if id(x) in known else 'a tensor'} of shape {tuple(x.shape)}" for x in held
         )
         warnings.warn(
             f"func uses what requires a gradient and {self.what} was not told of: {words}. No gradient will reach it. "
@@ -104,38 +112,106 @@ class Inspection:
         )
 
 
-def _unnamed(out: Any, named: Sequence[Tensor], known: dict[int, tuple[str, Tensor]]) -> list[Tensor]:
-    """The tensors with a gradient that `out` was computed from, each once, as far as to those that were named: leaves,
-    and those among `known`."""
+def refuse_hidden(problem: Problem, given: Sequence[Tensor], what: str) -> None:
+    """Raise Unsupported if func depends, through tensors that are not given, on a transform of torch.func that is at
+    work, or on forward mode. A solve is one operation, and sees of a transform what it is given. Evaluates func once.
+    """
+    t, y0 = problem.t[0].to(problem.y0.device, problem.time_dtype), problem.y0
+    try:
+        out = problem.func(t, problem.layout.unflatten(y0.clone()))
+    except RuntimeError:  # func does what can be done to plain tensors only, such as y.requires_grad_()
+        ids = {id(n) for n in given}
+        if any(is_wrapped(x) and id(x) not in ids for _, x in _names(problem.func)):
+            raise
+        return
+    for x in _parts(out):
+        if isinstance(x, Tensor) and torch.autograd.forward_ad.unpack_dual(x).tangent is not None:
+            raise Unsupported(
+                f'{what} has no forward mode (jvp, jacfwd, dual tensors). Use gradient="backprop", as odeint does.'
+            )
+        named = [t, y0, *given]
+        while is_wrapped(x):
+            level = functorch.maybe_get_level(x)
+            here = [n for n in named if functorch.maybe_get_level(n) == level]
+            batched = functorch.is_batchedtensor(x)
+            if not here if batched else any(_sources(x, named, {})[1:]):
+                raise Unsupported(
+                    f"func uses a tensor of a torch.func transform that {what} was not told of, and its gradient would "
+                    "be lost. Make func an nn.Module and the tensor one of its parameters, or part of the state y0."
+                )
+            named = [functorch.get_unwrapped(n) if functorch.maybe_get_level(n) == level else n for n in named]
+            x = functorch.get_unwrapped(x)
+
+
+def _sources(
+    out: Any, named: Sequence[Tensor], known: dict[int, tuple[str, Tensor]]
+) -> tuple[set[int], list[Tensor], list[Tensor]]:
+    """What `out` was computed from, as far as it has a gradient: (the ids of the named tensors; others that someone
+    holds, who could ask for their gradient: leaves, and those that are known by a name; leaves that nobody holds)."""
     stop = {id(x) for x in named}
     # The nodes are kept alive here, or another could get the same id.
-    ends = {x.grad_fn: None for x in named if x.grad_fn is not None}
-    ends |= {x.grad_fn: x for _, x in known.values() if x.grad_fn is not None and id(x) not in stop}
-    found: dict[int, Tensor] = {}
-    waiting = [x.grad_fn for x in _parts(out) if isinstance(x, Tensor) and x.grad_fn is not None]
+    ends = {x.grad_fn: x for _, x in known.values() if x.grad_fn is not None}
+    ends |= {x.grad_fn: x for x in named if x.grad_fn is not None}
+    reached, others, loose = set[int](), dict[int, Tensor](), dict[int, Tensor]()
+    parts = [x for x in _parts(out) if isinstance(x, Tensor) and x.requires_grad]
+    for x in parts:
+        if x.grad_fn is None and id(x) not in stop:
+            others[id(x)] = x  # func returned a leaf
+        elif x.grad_fn is None:
+            reached.add(id(x))
+    waiting = [x.grad_fn for x in parts if x.grad_fn is not None]
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        leaf = getattr(node, "variable", None) if node.name() == "torch::autograd::AccumulateGrad" else None
-        end = ends.get(node, leaf)
-        if end is not None and id(end) not in stop:
-            found[id(end)] = end
-        if end is not None or node in ends:
+        end = ends.get(node)
+        if end is None and node.name() == "torch::autograd::AccumulateGrad":
+            leaf: Any = getattr(node, "variable", None)
+            held = sys.getrefcount(leaf) > _ALONE
+            end = leaf
+            if id(end) not in stop and not held:
+                loose[id(end)] = leaf
+                continue
+        if end is not None:
+            if id(end) in stop:
+                reached.add(id(end))
+            else:
+                others[id(end)] = end
             continue
         fresh = [below for below, _ in node.next_functions if below is not None and below not in seen]
         seen.update(fresh)
         waiting += fresh
-    return list(found.values())
+    return reached, list(others.values()), list(loose.values())
+
+
+def _random_states(device: torch.device) -> list[Tensor]:
+    states = [torch.get_rng_state()]
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        states.append(torch.cuda.get_rng_state(device))
+    return states
+
+
+def _restore_random(states: list[Any], device: torch.device) -> None:
+    torch.set_rng_state(states[0])
+    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+        torch.cuda.set_rng_state(states[1], device)
 
 
 def _names(func: Func) -> Iterator[tuple[str, Tensor]]:
     """The tensors that func can see by name: its own, its attributes', and those of its closure."""
     seen: dict[str, Any] = {}
-    if isinstance(func, nn.Module):
-        seen |= dict(func.named_parameters()) | vars(func)
-        func = func.forward
     while isinstance(func, functools.partial):
+        seen |= func.keywords
+        seen |= {f"argument {i}": x for i, x in enumerate(func.args)}
         func = func.func
+    if isinstance(func, nn.Module):
+        seen |= dict(func.named_parameters())
+        func = func.forward
+    elif not (inspect.isfunction(func) or inspect.ismethod(func)):
+        func = getattr(func, "__call__", func)  # noqa: B004
+    owner = getattr(func, "__self__", None)
+    if isinstance(owner, nn.Module):
+        seen |= dict(owner.named_parameters())
+    seen |= getattr(owner, "__dict__", {})
     func = getattr(func, "__func__", func)
     if inspect.isfunction(func):
         with contextlib.suppress(ValueError):  # of a closure that is not filled yet
@@ -167,3 +243,14 @@ def _parts(state: Any) -> tuple[Any, ...]:
 
 def _copied(state: State) -> State:
     return state.clone() if isinstance(state, Tensor) else tuple(x.clone() for x in state)
+
+
+def _references_of_a_leaf() -> int:
+    """Of a tensor that only a graph holds, when it is looked at as `_sources` does."""
+    with torch.enable_grad():
+        made: Any = torch.ones((), requires_grad=True, device="cpu") * 1
+    leaf = made.grad_fn.next_functions[0][0].variable
+    return sys.getrefcount(leaf)
+
+
+_ALONE = _references_of_a_leaf()

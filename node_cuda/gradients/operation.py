@@ -19,12 +19,13 @@ from torch import Tensor
 
 from node_cuda.field import VectorField
 from node_cuda.gradients.context import autocast_state, refuse_second_derivative
-from node_cuda.gradients.inspection import Inspection
+from node_cuda.gradients.inspection import Inspection, refuse_hidden
 from node_cuda.gradients.parameters import Parameters
+from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.request import Request
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import Status, Unsupported
+from node_cuda.status import InvalidInput, Status, Unsupported
 
 
 class Saved(NamedTuple):
@@ -63,6 +64,7 @@ class Task(ABC):
         self.samples: list[Task] = []
         self._request = request
         self._inspects = torch.is_grad_enabled()
+        self._inspection: Inspection | None = None
 
     @abstractmethod
     def solve(self, request: Request) -> tuple[Tensor, float]:
@@ -80,7 +82,10 @@ class Task(ABC):
     def __call__(self, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """(y at the outputs, the time of the last one, which has no gradient), on the tape."""
         problem = self._request.problem
-        return _Solve.apply(self, problem.t, grid, problem.y0, *self.parameters.wanted)
+        given = (*self.parameters.wanted, *self.parameters.carried)
+        if _transformed():
+            refuse_hidden(problem, given, self.what)
+        return _Solve.apply(self, problem.t, grid, problem.y0, *given)
 
     def forward(self, t: Tensor, y0: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The solve from these tensors, which are the request's own but for transforms."""
@@ -89,9 +94,10 @@ class Task(ABC):
         self.autocast = autocast_state(y0.device.type)
         if self._inspects:
             assert isinstance(problem.field, VectorField)
-            problem.field.func = Inspection(
+            self._inspection = Inspection(
                 problem.field, self.parameters.func, (*self.parameters.every, *params), self.what, self.replays
             )
+            problem.field.func = self._inspection
         ys, at = self.solve(replace(self._request, problem=problem))
         self._let_go(problem)
         return ys, torch.tensor(at, dtype=torch.float64, device=t.device)
@@ -99,20 +105,32 @@ class Task(ABC):
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """The gradients from those of the outputs."""
         # What a transform hands down need not want a gradient; func is then bound to leaves of our own.
-        params = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in saved.params)
+        count = len(self.parameters.wanted)
+        params = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count])
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for context in self.autocast():
                 stack.enter_context(context)
-            problem = _computing_with(self.parameters.bound(params), self._request.problem)
+            func = self.parameters.bound((*params, *saved.params[count:]))
+            problem = _computing_with(func, self._request.problem)
             return self.gradients(problem, saved._replace(params=params), grad_ys, wants_t, wants_grid)
 
+    def reached(self, problem: Problem) -> Reached:
+        """What the backward pass is to find a gradient of, as far as the forward pass knows."""
+        used = self._inspection.used(self.parameters.wanted) if self._inspection is not None else ()
+        return Reached(used if problem is self._request.problem else ())
+
     def per_sample(self, count: int) -> list[Task]:
-        """As many tasks like this one, not yet run."""
-        for _ in range(count):
+        """As many tasks like this one, not yet run. The first of them looks at func for all."""
+        if count == 0:
+            raise InvalidInput("torch.func.vmap over no samples: got a batch of size 0. Skip the solve.")
+        problem = self._request.problem
+        for i in range(count):
             sample = copy.copy(self)
             sample.stats = Stats(host_reads=1)
             sample.samples = []
-            sample._request = replace(self._request, stats=sample.stats)
+            sample._inspects = self._inspects and i == 0
+            own = replace(problem, field=VectorField(problem.func, problem.layout))
+            sample._request = replace(self._request, stats=sample.stats, problem=own)
             self.samples.append(sample)
         return self.samples
 
@@ -134,8 +152,14 @@ class Task(ABC):
 
 def refuse_transforms(what: str) -> None:
     """Raises Unsupported inside a transform of torch.func."""
-    if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
+    if _transformed():
         raise Unsupported(f"{what} cannot be transformed by torch.func. Solve outside the transform.")
+
+
+def _transformed() -> bool:
+    """A transform of torch.func, or forward mode, is at work."""
+    known: Any = torch._C
+    return known._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _computing_with(func: Any, problem: Problem) -> Problem:
@@ -162,11 +186,16 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+        if torch._C._functorch.is_legacy_batchedtensor(grad_ys):  # pyright: ignore[reportAttributeAccessIssue]
+            raise NotImplementedError(
+                f"{ctx.task.what} takes one gradient of the outputs at a time; got a batch of them (is_grads_batched, "
+                "or jacobian(vectorize=True)). Use `torch.func.jacrev`, or a loop."
+            )
         _, wants_t, wants_grid, *_ = ctx.needs_input_grad
         found = iter(_Gradient.apply(ctx.task, wants_t, wants_grid, grad_ys, *ctx.saved_tensors))
         adj_t = next(found) if wants_t else None
         adj_grid = next(found) if wants_grid else None
-        return None, adj_t, adj_grid, *found
+        return None, adj_t, adj_grid, *found, *[None] * len(ctx.task.parameters.carried)
 
     @staticmethod
     def vmap(info, in_dims, task, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]

@@ -15,7 +15,7 @@ from node_cuda.status import Unsupported
 
 class Parameters:
     """The tensors to differentiate func by, each once. every: those that the caller named, or the module's parameters;
-    wanted: those of them that have a gradient.
+    wanted: those of them that have a gradient; carried: func's buffers that belong to a torch.func transform.
 
     Raises ValueError if there is neither, for this method of differentiation.
     """
@@ -29,33 +29,50 @@ class Parameters:
         self.func = func
         self.every = tuple({id(x): x for x in (_of_module(func) if named is None else named)}.values())
         self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
-        self._members = _members(func)
+        self._owner = _owner(func)
+        self._members = _members(self._owner)
+        known = {id(x) for x in self.wanted}
+        self.carried = tuple(x for x in _buffers(self._owner).values() if is_wrapped(x) and id(x) not in known)
 
     def bound(self, given: Sequence[Tensor]) -> Func:
-        """func as it was when this was made, with the tensors `given` in the place of `wanted`.
+        """func as it was when this was made, with the tensors `given` in the place of `wanted` and `carried`.
 
         It is func itself unless someone replaced tensors since: `torch.func.functional_call`, whose parameters are gone
         when the backward pass runs, a transform of torch.func, or saved-tensor hooks. Raises Unsupported where a tensor
         was replaced that is no parameter of func.
         """
-        now = _members(self.func)
+        now = _members(self._owner)
         members = {name: x for name, x in self._members.items() if now.get(name) is not x}
-        names = {id(x): name for name, x in self._members.items()}
-        for own, new in zip(self.wanted, given, strict=True):
+        for own, new in zip((*self.wanted, *self.carried), given, strict=True):
             if new is own:
                 continue
-            if id(own) not in names:
+            names = [name for name, x in self._members.items() if x is own]
+            if not names:
                 raise Unsupported(
                     f"A tensor of shape {tuple(own.shape)} in adjoint_params was replaced, by a torch.func transform "
                     "or by saved-tensor hooks, and func would compute with the old one. Make func an nn.Module and the "
                     "tensor one of its parameters."
                 )
-            members[names[id(own)]] = new
+            members.update(dict.fromkeys(names, new))
         if not members:
             return self.func
-        func = self.func
-        assert isinstance(func, nn.Module)
-        return lambda t, y: functional_call(func, members, (t, y))
+        if self._owner is self.func:
+            return lambda t, y: functional_call(self._owner, members, (t, y), tie_weights=False)
+        method = _Method(self._owner, self.func)
+        members = {f"owner.{name}": x for name, x in members.items()}
+        return lambda t, y: functional_call(method, members, (t, y), tie_weights=False)
+
+
+class _Method(nn.Module):
+    """A bound method of a module, as a module."""
+
+    def __init__(self, owner: nn.Module, method: Func) -> None:
+        super().__init__()
+        self.owner = owner
+        self.method = method
+
+    def forward(self, t: Tensor, y: Any) -> Any:
+        return self.method(t, y)
 
 
 def is_wrapped(x: Any) -> bool:
@@ -73,11 +90,20 @@ def _of_module(func: Func) -> Iterable[Tensor]:
     return (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
 
 
-def _members(func: Func) -> dict[str, Tensor]:
-    """Parameters and buffers by their names in the module."""
-    if not isinstance(func, nn.Module) or _is_replica(func):
+def _owner(func: Func) -> Any:
+    """The module whose parameters func computes with: itself, or the one that it is a method of."""
+    return func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
+
+
+def _members(owner: Any) -> dict[str, Tensor]:
+    """Parameters and buffers by all of their names in the module."""
+    if not isinstance(owner, nn.Module) or _is_replica(owner):
         return {}
-    return {**dict(func.named_parameters()), **dict(func.named_buffers())}
+    return {**dict(owner.named_parameters(remove_duplicate=False)), **_buffers(owner)}
+
+
+def _buffers(owner: Any) -> dict[str, Tensor]:
+    return dict(owner.named_buffers(remove_duplicate=False)) if isinstance(owner, nn.Module) else {}
 
 
 def _is_replica(func: nn.Module) -> bool:

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.gradients.free_memory import fits, graph_size
+from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.trajectory import State, Taken
 from node_cuda.interpolation import HERMITE, HERMITE_END
 from node_cuda.kernels.arithmetic import Arithmetic
@@ -152,10 +153,12 @@ class StepAdjoint:
         form: Form,
         params: Sequence[Tensor],
         sums: Sums,
+        reached: Reached,
         *,
         timed: bool,
     ) -> None:
         self.field = problem.field
+        self.reached = reached
         self.arithmetic = arithmetic
         self.cotangents = cotangents
         self.at_once: bool | None = None
@@ -293,12 +296,21 @@ class StepAdjoint:
         """The field at (t, z), for its vjp and, if it is read, for later stages."""
         if self.at_once is False:
             return Evaluation(t, z, None, self._plain(t, z) if read else None)
-        if self.at_once:
-            return self._taped(t, z)
-        with graph_size(z.device, self.params) as size:
-            stage = self._taped(t, z)
-        self.at_once = fits(size() * self.form.stages, z.device)
+        stage = self._measured(t, z) if self.at_once is None else self._taped(t, z)
+        if self.field.copies_output:
+            self.at_once = False  # what func overwrites may be in its graph as well
         return stage if self.at_once else stage._replace(f=None)
+
+    def _measured(self, t: Tensor, z: Tensor) -> Evaluation:
+        """The first evaluation with a graph: its size decides whether a step's graphs are held at once."""
+        try:
+            with graph_size(z.device, self.params) as size:
+                stage = self._taped(t, z)
+        except RuntimeError:  # func calls torch.func, which does not work while its graph is measured
+            self.at_once = True
+            return self._taped(t, z)
+        self.at_once = fits(size() * self.form.stages, z.device)
+        return stage
 
     def _taped(self, t: Tensor, z: Tensor) -> Evaluation:
         self.nfe += 1
@@ -310,7 +322,7 @@ class StepAdjoint:
 
     def _vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(mu, tau): kappa pulled back to the argument and to the time; its part in the parameters is added up."""
-        if stage.f is None:
+        if stage.f is None or not self.at_once:
             stage = self._taped(stage.t, stage.z)
         f = stage.f
         if f is None or not f.requires_grad:
@@ -319,6 +331,7 @@ class StepAdjoint:
         mu, *rest = torch.autograd.grad(f, inputs, kappa.to(f.dtype), allow_unused=True)
         tau = rest.pop(0) if self.timed else None
         if self.params:
+            self.reached.see(rest)
             self.sums.add(rest, 1.0, 0.0)
         return None if mu is None else self.cotangents.own(mu.to(kappa.dtype)), tau
 

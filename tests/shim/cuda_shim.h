@@ -20,7 +20,11 @@
 #include <mutex>
 #include <random>
 #include <thread>
+#include <tuple>
+#include <utility>
 #include <vector>
+
+#include "cuda_graphs.h"
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
@@ -41,9 +45,6 @@
 #define __shared__ static thread_local  // a host thread runs one block at a time
 
 // --- the runtime's few functions -------------------------------------------------------------------------------
-
-enum cudaError_t : int { cudaSuccess = 0, cudaErrorInvalidValue = 1 };
-using cudaStream_t = void*;
 
 namespace shim {
 inline int device = 0, device_count = 2;
@@ -70,17 +71,10 @@ inline cudaError_t cudaGetLastError() {
   return static_cast<cudaError_t>(error);
 }
 
-constexpr int CUDART_VERSION = 0;
 inline cudaError_t cudaRuntimeGetVersion(int* version) {
   *version = CUDART_VERSION;
   return cudaSuccess;
 }
-enum cudaMemcpyKind { cudaMemcpyDeviceToHost };
-inline cudaError_t cudaMemcpyAsync(void* to, const void* from, size_t bytes, cudaMemcpyKind, cudaStream_t) {
-  std::memcpy(to, from, bytes);
-  return cudaSuccess;
-}
-inline cudaError_t cudaStreamSynchronize(cudaStream_t) { return cudaSuccess; }
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheShim"; }
 inline const char* cudaGetErrorString(cudaError_t) { return "as a test asked for"; }
 
@@ -281,11 +275,7 @@ class Pool {
 };
 inline Pool& pool = *new Pool;
 
-inline void launch(unsigned blocks, unsigned threads, cudaStream_t stream, const std::function<void()>& body) {
-  if (next_error != 0) return;
-  ++launches;
-  launch_device = device;
-  launch_stream = stream;
+inline void run_grid(unsigned blocks, unsigned threads, const std::function<void()>& body) {
   std::vector<unsigned> order(blocks);
   for (unsigned b = 0; b < blocks; ++b) order[b] = b;
   if (seed != 0) {
@@ -297,8 +287,30 @@ inline void launch(unsigned blocks, unsigned threads, cudaStream_t stream, const
   pool.run(count, [&](unsigned i) { run_blocks(order, i, count, threads, body); });
 }
 
+inline void launch(unsigned blocks, unsigned threads, cudaStream_t stream, const std::function<void()>& body) {
+  if (next_error != 0) return;
+  ++launches;
+  launch_device = device;
+  launch_stream = stream;
+  submit(stream, {cudaGraphNodeTypeKernel, [=] { run_grid(blocks, threads, body); }});
+}
+
+// The address of a kernel, known by what a node of a graph needs to call it.
+template <class... P>
+void* function(void (*kernel)(P...)) {
+  return know_function(
+      reinterpret_cast<void*>(kernel), [](void* address, void** arguments, unsigned blocks, unsigned threads) {
+        return [&]<size_t... I>(std::index_sequence<I...>) -> std::function<void()> {
+          const auto kernel = reinterpret_cast<void (*)(P...)>(address);
+          const std::tuple<P...> copied(*static_cast<P*>(arguments[I])...);
+          return [=] { run_grid(blocks, threads, [=] { std::apply(kernel, copied); }); };
+        }(std::index_sequence_for<P...>{});
+      });
+}
+
 }  // namespace shim
 
+#define NODE_CUDA_FUNCTION(kernel) shim::function(kernel)
 #define NODE_CUDA_LAUNCH(kernel, blocks, threads, stream, ...) \
   shim::launch(blocks, threads, stream, [=] { kernel(__VA_ARGS__); })
 

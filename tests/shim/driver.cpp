@@ -6,6 +6,8 @@
 #include <vector>
 
 #include "cuda_shim.h"
+#include "field.h"
+#include "graphs.h"
 #include "launchers.h"
 
 using namespace node_cuda;
@@ -110,6 +112,62 @@ void run(int dtype, int64_t n, int offset) {
   add_to_hash(&ctl, sizeof ctl);
 }
 
+// A solve by Heun's method whose steps are captured once and repeated by a graph, and by the host.
+void run_graph(int64_t n) {
+  int stream = 0;
+  const On on{&stream, 0, 0};
+  const Tolerance tolerance{1e-2, 1e-2, nullptr, nullptr};
+  Array y0(FLOAT, n, 0), y1(FLOAT, n, 0), z(FLOAT, n, 1), k1(FLOAT, n, 0), k2(FLOAT, n, 0);
+  Array error(FLOAT, n, 0), out(FLOAT, 2 * n, 0), time(FLOAT, 3, 0);
+  float* const t = reinterpret_cast<float*>(time.data());
+  const double outputs[2] = {0.3, 1.0}, half[2] = {0.5, 0.5}, error_row[2] = {0.5, -0.5}, weights[1] = {1.0};
+  const void* k[2] = {k1.data(), k2.data()};
+  Ctl ctl;
+  Law law{};
+  law.safety = 0.9, law.ifactor = 10.0, law.dfactor = 0.2, law.max_step = 1e9, law.order = 2.0, law.exponents[0] = 0.5;
+  law.max_num_steps = 1000, law.outputs = outputs, law.output_count = 2;
+  std::vector<char> workspace(reduce_workspace(n, nullptr));
+  const Where next{&ctl, Interval{}, 0.0};
+  const Finish finish{nullptr, &ctl, nullptr, 0, law};
+  const Slot start{t, 0.0, 1}, end{t + 1, 1.0, -1};
+  check(launch_start_control(&ctl, &law, 1.0, 0.0, 0.5, on));
+  cudaStreamBeginCapture(&stream);
+  check(launch_stage_time(FLOAT, 1, &start, &next, on));
+  check(launch_field(FLOAT, n, k1.data(), t, y0.data(), on));
+  check(launch_rk_stage(FLOAT, n, z.data(), y0.data(), 1, k, weights, &next, &end, on));
+  check(launch_field(FLOAT, n, k2.data(), t + 1, z.data(), on));
+  check(launch_rk_finish(FLOAT, n, y1.data(), error.data(), y0.data(), 2, k, half, error_row, &next, nullptr, on));
+  check(launch_error_ratio(FLOAT, n, error.data(), nullptr, 0.0, y0.data(), y1.data(), &tolerance, nullptr,
+                           workspace.data(), &next, &finish, on));
+  check(launch_dense_eval(FLOAT, n, out.data(), outputs, 0, 0, y0.data(), y1.data(), 1, 1, k, weights, nullptr, &next,
+                          on));
+  void* to[1] = {y0.data()};
+  const void* from[1] = {y1.data()};
+  check(launch_commit(y0.bytes, 1, to, from, &ctl, on));
+  cudaGraph_t step = nullptr;
+  cudaStreamEndCapture(&stream, &step);
+  shim::lazy = true;
+  {
+    WhileGraph loop(step, &ctl, 0);
+    Flag flag(&ctl, 0);
+    loop.launch(&stream);
+    flag.record(&stream);
+    cudaGraphExec_t again = nullptr;
+    cudaGraphInstantiate(&again, step, 0);
+    replay(again, 2, &stream, 0);  // does nothing any more
+    flag.wait();
+    if (flag.read().active || flag.read().status != SUCCESS || flag.read().accepted < 3) std::exit(4);
+    cudaGraphExecDestroy(again);
+    flag.record(&stream);
+  }
+  cudaStreamSynchronize(&stream);
+  cudaGraphDestroy(step);
+  shim::lazy = false;
+  std::fputs(shim::complaints.c_str(), stderr);
+  if (!shim::complaints.empty() || shim::leaks() != 0) std::exit(5);
+  add_to_hash(&ctl, sizeof ctl);
+}
+
 }  // namespace
 
 int main(int, char** arguments) {
@@ -119,5 +177,6 @@ int main(int, char** arguments) {
     for (const int64_t n : {0, 1, 33, 5003})
       for (const int offset : {0, 1})
         if (n < 5000 || offset == 0 || dtype == FLOAT) run(dtype, n, offset);
+  for (const int64_t n : {1, 5003}) run_graph(n);
   std::printf("%llx\n", static_cast<unsigned long long>(hash));
 }

@@ -38,19 +38,21 @@ def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Pa
     program without Python. Two compilers at a time."""
     compiler = shutil.which("g++")
     assert compiler is not None
-    common = [compiler, *FLAGS, *flags, "-fPIC", f"-I{HERE}", f"-I{CSRC}"]
+    common = [compiler, *FLAGS, *flags, "-fPIC", f"-I{HERE}", f"-I{CSRC}", "-DNODE_CUDA_WITH_KERNELS"]
     # Two units of about the same size: one for each file would compile the standard headers fifteen times.
     units = ["rk_", "rest"]
     for unit in units:
         wanted = [s for s in sources() if s.name.startswith("rk_") == (unit == "rk_")]
         (folder / f"{unit}.cpp").write_text("".join(f'#include "{s.name}"\n' for s in wanted))
-    paths = [*(folder / f"{unit}.cpp" for unit in units), *([main] if main else [HERE / "exports.cpp"])]
+    paths = [*(folder / f"{unit}.cpp" for unit in units), main or HERE / "exports.cpp", HERE / "cuda_graphs.cpp"]
     with_python: list[str] = []
-    if main is None:
+    if main is not None:
+        paths.append(CSRC / "graphs.cpp")
+    else:
         paths += sorted(CSRC.glob("*.cpp"))
         headers = (sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include")  # pybind11's are torch's
         with_python += [f"-isystem{path}" for path in headers]
-        with_python += [f"-DTORCH_EXTENSION_NAME={MODULE}", "-DNODE_CUDA_WITH_KERNELS", '-DNODE_CUDA_ARCHS="shim"']
+        with_python += [f"-DTORCH_EXTENSION_NAME={MODULE}", '-DNODE_CUDA_ARCHS="shim"']
         with_python.append(f'-DNODE_CUDA_TORCH="{torch.__version__}"')
     compilers = []
     for i in range(0, len(paths), 2):
