@@ -5,19 +5,20 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
-from libraries import FUNCTIONS
+from modes import ADJOINT, BACKPROP
 
 
 class Case(NamedTuple):
     """A field on a batch of random states of so many dimensions, from t = 0 to t_end, with dopri5.
 
     `hidden` is the width of an MLP field dim -> hidden -> dim; None: the cheap field dz/dt = sin z. `timed` is
-    "forward" (under no_grad), "backward" (the gradient of a loss alone), or "step" (both). `target` is the ratio
-    torchdiffeq's time / our time that the project has promised, if it has; in SOLVE_CASES of the kernels.
+    "forward" (under no_grad), "backward" (the gradient of a loss alone), or "step" (both). `gradient` is a word of
+    modes.py. `target` is the ratio torchdiffeq's time / our time that the project has promised, if it has; in
+    SOLVE_CASES of the kernels.
     """
 
     timed: str
-    function: str
+    gradient: str
     batch: int
     dim: int
     hidden: int | None
@@ -33,7 +34,7 @@ class Case(NamedTuple):
         field = "sin z" if self.hidden is None else f"hidden {self.hidden}"
         words = [self.timed, f"{self.batch}x{self.dim} {field}"]
         if self.timed != "forward":
-            words.append(FUNCTIONS[self.function])
+            words.append(self.gradient)
         if self.outputs != 2:
             words.append(f"{self.outputs} outputs")
         if self.rtol != 1e-7:
@@ -44,29 +45,29 @@ class Case(NamedTuple):
 
 
 CASES = (
-    Case("forward", "odeint", 16, 2, 50, t_end=5.0, target=2.5),
-    Case("forward", "odeint", 128, 64, 64, t_end=5.0, target=2.5),
-    Case("forward", "odeint", 1024, 64, 64, t_end=5.0, target=2.5),
-    Case("forward", "odeint", 16, 2, 50, t_end=5.0, dtype=torch.float64),
-    Case("forward", "odeint", 16, 2, 50, t_end=5.0, outputs=50),
+    Case("forward", BACKPROP, 16, 2, 50, t_end=5.0, target=2.5),
+    Case("forward", BACKPROP, 128, 64, 64, t_end=5.0, target=2.5),
+    Case("forward", BACKPROP, 1024, 64, 64, t_end=5.0, target=2.5),
+    Case("forward", BACKPROP, 16, 2, 50, t_end=5.0, dtype=torch.float64),
+    Case("forward", BACKPROP, 16, 2, 50, t_end=5.0, outputs=50),
     # The wide batch: a solver step costs more than the field. The tolerance makes a run a matter of seconds.
-    Case("backward", "odeint_adjoint", 65536, 32, 16, t_end=1.0, rtol=1e-6, atol=1e-8, target=4.0),
-    Case("step", "odeint_adjoint", 16, 2, 50, t_end=5.0),
-    Case("step", "odeint_adjoint", 128, 64, 64, t_end=5.0),
-    Case("step", "odeint_adjoint", 1024, 64, 64, t_end=5.0),
-    Case("step", "odeint", 16, 2, 50, t_end=5.0),
-    Case("step", "odeint", 128, 64, 64, t_end=5.0),
+    Case("backward", ADJOINT, 65536, 32, 16, t_end=1.0, rtol=1e-6, atol=1e-8, target=4.0),
+    Case("step", ADJOINT, 16, 2, 50, t_end=5.0),
+    Case("step", ADJOINT, 128, 64, 64, t_end=5.0),
+    Case("step", ADJOINT, 1024, 64, 64, t_end=5.0),
+    Case("step", BACKPROP, 16, 2, 50, t_end=5.0),
+    Case("step", BACKPROP, 128, 64, 64, t_end=5.0),
 )
 QUICK_CASES = (
-    Case("forward", "odeint", 4, 2, 8, t_end=1.0, rtol=1e-4, atol=1e-4),
-    Case("backward", "odeint_adjoint", 4, 2, 8, t_end=1.0, rtol=1e-4, atol=1e-4),
+    Case("forward", BACKPROP, 4, 2, 8, t_end=1.0, rtol=1e-4, atol=1e-4),
+    Case("backward", ADJOINT, 4, 2, 8, t_end=1.0, rtol=1e-4, atol=1e-4),
 )
 
 
 def whole(batch: int, dim: int, hidden: int | None, t_end: float, target: float) -> tuple[Case, Case]:
     """A solve and a training step at rtol 1e-6; the target is the solve's, and no step may be slower."""
-    forward = Case("forward", "odeint", batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6, target=target)
-    return forward, forward._replace(timed="step", function="odeint_adjoint", target=1.0)
+    forward = Case("forward", BACKPROP, batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6, target=target)
+    return forward, forward._replace(timed="step", gradient=ADJOINT, target=1.0)
 
 
 SOLVE_CASES = (

@@ -47,6 +47,66 @@ class ConvField(nn.Module):
         return self.outer(torch.relu(self.inner(torch.cat([z, time], dim=1))))
 
 
+class DissipativeField(nn.Module):
+    """dz/dt = -A(z), A(z) = rate z + W^T (W z + b)^3: monotone; backwards in time no error stays small.
+
+    z (batch, dim) -> (batch, dim), dtype of the parameters.
+    """
+
+    def __init__(self, dim: int, hidden: int, rate: float) -> None:
+        super().__init__()
+        self.rate = nn.Parameter(torch.full((dim,), rate))
+        self.inner = nn.Linear(dim, hidden)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return -(self.rate * z + self.inner(z).pow(3) @ self.inner.weight)
+
+
+def deep(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
+    """Two hidden layers."""
+    return nn.Sequential(
+        nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, outputs)
+    )
+
+
+class DeepField(nn.Module):
+    """An MLP of two hidden layers. z (batch, dim) -> (batch, dim), dtype of the parameters."""
+
+    def __init__(self, dim: int, hidden: int, activation: type[nn.Module]) -> None:
+        super().__init__()
+        self.net = deep(dim, hidden, dim, activation)
+
+    def forward(self, t: Tensor, z: Tensor) -> Tensor:
+        return self.net(z)
+
+
+class FlowField(nn.Module):
+    """A continuous normalizing flow: dz/dt = g(z, t), g an MLP, and dl/dt = -tr(dg/dz), exactly, by autograd.
+
+    [z, l] (batch, dim + 1) -> the same shape, dtype of the parameters. z moves as it would alone.
+    """
+
+    def __init__(self, dim: int, hidden: int) -> None:
+        super().__init__()
+        self.net = deep(dim + 1, hidden, dim, nn.Tanh)
+        with torch.no_grad():
+            for parameter in self.net.parameters():
+                parameter.mul_(3.0)  # an untrained flow would hardly move
+
+    def forward(self, t: Tensor, state: Tensor) -> Tensor:
+        outside = torch.is_grad_enabled()  # then the trace must have derivatives of its own
+        with torch.enable_grad():
+            z = state[:, :-1]
+            if not z.requires_grad:
+                z = z.detach().requires_grad_()
+            dz = self.net(torch.cat([z, t.to(z.dtype).expand(len(z), 1)], dim=1))
+            rows = [
+                torch.autograd.grad(dz[:, i].sum(), z, create_graph=outside, retain_graph=True)[0][:, i]
+                for i in range(dz.shape[1])
+            ]
+        return torch.cat([dz, -sum(rows[1:], rows[0])[:, None]], dim=1)
+
+
 class CountsSteps(nn.Module):
     """`field` with the number of accepted steps in `accepted`, by torchdiffeq's callback."""
 

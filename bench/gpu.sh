@@ -113,7 +113,7 @@ stage tests 70 "pytest" "${pytest[@]}" "${with_gpu_tests[@]}"
 
 stage kernels 75 "" "$PYTHON" bench/kernels.py --compile-seconds 45 --out "$results"
 stage solve 80 "" "$PYTHON" bench/solve.py --device cuda --budget 2 --out "$results"
-stage memory 90 "rich" "$PYTHON" bench/memory_vs_steps.py --device cuda --steps 8 32 128 512 --jobs 8 --out "$results"
+stage memory 80 "rich" "$PYTHON" bench/memory_vs_steps.py --device cuda --steps 8 64 512 --jobs 8 --out "$results"
 
 sanitizer=$(command -v compute-sanitizer || true)
 for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda; do
@@ -133,7 +133,8 @@ done
 
 stage first-use 65 "pip setuptools ninja" bash -euo pipefail -c first_use
 
-# Lives on what the others leave over, and writes each row as it has it.
+# Live on what the others leave over, and write each row as they have it.
+stage endurance 10 "rich" "$PYTHON" bench/endurance.py --device cuda --solves 400 --out "$results"
 stage gradients 5 "" "$PYTHON" bench/gradients.py --device cuda --budget 2 --jobs 8 --out "$results"
 
 if [ -z "$wanted" ]; then "$PYTHON" bench/gpu_record.py "$stages" "$results"; fi

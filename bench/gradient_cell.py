@@ -6,8 +6,10 @@ import argparse
 import json
 
 import torch
-from gradient_problems import MODES, PROBLEMS, Step
+from gradient_problems import PROBLEMS
+from gradient_steps import Step
 from memory import PeakMemory
+from modes import MODES
 
 WARM_UP_PART = 0.01  # of the time to solve over
 

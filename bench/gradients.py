@@ -2,10 +2,10 @@
 
 1. Time of a solve and its gradient at the default tolerances, all modes in turn after a check of their values, with
    the ratio of torchdiffeq's adjoint's time in the same round, for 2 and for 100 outputs.
-2. Error against peak memory at rtol 1e-5, for three problems: against the exact gradient, and against that of the same
+2. Error against peak memory at rtol 1e-5, for four problems: against the exact gradient, and against that of the same
    steps in float64. Memory in a process of its own for every cell (memory.py says why).
 
-Rows that lose stay in; one that fails says why. The problems and the modes are in gradient_problems.py.
+Rows that lose stay in; one that fails says why. The problems are in gradient_problems.py, the modes in modes.py.
 
     python bench/gradients.py [--quick] [--device cuda] [--threads N] [--jobs N] [--budget SECONDS] [--out DIRECTORY]
 """
@@ -13,58 +13,40 @@ Rows that lose stay in; one that fails says why. The problems and the modes are 
 from __future__ import annotations
 
 import argparse
-import json
 import math
-import os
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import libraries
-import machine
+import program
 import torch
-from gradient_problems import (
-    ADJOINT,
-    DISCRETE,
-    MODES,
-    PROBLEMS_PLOTTED,
-    PROBLEMS_TIMED,
-    QUICK_MODES,
-    QUICK_PROBLEM,
-    TIMED,
-    GradientProblem,
-    Gradients,
-    Step,
-    difference,
-    exact,
-    installed,
-    of_same_steps,
-)
-from memory import MALLOC_ENVIRONMENT
+from fresh_process import measured
+from gradient_problems import PROBLEMS_PLOTTED, PROBLEMS_TIMED, QUICK_PROBLEM, GradientProblem
+from gradient_steps import Gradients, Step, difference, exact, of_same_steps
+from libraries import RIVAL
+from modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, MODES, installed
 from report_gradients import gradient_error_rows, gradient_time_rows, gradients_sentence
 from solving import ERROR_PER_EPS, ERROR_PER_RTOL
 from tables import gist, show, write_result
 from timing import Spread, interleaved, seconds
 
-HERE = Path(__file__).resolve().parent
+THEIRS = f"{RIVAL} {ADJOINT}"  # the mode that all others are compared with
+TIMED = (THEIRS, ADJOINT, DISCRETE, CHECKPOINTED, BACKPROP)
+QUICK_MODES = (THEIRS, DISCRETE)
 ROUNDS = 41  # at most, of each row
 Record = dict[str, Any]
 
 
 def main() -> None:
     arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    device = machine.chosen(arguments.device)
+    device = program.begin(arguments)
     to_time, to_plot = ((QUICK_PROBLEM,),) * 2 if arguments.quick else (PROBLEMS_TIMED, PROBLEMS_PLOTTED)
     timed, plotted = (QUICK_MODES,) * 2 if arguments.quick else (TIMED, tuple(MODES))
     result: Record = {
-        "benchmark": "gradients",
-        "device": device.type,
-        "machine": machine.describe(device),
-        "settings": {"method": "dopri5", "dtype": "float32", "loss": "sum of squared outputs / (outputs * batch)"},
+        **program.new_result("gradients", device),
+        "settings": {"method": "dopri5", "dtype": "float32"},
         "complete": False,
         "times": [],
         "problems": [],
@@ -90,13 +72,9 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser = program.parser(__doc__, quick="one tiny problem", out="folder of the JSON and the plot")
     parser.add_argument("--jobs", type=int, default=1, help="memory cells at once (default: 1)")
     parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing a row; at least three rounds")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON and the plot")
-    parser.add_argument("--quick", action="store_true", help="one tiny problem: shows that the program runs")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.budget, arguments.jobs = 0.0, 2
@@ -125,11 +103,11 @@ def measure_times(
     times = dict(zip(running, zip(*sample, strict=True), strict=True))
     for mode, took in times.items():
         by[mode]["milliseconds"] = Spread.of([1e3 * each for each in took])
-        if mode != ADJOINT and ADJOINT in times:
-            by[mode]["ratio"] = Spread.of([theirs / its for its, theirs in zip(took, times[ADJOINT], strict=True)])
+        if mode != THEIRS and THEIRS in times:
+            by[mode]["ratio"] = Spread.of([theirs / its for its, theirs in zip(took, times[THEIRS], strict=True)])
     ratio = by[DISCRETE].get("ratio")
     by[DISCRETE] |= {"target": problem.target, "met": None if ratio is None else ratio.median >= problem.target}
-    return {"case": problem.name, "rounds": len(sample), "rtol": problem.rtol, "atol": problem.atol, "by": by}
+    return {"case": problem.name, "rounds": len(sample), **about(problem), "by": by}
 
 
 def measure_errors(
@@ -148,7 +126,7 @@ def measure_errors(
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for mode, cell in zip(running, pool.map(lambda mode: memory(problem, mode, arguments), running), strict=True):
             by[mode] |= cell
-    return {"problem": problem.name, "rtol": problem.rtol, "atol": problem.atol, "by": by}
+    return {"problem": problem.name, **about(problem), "by": by}
 
 
 def attempt(problem: GradientProblem, mode: str, device: torch.device) -> tuple[Record, Gradients | None]:
@@ -162,13 +140,12 @@ def attempt(problem: GradientProblem, mode: str, device: torch.device) -> tuple[
 
 def memory(problem: GradientProblem, mode: str, arguments: argparse.Namespace) -> Record:
     """The peak of a fresh process; `failed` if it has none."""
-    command = [sys.executable, str(HERE / "gradient_cell.py"), "--problem", problem.name, "--mode", mode]
-    command += ["--threads", str(arguments.threads), "--device", arguments.device]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC_ENVIRONMENT})
-    if run.returncode == 0:
-        return json.loads(run.stdout.splitlines()[-1])
-    lines = run.stderr.strip().splitlines()
-    return {"failed": lines[-1] if lines else f"ended by signal {-run.returncode}, most likely for lack of memory"}
+    options = {"problem": problem.name, "mode": mode, "threads": arguments.threads, "device": arguments.device}
+    return measured("gradient_cell.py", **options)
+
+
+def about(problem: GradientProblem) -> Record:
+    return {"rtol": problem.rtol, "atol": problem.atol, "loss": problem.loss.__name__}
 
 
 if __name__ == "__main__":

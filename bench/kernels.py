@@ -19,7 +19,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import machine
+import program
 import torch
 from primitives import PRIMITIVES, STEP, Launch, Primitive, Workplace
 from report_gpu import kernels_rows, kernels_sentences
@@ -27,7 +27,6 @@ from tables import gist, show, write_result
 from timing import Spread, device_seconds
 from torch import Tensor
 
-HERE = Path(__file__).resolve().parent
 SIZES = (64 * 2**20, 16 * 2**10)  # bytes of the state
 TARGET, TARGET_FROM = 0.85, 64 * 2**20  # share of the copy's bandwidth, from so many bytes of state on
 L2_PASSES = 8  # so many times the L2 cache is what launches go through before they meet a tensor again
@@ -53,9 +52,7 @@ def main() -> None:
     copies: list[dict[str, Any]] = []
     rows: list[dict[str, Any]] = []
     result: dict[str, Any] = {
-        "benchmark": "kernels" if dtype is torch.float32 else f"kernels-{arguments.dtype}",
-        "device": device.type,
-        "machine": machine.describe(device),
+        **program.new_result("kernels" if dtype is torch.float32 else f"kernels-{arguments.dtype}", device),
         "settings": {"dtype": arguments.dtype, "target_from_bytes": TARGET_FROM},
         "complete": False,
         "copies": copies,
@@ -91,7 +88,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--compile-seconds", type=float, default=120.0, help="no new torch.compile after so many (0: none at all)"
     )
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON")
+    parser.add_argument("--out", type=Path, default=program.RESULTS, help="folder of the JSON")
     arguments = parser.parse_args()
     if any(size % 64 or size <= 0 for size in arguments.sizes):
         parser.error("--sizes must be multiples of 64 bytes: eight tensors share a state of doubles.")

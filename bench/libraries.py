@@ -14,7 +14,6 @@ RIVAL = "torchdiffeq"
 DIFFRAX = "diffrax"
 # A second word chooses the path that computes our steps; without one, node_cuda chooses by itself.
 FUSED, REFERENCE = f"{OURS} fused", f"{OURS} reference"
-FUNCTIONS = {"odeint": "backprop", "odeint_adjoint": "adjoint"}  # and the word for how each differentiates
 
 
 def installed(library: str) -> bool:
@@ -22,7 +21,7 @@ def installed(library: str) -> bool:
 
 
 def function(contestant: str, name: str) -> Callable[..., Any]:
-    """`odeint` or `odeint_adjoint` of a library; where it is not installed, the program ends and says so."""
+    """A function of a library by its name; where it is not installed, the program ends and says so."""
     library = contestant.partition(" ")[0]
     if not installed(library):
         mend = "`pip install -e .` in the repository's root" if library == OURS else f"`pip install {library}`"

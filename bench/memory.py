@@ -94,6 +94,11 @@ def peak_resident(method: str) -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
+def resident() -> int:
+    """Resident size of this process in bytes, now; where there is no /proc its peak, which grows if that does."""
+    return status_field("VmRSS") if STATUS.exists() else peak_resident("ru_maxrss")
+
+
 def status_field(name: str) -> int:
     """A size from /proc/self/status in bytes; 0 if it has no such line."""
     for line in STATUS.read_text().splitlines():

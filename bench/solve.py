@@ -14,10 +14,9 @@ from __future__ import annotations
 
 import argparse
 import sys
-from pathlib import Path
 from typing import Any
 
-import machine
+import program
 import torch
 from cases import QUICK_SOLVE_CASES, SOLVE_CASES, Case
 from diffrax_contestant import DiffraxContestant
@@ -27,22 +26,18 @@ from solving import Contestant, Quantities, TorchContestant, exact, largest_erro
 from tables import gist, show, write_result
 from timing import Spread, interleaved
 
-HERE = Path(__file__).resolve().parent
 ROUNDS = 41  # at most, of each row
 Record = dict[str, Any]
 
 
 def main() -> None:
     arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    device = machine.chosen(arguments.device)
+    device = program.begin(arguments)
     cases = QUICK_SOLVE_CASES if arguments.quick else SOLVE_CASES
     rounds = 3 if arguments.quick else ROUNDS
     rows: list[Record] = []
     result: Record = {
-        "benchmark": "solve",
-        "device": device.type,
-        "machine": machine.describe(device),
+        **program.new_result("solve", device),
         "settings": {"method": "dopri5", "rtol": 1e-6, "atol": 1e-6, "loss": "sum of y(t_end)^2 / batch"},
         "complete": False,
         "rows": rows,
@@ -62,12 +57,8 @@ def main() -> None:
 
 
 def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser = program.parser(__doc__, quick="tiny cases")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON")
-    parser.add_argument("--quick", action="store_true", help="tiny cases: shows that the program runs")
     return parser.parse_args()
 
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import NamedTuple, Protocol
 
 import libraries
+import modes
 import torch
 from cases import Case
 from fields import Counted, CountsSteps, MLPField, SineField
@@ -75,7 +76,7 @@ class TorchContestant:
     def __init__(self, name: str, problem: Problem) -> None:
         self.name = name
         self.problem = problem
-        self.function = libraries.function(name, problem.case.function)
+        self.solver = modes.mode(name, problem.case.gradient).solver
         self.options = {"rtol": problem.case.rtol, "atol": problem.case.atol, "method": "dopri5"}
 
     def solved(self) -> Solved:
@@ -108,7 +109,7 @@ class TorchContestant:
             return seconds(loss.backward, y0.device)
 
     def _forward(self, start: Tensor) -> Tensor:
-        return self.function(self.problem.field, start, self.problem.t, **self.options)
+        return self.solver(self.problem.field, start, self.problem.t, **self.options)
 
     def _step(self) -> None:
         start = self.problem.y0.clone().requires_grad_()
@@ -119,10 +120,9 @@ class TorchContestant:
         case, field, _ = self.problem
         if self.name == libraries.RIVAL:
             counting = CountsSteps(field)
-            return self.function(counting, start, self.problem.t, **self.options), counting.accepted
+            return self.solver(counting, start, self.problem.t, **self.options), counting.accepted
         solve = libraries.function(self.name, "solve")
-        gradient = libraries.FUNCTIONS[case.function]
-        solution = solve(field, start, self.problem.t, **self.options, gradient=gradient)
+        solution = solve(field, start, self.problem.t, **self.options, gradient=case.gradient)
         return solution.ys, solution.stats.accepted
 
 

@@ -8,12 +8,10 @@ field forward and backward, and the achieved error. Rows that we lose stay in. T
 
 from __future__ import annotations
 
-import argparse
-from pathlib import Path
 from typing import Any
 
 import libraries
-import machine
+import program
 import torch
 from cases import CASES, QUICK_CASES, Case
 from report import speed_rows
@@ -23,23 +21,19 @@ from solving import TorchContestant, exact, largest_error, make_problem, mistake
 from tables import show, write_result
 from timing import Spread, interleaved
 
-HERE = Path(__file__).resolve().parent
 PAIRS = 41  # at most, of each row
 BUDGET = 8.0  # seconds of timing, of each row; at least three pairs, however long they take
 
 
 def main() -> None:
-    arguments = parse()
-    torch.set_num_threads(arguments.threads)
-    device = machine.chosen(arguments.device)
+    arguments = program.parser(__doc__, quick="two tiny cases").parse_args()
+    device = program.begin(arguments)
     console = Console()
     cases = QUICK_CASES if arguments.quick else CASES
     pairs = 3 if arguments.quick else PAIRS
     rows = [measure(case, device, pairs) for case in track(cases, "measuring", console=console)]
     result = {
-        "benchmark": "speed",
-        "device": device.type,
-        "machine": machine.describe(device),
+        **program.new_result("speed", device),
         "settings": {"method": "dopri5", "loss": "sum of y(t_end)^2 / batch"},
         "rows": rows,
     }
@@ -51,15 +45,6 @@ def main() -> None:
         f"faster than {libraries.RIVAL} in {sum(row['ratio'][0] > 1 for row in rows)} of {len(rows)} rows."
     )
     console.print(f"Written: {path}", soft_wrap=True)
-
-
-def parse() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cpu", help="cpu (default) or cuda")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--out", type=Path, default=HERE / "results", help="folder of the JSON")
-    parser.add_argument("--quick", action="store_true", help="two tiny cases: shows that the program runs")
-    return parser.parse_args()
 
 
 def measure(case: Case, device: torch.device, pairs: int) -> dict[str, Any]:

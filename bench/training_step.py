@@ -8,6 +8,7 @@ from typing import NamedTuple
 import libraries
 import torch
 from digits import CLASSES, PIXELS, ODENet
+from modes import Mode
 from torch.nn.functional import cross_entropy
 
 
@@ -20,14 +21,14 @@ class Setting(NamedTuple):
     device: str
 
 
-def training_step(library: str, function: str, setting: Setting) -> Callable[[int], tuple[int, int]]:
+def training_step(mode: Mode, setting: Setting) -> Callable[[int], tuple[int, int]]:
     """A function of N that runs one step and returns the evaluations of the field forward and backward.
 
     The images are random: memory and time do not depend on what they show.
     """
     torch.manual_seed(0)
     device = torch.device(setting.device)
-    net = ODENet(setting.channels, libraries.function(library, function), method=setting.method).to(device)
+    net = ODENet(setting.channels, mode.solver, method=setting.method).to(device)
     images = torch.rand(setting.batch, 1, PIXELS, PIXELS, device=device)
     labels = torch.randint(CLASSES, (setting.batch,), device=device)
 
@@ -35,7 +36,7 @@ def training_step(library: str, function: str, setting: Setting) -> Callable[[in
         net.solver_options["options"] = {"step_size": 1.0 / steps}
         net.zero_grad(set_to_none=False)
         net.field.reset()
-        with libraries.path(library):
+        with libraries.path(mode.library):
             loss = cross_entropy(net(images), labels)
             nfe = net.field.reset()
             loss.backward()
