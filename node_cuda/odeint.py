@@ -149,6 +149,11 @@ def solve(
         raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
     _check_checkpoints(checkpoints, gradient)
     chosen = lookup(method, options)
+    if chosen.options.check_reconstruction and gradient != "adjoint":
+        raise InvalidInput(
+            'options["check_reconstruction"] belongs to gradient="adjoint", which rebuilds y backwards; got '
+            f"gradient={gradient!r}, which keeps it. Drop the option."
+        )
     of_y = func.func if isinstance(func, Regularized) else func
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)

@@ -11,7 +11,15 @@ from tolerances import GLOBAL_ERROR_OVER_RTOL, GRADCHECK, SLOPE, rtol_and_limit
 from torch import nn
 
 import node_cuda
-from node_cuda import TABLEAUS, MissingGradientWarning, ReconstructionWarning, odeint, odeint_adjoint, solve
+from node_cuda import (
+    TABLEAUS,
+    InvalidInput,
+    MissingGradientWarning,
+    ReconstructionWarning,
+    odeint,
+    odeint_adjoint,
+    solve,
+)
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
@@ -266,6 +274,12 @@ def test_the_warning_is_for_the_one_who_asked_in_either_options(name):
     ys = odeint_adjoint(Contracting(4.0), leaf(Y), t, rtol=1e-5, atol=1e-7, **where)
     with pytest.warns(ReconstructionWarning):
         ys.sum().backward()
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "discrete"])
+def test_a_check_of_what_is_not_rebuilt_is_refused(gradient):
+    with pytest.raises(InvalidInput, match=r'check_reconstruction"\] belongs to gradient="adjoint".*Drop the option'):
+        solve(MLP(), leaf(Y), linspace(0.0, 1.0, 2), gradient=gradient, options=CHECKED)
 
 
 @pytest.mark.parametrize("direction", [1.0, -1.0])
