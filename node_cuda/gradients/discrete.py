@@ -27,7 +27,7 @@ from node_cuda.gradients.step_adjoint import Cotangent, Form, Output, StepAdjoin
 from node_cuda.gradients.trajectory import State, Trajectory
 from node_cuda.host_loop import HostLoop, solve_event, solve_outputs
 from node_cuda.interpolation import dense_of
-from node_cuda.kernels.arithmetic import position
+from node_cuda.kernels.arithmetic import Arithmetic, position
 from node_cuda.methods import arithmetic_of, grid_of, make_loop
 from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -147,7 +147,8 @@ class _Backwards:
         wide = torch.promote_types(ys.dtype, torch.float32)
         self.cotangents = self.arithmetic
         if wide != ys.dtype:
-            self.cotangents = arithmetic_of(replace(problem, y0=problem.y0.to(wide), norm=ErrorNorm(0.0, 0.0)))
+            # In plain PyTorch, which takes operands of both widths.
+            self.cotangents = Arithmetic(problem.y0.to(wide), problem.direction, ErrorNorm(0.0, 0.0), problem.times)
         self.adjoint = StepAdjoint(
             problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
         )
@@ -209,7 +210,7 @@ class _Backwards:
             self.adjoint.nfe += 1
             f = problem.field(t[m].to(self.ys.device, problem.time_dtype), self.ys[m])
             cotangent = -lam0 if m == 0 else self.grad_ys[m]
-            adj_t[m] = self.arithmetic.real_dot(cotangent, f)
+            adj_t[m] = self.cotangents.real_dot(cotangent, f)
 
     def of_params(self) -> list[Tensor]:
         """dL/dtheta in the parameters' own dtypes."""

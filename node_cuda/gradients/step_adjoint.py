@@ -345,7 +345,7 @@ class StepAdjoint:
         outputs: Sequence[Output],
     ) -> TimeCotangent:
         """Every kappa_i is h times what multiplies k_i, and every stage's time is t0 + c_i h."""
-        dot, form = self.arithmetic.real_dot, self.form
+        dot, form = self.cotangents.real_dot, self.form
         zero = torch.zeros((), dtype=torch.float64, device=y0.device)
         size = sum((dot(kappa, k[i]).double() / at.signed for i, kappa in kappas.items()), zero)
         size = sum((tau.double() * form.nodes[i] for i, tau in taus.items()), size)
