@@ -206,6 +206,12 @@ class Plan {
     check(launch_step_control(ctl_, &law_, at<double>(ratios.first), ratios.second, on_));
   }
 
+  // The next step from point to point of a grid: the control judges nothing.
+  void next_of_grid(const DeviceArray& points) {
+    declare(0);
+    check(launch_grid_control(ctl_, &law_, at<double>(points.first), points.second, on_));
+  }
+
   void start_control(double t0, double h) {
     declare(0);
     check(launch_start_control(ctl_, &law_, direction_, t0, h, on_));
@@ -344,6 +350,7 @@ void register_plan(py::module_& m) {
       .def("scaled_error", &Plan::scaled_error)
       .def("judge_ratio", &Plan::judge_ratio)
       .def("start_control", &Plan::start_control)
+      .def("next_of_grid", &Plan::next_of_grid)
       .def("read_control", &Plan::read_control)
       .def("initial_norms", &Plan::initial_norms)
       .def("initial_change", &Plan::initial_change)

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.controllers import Adaptive, Extra
+from node_cuda.kernels.clock import HERE
 from node_cuda.kernels.control import Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.options import AdaptiveOptions
@@ -61,6 +62,20 @@ class DeviceAdaptive(Adaptive):
                     self._explain(t, y, k1)
                 self.control.initial_change(y, k1, self._probe(t, now.t1, now.h, y, k1))
         self._read()
+
+    def begin(self, t: float, y: Tensor, k1: Tensor) -> None:
+        """As `start`, with nothing read: the step that probes the field is the control's own."""
+        h = self.options.first_step
+        if h is not None:
+            return self.control.start(t, float(h))
+        fused = self.fused
+        self.control.start(t, None)
+        self.control.initial_norms(y, k1)
+        at = fused.current()
+        (probed,) = fused.slots(at, (1.0,), HERE)
+        z = fused.rk_stage(fused.stage(((0, 1.0),), 1.0, HERE), at, y, [k1], probed)
+        self.control.initial_change(y, k1, fused.own(self.problem.field(probed, z)))
+        return None
 
     def propose(self, t: float, y: Tensor) -> Move | None:
         """See `Adaptive`."""

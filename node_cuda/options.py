@@ -20,11 +20,13 @@ from node_cuda.status import InvalidInput, InvalidType
 class Common:
     """Options of every method. throw: raise SolveError on failure, else return NaN in what was not reached.
     record_steps: keep the accepted times in `stats.step_times`. norm: of the scaled error. check_reconstruction: with
-    gradient="adjoint", compare what the backward solve rebuilds with the outputs, and warn if it is off."""
+    gradient="adjoint", compare what the backward solve rebuilds with the outputs, and warn if it is off. cuda_graph:
+    capture a step and repeat it on the device, where that can be; a `graphs.Graphs` keeps what was captured."""
 
     throw: bool = True
     record_steps: bool = False
     check_reconstruction: bool = False
+    cuda_graph: Any = False
     norm: Norm | None = None
 
 

@@ -18,6 +18,10 @@ class Stats:
     rejected: steps (fixed grids only accept). host_reads: how often the host waited for a number from the device.
     step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`.
 
+    loop: who repeats the steps, the "host", or with `options=dict(cuda_graph=True)` the device: in one launch
+    ("while"), or in "batches" of launches; why: why it is not a better one. Of a captured solve nfe counts what the
+    device evaluated.
+
     Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
     most that were; steps_again: steps that the backward pass took again to get at states that were not kept, besides
     the replay of each; graph_of: what the backward pass holds a graph of, a whole "step" or, where that would take too
@@ -31,6 +35,8 @@ class Stats:
     rejected: int = 0
     host_reads: int = 0
     step_times: list[float] | None = None
+    loop: str = "host"
+    why: str | None = None
     checkpoint_slots: int | None = None
     peak_checkpoints: int = 0
     steps_again: int = 0

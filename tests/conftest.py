@@ -7,6 +7,8 @@ import pytest
 import torch
 from shim import library
 
+from node_cuda.kernels import backend as dispatch
+
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
 
 
@@ -46,3 +48,24 @@ def shim_library(tmp_path_factory, worker_id):
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the kernels with")
     return library.once_a_session(tmp_path_factory, worker_id, "shim", library.behind_shim)
+
+
+@pytest.fixture(scope="session")
+def shim_module(shim_library):
+    return library.import_module(shim_library)
+
+
+@pytest.fixture(scope="session")
+def shim_controls(shim_library):
+    """The same library, as the tests drive the shim by it."""
+    return library.Kernels(shim_library)
+
+
+@pytest.fixture
+def shim(shim_module, shim_controls, monkeypatch):
+    """The kernels run on the CPU."""
+    monkeypatch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
+    monkeypatch.setattr(dispatch, "_kernels", lambda device: (shim_module, (0, 0)))
+    yield shim_controls
+    shim_controls.lib.shim_fail_next_launch(0)
+    shim_controls.configure()

@@ -40,7 +40,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "device_pace",
         "interpolation",
     ),
-    ("host_loop", "scipy_bridge", "methods", "dense"),
+    ("host_loop", "scipy_bridge", "methods", "device_loop", "graphs", "dense"),
     (
         "gradients.request",
         "gradients.backprop",

@@ -74,27 +74,6 @@ class Path:
         return sum(solve.plan.bytes for solve in self.solves)
 
 
-@pytest.fixture(scope="session")
-def shim_module(shim_library):
-    return library.import_module(shim_library)
-
-
-@pytest.fixture(scope="session")
-def shim_controls(shim_library):
-    """The same library, as the tests drive the shim by it."""
-    return library.Kernels(shim_library)
-
-
-@pytest.fixture
-def shim(shim_module, shim_controls, monkeypatch):
-    """The kernels run on the CPU."""
-    monkeypatch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
-    monkeypatch.setattr(dispatch, "_kernels", lambda device: (shim_module, (0, 0)))
-    yield shim_controls
-    shim_controls.lib.shim_fail_next_launch(0)
-    shim_controls.configure()
-
-
 @pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
 def path(request, monkeypatch):
     found = Path(torch.device("cuda" if request.param == "gpu" else "cpu"))

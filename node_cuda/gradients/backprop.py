@@ -10,6 +10,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.gradients.request import Request
+from node_cuda.graphs import solve_outputs_by_graphs
 from node_cuda.host_loop import solve_event, solve_outputs
 from node_cuda.methods import SCIPY, make_loop
 from node_cuda.options import ScipyOptions
@@ -25,6 +26,10 @@ def outputs(request: Request) -> tuple[Tensor, Status]:
     problem, method = request.problem, request.method
     if isinstance(method.options, ScipyOptions):
         return solve_scipy(problem, method.options, request.stats)
+    if method.options.cuda_graph:
+        done = solve_outputs_by_graphs(problem, method, request.stats)
+        if done is not None:
+            return done
     loop, interpolant = make_loop(problem, method, request.stats)
     return solve_outputs(loop, interpolant, method.options.throw)
 

@@ -316,7 +316,8 @@ class StepAdjoint:
         self.nfe += 1
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
-            t = t.detach().requires_grad_(self.timed)
+            if self.timed:
+                t = t.detach().requires_grad_(True)
             f = self.field(t, z)
         return Evaluation(t, z, f, self.arithmetic.own(f.detach()))
 
@@ -327,13 +328,16 @@ class StepAdjoint:
         f = stage.f
         if f is None or not f.requires_grad:
             return None, None
-        inputs = (stage.z, *((stage.t,) if self.timed else ()), *self.params)
-        mu, *rest = torch.autograd.grad(f, inputs, kappa.to(f.dtype), allow_unused=True)
+        inputs = (stage.z, stage.t, *self.params) if self.timed else (stage.z, *self.params)
+        wide = kappa.dtype
+        mu, *rest = torch.autograd.grad(f, inputs, kappa if f.dtype is wide else kappa.to(f.dtype), allow_unused=True)
         tau = rest.pop(0) if self.timed else None
         if self.params:
             self.reached.see(rest)
             self.sums.add(rest, 1.0, 0.0)
-        return None if mu is None else self.cotangents.own(mu.to(kappa.dtype)), tau
+        if mu is not None:
+            mu = self.cotangents.own(mu if mu.dtype is wide else mu.to(wide))
+        return mu, tau
 
     def _of_time(
         self,

@@ -14,6 +14,7 @@ from node_cuda.kernels.reference import ControlLaw
 
 _LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
 _MOST = 2**63 - 1
+_JUMP = 47  # Ctl.jump, as the number of a word of four bytes
 
 
 class Reading(NamedTuple):
@@ -54,7 +55,8 @@ class Control:
     """The state of step control in device memory, and the lists of times that it looks at.
 
     landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
-    sliver before them. outputs: on the device, the solve ends with the last of them.
+    sliver before them. outputs: on the device, the solve ends with the last of them. points: those of a grid, whose
+    steps are all good; then the law is of no matter.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Control:
         jumps: frozenset[float],
         stops: Sequence[float],
         outputs: Tensor,
+        points: Sequence[float] = (),
     ) -> None:
         device = outputs.device
         self._plan = plan
@@ -78,6 +81,7 @@ class Control:
         self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
         self._stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
         self._outputs = outputs
+        self._points = torch.tensor(list(points), dtype=torch.float64, device=device)
         plan.set_law(
             law.exponents,
             law.safety,
@@ -111,10 +115,29 @@ class Control:
         """Step control with error ratios that were computed elsewhere: doubles on the device."""
         self._plan.judge_ratio(_array(ratio))
 
+    def next_of_grid(self) -> None:
+        """To the next point of the grid; the first call begins."""
+        self._plan.next_of_grid(_array(self._points))
+
+    @property
+    def address(self) -> int:
+        """Of the state, in device memory."""
+        return self._ctl.data_ptr()
+
+    @property
+    def jumped(self) -> Tensor:
+        """Did the step judged last end at a discontinuity? 0-d, on the device."""
+        return self._ctl.view(torch.int32)[_JUMP] != 0
+
     def read(self) -> Reading:
         """Where the solve stands. The one host read of a step, and the one time that the host waits."""
         self._plan.read_control(self._host.data_ptr())
-        return Reading._make(_LAYOUT.unpack(self._bytes))
+        return reading(self._bytes)
+
+
+def reading(state: bytes | memoryview) -> Reading:
+    """A copy of struct Ctl as the host reads it."""
+    return Reading._make(_LAYOUT.unpack(state))
 
 
 def _array(x: Tensor) -> tuple[int, int]:

@@ -7,6 +7,7 @@ check finds who saved it.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from types import ModuleType
 from typing import Any
@@ -79,6 +80,16 @@ class Fused(Arithmetic):
         if dt is not None:
             return Interval(t0, t1, h, signed, dt)
         return Interval(t0, t1, h, signed, signed, self.plan.interval(t0, t1, h))
+
+    def current(self) -> Interval:
+        """The step that the control says when a kernel runs, of which the host knows nothing."""
+        unknown = math.nan
+        return Interval(unknown, unknown, unknown, unknown, unknown, self.plan.current())
+
+    def set_times(self, times: Sequence[float]) -> None:
+        """Other output times, as many as before."""
+        self.output_times = tuple(times)
+        self.device_times.copy_(torch.tensor(self.output_times, dtype=torch.float64))
 
     def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
         """See `Arithmetic`. One launch, and no copy from the host, which would wait."""
@@ -188,6 +199,17 @@ class Fused(Arithmetic):
             stops,
             self.device_times[1:] if outputs else self.device_times[:0],
         )
+
+    def grid_control(self, points: Sequence[float]) -> Control:
+        """Steps from point to point of a grid, on the device."""
+        law = ControlLaw((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
+        return Control(self.plan, law, 1, math.inf, (), frozenset(), (), self.device_times[1:], points)
+
+    def commit(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
+        """to_i = source_i, if the step judged last was accepted. One launch."""
+        for x in to:
+            _written(x)
+        self.plan.commit([x.data_ptr() for x in to], [x.data_ptr() for x in source])
 
     def scaled_error(
         self, at: Interval, error: Tensor, last: tuple[Tensor, float] | None, y0: Tensor, y1: Tensor

@@ -114,6 +114,11 @@ class ExplicitRK:
         """f(t0, y0), as the first stage of a step."""
         return self._evaluate(0, self._start_time(t0, span, self.inside), y0)
 
+    def slope_at_beginning(self, at: Interval, y0: Tensor) -> Tensor:
+        """The same, of a step whose times need not be known on the host."""
+        (t,) = self.arithmetic.times(at, (0.0,), JUST_AFTER if self.inside else HERE)
+        return self._evaluate(0, t, y0)
+
     def slope_at(self, at: Interval, span: Span | None, y1: Tensor, inside: bool) -> Tensor:
         """f(t1, y1) at the end of a step; inside: on the step's own side."""
         return self._f(self._times(at, [1.0], JUST_BEFORE if inside else HERE, span)[0], y1)

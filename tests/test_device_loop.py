@@ -1,0 +1,124 @@
+"""The device loop's state machine through the shim: whole solves against the host loop with the same kernels."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import F64, MLP, TimedLinear, linspace
+
+from node_cuda import TABLEAUS, Status, graphs, solve
+from node_cuda.device_loop import DeviceLoop
+from node_cuda.kernels.fused import Fused
+from node_cuda.methods import arithmetic_of
+
+Y = torch.tensor([0.7, -0.4], dtype=F64)
+
+
+class Eager:
+    """Stands in for a captured solve: attempts by Python, until the control says that it is over, and two more."""
+
+    tier, why = "eager", None
+
+    def __init__(self, problem, method):
+        with torch.no_grad():
+            arithmetic = arithmetic_of(problem)
+            assert isinstance(arithmetic, Fused)
+            self.loop = DeviceLoop(problem, method, arithmetic)
+            self.loop.y.copy_(problem.y0)
+            for _ in range(2):
+                self.loop.begin()
+                self.loop.attempt()
+        self.repeat = self
+
+    def run(self, y0, times):
+        with torch.no_grad():
+            self.loop.rebind(y0, times)
+            self.loop.begin()
+            while self.loop.control.read().active:
+                self.loop.attempt()
+            for _ in range(2):
+                self.loop.attempt()
+        return self.loop.ys.clone()
+
+    def read(self):
+        return self.loop.control.read()
+
+
+@pytest.fixture
+def eager(shim, monkeypatch):
+    monkeypatch.setattr(graphs, "capture", Eager)
+
+
+CASES = {
+    "outputs": {},
+    "reversed": dict(t=linspace(0.0, -1.0, 4)),
+    "jump": dict(options=dict(jump_t=[0.4])),
+    "step_t": dict(options=dict(step_t=[0.35])),
+    "first step": dict(options=dict(first_step=2.0)),
+    "accurate": dict(options=dict(dense="accurate")),
+    "PID": dict(options=dict(controller="PID")),
+}
+
+
+def both(func, y0, t, method, options=None, **more):
+    host = solve(func, y0, t, method=method, options=options, **more)
+    device = solve(func, y0, t, method=method, options={**(options or {}), "cuda_graph": True}, **more)
+    return host, device
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("method", [m for m, x in TABLEAUS.items() if x.adaptive])
+@torch.no_grad()
+def test_the_device_loop_takes_the_steps_of_the_host_loop_to_the_bit(eager, method, case):
+    given = {"t": linspace(0.0, 1.0, 7), **CASES[case]}
+    host, device = both(TimedLinear(), Y, given["t"], method, given.get("options"), rtol=1e-4, atol=1e-4)
+    assert (device.stats.loop, device.stats.why) == ("eager", None)
+    assert torch.equal(device.ys, host.ys)
+    assert (device.stats.accepted, device.stats.rejected) == (host.stats.accepted, host.stats.rejected)
+
+
+@pytest.mark.parametrize(
+    "options", [{}, dict(step_size=0.13), dict(step_size=0.13, interp="cubic"), dict(perturb=True)]
+)
+@pytest.mark.parametrize("method", [m for m, x in TABLEAUS.items() if not x.adaptive])
+@torch.no_grad()
+def test_fixed_grids_too(eager, method, options):
+    host, device = both(TimedLinear(), Y, linspace(0.0, 1.0, 7), method, options)
+    assert device.stats.loop == "eager"
+    assert torch.equal(device.ys, host.ys)
+
+
+@torch.no_grad()
+def test_failures_are_those_of_the_host_loop(eager):
+    for y0, options, status in (
+        (Y, dict(max_num_steps=2), Status.MAX_STEPS),
+        (torch.full((2,), torch.nan, dtype=F64), dict(first_step=0.1), Status.NON_FINITE),
+    ):
+        host, device = both(
+            MLP(), y0, linspace(0.0, 9.0, 3), "dopri5", dict(throw=False, **options), rtol=1e-9, atol=1e-9
+        )
+        assert (host.status, device.status) == (status, status)
+        assert torch.equal(device.ys.isnan(), host.ys.isnan())
+
+
+def test_the_adjoint_solves_forwards_by_the_device(eager):
+    func, y0 = MLP(), Y.clone().requires_grad_()
+    found = []
+    for flag in (False, True):
+        s = solve(
+            func, y0, linspace(0.0, 1.0, 4), gradient="adjoint", options=dict(cuda_graph=flag), adjoint_options={}
+        )
+        found.append(torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()]))
+    assert s.stats.loop == "eager"
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+@torch.no_grad()
+def test_a_captured_solve_serves_again_for_other_states_and_times(eager):
+    kept = graphs.Graphs()
+    func = MLP()
+    for y0, end in ((Y, 1.0), (2 * Y, 1.0), (Y, 0.5)):
+        t = linspace(0.0, end, 4)
+        device = solve(func, y0, t, options=dict(cuda_graph=kept))
+        assert torch.equal(device.ys, solve(func, y0, t).ys)
+    assert len(kept._captured) == 1
