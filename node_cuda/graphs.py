@@ -133,7 +133,7 @@ class Batches:
 
 
 class Graphs:
-    """Captured solves by what they depend on, for as long as this object lives; a `NeuralODE` has one. Copies are empty."""
+    """Captured solves by what they depend on, for as long as this object lives. A copy is empty."""
 
     def __init__(self) -> None:
         self._captured: dict[Any, Captured | str] = {}
