@@ -69,6 +69,7 @@ void register_launchers(py::module_& m) {
   bind(m, "step_control", launch_step_control);
   bind(m, "start_control", launch_start_control);
   bind(m, "grid_control", launch_grid_control);
+  bind(m, "resume", launch_resume);
   bind(m, "initial_norms", launch_initial_norms);
   bind(m, "initial_change", launch_initial_change);
   bind(m, "dense_eval", launch_dense_eval);

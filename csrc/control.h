@@ -36,7 +36,7 @@ struct Law {
   const double* outputs;    // times of the outputs after the first, ascending; none: the host says when to end
   int64_t landing_count, stop_count, output_count;
   int32_t keep;             // an accepted step is never followed by a smaller one
-  int32_t unused;
+  int32_t pauses;           // the loop stops at every output, until `resume`
 };
 
 // Where a solve stands: lies in device memory, all zero but for what start_control writes. Bytes from the front:
@@ -59,9 +59,9 @@ struct Ctl {
   int32_t accept;        // 184  `last` was good
   int32_t jump;          // 188  the field is discontinuous at last.t1
   int32_t status;        // 192
-  int32_t active;        // 196  0: the solve has ended, and every kernel returns at once
+  int32_t active;        // 196  0: the solve has ended, or pauses, and every kernel returns at once
   int32_t finite;        // 200  `ratio` was
-  int32_t unused;        // 204
+  int32_t paused;        // 204  `resume` goes on
 };
 static_assert(sizeof(Interval) == 32 && sizeof(Law) == 144 && sizeof(Ctl) == 208, "the layout that Python reads");
 static_assert(offsetof(Law, landings) == 80 && offsetof(Law, keep) == 136, "the layout that Python writes");
@@ -150,12 +150,15 @@ NODE_CUDA_HD inline void judge(Ctl& ctl, const Law& law, double h, double ratio)
   ctl.finite = finite;
 }
 
-// The outputs that lie in the step just accepted. False if the last of them was reached: the solve has ended.
+// The outputs that lie in the step just accepted. False if the last of them was reached, which ends the solve, or if it
+// pauses at them.
 NODE_CUDA_HD inline bool pass_outputs(Ctl& ctl, const Law& law) {
   while (ctl.next_output < law.output_count && law.outputs[ctl.next_output] <= ctl.last.t1) ++ctl.next_output;
   if (ctl.next_output == ctl.first_output) return true;
   ctl.attempts = 0;
-  if (ctl.next_output < law.output_count) return true;
+  const bool more = ctl.next_output < law.output_count;
+  if (more && !law.pauses) return true;
+  ctl.paused = more;
   ctl.active = 0;
   ctl.next = Interval{ctl.last.t1, ctl.last.t1, 0.0, 0.0};
   return false;
@@ -221,7 +224,18 @@ NODE_CUDA_HD inline void initial_step(Ctl& ctl, const Law& law, double change) {
   propose(ctl, law, ctl.next.t0);
 }
 
-// Grid: the next step from point to point, all of them good. next_landing counts the points.
+// The step from the next point of a grid. next_landing counts the points.
+NODE_CUDA_HD inline void next_of_grid(Ctl& ctl, const double* points, int64_t count) {
+  const int64_t i = ctl.next_landing++;
+  if (i + 1 >= count) {
+    ctl.active = 0;
+    return;
+  }
+  const double h = points[i + 1] - points[i];
+  ctl.next = Interval{points[i], points[i + 1], h, ctl.direction * h};
+}
+
+// Grid: the next step from point to point, all of them good.
 NODE_CUDA_HD inline void grid_control(Ctl& ctl, const Law& law, const double* points, int64_t count) {
   ctl.first_output = ctl.next_output;
   if (!ctl.active) {
@@ -234,13 +248,19 @@ NODE_CUDA_HD inline void grid_control(Ctl& ctl, const Law& law, const double* po
     ++ctl.accepted;
     if (!pass_outputs(ctl, law)) return;
   }
-  const int64_t i = ctl.next_landing++;
-  if (i + 1 >= count) {
-    ctl.active = 0;
-    return;
+  next_of_grid(ctl, points, count);
+}
+
+// Go on where the loop pauses; points null: by the error.
+NODE_CUDA_HD inline void resume(Ctl& ctl, const Law& law, const double* points, int64_t count) {
+  if (!ctl.paused) return;
+  ctl.paused = 0;
+  ctl.active = 1;
+  if (points == nullptr) {
+    propose(ctl, law, ctl.last.t1);
+  } else {
+    next_of_grid(ctl, points, count);
   }
-  const double h = points[i + 1] - points[i];
-  ctl.next = Interval{points[i], points[i + 1], h, ctl.direction * h};
 }
 
 }  // namespace node_cuda

@@ -106,9 +106,12 @@ int launch_scaled_error(int dtype, int64_t n, void* out, const void* error, cons
                         const void* y0, const void* y1, const Tolerance* tolerance, const Where* where, On on);
 // step_control with the largest of `count` ratios in device memory.
 int launch_step_control(Ctl* ctl, const Law* law, const double* ratios, int64_t count, On on);
-// start_control: also the only thing that makes a Ctl.
-int launch_start_control(Ctl* ctl, const Law* law, double direction, double t0, double h, On on);
+// start_control: also the only thing that makes a Ctl. t0: in device memory, null: it is t0_otherwise.
+int launch_start_control(Ctl* ctl, const Law* law, double direction, const double* t0, double t0_otherwise, double h,
+                         On on);
 int launch_grid_control(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
+// Go on where the loop pauses at an output; points null: by the error.
+int launch_resume(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
 // The one call that waits: ctl as all launches of the stream before leave it, into (pinned) host memory.
 int read_control(Ctl* host, const Ctl* ctl, On on);
 // d0 = |y0 / scale|, d1 = |f0 / scale|, scale = atol + rtol |y0|: into norms[0..1] (may be null), then initial_probe of

@@ -122,10 +122,11 @@ class Plan {
 
   // The law's constants in the order of kernels.reference.ControlLaw, and lists of times on the device.
   void set_law(const std::array<double, 3>& exponents, double safety, double ifactor, double dfactor, bool keep,
-               double min_step, double max_step, double order, int64_t max_num_steps, const DeviceArray& landings,
+               bool pauses, double min_step, double max_step, double order, int64_t max_num_steps, const DeviceArray& landings,
                Address is_jump, const DeviceArray& stops, const DeviceArray& outputs, Address ctl) {
     for (int i = 0; i < 3; ++i) law_.exponents[i] = exponents[i];
     law_.safety = safety, law_.ifactor = ifactor, law_.dfactor = dfactor, law_.keep = keep;
+    law_.pauses = pauses;
     law_.min_step = min_step, law_.max_step = max_step;
     law_.order = order, law_.max_num_steps = max_num_steps;
     law_.landings = at<double>(landings.first), law_.landing_count = landings.second;
@@ -212,9 +213,21 @@ class Plan {
     check(launch_grid_control(ctl_, &law_, at<double>(points.first), points.second, on_));
   }
 
+  // Go on where the loop pauses at an output; no points: by the error.
+  void resume(const DeviceArray& points) {
+    declare(0);
+    check(launch_resume(ctl_, &law_, points.second == 0 ? nullptr : at<double>(points.first), points.second, on_));
+  }
+
   void start_control(double t0, double h) {
     declare(0);
-    check(launch_start_control(ctl_, &law_, direction_, t0, h, on_));
+    check(launch_start_control(ctl_, &law_, direction_, nullptr, t0, h, on_));
+  }
+
+  // The same from a time in device memory.
+  void start_control_at(Address t0, double h) {
+    declare(0);
+    check(launch_start_control(ctl_, &law_, direction_, at<double>(t0), 0.0, h, on_));
   }
 
   // Where the solve stands, into host memory. Waits, and lets other threads of Python run meanwhile.
@@ -297,19 +310,19 @@ class SumsPlan {
 
   int64_t workspace_size() const { return sums_workspace(chunks_); }
 
-  // sum_i (+)= weight x_i, error_i (+)= error_weight x_i; a weight of 0 leaves its list alone, an address of 0 is zeros.
-  void accumulate(const py::list& x, double weight, double error_weight, bool add) {
-    for (int64_t i = 0; i < count_; ++i) x_[i] = item(x, i);
-    const Where where{nullptr, Interval{0.0, 1.0, 1.0, 1.0}, 1.0};
-    launches += (count_ + MAX_POINTERS - 1) / MAX_POINTERS;
-    check(launch_accumulate(parts_, count_, chunks_, first_chunks_.data(), x_.data(), nullptr, weight, error_weight,
-                            add, 0, &where, on_));
+  // sum_i (+)= weight dt x_i, error_i (+)= error_weight dt x_i; a weight of 0 leaves its list alone, an address of 0 is
+  // zeros.
+  void accumulate(const py::list& x, const Where& where, double weight, double error_weight, bool add) {
+    launch(x, where, weight, error_weight, add, false);
   }
 
-  // total_i += sum_i.
-  void commit() {
+  // sum_i = x_i, if the step judged last was accepted. where: the current step of its plan.
+  void keep(const py::list& x, const Where& where) { launch(x, where, 1.0, 0.0, false, true); }
+
+  // total_i += sum_i, where the plan judges steps only if the one judged last was accepted.
+  void commit(const Where& where) {
     ++launches;
-    check(launch_commit_sums(parts_, count_, chunks_, nullptr, on_));
+    check(launch_commit_sums(parts_, count_, chunks_, where.ctl, on_));
   }
 
   // max_i rms error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)), into one double on the device.
@@ -320,6 +333,13 @@ class SumsPlan {
   }
 
  private:
+  void launch(const py::list& x, const Where& where, double weight, double error_weight, bool add, bool accepted) {
+    for (int64_t i = 0; i < count_; ++i) x_[i] = item(x, i);
+    launches += (count_ + MAX_POINTERS - 1) / MAX_POINTERS;
+    check(launch_accumulate(parts_, count_, chunks_, first_chunks_.data(), x_.data(), nullptr, weight, error_weight,
+                            add, accepted, &where, on_));
+  }
+
   const Part* parts_;
   int64_t count_, chunks_ = 0;
   On on_;
@@ -350,7 +370,9 @@ void register_plan(py::module_& m) {
       .def("scaled_error", &Plan::scaled_error)
       .def("judge_ratio", &Plan::judge_ratio)
       .def("start_control", &Plan::start_control)
+      .def("start_control_at", &Plan::start_control_at)
       .def("next_of_grid", &Plan::next_of_grid)
+      .def("resume", &Plan::resume)
       .def("read_control", &Plan::read_control)
       .def("initial_norms", &Plan::initial_norms)
       .def("initial_change", &Plan::initial_change)
@@ -361,9 +383,12 @@ void register_plan(py::module_& m) {
       .def(py::init<Address, const std::vector<int64_t>&, const Stream&>())
       .def("workspace_size", &SumsPlan::workspace_size)
       .def("accumulate", &SumsPlan::accumulate)
+      .def("keep", &SumsPlan::keep)
       .def("commit", &SumsPlan::commit)
       .def("ratio", &SumsPlan::ratio)
       .def_readonly("launches", &SumsPlan::launches);
+  // Of a sum that is no step's: dt is 1.
+  m.attr("ONE") = Where{nullptr, Interval{0.0, 1.0, 1.0, 1.0}, 1.0};
   m.attr("MAX_TERMS") = MAX_TERMS;
   m.attr("MAX_DEGREE") = MAX_DEGREE;
 }

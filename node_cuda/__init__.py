@@ -4,6 +4,7 @@ from node_cuda import odeint_adjoint as odeint
 """
 
 from node_cuda._version import __version__
+from node_cuda.compiled import compile
 from node_cuda.event import odeint_event
 from node_cuda.kernels.backend import backend
 from node_cuda.methods import METHODS
@@ -41,6 +42,7 @@ __all__ = [
     "Unsupported",
     "__version__",
     "backend",
+    "compile",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

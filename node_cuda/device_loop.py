@@ -12,109 +12,237 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any, NoReturn, Protocol
 
 import torch
 from torch import Tensor
 
-from node_cuda.controllers import Grid
+from node_cuda.controllers import Extra, Grid
 from node_cuda.device_pace import DeviceAdaptive
-from node_cuda.field import share_memory
+from node_cuda.field import VectorField, share_memory
+from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.fused import Fused
-from node_cuda.methods import Method, grid_of, make_loop
-from node_cuda.options import AdaptiveOptions, FixedOptions
-from node_cuda.problem import Problem
+from node_cuda.kernels.fused_sums import Kept
+from node_cuda.methods import Method, make_loop
+from node_cuda.norms import ErrorNorm
+from node_cuda.options import AdaptiveOptions
+from node_cuda.problem import Field, Problem
 from node_cuda.solution import Stats
-from node_cuda.status import SolveError, Status
 from node_cuda.steppers.explicit_rk import ExplicitRK
+from node_cuda.steppers.step import Quadrature, Step
+
+
+class DeviceQuadrature(Quadrature, Extra, Protocol):
+    """What is integrated beside the state, by the device as well."""
+
+    def restart(self) -> None:
+        """A solve begins: the sums over steps are zero."""
+        ...
+
+    def keep(self, integrands: Sequence[Tensor | None]) -> Kept:
+        """A copy of the integrands with which a step begins, in memory that is always the same."""
+        ...
+
+    def keep_if_accepted(self, integrands: Sequence[Tensor | None], at: Interval) -> None:
+        """Put these in their place, if the step was accepted."""
+        ...
+
+    def commit_if_accepted(self, at: Interval) -> None:
+        """Add the step's sums, if it was accepted."""
+        ...
 
 
 class DeviceLoop:
-    """Solves of one field, method and number of outputs. y: where y0 is put before `begin`. ys: the outputs, NaN where
-    they were not reached."""
+    """Steps of one field and method, from the problem's y0, which is this loop's own memory: `y`.
 
-    def __init__(self, problem: Problem, method: Method, arithmetic: Fused) -> None:
-        options, y0 = method.options, problem.y0
-        points = grid_of(problem, options)[0] if isinstance(options, FixedOptions) else None
-        loop, interpolant = make_loop(problem, method, Stats(), arithmetic=arithmetic, points=points)
+    points: those of a fixed grid. pauses: at every output but the last the device waits for `control.resume`.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        method: Method,
+        arithmetic: Fused,
+        *,
+        points: Sequence[float] | None = None,
+        stops: Sequence[float] = (),
+        pauses: bool = False,
+        quadrature: DeviceQuadrature | None = None,
+    ) -> None:
+        loop, self.interpolant = make_loop(
+            problem,
+            method,
+            Stats(),
+            arithmetic=arithmetic,
+            points=points,
+            stops=stops,
+            pauses=pauses,
+            quadrature=quadrature,
+            extra=quadrature,
+        )
         assert isinstance(loop.stepper, ExplicitRK)
         self.problem = problem
         self.arithmetic = arithmetic
+        self.quadrature = quadrature
         self.stepper = loop.stepper
-        self.interpolant = interpolant
-        self.y = torch.empty_like(y0, memory_format=torch.contiguous_format)
-        self.k1 = torch.empty_like(self.y)
-        self.ys = y0.new_empty((len(problem.times), *y0.shape))
         self.pace = loop.pace
+        self.y = problem.y0
+        self.k1 = torch.empty_like(self.y)
+        self.kept: Sequence[Tensor | None] = ()  # the integrands of k1
+        self.points = points
         self.jumps = False
+        self.times = problem.times
         if isinstance(self.pace, DeviceAdaptive):
-            assert isinstance(options, AdaptiveOptions)
-            self.jumps = options.jump_t is not None
+            assert isinstance(method.options, AdaptiveOptions)
+            self.jumps = method.options.jump_t is not None
             self.control: Control = self.pace.control
         else:
             assert isinstance(self.pace, Grid) and points is not None
-            self.control = arithmetic.grid_control(points)
+            self.control = arithmetic.grid_control(points, pauses=pauses)
         self.first_nfe = self.nfe = 0  # of `begin`, and of an attempt
 
+    @property
+    def adaptive(self) -> bool:
+        """Steps are chosen by an error estimate, and carry their last stage on."""
+        return self.stepper.tableau.adaptive
+
     def begin(self) -> None:
-        """From y: the first output, and all that the first attempt needs."""
+        """From y: all that the first attempt needs."""
         before = self.problem.field.nfe
-        t0 = self.problem.times[0]
-        self.ys.fill_(math.nan)
-        self.ys[0].copy_(self.y)
+        if self.quadrature is not None:
+            self.quadrature.restart()
+        t0 = self.arithmetic.device_times
+        self.control.start_at(t0, None)
         if isinstance(self.pace, DeviceAdaptive):
-            k1 = self.stepper.first(t0, self.y, None, self.pace.starts_at_jump)
-            assert k1 is not None
-            self.k1.copy_(k1)
+            self.set_slope(inside=self.pace.starts_at_jump)
             self.pace.begin(t0, self.y, self.k1)
         else:
-            self.control.start(t0, None)
             self.control.next_of_grid()
         self.first_nfe = self.problem.field.nfe - before
+
+    def set_slope(self, *, inside: bool) -> None:
+        """The field at y, where the next step begins; inside: just beyond that."""
+        self.k1.copy_(self.stepper.slope_at_beginning(self.arithmetic.current(), self.y, inside=inside))
+        if self.quadrature is not None:
+            self.kept = self.quadrature.keep(self.stepper.integrands)
 
     def attempt(self) -> None:
         """A step, its outputs, and the move to its end if it was good."""
         before = self.problem.field.nfe
         stepper, arithmetic, at = self.stepper, self.arithmetic, self.arithmetic.current()
-        adaptive = stepper.tableau.adaptive
-        k1 = self.k1 if adaptive else stepper.slope_at_beginning(at, self.y)
-        step = stepper.attempt_at(at, self.y, k1)
+        step = self._step(at)
         if share_memory(step.k) and not self.problem.field.copies_output:
             # func returned a buffer that held an earlier stage: take the step again, on copies.
             self.problem.field.copies_output = True
-            step = stepper.attempt_at(at, self.y, k1)
-        k = self.interpolant.prepare(step)  # before the control moves on, and `at` with it
-        if adaptive:
+            step = self._step(at)
+        outputs = self.interpolated(step)  # before the control moves on, and `at` with it
+        if self.adaptive:
             assert step.error is not None
-            arithmetic.judge(at, step.error, step.last, self.y, step.y1, None)
+            also = None if self.quadrature is None else self.quadrature.device_ratio()
+            arithmetic.judge(at, step.error, step.last, self.y, step.y1, also)
         else:
             self.control.next_of_grid()
-        self.interpolant.outputs(step, k, 1, self.ys[1:])
-        if adaptive:
-            carried = step.k[-1]
+        self.put_outputs(step, outputs)
+        if self.quadrature is not None:
+            self.quadrature.commit_if_accepted(at)
+        if self.adaptive:
+            carried, integrands = step.k[-1], stepper.integrands
             if self.jumps:  # the field beyond the jump, in case there was one
-                beyond = stepper.slope_at_beginning(at, step.y1)
+                beyond = stepper.slope_at_beginning(at, step.y1, inside=True)
                 carried = torch.where(self.control.jumped, beyond, carried)
+                integrands = _where(self.control.jumped, stepper.integrands, integrands)
             arithmetic.commit([self.y, self.k1], [step.y1, carried])
+            if self.quadrature is not None:
+                self.quadrature.keep_if_accepted(integrands, at)
         else:
             arithmetic.commit([self.y], [step.y1])
         self.nfe = self.problem.field.nfe - before
 
-    def cost(self, now: Reading, stats: Stats) -> None:
-        """What a solve that is over cost."""
+    def interpolated(self, step: Step) -> Any:
+        """What the outputs of a step are made of."""
+
+    def put_outputs(self, step: Step, outputs: Any) -> None:
+        """The outputs that lie in the step, if it was accepted."""
+
+    def _step(self, at: Interval) -> Step:
+        if self.adaptive:
+            self.stepper.first_integrands = self.kept
+            return self.stepper.attempt_at(at, self.y, self.k1)
+        return self.stepper.attempt_at(at, self.y, self.stepper.slope_at_beginning(at, self.y))
+
+    def cost(self, now: Reading, stats: Stats) -> int:
+        """What a solve that is over cost: its steps, and how often it evaluated the field."""
         stats.accepted, stats.rejected = now.accepted, now.rejected
-        stats.nfe = self.first_nfe + self.nfe * (now.accepted + now.rejected)
+        return self.first_nfe + self.nfe * (now.accepted + now.rejected)
 
-    def failure(self, now: Reading, stats: Stats) -> SolveError | None:
-        """How a solve that is over failed, if it did."""
-        status = Status(now.status)
-        if status is Status.SUCCESS:
-            return None
-        return SolveError(status, self.problem.direction * now.t0, stats, f"The step was {now.proposal:.3g}.")
-
-    def rebind(self, y0: Tensor, times: Sequence[float]) -> None:
-        """The next solve: from y0, with outputs at these times; the first of them is that of the solve before."""
+    def rebind(self, y0: Tensor, times: Sequence[float], norm: ErrorNorm, points: Sequence[float] | None) -> None:
+        """The next solve: from y0, at so many times and points as before, with tolerances of the same kind."""
         self.y.copy_(y0)
-        if tuple(times) != self.problem.times:
-            self.problem = replace(self.problem, times=tuple(times))
-            self.arithmetic.set_times(times)
+        if times != self.times:
+            self.times = times
+            _upload(self.arithmetic.device_times, times)
+        if points != self.points:
+            assert points is not None
+            self.points = points
+            _upload(self.control.points, points)
+        self.arithmetic.set_tolerances(norm)
+
+    def release(self) -> None:
+        """Let func go: it is not called any more."""
+        assert isinstance(self.problem.field, VectorField)
+        self.problem.field.release(_released)
+
+
+class OutputLoop(DeviceLoop):
+    """A solve with its outputs. ys: NaN where they were not reached."""
+
+    def __init__(
+        self, problem: Problem, method: Method, arithmetic: Fused, *, points: Sequence[float] | None = None
+    ) -> None:
+        super().__init__(problem, method, arithmetic, points=points)
+        self.ys = self.y.new_empty((len(problem.times), *self.y.shape))
+
+    def begin(self) -> None:
+        """See `DeviceLoop`."""
+        self.ys.fill_(math.nan)
+        self.ys[0].copy_(self.y)
+        super().begin()
+
+    def interpolated(self, step: Step) -> Any:
+        """See `DeviceLoop`."""
+        return self.interpolant.prepare(step)
+
+    def put_outputs(self, step: Step, outputs: Any) -> None:
+        """See `DeviceLoop`."""
+        self.interpolant.outputs(step, outputs, 1, self.ys[1:])
+
+
+def set_apart(problem: Problem) -> Problem:
+    """The problem with a field and a y0 of its own. Whoever looks at the first evaluation of the field does so now."""
+    field: Field = problem.field
+    if field.nfe == 0:
+        field(problem.t[0].to(problem.y0.device, problem.time_dtype), problem.y0)
+    assert isinstance(field, VectorField)
+    own = VectorField(field.func, problem.layout)
+    y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)
+    return replace(problem, func=own, field=own, y0=y0, t=problem.t.detach())
+
+
+def _where(condition: Tensor, yes: Sequence[Tensor | None], no: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
+    """One or the other, for each pair; None stands for zeros."""
+    zero = torch.zeros((), device=condition.device)
+    return [
+        None if a is None and b is None else torch.where(condition, zero if a is None else a, zero if b is None else b)
+        for a, b in zip(yes, no, strict=True)
+    ]
+
+
+def _upload(to: Tensor, values: Sequence[float]) -> None:
+    """Numbers to the device; the host does not wait."""
+    on_host = torch.tensor(values, dtype=to.dtype)
+    to.copy_(on_host.pin_memory() if to.is_cuda else on_host, non_blocking=True)
+
+
+def _released(*_: Any) -> NoReturn:
+    raise AssertionError("a captured solve evaluated its field after the capture")

@@ -22,7 +22,8 @@ from node_cuda.steppers.step import Move, Step
 
 
 class DeviceAdaptive(Adaptive):
-    """See `Adaptive`. endless: the solve does not end with the last of the problem's times."""
+    """See `Adaptive`. endless: the solve does not end with the last of the problem's times; pauses:
+    the device waits at each of the others."""
 
     def __init__(
         self,
@@ -35,11 +36,19 @@ class DeviceAdaptive(Adaptive):
         extra: Extra | None = None,
         *,
         endless: bool = False,
+        pauses: bool = False,
     ) -> None:
         super().__init__(problem, arithmetic, order, options, stats, stops, extra)
         self.fused = arithmetic
         self.control = arithmetic.control(
-            self.law, order, options.max_num_steps, self._landings, self._jumps, self._stops, outputs=not endless
+            self.law,
+            order,
+            options.max_num_steps,
+            self._landings,
+            self._jumps,
+            self._stops,
+            outputs=not endless,
+            pauses=pauses,
         )
 
     def fresh(self) -> None:
@@ -63,13 +72,14 @@ class DeviceAdaptive(Adaptive):
                 self.control.initial_change(y, k1, self._probe(t, now.t1, now.h, y, k1))
         self._read()
 
-    def begin(self, t: float, y: Tensor, k1: Tensor) -> None:
-        """As `start`, with nothing read: the step that probes the field is the control's own."""
+    def begin(self, t: Tensor, y: Tensor, k1: Tensor) -> None:
+        """As `start` at a time on the device, with nothing read: the step that probes the field is the control's
+        own."""
         h = self.options.first_step
         if h is not None:
-            return self.control.start(t, float(h))
+            return self.control.start_at(t, float(h))
         fused = self.fused
-        self.control.start(t, None)
+        self.control.start_at(t, None)
         self.control.initial_norms(y, k1)
         at = fused.current()
         (probed,) = fused.slots(at, (1.0,), HERE)

@@ -92,6 +92,7 @@ def make_loop(
     *,
     endless: bool = False,
     stops: Sequence[float] = (),
+    pauses: bool = False,
     quadrature: Quadrature | None = None,
     extra: Extra | None = None,
     arithmetic: Arithmetic | None = None,
@@ -99,7 +100,8 @@ def make_loop(
 ) -> tuple[HostLoop, Interpolant]:
     """A solve that is ready to run, and how its outputs are interpolated.
 
-    endless: it goes on beyond the last time, for events. stops: times to land on. quadrature, extra: what is integrated
+    endless: it goes on beyond the last time, for events. stops: times to land on. pauses: the
+    device, where it controls the steps, waits at every output. quadrature, extra: what is integrated
     beside the state, and its part in the error norm. arithmetic: that of an earlier solve of the same state and norm,
     over now, if this one evaluates no outputs. points: those of
     `grid_of`, where they are known.
@@ -112,7 +114,9 @@ def make_loop(
     if isinstance(options, opt.AdaptiveOptions) and tableau is not None:
         stepper = ExplicitRK(problem, arithmetic, tableau, estimate=True, quadrature=quadrature)
         if isinstance(arithmetic, Fused):
-            pace = DeviceAdaptive(problem, arithmetic, tableau.order, options, stats, stops, extra, endless=endless)
+            pace = DeviceAdaptive(
+                problem, arithmetic, tableau.order, options, stats, stops, extra, endless=endless, pauses=pauses
+            )
         else:
             pace = Adaptive(problem, arithmetic, tableau.order, options, stats, stops, extra)
         interpolant = of_method(stepper, tableau, options.dense)

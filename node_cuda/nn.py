@@ -8,6 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from node_cuda._typing import State
+from node_cuda.compiled import with_own_graphs
 from node_cuda.odeint import solve
 from node_cuda.solution import Stats
 
@@ -17,7 +18,8 @@ class NeuralODE(nn.Module):
 
     func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". integral: as that of
     `solve`; its parameters are the layer's, if it is an nn.Module. The other arguments are those of `odeint_adjoint`.
-    stats: what the last call cost; nfe_backward is filled in when the gradient is taken.
+    With options=dict(cuda_graph=True) the layer keeps what was captured. stats: what the last call cost; nfe_backward
+    is filled in when the gradient is taken.
     """
 
     def __init__(
@@ -32,7 +34,7 @@ class NeuralODE(nn.Module):
         self.func = func
         self.gradient = gradient
         self.integral = integral
-        self.solver = solver
+        self.solver = with_own_graphs(solver)
         self.stats: Stats | None = None
 
     def forward(self, y0: State, t: Tensor) -> State | tuple[State, Tensor]:

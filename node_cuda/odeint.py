@@ -13,12 +13,13 @@ from node_cuda._typing import EventFunc, Func, State
 from node_cuda.dense import DenseSolution, solve_dense
 from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.request import AdjointArguments, Request
+from node_cuda.graphs import graphs_of
 from node_cuda.integral import Beside, Integral, event_of, with_integral
 from node_cuda.methods import Method, lookup, supported_callbacks
 from node_cuda.problem import Problem, combined_event, make_problem
 from node_cuda.regularized import Regularized, refuse_regularized
 from node_cuda.solution import Solution, Stats
-from node_cuda.status import InvalidInput, SolveError, Status
+from node_cuda.status import InvalidInput, SolveError, Status, Unsupported
 
 
 def odeint(
@@ -148,6 +149,7 @@ def solve(
     if gradient not in GRADIENTS:
         raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
     _check_checkpoints(checkpoints, gradient)
+    options = _with_graphs(options, func)
     chosen = lookup(method, options)
     if chosen.options.check_reconstruction and gradient != "adjoint":
         raise InvalidInput(
@@ -157,6 +159,7 @@ def solve(
     of_y = func.func if isinstance(func, Regularized) else func
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
+    _refuse_callbacks(problem, chosen)
     given = AdjointArguments(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
     beside = _beside(func, problem, integral)
     if beside is not None:
@@ -176,7 +179,7 @@ def solve(
         of_state = event_fn if beside is None else event_of(beside, event_fn)
         event_t, ys = mode.event(request, combined_event(of_state, problem))
     except SolveError as failure:
-        if chosen.options.throw:
+        if chosen.options.raises:
             raise
         status, event_t = failure.status, t[0].detach() * torch.nan
         ys = torch.stack([problem.y0, torch.full_like(problem.y0, torch.nan)])
@@ -251,6 +254,22 @@ def _warn_of_callbacks(problem: Problem, method: Method) -> None:
     unsupported = set(problem.callbacks) - supported_callbacks(method)
     if unsupported:
         warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=3)
+
+
+def _with_graphs(options: Mapping[str, Any] | None, func: Any) -> Mapping[str, Any] | None:
+    """The options, with a place for what is captured: it lives as long as func."""
+    if options is None or options.get("cuda_graph") is not True:
+        return options
+    return {**options, "cuda_graph": graphs_of(func)}
+
+
+def _refuse_callbacks(problem: Problem, method: Method) -> None:
+    called = sorted(set(problem.callbacks) & supported_callbacks(method))
+    if method.options.cuda_graph and called:
+        raise Unsupported(
+            f"func has callbacks, {', '.join(called)}, and the Python of a callback does not run in a captured solve. "
+            "Drop cuda_graph=True, or solve with a func that has none."
+        )
 
 
 def _as_torchdiffeq(solution: Solution, event_fn: EventFunc | None) -> Any:

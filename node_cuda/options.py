@@ -18,16 +18,23 @@ from node_cuda.status import InvalidInput, InvalidType
 
 @dataclass(frozen=True)
 class Common:
-    """Options of every method. throw: raise SolveError on failure, else return NaN in what was not reached.
+    """Options of every method. throw: raise SolveError on failure, else return NaN in what was not reached; "deferred":
+    return so, without waiting for the device, and let `Solution.check()` raise; needs cuda_graph.
     record_steps: keep the accepted times in `stats.step_times`. norm: of the scaled error. check_reconstruction: with
     gradient="adjoint", compare what the backward solve rebuilds with the outputs, and warn if it is off. cuda_graph:
-    capture a step and repeat it on the device, where that can be; a `graphs.Graphs` keeps what was captured."""
+    capture a step and repeat it on the device, where that can be; a `graphs.Graphs` keeps what was captured, True keeps
+    it with func."""
 
-    throw: bool = True
+    throw: bool | Literal["deferred"] = True
     record_steps: bool = False
     check_reconstruction: bool = False
     cuda_graph: Any = False
     norm: Norm | None = None
+
+    @property
+    def raises(self) -> bool:
+        """A failure is raised by the solve itself."""
+        return bool(self.throw) and self.throw != "deferred"
 
 
 @dataclass(frozen=True)
@@ -122,6 +129,13 @@ def _check(options: Common) -> None:
         value = getattr(options, name, None)
         if value is not None and not isinstance(value, (int, float)):
             raise InvalidType(f'options["{name}"] must be a number; got {value!r:.60}.')
+    if isinstance(options.throw, str) and options.throw != "deferred":
+        raise InvalidInput(f'options["throw"] must be True, False or "deferred"; got {options.throw!r}.')
+    if options.throw == "deferred" and not options.cuda_graph:
+        raise InvalidInput(
+            'options["throw"] = "deferred" is for solves that the host does not follow; got it without cuda_graph. Add '
+            "cuda_graph=True, or take throw=False."
+        )
     if options.norm is not None and not callable(options.norm):
         raise InvalidType(f'options["norm"] must be a function of the scaled error; got {options.norm!r:.60}.')
     if isinstance(options, AdaptiveOptions):

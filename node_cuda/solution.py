@@ -2,12 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Protocol
 
 from torch import Tensor
 
 from node_cuda._typing import State
-from node_cuda.status import Status
+from node_cuda.status import SolveError, Status
+
+
+class Pending(Protocol):
+    """A solve on the device whose end nobody has looked at."""
+
+    def end(self) -> SolveError | None:
+        """Wait for it, and fill in what it cost: how it failed, if it did."""
+        ...
 
 
 @dataclass
@@ -19,8 +28,9 @@ class Stats:
     step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`.
 
     loop: who repeats the steps, the "host", or with `options=dict(cuda_graph=True)` the device: in one launch
-    ("while"), or in "batches" of launches; why: why it is not a better one. Of a captured solve nfe counts what the
-    device evaluated.
+    ("while"), or in "batches" of launches; why: why it is not a better one. loop_backward, why_backward: the same of
+    the backward pass, which with gradient="discrete" is "replays". Of a captured solve nfe counts what the device
+    evaluated. With throw="deferred" what it cost is not known before `Solution.check()`.
 
     Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
     most that were; steps_again: steps that the backward pass took again to get at states that were not kept, besides
@@ -37,11 +47,14 @@ class Stats:
     step_times: list[float] | None = None
     loop: str = "host"
     why: str | None = None
+    loop_backward: str = "host"
+    why_backward: str | None = None
     checkpoint_slots: int | None = None
     peak_checkpoints: int = 0
     steps_again: int = 0
     graph_of: str | None = None
     reconstruction_error: float | None = None
+    pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
 
     def __str__(self) -> str:
         return f"nfe = {self.nfe}, accepted steps = {self.accepted}, rejected = {self.rejected}"
@@ -52,7 +65,8 @@ class Solution:
     """The solution of an initial value problem.
 
     ts: the times, as given. ys: y at these times, of shape (len(ts), *y0.shape), or a tuple of such; after an event
-    y0 and y(event_t). stats: what it cost. status: how it ended. event_t: where the event was, a 0-d tensor, or None.
+    y0 and y(event_t). stats: what it cost. status: how it ended; with throw="deferred" PENDING until `check`. event_t:
+    where the event was, a 0-d tensor, or None.
     integral: of what was integrated beside y, from ts[0] to these times, of shape (len(ts), *its shape), or None.
     """
 
@@ -62,3 +76,23 @@ class Solution:
     status: Status
     event_t: Tensor | None = None
     integral: Tensor | None = None
+
+    def check(self) -> Solution:
+        """Raise SolveError if the solve failed, or its backward pass as far as it was taken. With
+        `options=dict(throw="deferred")` this waits for the device, and fills in stats and status."""
+        failures = [pending.end() for pending in self.stats.pending]
+        failure = next((f for f in failures if f is not None), None)
+        if failure is not None:
+            self.status = failure.status
+            raise failure
+        if self.status is Status.PENDING:
+            self.status = Status.SUCCESS
+        if self.status is not Status.SUCCESS:
+            raise SolveError(self.status, self._reached(), self.stats)
+        return self
+
+    def _reached(self) -> float:
+        """The last of the times whose y is not NaN."""
+        parts = self.ys if isinstance(self.ys, tuple) else (self.ys,)
+        finite = [bool(all(x[i].isfinite().all() for x in parts)) for i in range(len(self.ts))]
+        return float(self.ts[finite.index(False) - 1 if False in finite else -1])

@@ -40,6 +40,7 @@ class Status(Enum):
         "The event function did not change its sign within the allowed number of steps. Check that it does along the "
         "solution, start nearer to the event, or take larger steps.",
     )
+    PENDING = 5, "Nobody has looked yet how the solve ended: `Solution.check()` does."
 
     def __new__(cls, code: int, sentence: str) -> Self:
         member = object.__new__(cls)

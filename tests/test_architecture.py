@@ -28,6 +28,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "kernels.fused_sums",
         "kernels.fused",
         "kernels.backend",
+        "kernels.capture",
         "kernels",
     ),
     ("options", "field", "problem", "solution"),
@@ -40,7 +41,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "device_pace",
         "interpolation",
     ),
-    ("host_loop", "scipy_bridge", "methods", "device_loop", "graphs", "dense"),
+    ("host_loop", "scipy_bridge", "methods", "device_loop", "fingerprint", "graphs", "dense"),
     (
         "gradients.request",
         "gradients.backprop",
@@ -61,7 +62,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients",
     ),
     ("integral", "regularized", "odeint", "event"),
-    ("nn", "", "__main__"),
+    ("compiled", "nn", "", "__main__"),
 )
 PLACE = {name: (level, i) for level, layer in enumerate(LAYERS) for i, name in enumerate(layer)}
 

@@ -2,51 +2,66 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 import torch
 from problems import F64, MLP, TimedLinear, linspace
 
 from node_cuda import TABLEAUS, Status, graphs, solve
 from node_cuda.device_loop import DeviceLoop
-from node_cuda.kernels.fused import Fused
-from node_cuda.methods import arithmetic_of
+from node_cuda.kernels import capture
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 
 
 class Eager:
-    """Stands in for a captured solve: attempts by Python, until the control says that it is over, and two more."""
+    """Stands in for a Recorder: work is not recorded, its Python runs again."""
 
-    tier, why = "eager", None
+    def __init__(self, device, module, tier=None):
+        self.tier = tier or "eager"
 
-    def __init__(self, problem, method):
-        with torch.no_grad():
-            arithmetic = arithmetic_of(problem)
-            assert isinstance(arithmetic, Fused)
-            self.loop = DeviceLoop(problem, method, arithmetic)
-            self.loop.y.copy_(problem.y0)
-            for _ in range(2):
-                self.loop.begin()
-                self.loop.attempt()
-        self.repeat = self
+    def aside(self):
+        return contextlib.nullcontext()
 
-    def run(self, y0, times):
-        with torch.no_grad():
-            self.loop.rebind(y0, times)
-            self.loop.begin()
-            while self.loop.control.read().active:
-                self.loop.attempt()
-            for _ in range(2):
-                self.loop.attempt()
-        return self.loop.ys.clone()
+    def warm_up(self, work):
+        for _ in range(2):
+            work()
 
-    def read(self):
-        return self.loop.control.read()
+    def record(self, work):
+        class Recording:
+            @staticmethod
+            @torch.no_grad()
+            def replay():
+                work()
+
+        return Recording()
+
+    def repeat(self, step, control):
+        class Repeat:
+            tier = "eager"
+
+            @staticmethod
+            def run():
+                while control.read().active:
+                    step.replay()
+                for _ in range(2):
+                    step.replay()
+
+        return Repeat(), None
+
+    def look(self, control):
+        class Look:
+            ask = staticmethod(lambda: None)
+            answer = staticmethod(control.read)
+
+        return Look()
 
 
 @pytest.fixture
 def eager(shim, monkeypatch):
-    monkeypatch.setattr(graphs, "capture", Eager)
+    monkeypatch.setattr(capture, "Recorder", Eager)
+    monkeypatch.setattr(DeviceLoop, "release", lambda self: None)
 
 
 CASES = {
@@ -121,4 +136,4 @@ def test_a_captured_solve_serves_again_for_other_states_and_times(eager):
         t = linspace(0.0, end, 4)
         device = solve(func, y0, t, options=dict(cuda_graph=kept))
         assert torch.equal(device.ys, solve(func, y0, t).ys)
-    assert len(kept._captured) == 1
+    assert kept.count == 1

@@ -16,7 +16,7 @@ from .launching import Launch, Workplace
 
 __all__ = ["PRIMITIVES", "STEP", "WITHOUT_STATE", "Launch", "Primitive", "Workplace"]
 
-WITHOUT_STATE = {"stage_time", "step_control", "start_control", "grid_control"}  # these move numbers only
+WITHOUT_STATE = {"stage_time", "step_control", "start_control", "grid_control", "resume"}  # these move numbers only
 
 
 class Primitive(NamedTuple):

@@ -84,7 +84,7 @@ class _AdjointTask(Task):
             return ys, float(event_t)
         ys, self.status = backprop.outputs(request)
         # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
-        self.failed = not request.method.options.throw and self.status is not Status.SUCCESS
+        self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
         return ys, request.problem.direction * request.problem.times[-1]
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:

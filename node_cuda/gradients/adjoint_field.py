@@ -9,6 +9,7 @@ from torch import Tensor
 
 from node_cuda.gradients.reached import Reached
 from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.clock import Interval
 from node_cuda.norms import ErrorNorm
 from node_cuda.problem import Problem
 
@@ -84,10 +85,12 @@ class ParameterGradient:
         """See `Quadrature`."""
         return self.field.integrands
 
-    def add(self, integrands: Sequence[Tensor | None], weight: float, error_weight: float) -> None:
+    def add(
+        self, integrands: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
+    ) -> None:
         """See `Quadrature`. The minus turns the integral from t1 down to t0 into the one from t0 up to t1."""
         if self.field.params:
-            self.sums.add(integrands, -weight, -error_weight)
+            self.sums.add(integrands, -weight, -error_weight, at)
 
     def scaled_errors(self) -> list[Tensor]:
         """See `Extra`."""

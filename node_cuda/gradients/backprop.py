@@ -10,7 +10,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.gradients.request import Request
-from node_cuda.graphs import solve_outputs_by_graphs
+from node_cuda.graphs import solve_by_graphs
 from node_cuda.host_loop import solve_event, solve_outputs
 from node_cuda.methods import SCIPY, make_loop
 from node_cuda.options import ScipyOptions
@@ -27,11 +27,11 @@ def outputs(request: Request) -> tuple[Tensor, Status]:
     if isinstance(method.options, ScipyOptions):
         return solve_scipy(problem, method.options, request.stats)
     if method.options.cuda_graph:
-        done = solve_outputs_by_graphs(problem, method, request.stats)
+        done = solve_by_graphs(problem, method, request.stats)
         if done is not None:
             return done
     loop, interpolant = make_loop(problem, method, request.stats)
-    return solve_outputs(loop, interpolant, method.options.throw)
+    return solve_outputs(loop, interpolant, method.options.raises)
 
 
 def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
@@ -39,6 +39,8 @@ def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     problem, method = request.problem, request.method
     if method.name == SCIPY:
         raise Unsupported('method="scipy_solver" finds no events. Use "dopri5", or a fixed grid with a step_size.')
+    if method.options.cuda_graph:
+        request.stats.why = "an event is looked for by the host"
     loop, interpolant = make_loop(problem, method, request.stats, endless=True)
     at, y = solve_event(loop, interpolant, event_fn, None if method.adaptive else MAX_EVENT_STEPS)
     return torch.tensor(at, dtype=problem.t.dtype, device=problem.t.device), torch.stack([problem.y0, y])

@@ -76,7 +76,7 @@ class _DiscreteTask(Task):
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:
-            ys, self.status = solve_outputs(loop, interpolant, method.options.throw)
+            ys, self.status = solve_outputs(loop, interpolant, method.options.raises)
             self.times = problem.times
         else:
             at, y = solve_event(loop, interpolant, self.event_fn, None if method.adaptive else MAX_EVENT_STEPS)

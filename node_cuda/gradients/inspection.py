@@ -42,8 +42,13 @@ class Inspection:
         self.replays = replays
         self._reached: set[int] = set()
 
+    def leave(self) -> None:
+        """Make room for func; a captured solve does not evaluate it."""
+        if self.field.func is self:
+            self.field.func = self.called
+
     def __call__(self, t: Tensor, y: State) -> Any:
-        self.field.func = self.called
+        self.leave()
         self.field.probes += 1  # with a tape, what func does with memory may be another thing
         before = _copied(y)
         states = self._states(t.device)

@@ -99,6 +99,8 @@ class Task(ABC):
             )
             problem.field.func = self._inspection
         ys, at = self.solve(replace(self._request, problem=problem))
+        if self._inspection is not None:
+            self._inspection.leave()
         self._let_go(problem)
         return ys, torch.tensor(at, dtype=torch.float64, device=t.device)
 

@@ -53,17 +53,31 @@ def _checked(name: str, where: str) -> str:
 
 def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]) -> Arithmetic:
     """The arithmetic of a solve. Raises Unsupported where "fused" is wanted and cannot be had."""
-    obstacle = None if wanted == "reference" else _obstacle(y0)
-    if wanted != "reference" and obstacle is None:
+    obstacle = why_plain(wanted, y0)
+    if obstacle is None:
         module, on = _kernels(y0.device)
-        if module is not None:
-            return Fused(module, on, y0, direction, norm, times)
-        obstacle = "there are no kernels for this device; `python -m node_cuda` says why"
+        assert module is not None
+        return Fused(module, on, y0, direction, norm, times)
     if wanted == "fused":
         raise Unsupported(
             f'The backend "fused" was asked for, but {obstacle}. Use "auto" to solve without the kernels.'
         )
     return Arithmetic(y0, direction, norm, times)
+
+
+def why_plain(wanted: str, y0: Tensor) -> str | None:
+    """Why the steps of a solve are plain PyTorch's, as half a sentence; None: they are the kernels'."""
+    if wanted == "reference":
+        return 'the backend is "reference"'
+    obstacle = _obstacle(y0)
+    if obstacle is None and module_for(y0.device) is None:
+        obstacle = "there are no kernels for this device; `python -m node_cuda` says why"
+    return obstacle
+
+
+def module_for(device: torch.device) -> ModuleType | None:
+    """The compiled module."""
+    return _kernels(device)[0]
 
 
 def _obstacle(y0: Tensor) -> str | None:

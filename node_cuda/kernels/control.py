@@ -48,15 +48,15 @@ class Reading(NamedTuple):
     status: int
     active: int
     finite: int
-    unused: int
+    paused: int
 
 
 class Control:
     """The state of step control in device memory, and the lists of times that it looks at.
 
     landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
-    sliver before them. outputs: on the device, the solve ends with the last of them. points: those of a grid, whose
-    steps are all good; then the law is of no matter.
+    sliver before them. outputs: on the device, the solve ends with the last of them; pauses: and waits at each of the
+    others for `resume`. points: those of a grid, whose steps are all good; then the law is of no matter.
     """
 
     def __init__(
@@ -70,6 +70,8 @@ class Control:
         stops: Sequence[float],
         outputs: Tensor,
         points: Sequence[float] = (),
+        *,
+        pauses: bool = False,
     ) -> None:
         device = outputs.device
         self._plan = plan
@@ -81,13 +83,14 @@ class Control:
         self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
         self._stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
         self._outputs = outputs
-        self._points = torch.tensor(list(points), dtype=torch.float64, device=device)
+        self.points = torch.tensor(list(points), dtype=torch.float64, device=device)
         plan.set_law(
             law.exponents,
             law.safety,
             law.ifactor,
             law.dfactor,
             law.keep,
+            pauses,
             law.min_step,
             law.max_step,
             float(order),
@@ -103,6 +106,10 @@ class Control:
         """Begin at t0 with a step of h; None: `initial_norms` and `initial_change` choose it."""
         self._plan.start_control(t0, -1.0 if h is None else h)
 
+    def start_at(self, t0: Tensor, h: float | None) -> None:
+        """The same at a time that the device reads: one double."""
+        self._plan.start_control_at(t0.data_ptr(), -1.0 if h is None else h)
+
     def initial_norms(self, y0: Tensor, f0: Tensor) -> None:
         """The first half of Hairer's starting step: the step to be read is the Euler step that probes."""
         self._plan.initial_norms(y0.data_ptr(), f0.data_ptr())
@@ -117,12 +124,21 @@ class Control:
 
     def next_of_grid(self) -> None:
         """To the next point of the grid; the first call begins."""
-        self._plan.next_of_grid(_array(self._points))
+        self._plan.next_of_grid(_array(self.points))
+
+    def resume(self) -> None:
+        """Go on where the solve waits at an output."""
+        self._plan.resume(_array(self.points))
 
     @property
     def address(self) -> int:
         """Of the state, in device memory."""
         return self._ctl.data_ptr()
+
+    @property
+    def state(self) -> Tensor:
+        """The state itself, as bytes on the device."""
+        return self._ctl
 
     @property
     def jumped(self) -> Tensor:

@@ -86,11 +86,6 @@ class Fused(Arithmetic):
         unknown = math.nan
         return Interval(unknown, unknown, unknown, unknown, unknown, self.plan.current())
 
-    def set_times(self, times: Sequence[float]) -> None:
-        """Other output times, as many as before."""
-        self.output_times = tuple(times)
-        self.device_times.copy_(torch.tensor(self.output_times, dtype=torch.float64))
-
     def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
         """See `Arithmetic`. One launch, and no copy from the host, which would wait."""
         slots = torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
@@ -187,8 +182,10 @@ class Fused(Arithmetic):
         jumps: frozenset[float],
         stops: Sequence[float],
         outputs: bool,
+        pauses: bool,
     ) -> Control:
-        """Step control on the device. outputs: the solve ends with the last of the output times."""
+        """Step control on the device. outputs: the solve ends with the last of the output times; pauses: and waits at
+        each."""
         return Control(
             self.plan,
             law,
@@ -198,12 +195,13 @@ class Fused(Arithmetic):
             jumps,
             stops,
             self.device_times[1:] if outputs else self.device_times[:0],
+            pauses=pauses,
         )
 
-    def grid_control(self, points: Sequence[float]) -> Control:
+    def grid_control(self, points: Sequence[float], *, pauses: bool = False) -> Control:
         """Steps from point to point of a grid, on the device."""
         law = ControlLaw((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
-        return Control(self.plan, law, 1, math.inf, (), frozenset(), (), self.device_times[1:], points)
+        return Control(self.plan, law, 1, math.inf, (), frozenset(), (), self.device_times[1:], points, pauses=pauses)
 
     def commit(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         """to_i = source_i, if the step judged last was accepted. One launch."""
@@ -288,8 +286,7 @@ class Fused(Arithmetic):
         fits = bool(like) and all(x.dtype in DTYPES and x.device == self.device and has_address(x) for x in like)
         if not fits:
             return super().sums(like, with_error=with_error)
-        codes = [DTYPES[x.dtype] for x in like]
-        return FusedSums(like, self.module, self.on, codes, with_error=with_error)
+        return FusedSums(like, self.module, self.on, DTYPES, with_error=with_error)
 
     def adjoint_stage(self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
         """See `Arithmetic`. One launch for every MAX_TERMS terms."""
@@ -337,6 +334,12 @@ class Fused(Arithmetic):
         workspace = self._zeros(self.plan.workspace_size())
         self.plan.set_workspace(workspace.data_ptr())
         return rtol_each, atol_each, device_ends, workspace
+
+    def set_tolerances(self, norm: ErrorNorm) -> None:
+        """Other tolerances where they are tensors; as numbers they are part of the launches."""
+        for tol, held in zip((norm.rtol, norm.atol), self._held, strict=False):
+            if isinstance(tol, Tensor) and held is not None:
+                held.copy_(tol.expand(self.shape))
 
     def _tolerance(self, tol: Tol) -> tuple[float, Tensor | None]:
         """A number, or one an element of the state, in its real dtype."""

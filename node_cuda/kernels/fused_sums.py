@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.memory import address, resolved
 from node_cuda.kernels.sums import Sums
 from node_cuda.norms import ErrorNorm
@@ -17,10 +18,14 @@ from node_cuda.norms import ErrorNorm
 _PART = struct.Struct("=6q")  # struct Part of csrc/launchers.h
 
 
+class Kept(list[Tensor]):
+    """Tensors that a step begins with and that outlive its rejection, in the dtypes of the sums."""
+
+
 class FusedSums(Sums):
     """See `Sums`. The buffers are laid out as the first tensors that come, so that transposed ones need no copy.
 
-    codes: the dtypes of `like` as csrc knows them.
+    code_of: the dtypes as csrc knows them.
     """
 
     def __init__(
@@ -28,35 +33,38 @@ class FusedSums(Sums):
         like: Sequence[Tensor],
         module: ModuleType,
         on: tuple[int, int],
-        codes: Sequence[int],
+        code_of: Mapping[torch.dtype, int],
         *,
         with_error: bool,
     ) -> None:
         super().__init__(like, with_error=with_error)
         self._module = module
         self._on = on
-        self._codes = codes
+        self._code_of = code_of
+        self._codes = [code_of[x.dtype] for x in like]
         self._plan: Any = None
+        self._of_kept: Any = None  # the same sums, for what is kept
+        self._keeper: Any = None
+        self._kept = Kept()
         self._has_sum = self._has_error = False
 
     def begin(self) -> None:
         """See `Sums`."""
         self._has_sum = self._has_error = False
 
-    def add(self, tensors: Sequence[Tensor | None], weight: float, error_weight: float) -> None:
+    def add(
+        self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
+    ) -> None:
         """See `Sums`. One launch; two where one of the sums begins and the other goes on."""
-        tensors = [None if x is None else resolved(x) for x in tensors]
-        plan = self._plan or self._lay_out(tensors)
+        plan, given = (self._of_kept, tensors) if isinstance(tensors, Kept) else self._laid_out(tensors)
         error_weight = error_weight if self.with_error else 0.0
-        given = [
-            None if x is None else self._as_laid_out(x, total) for x, total in zip(tensors, self.total, strict=True)
-        ]
-        addresses = [0 if x is None else address(x, "the gradient of a parameter") for x in given]
+        where = self._module.ONE if at is None else at.native
+        addresses = _addresses(given)
         if weight and error_weight and self._has_sum != self._has_error:
-            plan.accumulate(addresses, weight, 0.0, self._has_sum)
-            plan.accumulate(addresses, 0.0, error_weight, self._has_error)
+            plan.accumulate(addresses, where, weight, 0.0, self._has_sum)
+            plan.accumulate(addresses, where, 0.0, error_weight, self._has_error)
         elif weight or error_weight:
-            plan.accumulate(addresses, weight, error_weight, self._has_sum if weight else self._has_error)
+            plan.accumulate(addresses, where, weight, error_weight, self._has_sum if weight else self._has_error)
         self._has_sum = self._has_sum or bool(weight)
         self._has_error = self._has_error or bool(error_weight)
 
@@ -75,7 +83,32 @@ class FusedSums(Sums):
         """See `Sums`. One launch."""
         self._next = None
         if self._has_sum:
-            self._plan.commit()
+            self._plan.commit(self._module.ONE)
+
+    def commit_if_accepted(self, at: Interval) -> None:
+        """The same, if the device accepted the step. at: the current step. One launch."""
+        if self._has_sum:
+            self._plan.commit(at.native)
+
+    def keep(self, tensors: Sequence[Tensor | None]) -> Kept:
+        """A copy of the tensors in memory that is always the same. One launch."""
+        _, given = self._laid_out(tensors)
+        keeper = self._keeper or self._make_keeper()
+        keeper.accumulate(_addresses(given), self._module.ONE, 1.0, 0.0, False)
+        return self._kept
+
+    def keep_if_accepted(self, tensors: Sequence[Tensor | None], at: Interval) -> None:
+        """Put these in their place, if the device accepted the step. at: the current step. One launch."""
+        _, given = self._laid_out(tensors)
+        self._keeper.keep(_addresses(given), at.native)
+
+    def _laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Any, list[Tensor | None]]:
+        """The plan, made by the first tensors that come, and these tensors as the buffers lie."""
+        tensors = [None if x is None else resolved(x) for x in tensors]
+        plan = self._plan or self._lay_out(tensors)
+        return plan, [
+            None if x is None else self._as_laid_out(x, total) for x, total in zip(tensors, self.total, strict=True)
+        ]
 
     def _lay_out(self, first: Sequence[Tensor | None]) -> Any:
         """Buffers of the memory format of these tensors, and the table of them on the device."""
@@ -84,20 +117,38 @@ class FusedSums(Sums):
                 self.total[i] = torch.empty_strided(x.size(), x.stride(), dtype=dtype, device=x.device).zero_()
         self._sum = [torch.empty_like(x) for x in self.total]
         self._error = [torch.empty_like(x) for x in self.total] if self.with_error else []
-        device, sizes, chunk = self.total[0].device, [x.numel() for x in self.total], 0
-        table = bytearray()
-        for i, (total, size, code) in enumerate(zip(self.total, sizes, self._codes, strict=True)):
-            error = self._error[i].data_ptr() if self._error else 0
-            table += _PART.pack(self._sum[i].data_ptr(), error, total.data_ptr(), size, chunk, code)
-            chunk += self._module.chunks_of(size)
-        self._parts = torch.frombuffer(table, dtype=torch.uint8).to(device)
-        self._plan = self._module.SumsPlan(self._parts.data_ptr(), sizes, self._on)
+        device = self.total[0].device
+        self._parts, self._plan = self._bind(self._sum, self._error, self.total, self._codes)
         self._workspace = torch.zeros(self._plan.workspace_size(), dtype=torch.uint8, device=device)
         self._ratio = torch.empty(1, dtype=torch.float64, device=device)
         return self._plan
+
+    def _make_keeper(self) -> Any:
+        """Memory for what is kept, and the plans that read it and that write it, which is returned."""
+        codes = [self._code_of[d] for d in self.dtypes]
+        self._kept = Kept(map(torch.empty_like, self.total))
+        self._parts_of_kept, self._of_kept = self._bind(self._sum, self._error, self.total, codes)
+        self._parts_of_keeper, self._keeper = self._bind(self._kept, (), (), self._codes)
+        return self._keeper
+
+    def _bind(
+        self, sums: Sequence[Tensor], errors: Sequence[Tensor], totals: Sequence[Tensor], codes: Sequence[int]
+    ) -> tuple[Tensor, Any]:
+        """The table of these buffers on the device, for tensors of these dtypes, and its plan."""
+        sizes, chunk, table = [x.numel() for x in sums], 0, bytearray()
+        for i, (x, size, code) in enumerate(zip(sums, sizes, codes, strict=True)):
+            error, total = (each[i].data_ptr() if each else 0 for each in (errors, totals))
+            table += _PART.pack(x.data_ptr(), error, total, size, chunk, code)
+            chunk += self._module.chunks_of(size)
+        parts = torch.frombuffer(table, dtype=torch.uint8).to(sums[0].device)
+        return parts, self._module.SumsPlan(parts.data_ptr(), sizes, self._on)
 
     def _as_laid_out(self, x: Tensor, like: Tensor) -> Tensor:
         """x, or a copy of it where its numbers do not lie as the buffers do."""
         if x.stride() == like.stride() or x.numel() <= 1:
             return x
         return torch.empty_like(like, dtype=x.dtype).copy_(x)
+
+
+def _addresses(tensors: Sequence[Tensor | None]) -> list[int]:
+    return [0 if x is None else address(x, "the gradient of a parameter") for x in tensors]

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.kernels import reference
+from node_cuda.kernels.clock import Interval
 from node_cuda.norms import ErrorNorm
 
 
@@ -32,8 +33,12 @@ class Sums:
         """A step is tried: forget what was added for one that was not accepted."""
         self._sum, self._error = [], []
 
-    def add(self, tensors: Sequence[Tensor | None], weight: float, error_weight: float) -> None:
-        """sum_i += weight x_i, error_i += error_weight x_i; None stands for zeros."""
+    def add(
+        self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
+    ) -> None:
+        """sum_i += weight x_i, error_i += error_weight x_i, with `at` times its signed size; None stands for zeros."""
+        if at is not None:
+            weight, error_weight = at.signed * weight, at.signed * error_weight
         given = [self._zero(i) if x is None else x for i, x in enumerate(tensors)]
         if weight:
             self._sum = reference.accumulate(self._sum, given, weight, self.dtypes)

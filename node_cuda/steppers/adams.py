@@ -139,7 +139,7 @@ class Adams:
             integrands = [slope.integrands for slope in slopes]
             for i, weight in row:
                 of_node = (integrands if last is None else [last, *integrands])[i]
-                self.quadrature.add(of_node, at.signed * float(weight), 0.0)
+                self.quadrature.add(of_node, float(weight), 0.0, at)
         return Step(at, y0, y1, [f0], span=move.span)
 
     def _correct(

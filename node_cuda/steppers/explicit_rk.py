@@ -50,8 +50,8 @@ class ExplicitRK:
         err_row = tableau.err_row if estimate else None
         partial = None if err_row is None else tuple((j, e) for j, e in err_row if j < self._known)
         self._last = arithmetic.last_stage(tableau.b_row, partial, 1.0, self._end)
-        self._integrands: Sequence[Tensor | None] = ()  # of the last evaluation
-        self._first_integrands: Sequence[Tensor | None] = ()  # of k1, which outlives a rejected step
+        self.integrands: Sequence[Tensor | None] = ()  # of the last evaluation
+        self.first_integrands: Sequence[Tensor | None] = ()  # of k1, which outlives a rejected step
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
         """f(t0, y0), for methods whose steps hand it on; inside: just after t0."""
@@ -75,7 +75,7 @@ class ExplicitRK:
         arithmetic, fsal = self.arithmetic, self.tableau.fsal
         if self.quadrature is not None:
             self.quadrature.begin()
-            self._integrands = self._first_integrands
+            self.integrands = self.first_integrands
             self._add(0, at)
         k = [k1]
         times = self._slots(at, self._nodes, span)
@@ -98,7 +98,7 @@ class ExplicitRK:
         if step.jump:
             return self._evaluate(0, self._start_time(step.t1, None, inside=True), step.y1)
         if self.tableau.carry_last_stage:
-            self._first_integrands = self._integrands
+            self.first_integrands = self.integrands
             return step.k[-1]
         return None
 
@@ -114,9 +114,10 @@ class ExplicitRK:
         """f(t0, y0), as the first stage of a step."""
         return self._evaluate(0, self._start_time(t0, span, self.inside), y0)
 
-    def slope_at_beginning(self, at: Interval, y0: Tensor) -> Tensor:
-        """The same, of a step whose times need not be known on the host."""
-        (t,) = self.arithmetic.times(at, (0.0,), JUST_AFTER if self.inside else HERE)
+    def slope_at_beginning(self, at: Interval, y0: Tensor, *, inside: bool | None = None) -> Tensor:
+        """The same, of a step whose times need not be known on the host; inside: just after its start, by default as
+        the other stages."""
+        (t,) = self.arithmetic.times(at, (0.0,), JUST_AFTER if (self.inside if inside is None else inside) else HERE)
         return self._evaluate(0, t, y0)
 
     def slope_at(self, at: Interval, span: Span | None, y1: Tensor, inside: bool) -> Tensor:
@@ -148,15 +149,15 @@ class ExplicitRK:
         next_k1 = self.tableau.carry_last_stage and i == self.tableau.stages - 1
         self.quadrature.wants(bool(self._b[i] or self._e[i] or (next_k1 and (self._b[0] or self._e[0]))))
         k = self._f(t, z)
-        self._integrands = self.quadrature.take()
+        self.integrands = self.quadrature.take()
         if i == 0:
-            self._first_integrands = self._integrands
+            self.first_integrands = self.integrands
         return k
 
     def _add(self, i: int, at: Interval) -> None:
         """Give stage i its weights in the quadrature."""
         if self.quadrature is not None and (self._b[i] or self._e[i]):
-            self.quadrature.add(self._integrands, at.signed * self._b[i], at.signed * self._e[i])
+            self.quadrature.add(self.integrands, self._b[i], self._e[i], at)
 
     def _start_time(self, t0: float, span: Span | None, inside: bool) -> Tensor:
         at = self.arithmetic.interval(t0, t0, 0.0)

@@ -89,6 +89,8 @@ class Quadrature(Protocol):
         """The integrands of the last evaluation; None for zeros."""
         ...
 
-    def add(self, integrands: Sequence[Tensor | None], weight: float, error_weight: float) -> None:
-        """Add them to this step's sum, and to its error estimate."""
+    def add(
+        self, integrands: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
+    ) -> None:
+        """Add them, so many times, to this step's sum and its error estimate; with `at` times its signed size."""
         ...

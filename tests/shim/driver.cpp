@@ -75,7 +75,7 @@ void run(int dtype, int64_t n, int offset) {
   Law law{};
   law.safety = 0.9, law.ifactor = 10.0, law.dfactor = 0.2, law.max_step = 1e9, law.order = 5.0, law.exponents[0] = 0.2;
   law.max_num_steps = 1000;
-  check(launch_start_control(&ctl, &law, 1.0, 0.0, -1.0, on));
+  check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, -1.0, on));
   check(launch_initial_norms(dtype, n, y0.data(), k1.data(), &tolerance, &segments, workspace.data(), norms, &ctl, on));
   check(launch_initial_change(dtype, n, y0.data(), k1.data(), k2.data(), &tolerance, nullptr, workspace.data(), norms,
                               &ctl, &law, on));
@@ -130,7 +130,7 @@ void run_graph(int64_t n) {
   const Where next{&ctl, Interval{}, 0.0};
   const Finish finish{nullptr, &ctl, nullptr, 0, law};
   const Slot start{t, 0.0, 1}, end{t + 1, 1.0, -1};
-  check(launch_start_control(&ctl, &law, 1.0, 0.0, 0.5, on));
+  check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, 0.5, on));
   cudaStreamBeginCapture(&stream);
   check(launch_stage_time(FLOAT, 1, &start, &next, on));
   check(launch_field(FLOAT, n, k1.data(), t, y0.data(), on));

@@ -121,7 +121,7 @@ class LawStruct(Structure):
         *((name, c_void_p) for name in ("landings", "is_jump", "stops", "outputs")),
         *((name, c_int64) for name in ("landing_count", "stop_count", "output_count")),
         ("keep", c_int32),
-        ("unused", c_int32),
+        ("pauses", c_int32),
     ]
 
 
@@ -135,7 +135,7 @@ class Ctl(Structure):
         ("norms", c_double * 2),
         *((name, c_int64) for name in ("attempts", "accepted", "rejected", "next_landing", "next_stop")),
         *((name, c_int64) for name in ("first_output", "next_output")),
-        *((name, c_int32) for name in ("accept", "jump", "status", "active", "finite", "unused")),
+        *((name, c_int32) for name in ("accept", "jump", "status", "active", "finite", "paused")),
     ]
 
 
@@ -184,8 +184,9 @@ _LAUNCHERS = {
     "error_ratio": (_I, _L, _P, _P, _D, _P, _P, _P, _P, _P, _P, _P),
     "scaled_error": (_I, _L, _P, _P, _P, _D, _P, _P, _P, _P),
     "step_control": (_P, _P, _P, _L),
-    "start_control": (_P, _P, _D, _D, _D),
+    "start_control": (_P, _P, _D, _P, _D, _D),
     "grid_control": (_P, _P, _P, _L),
+    "resume": (_P, _P, _P, _L),
     "initial_norms": (_I, _L, _P, _P, _P, _P, _P, _P, _P),
     "initial_change": (_I, _L, _P, _P, _P, _P, _P, _P, _P, _P, _P),
     "dense_eval": (_I, _L, _P, _P, _L, _L, _P, _P, _I, _I, _P, _P, _P, _P),
@@ -341,7 +342,10 @@ class Kernels:
         self.call("step_control", ptr(ctl), byref(law.struct), ptr(ratios), ratios.numel())
 
     def start_control(self, ctl: Tensor, law: Law, direction: float, t0: float, h: float) -> None:
-        self.call("start_control", ptr(ctl), byref(law.struct), direction, t0, h)
+        self.call("start_control", ptr(ctl), byref(law.struct), direction, None, t0, h)
+
+    def resume(self, ctl: Tensor, law: Law, points: Tensor | None = None) -> None:
+        self.call("resume", ptr(ctl), byref(law.struct), ptr(points), 0 if points is None else points.numel())
 
     def grid_control(self, ctl: Tensor, law: Law, points: Tensor) -> None:
         self.call("grid_control", ptr(ctl), byref(law.struct), ptr(points), points.numel())

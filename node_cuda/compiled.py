@@ -1,0 +1,51 @@
+"""A solver bound to a function, with the graphs that were captured for it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from node_cuda._typing import Func, State
+from node_cuda.graphs import Graphs
+from node_cuda.odeint import solve
+from node_cuda.solution import Solution
+
+
+class Compiled:
+    """`solve` for one func, captured; made by `compile`. graphs: what was captured so far."""
+
+    def __init__(self, func: Func, solver: Mapping[str, Any]) -> None:
+        self.func = func
+        self.solver = solver
+        self.graphs: Graphs[Any] = solver["options"]["cuda_graph"]
+
+    def __call__(self, y0: State, t: Tensor) -> Solution:
+        """The solution at the times t, from y0."""
+        return solve(self.func, y0, t, **self.solver)
+
+    def __repr__(self) -> str:
+        return f"node_cuda.compile({self.func!r}, {self.solver!r})"
+
+
+def compile(func: Func, *, tier: str | None = None, **solver: Any) -> Compiled:
+    """A function of (y0, t) that solves dy/dt = func(t, y) by captured graphs, and returns a Solution.
+
+    The first call with states of a shape captures one step, func included, as a CUDA graph; later ones launch it. The
+    graphs are freed with what this returns. tier: "while", "batches" or None for the best (see `graphs`); the other
+    arguments are those of `solve`. Where nothing can be captured, as on a CPU, the host loop solves, and
+    `Solution.stats.why` says why. Raises as `solve` does, and InvalidInput for another tier.
+    """
+    options = dict(solver.get("options") or {})
+    if not isinstance(options.get("cuda_graph"), Graphs):
+        options["cuda_graph"] = Graphs(tier)
+    return Compiled(func, {**solver, "options": options})
+
+
+def with_own_graphs(solver: Mapping[str, Any]) -> dict[str, Any]:
+    """The arguments of a solver that keeps what it captures, if they ask for that."""
+    options = solver.get("options")
+    if options is None or options.get("cuda_graph") is not True:
+        return dict(solver)
+    return {**solver, "options": {**options, "cuda_graph": Graphs()}}
