@@ -111,9 +111,10 @@ mkdir -p "$work/tests"
 mapfile -t with_gpu_tests < <(grep -l 'mark\.gpu' tests/test_*.py)
 stage tests 70 "pytest" "${pytest[@]}" "${with_gpu_tests[@]}"
 
-stage kernels 75 "" "$PYTHON" bench/kernels.py --compile-seconds 45 --out "$results"
-stage solve 80 "" "$PYTHON" bench/solve.py --device cuda --budget 2 --out "$results"
-stage memory 80 "rich" "$PYTHON" bench/memory_vs_steps.py --device cuda --steps 8 64 512 --jobs 8 --out "$results"
+stage kernels 60 "" "$PYTHON" bench/kernels.py --compile-seconds 30 --out "$results"
+stage solve 50 "" "$PYTHON" bench/solve.py --device cuda --budget 1.5 --out "$results"
+stage device-loop 90 "" "$PYTHON" bench/device_loop.py --budget 2 --jobs 8 --out "$results"
+stage memory 55 "rich" "$PYTHON" bench/memory_vs_steps.py --device cuda --steps 8 64 512 --jobs 8 --out "$results"
 
 sanitizer=$(command -v compute-sanitizer || true)
 for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda; do
@@ -127,11 +128,11 @@ for tool in memcheck racecheck initcheck; do
     continue
   fi
   # Without torch's cache every tensor is an allocation of its own, and what lies beside it is out of bounds.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 35 "pytest" \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 30 "pytest" \
     "$sanitizer" --tool "$tool" --error-exitcode 1 "${pytest[@]}" -k "$every_kernel" tests/test_kernels_shim.py
 done
 
-stage first-use 65 "pip setuptools ninja" bash -euo pipefail -c first_use
+stage first-use 60 "pip setuptools ninja" bash -euo pipefail -c first_use
 
 # Live on what the others leave over, and write each row as they have it.
 stage endurance 10 "rich" "$PYTHON" bench/endurance.py --device cuda --solves 400 --out "$results"
@@ -139,6 +140,6 @@ stage gradients 5 "" "$PYTHON" bench/gradients.py --device cuda --budget 2 --job
 
 if [ -z "$wanted" ]; then "$PYTHON" bench/gpu_record.py "$stages" "$results"; fi
 echo
-awk -F '\t' '{ printf "%-10s %-8s %4s s  %s\n", $1, $2, $3, $4 }' "$stages"
+awk -F '\t' '{ printf "%-11s %-8s %4s s  %s\n", $1, $2, $3, $4 }' "$stages"
 echo "$SECONDS s on $gpu; results: $results"
 exit "$failed"

@@ -4,8 +4,8 @@
     python bench/report.py --write    fills the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->`
     python bench/report.py --check    fails where a page does not show what the JSON says
 
-Blocks: `memory`, `speed`, `gradients`, `endurance`, `kernels`, `solve` and `gpu` (command, machine and commit;
-sentence, table), and `memory-short` and `speed-short` for the first page; pages: README.md, bench/README.md,
+Blocks: `memory`, `speed`, `gradients`, `endurance`, `kernels`, `solve`, `device-loop` and `gpu` (command, machine and
+commit; sentence, table), and `memory-short` and `speed-short` for the first page; pages: README.md, bench/README.md,
 bench/results/README.md.
 """
 
@@ -18,6 +18,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from libraries import OURS, RIVAL
+from report_device_loop import device_loop_block
 from report_endurance import endurance_block
 from report_gpu import gpu_block, kernels_block, solve_block
 from report_gradients import gradients_block
@@ -84,6 +85,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "endurance": ("endurance", endurance_block),
     "kernels": ("kernels", kernels_block),
     "solve": ("solve", solve_block),
+    "device-loop": ("device_loop", device_loop_block),
     "gpu": ("gpu", gpu_block),
 }
 

@@ -152,7 +152,8 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
     with pytest.raises(
-        SystemExit, match="endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short"
+        SystemExit,
+        match="device-loop, endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short",
     ):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 
@@ -441,6 +442,121 @@ def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp
     assert "|  | torchdiffeq | not installed |" in block
 
 
+# ---- the loop on the device
+
+
+def test_device_loop_wants_a_gpu_and_says_so(bench, monkeypatch, capsys):
+    device_loop = bench("device_loop")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
+        with pytest.raises(SystemExit) as ended:
+            device_loop.cuda_device(name)
+        assert ended.value.code == 2 and lacking in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device_loop, "kernels_for", lambda device: False)
+    with pytest.raises(SystemExit):
+        device_loop.cuda_device("cuda")
+    assert "no compiled kernels" in capsys.readouterr().err
+
+
+@pytest.fixture
+def any_loop(bench, monkeypatch):
+    """Here the host's loop in plain PyTorch does for all: nothing can be captured."""
+    captured = bench("captured")
+    for name in ("captured", "loop_steps", "device_loop_cell"):
+        monkeypatch.setattr(bench(name), "FUSED", "node_cuda reference")
+    monkeypatch.setattr(captured.Loop, "require", lambda self, stats, gradient: None)
+    return captured
+
+
+def pretended(program, what, **asked):
+    """What a cell says that found nothing to complain of; there is none of memory by batches."""
+    if what == "calls":
+        waits = 2 * (asked["loop"] == "while")
+        return {"calls": {"graphs": 2, "kernels": 0, "copies": 3, "fills": 0, "waits": waits, "others": 1}}
+    if asked["loop"] == "batches":
+        return {"failed": "RuntimeError: no such loop here"}
+    return {"accepted": asked["steps"], "state_mib": 4.0, "owned_mib": [60.0, 62.0], "left_mib": [0.0, 0.0]}
+
+
+def test_device_loop_measures_every_section_and_writes_its_results(bench, any_loop, monkeypatch, tmp_path, report):
+    pytest.importorskip("torchdiffeq")
+    device_loop = bench("device_loop")
+    monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(device_loop, "measured", pretended)
+    monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--budget", "0", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"calls of while, forward; .*memory of batches, forward") as ended:
+        device_loop.main()
+    assert "node_cuda" not in str(ended.value)
+    result = json.loads((tmp_path / "device_loop-cpu.json").read_text())
+    assert result["complete"] and result["machine"].keys() >= MACHINE_FIELDS
+    (solves,), (training,), (steps,) = (result[section] for section in ("solves", "training", "steps"))
+    ours = [f"node_cuda {loop}" for loop in any_loop.LOOPS]
+    assert list(solves["by"]) == ["torchdiffeq", "diffrax", *ours]
+    for name in ours:
+        assert solves["by"][name]["nfe"] == solves["by"]["torchdiffeq"]["nfe"] > 0
+        assert len(solves["by"][name]["ratios"]["torchdiffeq"]) == 3
+    assert solves["by"]["node_cuda while"]["promises"]["torchdiffeq"] == {"target": 15.0, "met": False}
+    for name, record in training["by"].items():
+        assert record["nfe_backward"] > 0 and len(record["milliseconds"]) == 3, name
+    assert list(steps["by"]) == ["host", "batches", "while"] and len(steps["while_over_batches_microseconds"]) == 3
+    assert all(record["microseconds_a_step"][0] > 0 for record in steps["by"].values())
+    assert [row["met"] for row in result["calls"]] == [None, None, False, True, True, None]
+    block = report.block("device-loop", tmp_path)
+    assert "RuntimeError: no such loop here." in block and "in the WHILE node beyond what it takes" in block
+    assert "| forward | while | 2 | 0 | 3 | 0 | 2 [1, missed] | 1 |" in block
+    assert "| adjoint | while | 10 | 4.00 | 60.00 / 62.00 | 0.00 / 0.00 |" in block
+
+
+def test_a_solve_by_another_loop_than_the_one_that_is_timed_keeps_its_line(bench, monkeypatch):
+    device_loop, captured = bench("device_loop"), bench("captured")
+    monkeypatch.setattr(captured, "FUSED", "node_cuda reference")
+    monkeypatch.setattr(device_loop, "installed", lambda library: library == "node_cuda")
+    case, promises = device_loop.QUICK_SOLVE_CASES[0]
+    by = device_loop.measure(
+        case, device_loop.SOLVES, promises, ["torchdiffeq"], device=torch.device("cpu"), rounds=3, budget=0.0
+    )["by"]
+    assert "milliseconds" in by["node_cuda host"] and by["torchdiffeq"] == {"failed": "not installed"}
+    assert by["node_cuda while"]["failed"].startswith('RuntimeError: it was repeated by "host", not "while": ')
+    assert by["node_cuda while"]["promises"]["torchdiffeq"]["met"] is None
+    stats = type("Stats", (), {"loop": "while", "loop_backward": "host", "why_backward": "it is so"})
+    with pytest.raises(RuntimeError, match="the host repeated the backward pass: it is so"):
+        captured.LOOPS["while"].require(stats, "adjoint")
+    captured.LOOPS["while"].require(stats, None)
+
+
+def test_calls_are_counted_between_the_beginning_and_the_end_of_a_run(bench):
+    cell = bench("device_loop_cell")
+
+    def event(name, ts, cat="cuda_runtime"):
+        return {"name": name, "ts": ts, "cat": cat}
+
+    mark = {**event(cell.MARK, 10.0, "user_annotation"), "dur": 20.0}
+    inside = ["cudaGraphLaunch_v10000", "cudaGraphLaunch", "cuLaunchKernelEx", "cudaMemcpyAsync", "cudaEventQuery"]
+    events = [mark, *(event(name, 15.0) for name in inside), event("cudaEventSynchronize", 30.0, "cuda_driver")]
+    events += [event("cudaDeviceSynchronize", 31.0), event("cudaMalloc", 9.0), event("a kernel", 15.0, "kernel")]
+    events += [event(cell.MARK, 12.0, "gpu_user_annotation"), {"ph": "M"}]
+    assert cell.calls_of(events) == {
+        "graphs": 2, "kernels": 1, "copies": 1, "fills": 0, "waits": 1, "others": 1,
+        "names": {
+            "cudaGraphLaunch": 2, "cuLaunchKernelEx": 1, "cudaMemcpyAsync": 1, "cudaEventQuery": 1,
+            "cudaEventSynchronize": 1,
+        },
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="saw no call"):
+        cell.calls_of([mark, event("cudaMalloc", 9.0)])
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_the_cells_of_device_loop_run_without_a_gpu_as_far_as_they_can(bench, any_loop):
+    cell, cpu = bench("device_loop_cell"), torch.device("cpu")
+    for gradient in (None, "adjoint", "discrete"):
+        found = cell.memory(any_loop.LOOPS["while"], gradient, rows=2, steps=4, device=cpu)
+        assert found["accepted"] == 4 and found["owned_mib"] == found["left_mib"] == [0.0, 0.0]
+    with pytest.raises(SystemExit, match="saw no call"):
+        cell.calls(any_loop.LOOPS["while, deferred"], None, rows=2, steps=4, device=cpu)
+
+
 # ---- gradients
 
 
@@ -626,8 +742,8 @@ def test_gpu_sh_goes_on_after_a_failed_stage_and_records_all(tmp_path, interpret
     results = {stage["stage"]: stage["result"] for stage in recorded["stages"]}
     sanitizers = {"memcheck", "racecheck", "initcheck"}
     assert {stage: result for stage, result in results.items() if stage not in sanitizers} == {
-        "build": "passed", "tests": "passed", "kernels": "passed", "solve": "failed", "memory": "skipped",
-        "first-use": "passed", "endurance": "skipped", "gradients": "passed",
+        "build": "passed", "tests": "passed", "kernels": "passed", "solve": "failed", "device-loop": "passed",
+        "memory": "skipped", "first-use": "passed", "endurance": "skipped", "gradients": "passed",
     }  # fmt: skip
     assert results.keys() >= sanitizers
     notes = {stage["stage"]: stage["note"] for stage in recorded["stages"]}
@@ -658,6 +774,6 @@ def test_gpu_sh_ends_within_ten_minutes():
     script = (BENCH / "gpu.sh").read_text()
     limits = {name: int(seconds) for name, seconds in re.findall(r"\bstage \"?\$?([\w-]+)\"? (\d+) \"", script)}
     assert limits.keys() == {
-        "build", "tests", "kernels", "solve", "memory", "tool", "first-use", "endurance", "gradients",
+        "build", "tests", "kernels", "solve", "device-loop", "memory", "tool", "first-use", "endurance", "gradients",
     }  # fmt: skip
     assert sum(limits.values()) + 2 * limits["tool"] <= 585

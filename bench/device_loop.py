@@ -1,0 +1,279 @@
+"""Times solves whose steps the device repeats, of a step that was captured once with its field (cuda_graph=True).
+
+1. Whole solves at rtol 1e-6: torchdiffeq, diffrax by jax.jit, our host loop with the kernels, and the device's loop in
+   every way: one launch ("while"), batches of launches, and with nothing read back ("deferred").
+2. A training step, with Adam: torchdiffeq's adjoint, ours by the host, and captured, continuous and discrete.
+3. What a step costs by each loop, as the slope of the time over the number of steps, and what a first call costs.
+4. What a run asks of CUDA between its beginning and its return: launches, copies, waits, by torch.profiler.
+5. What torch's allocator holds for a captured solve, of few and of many steps, and when its owner is gone.
+
+Values are checked before anything is timed; ratios are those of one round. 4 and 5 are processes of their own. What
+fails keeps its row, which says why.
+
+    python bench/device_loop.py [--quick] [--budget SECONDS] [--jobs N] [--out DIRECTORY]
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import program
+import torch
+from captured import LOOPS, CapturedSolve, OurTraining, TheirTraining
+from cases import Case
+from device_loop_cell import FORWARD
+from diffrax_contestant import DiffraxContestant
+from fresh_process import measured
+from libraries import DIFFRAX, OURS, RIVAL, installed
+from loop_steps import ROUNDS as STEP_ROUNDS
+from loop_steps import STEPPINGS, STEPS, measure_steps
+from loop_steps import TIMED as LOOPS_TIMED
+from modes import ADJOINT, BACKPROP, DISCRETE
+from report_device_loop import calls_rows, device_loop_sentences, memory_rows, solve_rows, steps_rows
+from solve import ROUNDS, checked
+from solving import Contestant, Problem, TorchContestant, exact, make_problem
+from tables import gist, show, write_result
+from timing import Spread, interleaved
+
+Record = dict[str, Any]
+Contestants = Mapping[str, Callable[[Problem], Contestant]]
+
+CELL = "device_loop_cell.py"
+HOST, WHILE = f"{OURS} host", f"{OURS} while"  # of solves
+THEIR_ADJOINT = f"{RIVAL} {ADJOINT}"
+HOST_ADJOINT, WHILE_ADJOINT, WHILE_DISCRETE = (
+    f"{OURS} {gradient}, {loop}" for gradient, loop in ((ADJOINT, "host"), (ADJOINT, "while"), (DISCRETE, "while"))
+)
+
+SOLVES: Contestants = {
+    RIVAL: functools.partial(TorchContestant, RIVAL),
+    DIFFRAX: DiffraxContestant,
+    **{f"{OURS} {name}": functools.partial(CapturedSolve, loop=loop) for name, loop in LOOPS.items()},
+}
+TRAININGS: Contestants = {
+    THEIR_ADJOINT: TheirTraining,
+    **{
+        f"{OURS} {ADJOINT}, {name}": functools.partial(OurTraining, loop=loop, gradient=ADJOINT)
+        for name, loop in LOOPS.items()
+    },
+    WHILE_DISCRETE: functools.partial(OurTraining, loop=LOOPS["while"], gradient=DISCRETE),
+}
+
+
+def case(timed: str, gradient: str, batch: int, dim: int, hidden: int, t_end: float) -> Case:
+    return Case(timed, gradient, batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6)
+
+
+NO_SLOWER = 0.95
+"""Of two that take the same time one may seem so much slower in a run."""
+
+# A case, and what is promised of whom: so many times as fast as another contestant.
+Promises = Mapping[str, Mapping[str, float]]
+SMALL: Promises = {WHILE: {RIVAL: 15.0, DIFFRAX: 1.0}}
+LARGE: Promises = {WHILE: {RIVAL: 1.0, HOST: NO_SLOWER}}
+TRAINED: Promises = {WHILE_ADJOINT: {THEIR_ADJOINT: 10.0}}
+SOLVE_CASES = (
+    (case("forward", BACKPROP, 16, 2, 50, t_end=5.0), SMALL),
+    (case("forward", BACKPROP, 128, 64, 64, t_end=5.0), SMALL),
+    (case("forward", BACKPROP, 4096, 1024, 1024, t_end=1.0), LARGE),
+)
+TRAINING_CASES = (
+    (case("step", ADJOINT, 16, 2, 50, t_end=5.0), TRAINED),
+    (case("step", ADJOINT, 128, 64, 64, t_end=5.0), TRAINED),
+)
+QUICK_SOLVE_CASES = ((case("forward", BACKPROP, 4, 2, 8, t_end=1.0), SMALL),)
+QUICK_TRAINING_CASES = ((case("step", ADJOINT, 4, 2, 8, t_end=1.0), TRAINED),)
+
+
+class Cell(NamedTuple):
+    """What device_loop_cell.py is asked. allowed: how often the host may wait, where that is promised."""
+
+    what: str
+    loop: str
+    gradient: str
+    steps: int
+    rows: int
+    allowed: int | None = None
+
+    @property
+    def name(self) -> str:
+        return f"{self.what}: {self.gradient}, {self.loop}, {self.steps} steps"
+
+    def measured(self, arguments: argparse.Namespace) -> Record:
+        """The row."""
+        asked = {name: value for name, value in self._asdict().items() if name != "allowed"}
+        row = {**self._asdict(), **measured(CELL, **asked, threads=arguments.threads, device=arguments.device)}
+        told = "calls" in row and self.allowed is not None
+        return row | {"met": row["calls"]["waits"] <= self.allowed if told else None}
+
+
+# A solve is looked at once, when it is over, unless that is put off. The states have 64 columns; 16384 rows are 4 MiB.
+CALLS = (
+    Cell("calls", "host", FORWARD, steps=16, rows=128),
+    Cell("calls", "batches", FORWARD, steps=16, rows=128),
+    Cell("calls", "while", FORWARD, steps=16, rows=128, allowed=1),
+    Cell("calls", "while, deferred", FORWARD, steps=16, rows=128, allowed=0),
+    Cell("calls", "while, deferred", ADJOINT, steps=16, rows=128, allowed=0),
+    Cell("calls", "while", DISCRETE, steps=16, rows=128),
+)
+MEMORY = tuple(
+    Cell("memory", loop, gradient, steps, rows=16384)
+    for loop, gradient in (("while", FORWARD), ("batches", FORWARD), ("while", ADJOINT), ("while", DISCRETE))
+    for steps in (10, 1000)
+)
+
+
+def main() -> None:
+    arguments = parse()
+    device = cuda_device(arguments.device)
+    torch.set_num_threads(arguments.threads)
+    quick = arguments.quick
+    result: Record = {
+        **program.new_result("device_loop", device),
+        "settings": {"method": "dopri5", "rtol": 1e-6, "atol": 1e-6, "loss": "sum of y(t_end)^2 / batch"},
+        "complete": False,
+        "solves": [],
+        "training": [],
+        "steps": [],
+        "calls": [],
+        "memory": [],
+    }
+
+    def add(section: str, name: str, row: Callable[[], Record]) -> None:
+        print(name, file=sys.stderr, flush=True)
+        result[section].append(row())
+        write_result(result, arguments.out)  # each time: a limit may end the program before the last row
+
+    measuring = {"device": device, "rounds": 3 if quick else ROUNDS, "budget": arguments.budget}
+    for it, promises in QUICK_SOLVE_CASES if quick else SOLVE_CASES:
+        add("solves", it.name, functools.partial(measure, it, SOLVES, promises, (RIVAL, DIFFRAX, HOST), **measuring))
+    for it, promises in QUICK_TRAINING_CASES if quick else TRAINING_CASES:
+        against = (THEIR_ADJOINT, HOST_ADJOINT)
+        add("training", it.name, functools.partial(measure, it, TRAININGS, promises, against, **measuring))
+    measuring["rounds"] = min(measuring["rounds"], STEP_ROUNDS)
+    for stepping in STEPPINGS[:1] if quick else STEPPINGS:
+        row = functools.partial(measure_steps, stepping, LOOPS_TIMED, STEPS[:2] if quick else STEPS, **measuring)
+        add("steps", stepping.name, row)
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        begun = [(cell, pool.submit(cell.measured, arguments)) for cell in (*CALLS, *MEMORY)]
+        for cell, row in begun:
+            add(cell.what, cell.name, row.result)
+    result["complete"] = True
+    path = write_result(result, arguments.out)
+    for rows in (*(solve_rows(result, section) for section in ("solves", "training")), steps_rows(result)):
+        show(rows)
+    show(calls_rows(result))
+    show(memory_rows(result))
+    print(device_loop_sentences(result))
+    print(f"Written: {path}")
+    if ours := failures(result):
+        raise SystemExit(f"Failed, or wrong: {'; '.join(ours)}.")
+
+
+def parse() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default="cuda", help="a CUDA device (default: cuda)")
+    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--out", type=Path, default=program.RESULTS, help="folder of the JSON")
+    parser.add_argument("--quick", action="store_true", help="tiny cases: shows that the program runs")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
+    parser.add_argument("--jobs", type=int, default=1, help="cells of calls and memory at once (default: 1)")
+    return parser.parse_args()
+
+
+def cuda_device(name: str) -> torch.device:
+    """The device, or the end of the program, which says what is missing here."""
+    device = torch.device(name)
+    if device.type != "cuda":
+        lacking = "this is no CUDA device"
+    elif not torch.cuda.is_available():
+        lacking = "torch finds none here"
+    elif not kernels_for(device):
+        lacking = "there are no compiled kernels for it here; `python -m node_cuda` says why"
+    else:
+        return device
+    print(
+        "device_loop.py times steps that a GPU repeats, and needs an NVIDIA GPU, a CUDA build of torch and the "
+        f"kernels of node_cuda (--device {name}: {lacking}). Without one, tests/test_bench.py checks its parts.",
+        file=sys.stderr,
+    )
+    raise SystemExit(2)
+
+
+def kernels_for(device: torch.device) -> bool:
+    """node_cuda has compiled kernels that run there."""
+    from node_cuda.kernels.extension import kernels
+
+    return kernels(device) is not None
+
+
+def measure(
+    case: Case,
+    contestants: Contestants,
+    promises: Promises,
+    against: Sequence[str],
+    *,
+    device: torch.device,
+    rounds: int,
+    budget: float,
+) -> Record:
+    """One row: all checked, then those that are right timed in turn. against: whose times are divided by those of the
+    others."""
+    problem = make_problem(case, device)
+    expected = exact(problem)
+    by: dict[str, Record] = {}
+    running: dict[str, Contestant] = {}
+    for name, contestant in contestants.items():
+        if not installed(name.partition(" ")[0]):
+            by[name] = {"failed": "not installed"}
+            continue
+        try:
+            running[name] = contestant(problem)
+            by[name] = checked(name, running[name], case, expected)
+            by[name]["loops"] = getattr(running[name], "loops", "")  # ours know
+            running[name].timed()  # Adam's state; batches find their length in the second solve
+        except Exception as error:  # out of memory, no GPU for JAX, no such loop on this machine: a value
+            by[name] = {"failed": gist(error)}
+        if "failed" in by[name]:
+            running.pop(name, None)
+    sample = interleaved([contestant.timed for contestant in running.values()], rounds=rounds, budget=budget)
+    times = dict(zip(running, zip(*sample, strict=True), strict=True))
+    for name, took in times.items():
+        by[name]["milliseconds"] = Spread.of([1e3 * seconds for seconds in took])
+        by[name]["ratios"] = {
+            other: Spread.of([theirs / its for its, theirs in zip(took, times[other], strict=True)])
+            for other in against
+            if other in times and other != name
+        }
+    for name, others in promises.items():
+        ratios = by[name].get("ratios", {})
+        by[name]["promises"] = {
+            other: {"target": target, "met": ratios[other].median >= target if other in ratios else None}
+            for other, target in others.items()
+        }
+    return {"case": case.name, "rounds": len(sample), "against": list(against), "by": by}
+
+
+def failures(result: Record) -> list[str]:
+    """Which rows of ours have no numbers, and which of them the host waited in."""
+    failed = [
+        f"{name} in `{row['case']}`"
+        for section in ("solves", "training", "steps")
+        for row in result[section]
+        for name, record in row["by"].items()
+        if "failed" in record and name.partition(" ")[0] not in (RIVAL, DIFFRAX)
+    ]
+    for section in ("calls", "memory"):
+        of_cells = [row for row in result[section] if "failed" in row or row.get("met") is False]
+        failed += [f"{section} of {row['loop']}, {row['gradient']}" for row in of_cells]
+    return failed
+
+
+if __name__ == "__main__":
+    main()
