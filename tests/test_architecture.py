@@ -41,7 +41,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "device_pace",
         "interpolation",
     ),
-    ("host_loop", "scipy_bridge", "methods", "device_loop", "fingerprint", "graphs", "dense"),
+    (
+        "host_loop",
+        "scipy_bridge",
+        "methods",
+        "device_loop",
+        "fingerprint",
+        "graphs",
+        "captured",
+        "forward_graphs",
+        "dense",
+    ),
     (
         "gradients.request",
         "gradients.backprop",

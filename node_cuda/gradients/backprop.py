@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import EventFunc
+from node_cuda.forward_graphs import solve_by_graphs
 from node_cuda.gradients.request import Request
-from node_cuda.graphs import solve_by_graphs
 from node_cuda.host_loop import solve_event, solve_outputs
 from node_cuda.methods import SCIPY, make_loop
 from node_cuda.options import ScipyOptions

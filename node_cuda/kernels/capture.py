@@ -30,6 +30,11 @@ class Uncapturable(RuntimeError):
     """Why work cannot be recorded, as half a sentence."""
 
 
+def capturing(device: torch.device) -> bool:
+    """What is launched on this device now is recorded, by whomever."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
+
+
 class Recording(Protocol):
     """Recorded work. replay: do it once more, in the current stream."""
 

@@ -1,0 +1,105 @@
+"""What captured solves share: their memory, which one solve after another uses, and how their end is looked at."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels import capture
+from node_cuda.kernels.backend import module_for
+from node_cuda.kernels.control import Control, Reading, reading
+from node_cuda.options import Common
+from node_cuda.problem import Problem
+from node_cuda.solution import Pending, Stats
+from node_cuda.status import SolveError, Status
+
+Account = Callable[[Reading], SolveError | None]
+"""What is made of where a solve ended: it fills in what that cost, and says how it failed, if it did."""
+
+
+class Captured:
+    """Solves of one kind as graphs. Their memory is used by one solve after another, whatever their streams."""
+
+    def __init__(self, problem: Problem, tier: str | None) -> None:
+        self.device = problem.y0.device
+        module = module_for(self.device)
+        assert module is not None
+        self.recorder = capture.Recorder(self.device, module, tier)
+        self._last_stream: Any = None
+
+    def follow(self) -> None:
+        """Let the current stream begin behind the solve before, in whatever stream that was."""
+        if self.device.type != "cuda" or capture.capturing(self.device):
+            return  # who captures a solve with others launches them one after another
+        stream = torch.cuda.current_stream(self.device)
+        if self._last_stream is not None and self._last_stream != stream:
+            stream.wait_stream(self._last_stream)
+        self._last_stream = stream
+
+    def record(self, begin: Callable[[], None], *parts: Callable[[], None]) -> list[Any]:
+        """The beginning and the other parts of a loop, recorded. To be called inside `recorder.aside`."""
+
+        def all_of_them() -> None:
+            for part in (begin, *parts):
+                part()
+
+        self.recorder.warm_up(all_of_them)
+        return [self.recorder.record(part) for part in (begin, *parts)]
+
+    def begun(self, control: Control, stats: Stats, account: Account, options: Common) -> Run | None:
+        """The solve that was just launched, for the host to look at its end; None: with throw="deferred" whoever asks
+        `stats` does that."""
+        if options.throw != "deferred":
+            return Run(self, control, None, stats, account)
+        stats.pending.append(Run(self, control, control.state.clone(), stats, account))
+        return None
+
+    def __del__(self) -> None:
+        # The memory may serve others now, which a solve that still runs would write.
+        with contextlib.suppress(Exception):
+            if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
+                self._last_stream.synchronize()
+
+
+@dataclass
+class Run(Pending):
+    """A solve by graphs that may not have ended yet.
+
+    state: a copy of its control's state where it ended; None: the control has it still.
+    """
+
+    captured: Captured
+    control: Control
+    state: Tensor | None
+    stats: Stats
+    account: Account
+    _failure: SolveError | None = field(default=None, init=False)
+    _ended: bool = field(default=False, init=False)
+
+    def end(self) -> SolveError | None:
+        """See `Pending`. One host read."""
+        if not self._ended:
+            self._ended = True
+            self.stats.host_reads += 1
+            self._failure = self.account(self._reading())
+        return self._failure
+
+    def _reading(self) -> Reading:
+        if self.state is not None:
+            return reading(self.state.cpu().numpy().data)
+        look = self.captured.recorder.look(self.control)
+        look.ask()
+        return look.answer()
+
+
+def failure_of(now: Reading, direction: float, stats: Stats) -> SolveError | None:
+    """How a solve that is over failed, if it did."""
+    status = Status(now.status)
+    if status is Status.SUCCESS:
+        return None
+    return SolveError(status, direction * now.t0, stats, f"The step was {now.proposal:.3g}.")

@@ -1,0 +1,96 @@
+"""A whole solve with its outputs by graphs: what `host_loop.solve_outputs` does, without the host in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor, nn
+
+from node_cuda.captured import Captured, failure_of
+from node_cuda.device_loop import OutputLoop, set_apart
+from node_cuda.graphs import captured_or_why, key_of, obstacle
+from node_cuda.kernels.control import Reading
+from node_cuda.kernels.fused import Fused
+from node_cuda.methods import Method, arithmetic_of, grid_of
+from node_cuda.options import FixedOptions
+from node_cuda.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import SolveError, Status
+
+
+class CapturedSolve(Captured):
+    """A forward solve."""
+
+    def __init__(self, problem: Problem, method: Method, points: Sequence[float] | None, tier: str | None) -> None:
+        super().__init__(problem, tier)
+        with self.recorder.aside(), torch.no_grad():
+            own = set_apart(problem)
+            arithmetic = arithmetic_of(own)
+            assert isinstance(arithmetic, Fused)
+            self.loop = loop = OutputLoop(own, method, arithmetic, points=points)
+            self._begin, step = self.record(loop.begin, loop.attempt)
+            self.repeat, self.why = self.recorder.repeat(step, loop.control)
+        loop.release()
+
+    def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
+        """y at the problem's times; nothing is read."""
+        self.follow()
+        self.loop.rebind(problem.y0, problem.times, problem.norm, points)
+        self._begin.replay()
+        self.repeat.run()
+        return self.loop.ys.clone()
+
+
+def solve_by_graphs(problem: Problem, method: Method, stats: Stats) -> tuple[Tensor, Status] | None:
+    """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why."""
+    options = method.options
+    why = _gradient_obstacle(problem) or obstacle(problem, method)
+    points = tuple(grid_of(problem, options)[0]) if why is None and isinstance(options, FixedOptions) else None
+    found: CapturedSolve | str = captured_or_why(
+        options,
+        why,
+        lambda: ("forward", *key_of(problem, method), points and len(points)),
+        problem,
+        lambda: CapturedSolve(problem, method, points, options.cuda_graph.tier),
+    )
+    if isinstance(found, str):
+        stats.why = found
+        return None
+    stats.loop, stats.why = found.repeat.tier, found.why
+    ys = found.run(problem, points)
+    run = found.begun(found.loop.control, stats, _account(problem, found.loop, ys, stats), options)
+    if run is None:
+        return ys, Status.PENDING
+    failure = run.end()
+    if failure is not None and options.raises and found.loop.adaptive:
+        raise failure
+    return ys, Status.SUCCESS if failure is None else failure.status
+
+
+def _account(problem: Problem, loop: OutputLoop, ys: Tensor, stats: Stats) -> Callable[[Reading], SolveError | None]:
+    """What is made of where a solve ended."""
+
+    def account(now: Reading) -> SolveError | None:
+        stats.nfe = loop.cost(now, stats)
+        failure = failure_of(now, problem.direction, stats)
+        if failure is None and not loop.adaptive:  # a grid judges no step
+            stats.host_reads += 1
+            if not bool(torch.isfinite(ys[-1]).all()):
+                return SolveError(Status.NON_FINITE, problem.direction * now.last_t1, stats)
+        return failure
+
+    return account
+
+
+def _gradient_obstacle(problem: Problem) -> str | None:
+    if torch.is_grad_enabled() and _wants_gradient(problem):
+        return 'autograd records the steps; gradient="adjoint" and "discrete" capture them, and so does torch.no_grad()'
+    return None
+
+
+def _wants_gradient(problem: Problem) -> bool:
+    func = problem.func
+    if problem.y0.requires_grad or problem.t.requires_grad or not isinstance(func, nn.Module):
+        return True
+    return any(p.requires_grad for p in func.parameters())
