@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda.captured import Captured, failure_of
-from node_cuda.device_loop import OutputLoop, set_apart
+from node_cuda.device_loop import OutputLoop, release, set_apart
 from node_cuda.graphs import captured_or_why, key_of, obstacle
 from node_cuda.kernels.control import Reading
 from node_cuda.kernels.fused import Fused
@@ -31,7 +31,7 @@ class CapturedSolve(Captured):
             self.loop = loop = OutputLoop(own, method, arithmetic, points=points)
             self._begin, step = self.record(loop.begin, loop.attempt)
             self.repeat, self.why = self.recorder.repeat(step, loop.control)
-        loop.release()
+        release(own)
 
     def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
         """y at the problem's times; nothing is read."""

@@ -63,6 +63,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.inspection",
         "gradients.operation",
         "gradients.reconstruction",
+        "gradients.backward_solve",
+        "gradients.adjoint_graphs",
         "gradients.adjoint",
         "gradients.free_memory",
         "gradients.checkpoints",

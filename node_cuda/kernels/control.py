@@ -14,7 +14,7 @@ from node_cuda.kernels.reference import ControlLaw
 
 _LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
 _MOST = 2**63 - 1
-_JUMP = 47  # Ctl.jump, as the number of a word of four bytes
+_JUMP, _STATUS = 47, 48  # Ctl.jump and Ctl.status, as the number of a word of four bytes
 
 
 class Reading(NamedTuple):
@@ -81,7 +81,7 @@ class Control:
         self._bytes = self._host.numpy().data
         self._landings = torch.tensor(list(landings), dtype=torch.float64, device=device)
         self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
-        self._stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
+        self.stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
         self._outputs = outputs
         self.points = torch.tensor(list(points), dtype=torch.float64, device=device)
         plan.set_law(
@@ -97,7 +97,7 @@ class Control:
             min(math.ceil(min(max_num_steps, _MOST)), _MOST),  # attempts are whole: 2.5 allows three of them
             _array(self._landings),
             self._is_jump.data_ptr(),
-            _array(self._stops),
+            _array(self.stops),
             _array(outputs),
             self._ctl.data_ptr(),
         )
@@ -144,6 +144,11 @@ class Control:
     def jumped(self) -> Tensor:
         """Did the step judged last end at a discontinuity? 0-d, on the device."""
         return self._ctl.view(torch.int32)[_JUMP] != 0
+
+    @property
+    def succeeded(self) -> Tensor:
+        """Has nothing failed so far? 0-d, on the device."""
+        return self._ctl.view(torch.int32)[_STATUS] == 0
 
     def read(self) -> Reading:
         """Where the solve stands. The one host read of a step, and the one time that the host waits."""

@@ -283,8 +283,7 @@ class Fused(Arithmetic):
 
     def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
         """See `Arithmetic`. One launch a list."""
-        fits = bool(like) and all(x.dtype in DTYPES and x.device == self.device and has_address(x) for x in like)
-        if not fits:
+        if not (like and can_sum(like, self.device)):
             return super().sums(like, with_error=with_error)
         return FusedSums(like, self.module, self.on, DTYPES, with_error=with_error)
 
@@ -350,6 +349,11 @@ class Fused(Arithmetic):
     def _zeros(self, size: int) -> Tensor:
         """Workspace: zeroed once."""
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+
+def can_sum(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """The kernels can sum tensors like these."""
+    return all(x.dtype in DTYPES and x.device == device and has_address(x) for x in tensors)
 
 
 def _address(x: Tensor | None) -> int:
