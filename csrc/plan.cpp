@@ -156,10 +156,14 @@ class Plan {
 
   // out = y0 + dt sum_j a_j x_j for coefficients that are made anew every step.
   void combine(double dt, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
+    sum(Where{nullptr, Interval{0.0, 0.0, dt, dt}, 1.0}, out, y0, x, a);
+  }
+
+  // The same with the size of a step, which only the device may know (y0 0: zeros).
+  void sum(const Where& where, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
     if (a.size() > MAX_TERMS || static_cast<Py_ssize_t>(a.size()) != PyList_GET_SIZE(x.ptr()))
       throw std::invalid_argument("node_cuda: a sum with too many terms, or not one coefficient a term");
     for (std::size_t j = 0; j < a.size(); ++j) x_[j] = item(x, static_cast<int64_t>(j));
-    const Where where{nullptr, Interval{0.0, 0.0, dt, dt}, 1.0};
     declare((static_cast<int64_t>(a.size()) + 2) * size_);
     check(launch_rk_stage(dtype_, n_, at<void>(out), at<void>(y0), static_cast<int>(a.size()), x_, a.data(), &where,
                           nullptr, on_));
@@ -364,6 +368,7 @@ void register_plan(py::module_& m) {
       .def("rk_stage", &Plan::rk_stage)
       .def("rk_finish", &Plan::rk_finish)
       .def("combine", &Plan::combine)
+      .def("sum", &Plan::sum)
       .def("stage_times", &Plan::stage_times)
       .def("judge", &Plan::judge)
       .def("commit", &Plan::commit)

@@ -288,14 +288,17 @@ class Fused(Arithmetic):
             return super().sums(like, with_error=with_error)
         return FusedSums(like, self.module, self.on, DTYPES, with_error=with_error)
 
-    def adjoint_stage(self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
+    def adjoint_stage(
+        self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None
+    ) -> Tensor:
         """See `Arithmetic`. One launch for every MAX_TERMS terms."""
+        where = self.module.ONE if at is None else self.native(at)
         terms, most = [(v, a) for v, a in zip(x, row, strict=True) if a != 0.0], self.module.MAX_TERMS
         out = torch.empty_like(x[0])
         for i in range(0, max(len(terms), 1), most):  # a sum that is too long goes on where it is
             part = terms[i : i + most]
             pointers = [v.data_ptr() for v, _ in part]
-            self.plan.combine(h, out.data_ptr(), _address(out if i else base), pointers, [a for _, a in part])
+            self.plan.sum(where, out.data_ptr(), _address(out if i else base), pointers, [a for _, a in part])
         return out
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
