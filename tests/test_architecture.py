@@ -23,6 +23,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "kernels.arithmetic",
         "kernels.build",
         "kernels.extension",
+        "kernels.tape",
         "kernels.control",
         "kernels.memory",
         "kernels.fused_sums",
