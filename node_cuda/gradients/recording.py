@@ -14,7 +14,7 @@ from torch import Tensor
 
 from node_cuda.device_loop import OutputLoop
 from node_cuda.forward_graphs import CapturedSolve, points_of, solve_captured
-from node_cuda.gradients.checkpoints import slots_for
+from node_cuda.gradients.checkpoints import Checkpoints, slots_for
 from node_cuda.gradients.request import Request
 from node_cuda.gradients.trajectory import State, Taken, Trajectory
 from node_cuda.graphs import Graphs, captured_or_why, key_of, obstacle
@@ -142,7 +142,7 @@ class Record:
             else:
                 steps.append(Taken(at, False, at, 0.0, JUST_AFTER if begins else HERE))
         kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}
-        return Trajectory.left(steps, kept, self.owner.loop.tape.slots)
+        return Trajectory(steps, Checkpoints.left(kept, self.count, self.owner.loop.tape.slots))
 
     def _memory(self) -> list[Tensor]:
         loop = self.owner.loop

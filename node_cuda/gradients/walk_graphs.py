@@ -140,7 +140,7 @@ class CapturedWalk(Captured):
 
     def _take_back(self, *, dense: bool) -> None:
         state = self._load()
-        outputs = Outputs(self.gradients[1:], 1, len(self.gradients)) if dense else None
+        outputs = Outputs(1, self.gradients[1:], None) if dense else None
         lam = self.adjoint.back(self._here, state, Cotangent(self.lam), outputs).cotangent.lam
         self.lam.copy_(lam)
         self.control.taken(self.tape)

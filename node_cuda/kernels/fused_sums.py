@@ -52,6 +52,18 @@ class FusedSums(Sums):
         """See `Sums`."""
         self._has_sum = self._has_error = False
 
+    def begin_at_zero(self) -> None:
+        """`begin`, for a step whose tensors come in many passes of the same launches: each adds to what is there."""
+        self.begin()
+        if self._sum:
+            torch._foreach_zero_(self._sum)
+            self._has_sum = True
+
+    @property
+    def of_step(self) -> list[Tensor]:
+        """What was added since the step began."""
+        return self._sum
+
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:

@@ -218,3 +218,8 @@ def scaled_sums(error: list[Tensor], theta0: list[Tensor], theta1: list[Tensor],
     torch._foreach_mul_(size, norm.rtol)
     torch._foreach_add_(size, norm.atol)
     return list(torch._foreach_div(error, size))
+
+
+def real_dot(g: Tensor, f: Tensor) -> Tensor:
+    """Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
+    return torch.vdot(g.reshape(-1), f.reshape(-1).to(g.dtype)).real
