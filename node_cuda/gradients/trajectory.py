@@ -46,8 +46,8 @@ class Trajectory:
 
     @classmethod
     def of(cls, loop: HostLoop, stepper: ExplicitRK, slots: int | None, count: int | None) -> Trajectory:
-        """That of the solve that this loop will do. slots: the states that may be kept. count: the steps that there will
-        be, where that is known."""
+        """That of the solve that this loop will do. slots: the states that may be kept. count: the steps that there
+        will be, where that is known."""
         self = cls([], Checkpoints(slots, count))
         self._jump = loop.pace.starts_at_jump
         loop.accepted = lambda step: self._record(step, stepper)
