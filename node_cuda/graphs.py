@@ -58,6 +58,8 @@ class Graphs(Generic[C]):
         if tier is not None and tier not in TIERS:
             raise InvalidInput(f"tier must be one of {', '.join(map(repr, TIERS))} or None; got {tier!r}.")
         self.tier = tier
+        self.rooms: dict[Any, int] = {}
+        """For how many steps solves of a kind needed room, where they record them."""
         self._entries: list[_Entry] = []
         self._misses = 0
 
