@@ -174,7 +174,7 @@ class DeviceLoop:
     def cost(self, now: Reading, stats: Stats) -> int:
         """What a solve that is over cost: its steps, and how often it evaluated the field."""
         stats.accepted, stats.rejected = now.accepted, now.rejected
-        return self.first_nfe + self.nfe * (now.accepted + now.rejected)
+        return self.first_nfe + self.nfe * (now.accepted + now.rejected + now.gave_up)
 
     def rebind(self, y0: Tensor, times: Sequence[float], norm: ErrorNorm, points: Sequence[float] | None) -> None:
         """The next solve: from y0, at so many times and points as before, with tolerances of the same kind."""
@@ -226,7 +226,8 @@ def set_apart(problem: Problem) -> Problem:
     assert isinstance(field, VectorField)
     own = VectorField(field.func, problem.layout)
     y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)
-    return replace(problem, func=own, field=own, y0=y0, t=problem.t.detach())
+    # A callback that the method does not call would keep func alive.
+    return replace(problem, func=own, field=own, y0=y0, t=problem.t.detach(), callbacks={}, adjoint_callbacks={})
 
 
 def _where(condition: Tensor, yes: Sequence[Tensor | None], no: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
