@@ -60,7 +60,7 @@ def fingerprint(func: Callable[..., Any]) -> Fingerprint:
     look = _Look()
     look.at(func, "")
     for hooks in ("_global_forward_hooks", "_global_forward_pre_hooks"):
-        look.at_all(dict(enumerate(getattr(of_all_modules, hooks, {}).values())), f"torch{hooks}.")
+        look.at_all(_numbered(getattr(of_all_modules, hooks, {}).values()), f"torch{hooks}.")
     look.at_methods()
     return look.found
 
@@ -150,10 +150,10 @@ class _Look:
             self._seen[id(x)] = name, x
             self._inside(x, name)
 
-    def at_all(self, members: Mapping[Any, Any], below: str) -> None:
+    def at_all(self, members: Mapping[str, Any], below: str) -> None:
         """The same of several."""
         for key, value in members.items():
-            self.at(value, below + (key if isinstance(key, str) else repr(key)))
+            self.at(value, below + key)
 
     def at_methods(self) -> None:
         """What the code that was found may call by name of the classes that were found: last, as that finds more."""
@@ -165,8 +165,8 @@ class _Look:
         ]:
             self._methods.update(todo)
             for owner, name in sorted(todo, key=lambda pair: (self._classes[pair[0]], pair[0].__qualname__, pair[1])):
-                for function in _functions(vars(owner)[name]):
-                    self.at(function, f"{self._classes[owner]}{owner.__name__}.{name}")
+                below = f"{self._classes[owner]}{owner.__name__}.{name}"
+                self.at_all(_numbered(_functions(vars(owner)[name])), f"{below}.")
 
     def _inside(self, x: Any, name: str) -> None:
         below = f"{name}." if name else ""
@@ -202,7 +202,7 @@ class _Look:
             self.at_all(members, below)
         for key in ("_forward_hooks", "_forward_pre_hooks"):
             if hooks := own.get(key):
-                self.at_all(dict(enumerate(hooks.values())), f"{below}{key}.")
+                self.at_all(_numbered(hooks.values()), f"{below}{key}.")
         modules = x._modules
         if modules:
             self.found[below + "modules"] = tuple(modules.keys())
@@ -216,7 +216,10 @@ class _Look:
             self.found[name] = type(x), tuple(items)
             return
         self.found[below + "length"] = tuple(map(_known, x)) if is_map else len(x)
-        self.at_all(x if is_map else dict(enumerate(x)), below)
+        if is_map:  # its keys were noted: where they are no names, their places are
+            self.at_all({key if isinstance(key, str) else f"[{i}]": x[key] for i, key in enumerate(x)}, below)
+        else:
+            self.at_all(_numbered(x), below)
 
     def _object(self, x: Any, name: str, below: str) -> None:
         members = {**dict(_slots(x)), **getattr(x, "__dict__", {})}
@@ -323,10 +326,14 @@ def _of_tensor(x: Tensor) -> Any:
         names, _ = flatten()
         return (*kind, *((name, _of_tensor(getattr(x, name))) for name in names))
     if x.layout is not torch.strided or x.device.type == "meta":
-        return (*kind, id(x))
+        return (*kind, _identity(x))
     if x.device.type == "cpu" and x.numel() <= 1:  # kernels get it as a number
         return (*kind, repr(x.tolist()))
     return (*kind, x.stride(), x.data_ptr())
+
+
+def _numbered(items: Iterable[Any]) -> dict[str, Any]:
+    return {str(i): item for i, item in enumerate(items)}
 
 
 def _functions(x: Any) -> tuple[Any, ...]:
