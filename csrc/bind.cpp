@@ -70,6 +70,9 @@ void register_launchers(py::module_& m) {
   bind(m, "start_control", launch_start_control);
   bind(m, "grid_control", launch_grid_control);
   bind(m, "resume", launch_resume);
+  bind(m, "set_walk", launch_set_walk);
+  bind(m, "take_back", launch_take_back);
+  bind(m, "taken", launch_taken);
   bind(m, "initial_norms", launch_initial_norms);
   bind(m, "initial_change", launch_initial_change);
   bind(m, "dense_eval", launch_dense_eval);

@@ -8,21 +8,13 @@
 #include <cstddef>
 #include <cstdint>
 
-#ifdef __CUDACC__
-#define NODE_CUDA_HD __host__ __device__
-#else
-#define NODE_CUDA_HD
-#endif
+#include "interval.h"
+#include "tape.h"
 
 namespace node_cuda {
 
-// A step from t0 to t1 of size h > 0, and dt = direction * h. h is what t1 was made from, and not t1 - t0.
-struct Interval {
-  double t0, t1, h, dt;
-};
-
 // The values of node_cuda.status.Status.
-enum Status : int32_t { SUCCESS = 0, STEP_UNDERFLOW = 1, NON_FINITE = 2, MAX_STEPS = 3 };
+enum Status : int32_t { SUCCESS = 0, STEP_UNDERFLOW = 1, NON_FINITE = 2, MAX_STEPS = 3, RECORD_FULL = 6 };
 
 // The constants of a solve. The arrays lie where the control runs: in device memory.
 struct Law {
@@ -37,6 +29,7 @@ struct Law {
   int64_t landing_count, stop_count, output_count;
   int32_t keep;             // an accepted step is never followed by a smaller one
   int32_t pauses;           // the loop stops at every output, until `resume`
+  Tape* tape;               // gets the accepted steps; null: none
 };
 
 // Where a solve stands: lies in device memory, all zero but for what start_control writes. Bytes from the front:
@@ -63,8 +56,8 @@ struct Ctl {
   int32_t finite;        // 200  `ratio` was
   int32_t paused;        // 204  `resume` goes on
 };
-static_assert(sizeof(Interval) == 32 && sizeof(Law) == 144 && sizeof(Ctl) == 208, "the layout that Python reads");
-static_assert(offsetof(Law, landings) == 80 && offsetof(Law, keep) == 136, "the layout that Python writes");
+static_assert(sizeof(Interval) == 32 && sizeof(Law) == 152 && sizeof(Ctl) == 208, "the layout that Python reads");
+static_assert(offsetof(Law, landings) == 80 && offsetof(Law, tape) == 144, "the layout that Python writes");
 static_assert(offsetof(Ctl, last) == 32 && offsetof(Ctl, h) == 64 && offsetof(Ctl, history) == 88, "as above");
 static_assert(offsetof(Ctl, attempts) == 128 && offsetof(Ctl, accept) == 184 && offsetof(Ctl, active) == 196, "too");
 
@@ -167,6 +160,7 @@ NODE_CUDA_HD inline bool pass_outputs(Ctl& ctl, const Law& law) {
 // Judge the step ctl.next, move, and propose the one after it.
 NODE_CUDA_HD inline void step_control(Ctl& ctl, const Law& law, double ratio) {
   ctl.first_output = ctl.next_output;
+  record_nothing(law.tape);
   if (!ctl.active) {  // a step that was launched before the end was known: it changes nothing
     ctl.accept = 0;
     return;
@@ -188,7 +182,9 @@ NODE_CUDA_HD inline void step_control(Ctl& ctl, const Law& law, double ratio) {
   // A step never passes the next landing, so that is the only one that it can end at.
   ctl.jump = ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] == ctl.last.t1 &&
              law.is_jump[ctl.next_landing];
-  if (pass_outputs(ctl, law)) propose(ctl, law, ctl.last.t1);
+  const bool more = pass_outputs(ctl, law);
+  record_step(law.tape, ctl.last, ctl.first_output, ctl.next_output, ctl.jump);
+  if (more) propose(ctl, law, ctl.last.t1);
 }
 
 // Begin at t0. h >= 0: the first step; else next.t0 alone is set, and initial_probe and initial_step choose h.
@@ -198,6 +194,7 @@ NODE_CUDA_HD inline void start_control(Ctl& ctl, const Law& law, double directio
   ctl.history[0] = ctl.history[1] = 1.0;
   ctl.active = ctl.finite = 1;
   ctl.next = Interval{t0, t0, 0.0, 0.0};
+  start_tape(law.tape);
   if (h < 0.0) return;
   ctl.h = py_min(py_max(h, law.min_step), law.max_step);
   propose(ctl, law, t0);
@@ -238,6 +235,7 @@ NODE_CUDA_HD inline void next_of_grid(Ctl& ctl, const double* points, int64_t co
 // Grid: the next step from point to point, all of them good.
 NODE_CUDA_HD inline void grid_control(Ctl& ctl, const Law& law, const double* points, int64_t count) {
   ctl.first_output = ctl.next_output;
+  record_nothing(law.tape);
   if (!ctl.active) {
     ctl.accept = 0;
     return;
@@ -246,7 +244,9 @@ NODE_CUDA_HD inline void grid_control(Ctl& ctl, const Law& law, const double* po
     ctl.last = ctl.next;
     ctl.accept = 1;
     ++ctl.accepted;
-    if (!pass_outputs(ctl, law)) return;
+    const bool more = pass_outputs(ctl, law);
+    record_step(law.tape, ctl.last, ctl.first_output, ctl.next_output, 0);
+    if (!more) return;
   }
   next_of_grid(ctl, points, count);
 }

@@ -120,10 +120,11 @@ class Plan {
 
   void set_workspace(Address workspace) { workspace_ = at<void>(workspace); }
 
-  // The law's constants in the order of kernels.reference.ControlLaw, and lists of times on the device.
+  // The law's constants in the order of kernels.reference.ControlLaw, lists of times on the device, and the tape that
+  // accepted steps go to (0: none).
   void set_law(const std::array<double, 3>& exponents, double safety, double ifactor, double dfactor, bool keep,
                bool pauses, double min_step, double max_step, double order, int64_t max_num_steps, const DeviceArray& landings,
-               Address is_jump, const DeviceArray& stops, const DeviceArray& outputs, Address ctl) {
+               Address is_jump, const DeviceArray& stops, const DeviceArray& outputs, Address tape, Address ctl) {
     for (int i = 0; i < 3; ++i) law_.exponents[i] = exponents[i];
     law_.safety = safety, law_.ifactor = ifactor, law_.dfactor = dfactor, law_.keep = keep;
     law_.pauses = pauses;
@@ -133,6 +134,7 @@ class Plan {
     law_.is_jump = at<uint8_t>(is_jump);
     law_.stops = at<double>(stops.first), law_.stop_count = stops.second;
     law_.outputs = at<double>(outputs.first), law_.output_count = outputs.second;
+    law_.tape = at<Tape>(tape);
     ctl_ = at<Ctl>(ctl);
   }
 
@@ -156,10 +158,14 @@ class Plan {
 
   // out = y0 + dt sum_j a_j x_j for coefficients that are made anew every step.
   void combine(double dt, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
+    sum(Where{nullptr, Interval{0.0, 0.0, dt, dt}, 1.0}, out, y0, x, a);
+  }
+
+  // The same with the size of a step, which only the device may know (y0 0: zeros).
+  void sum(const Where& where, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
     if (a.size() > MAX_TERMS || static_cast<Py_ssize_t>(a.size()) != PyList_GET_SIZE(x.ptr()))
       throw std::invalid_argument("node_cuda: a sum with too many terms, or not one coefficient a term");
     for (std::size_t j = 0; j < a.size(); ++j) x_[j] = item(x, static_cast<int64_t>(j));
-    const Where where{nullptr, Interval{0.0, 0.0, dt, dt}, 1.0};
     declare((static_cast<int64_t>(a.size()) + 2) * size_);
     check(launch_rk_stage(dtype_, n_, at<void>(out), at<void>(y0), static_cast<int>(a.size()), x_, a.data(), &where,
                           nullptr, on_));
@@ -228,6 +234,22 @@ class Plan {
   void start_control_at(Address t0, double h) {
     declare(0);
     check(launch_start_control(ctl_, &law_, direction_, at<double>(t0), 0.0, h, on_));
+  }
+
+  // The control is that of a walk back over a tape: launchers.h says what these do.
+  void set_walk(Address tape, int64_t next, int64_t row, int64_t least) {
+    declare(0);
+    check(launch_set_walk(ctl_, at<Tape>(tape), next, row, least, on_));
+  }
+
+  void take_back(Address tape, Address time) {
+    declare(0);
+    check(launch_take_back(dtype_, ctl_, at<Tape>(tape), at<void>(time), on_));
+  }
+
+  void taken(Address tape, int64_t least) {
+    declare(0);
+    check(launch_taken(ctl_, at<Tape>(tape), least, on_));
   }
 
   // Where the solve stands, into host memory. Waits, and lets other threads of Python run meanwhile.
@@ -364,6 +386,7 @@ void register_plan(py::module_& m) {
       .def("rk_stage", &Plan::rk_stage)
       .def("rk_finish", &Plan::rk_finish)
       .def("combine", &Plan::combine)
+      .def("sum", &Plan::sum)
       .def("stage_times", &Plan::stage_times)
       .def("judge", &Plan::judge)
       .def("commit", &Plan::commit)
@@ -373,6 +396,9 @@ void register_plan(py::module_& m) {
       .def("start_control_at", &Plan::start_control_at)
       .def("next_of_grid", &Plan::next_of_grid)
       .def("resume", &Plan::resume)
+      .def("set_walk", &Plan::set_walk)
+      .def("take_back", &Plan::take_back)
+      .def("taken", &Plan::taken)
       .def("read_control", &Plan::read_control)
       .def("initial_norms", &Plan::initial_norms)
       .def("initial_change", &Plan::initial_change)

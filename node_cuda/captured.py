@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node_cuda.fingerprint import Fingerprint, fingerprint
+from node_cuda.graphs import evaluated_once
 from node_cuda.kernels import capture
 from node_cuda.kernels.backend import module_for
 from node_cuda.kernels.control import Control, Reading, reading
@@ -32,8 +32,6 @@ class Captured:
         assert module is not None
         self.recorder = capture.Recorder(self.device, module, tier)
         self._last_stream: Any = None
-        self._func: Any = problem.func
-        self.settled: Fingerprint = {}  # what func was after its first evaluation, and before the others
 
     def follow(self) -> None:
         """Let the current stream begin behind the solve before, in whatever stream that was."""
@@ -51,7 +49,7 @@ class Captured:
             for part in (begin, *parts):
                 part()
 
-        self.settled, self._func = fingerprint(self._func), None
+        evaluated_once()
         self.recorder.warm_up(all_of_them)
         return [self.recorder.record(part) for part in (begin, *parts)]
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, NoReturn, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -27,7 +27,7 @@ from node_cuda.kernels.fused_sums import Kept
 from node_cuda.methods import Method, make_loop
 from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions
-from node_cuda.problem import Field, Problem
+from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.steppers.explicit_rk import ExplicitRK
 from node_cuda.steppers.step import Quadrature, Step
@@ -91,6 +91,7 @@ class DeviceLoop:
         self.k1 = torch.empty_like(self.y)
         self.kept: Sequence[Tensor | None] = ()  # the integrands of k1
         self.points = points
+        self.stops = stops
         self.jumps = False
         self.times = problem.times
         if isinstance(self.pace, DeviceAdaptive):
@@ -121,9 +122,19 @@ class DeviceLoop:
             self.control.next_of_grid()
         self.first_nfe = self.problem.field.nfe - before
 
+    def resume(self) -> None:
+        """From where the device pauses, and y was set anew."""
+        self.control.resume()
+        if self.adaptive:
+            self.set_slope(inside=True)
+
+    def slope(self, *, inside: bool | None = None) -> Tensor:
+        """The field at y, where the next step begins; inside: just beyond that, by default as the other stages are."""
+        return self.stepper.slope_at_beginning(self.arithmetic.current(), self.y, inside=inside)
+
     def set_slope(self, *, inside: bool) -> None:
-        """The field at y, where the next step begins; inside: just beyond that."""
-        self.k1.copy_(self.stepper.slope_at_beginning(self.arithmetic.current(), self.y, inside=inside))
+        """The next step begins with the field at y."""
+        self.k1.copy_(self.slope(inside=inside))
         if self.quadrature is not None:
             self.kept = self.quadrature.keep(self.stepper.integrands)
 
@@ -169,15 +180,22 @@ class DeviceLoop:
         if self.adaptive:
             self.stepper.first_integrands = self.kept
             return self.stepper.attempt_at(at, self.y, self.k1)
-        return self.stepper.attempt_at(at, self.y, self.stepper.slope_at_beginning(at, self.y))
+        return self.stepper.attempt_at(at, self.y, self.slope())
 
     def cost(self, now: Reading, stats: Stats) -> int:
         """What a solve that is over cost: its steps, and how often it evaluated the field."""
         stats.accepted, stats.rejected = now.accepted, now.rejected
         return self.first_nfe + self.nfe * (now.accepted + now.rejected + now.gave_up)
 
-    def rebind(self, y0: Tensor, times: Sequence[float], norm: ErrorNorm, points: Sequence[float] | None) -> None:
-        """The next solve: from y0, at so many times and points as before, with tolerances of the same kind."""
+    def rebind(
+        self,
+        y0: Tensor,
+        times: Sequence[float],
+        norm: ErrorNorm,
+        points: Sequence[float] | None,
+        stops: Sequence[float] = (),
+    ) -> None:
+        """The next solve: from y0, at so many times, points and stops as before, with tolerances of the same kind."""
         self.y.copy_(y0)
         if times != self.times:
             self.times = times
@@ -186,12 +204,11 @@ class DeviceLoop:
             assert points is not None
             self.points = points
             _upload(self.control.points, points)
+        if stops != self.stops:
+            self.stops = stops
+            if self.adaptive:
+                _upload(self.control.stops, stops)
         self.arithmetic.set_tolerances(norm)
-
-    def release(self) -> None:
-        """Let func go: it is not called any more."""
-        assert isinstance(self.problem.field, VectorField)
-        self.problem.field.release(_released)
 
 
 class OutputLoop(DeviceLoop):
@@ -220,14 +237,24 @@ class OutputLoop(DeviceLoop):
 
 def set_apart(problem: Problem) -> Problem:
     """The problem with a field and a y0 of its own. Whoever looks at the first evaluation of the field does so now."""
-    field: Field = problem.field
-    if field.nfe == 0:
-        field(problem.t[0].to(problem.y0.device, problem.time_dtype), problem.y0)
-    assert isinstance(field, VectorField)
-    own = VectorField(field.func, problem.layout)
+    if problem.field.nfe == 0:
+        problem.field(problem.t[0].to(problem.y0.device, problem.time_dtype), problem.y0)
     y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)
+    return replace(with_field_of_its_own(problem), y0=y0, t=problem.t.detach())
+
+
+def with_field_of_its_own(problem: Problem) -> Problem:
+    """The problem with another field for the same function, which may be released."""
+    assert isinstance(problem.field, VectorField)
+    own = VectorField(problem.field.func, problem.layout)
     # A callback that the method does not call would keep func alive.
-    return replace(problem, func=own, field=own, y0=y0, t=problem.t.detach(), callbacks={}, adjoint_callbacks={})
+    return replace(problem, func=own, field=own, callbacks={}, adjoint_callbacks={})
+
+
+def release(problem: Problem) -> None:
+    """The field of its own lets func go: it is not evaluated any more."""
+    assert isinstance(problem.field, VectorField)
+    problem.field.release()
 
 
 def _where(condition: Tensor, yes: Sequence[Tensor | None], no: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
@@ -243,7 +270,3 @@ def _upload(to: Tensor, values: Sequence[float]) -> None:
     """Numbers to the device; the host does not wait."""
     on_host = torch.tensor(values, dtype=to.dtype)
     to.copy_(on_host.pin_memory() if to.is_cuda else on_host, non_blocking=True)
-
-
-def _released(*_: Any) -> NoReturn:
-    raise AssertionError("a captured solve evaluated its field after the capture")

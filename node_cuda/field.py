@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
@@ -77,9 +77,9 @@ class VectorField:
         """Watch the next two evaluations as the first were: the backward pass has a tape, and func may know."""
         self.probes = self.nfe + 2
 
-    def release(self, func: Func) -> None:
-        """Let the user's function, and what it returned, go: this one takes its place."""
-        self.func = func
+    def release(self) -> None:
+        """Let the user's function, and what it returned, go: nobody evaluates this field any more."""
+        self.func = _released
         self._last_output = None
 
     def _call(self, t: Tensor, y: Tensor) -> Any:
@@ -124,6 +124,10 @@ class VectorField:
         out = self._checked(raw, y)
         self.copies_output = copies
         return out
+
+
+def _released(*_: Any) -> NoReturn:
+    raise AssertionError("a captured solve evaluated its field after the capture")
 
 
 def _version(x: Tensor) -> int | None:

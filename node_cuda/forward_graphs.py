@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from node_cuda.captured import Captured, failure_of
 from node_cuda.controllers import wrong_at_start
-from node_cuda.device_loop import OutputLoop, set_apart
+from node_cuda.device_loop import OutputLoop, release, set_apart
 from node_cuda.graphs import captured_or_why, key_of, obstacle
 from node_cuda.kernels.control import Reading
 from node_cuda.kernels.fused import Fused
@@ -30,10 +30,16 @@ class CapturedSolve(Captured):
             own = set_apart(problem)
             arithmetic = arithmetic_of(own)
             assert isinstance(arithmetic, Fused)
-            self.loop = loop = OutputLoop(own, method, arithmetic, points=points)
+            self.loop = loop = self.make_loop(own, method, arithmetic, points)
             self._begin, step = self.record(loop.begin, loop.attempt)
             self.repeat, self.why = self.recorder.repeat(step, loop.control)
-        loop.release()
+        release(own)
+
+    def make_loop(
+        self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None
+    ) -> OutputLoop:
+        """The loop to be captured."""
+        return OutputLoop(problem, method, arithmetic, points=points)
 
     def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
         """y at the problem's times; nothing is read."""
@@ -48,7 +54,7 @@ def solve_by_graphs(problem: Problem, method: Method, stats: Stats) -> tuple[Ten
     """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why."""
     options = method.options
     why = _gradient_obstacle(problem) or obstacle(problem, method)
-    points = tuple(grid_of(problem, options)[0]) if why is None and isinstance(options, FixedOptions) else None
+    points = points_of(problem, method) if why is None else None
     found: CapturedSolve | str = captured_or_why(
         options,
         why,
@@ -59,13 +65,26 @@ def solve_by_graphs(problem: Problem, method: Method, stats: Stats) -> tuple[Ten
     if isinstance(found, str):
         stats.why = found
         return None
-    stats.loop, stats.why = found.repeat.tier, found.why
-    ys = found.run(problem, points)
-    run = found.begun(found.loop.control, stats, _account(problem, found.loop, ys, stats, options), options)
+    return solve_captured(found, problem, method, stats, points)
+
+
+def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
+    """Those of the grid, where the method has one."""
+    return tuple(grid_of(problem, method.options)[0]) if isinstance(method.options, FixedOptions) else None
+
+
+def solve_captured(
+    captured: CapturedSolve, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
+) -> tuple[Tensor, Status]:
+    """A solve by graphs that are there; its end is looked at, but with throw="deferred"."""
+    options, loop = method.options, captured.loop
+    stats.loop, stats.why = captured.repeat.tier, captured.why
+    ys = captured.run(problem, points)
+    run = captured.begun(loop.control, stats, _account(problem, loop, ys, stats, options), options)
     if run is None:
         return ys, Status.PENDING
     failure = run.end()
-    if failure is not None and options.raises and found.loop.adaptive:
+    if failure is not None and options.raises and loop.adaptive:
         raise failure
     return ys, Status.SUCCESS if failure is None else failure.status
 
@@ -80,19 +99,20 @@ def _account(
 
     def account(now: Reading) -> SolveError | None:
         stats.nfe = loop.cost(now, stats)
-        if finite is not None:
-            stats.host_reads += 1
-            reached: list[bool] = finite.tolist()
-            if not reached[-1]:
-                t = problem.times[max(reached.index(False) - 1, 0)]
-                return SolveError(Status.NON_FINITE, problem.direction * t, stats)
         detail = None
         if now.never_began:
             if slope is not None:
                 detail = wrong_at_start(problem.norm, problem.y0, slope)
             else:
-                detail = "y0 or func(t0, y0) holds NaN or infinity, or is so large in units of atol + rtol * |y0|."
-        return failure_of(now, problem.direction, stats, options, detail)
+                detail = "y0 or func(t0, y0) is not finite, or not so in units of atol + rtol * |y0|."
+        failure = failure_of(now, problem.direction, stats, options, detail)
+        if failure is None and finite is not None:
+            stats.host_reads += 1
+            reached: list[bool] = finite.tolist()
+            if not reached[-1]:
+                t = problem.times[reached.index(False) - 1]  # as `Solution.check` says it
+                failure = SolveError(Status.NON_FINITE, problem.direction * t, stats)
+        return failure
 
     return account
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType
 from typing import Any, Generic, NoReturn, TypeVar
@@ -59,6 +60,8 @@ class Graphs(Generic[C]):
         if tier is not None and tier not in TIERS:
             raise InvalidInput(f"tier must be one of {', '.join(map(repr, TIERS))} or None; got {tier!r}.")
         self.tier = tier
+        self.rooms: dict[Any, int] = {}
+        """For how many steps solves of a kind needed room, where they record them."""
         self._entries: list[_Entry] = []
         self._misses = 0
 
@@ -93,15 +96,29 @@ class Graphs(Generic[C]):
                     f"func's {changed!r} was another one at each of the last {PATIENCE} captures: keep it as it is, "
                     "or, if it is a tensor, write into it with `copy_`"
                 )
+        settled: list[Fingerprint] = []
+        token = _evaluated_once.set(lambda: settled.append(fingerprint(func)))
         try:
             captured = make()
         except Uncapturable as why:
             captured = str(why)
+        finally:
+            _evaluated_once.reset(token)
         after = fingerprint(func)
         # What func wrote in its first evaluation alone it may look up in the others, and is not to change.
-        own = written(getattr(captured, "settled", now), after)
+        own = written(settled[0] if settled else now, after)
         self._entries = [*self._entries[1 - MOST :], _Entry(key, without(after, own), own, captured)]
         return captured
+
+
+_evaluated_once: ContextVar[Callable[[], None] | None] = ContextVar("node_cuda.graphs.evaluated_once", default=None)
+
+
+def evaluated_once() -> None:
+    """To be called while something is captured, behind the first evaluation of its func and before the others."""
+    told = _evaluated_once.get()
+    if told is not None:
+        told()
 
 
 _of_functions: weakref.WeakKeyDictionary[Any, dict[Any, Graphs[Any]]] = weakref.WeakKeyDictionary()

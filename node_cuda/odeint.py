@@ -160,7 +160,9 @@ def solve(
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
     _refuse_callbacks(problem, chosen)
-    given = AdjointArguments(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
+    given = AdjointArguments(
+        adjoint_rtol, adjoint_atol, adjoint_method, _with_graphs(adjoint_options, func), adjoint_params
+    )
     beside = _beside(func, problem, integral)
     if beside is not None:
         problem, chosen, given = with_integral(problem, chosen, given, beside)

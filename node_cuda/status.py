@@ -41,6 +41,11 @@ class Status(Enum):
         "solution, start nearer to the event, or take larger steps.",
     )
     PENDING = 5, "Nobody has looked yet how the solve ended: `Solution.check()` does."
+    RECORD_FULL = (
+        6,
+        "The solve took more steps than the device had kept states for, so that the backward pass of a deferred solve "
+        "cannot take them back. Pass a larger `checkpoints=...`, or solve with `options=dict(throw=True)`.",
+    )
 
     def __new__(cls, code: int, sentence: str) -> Self:
         member = object.__new__(cls)

@@ -8,8 +8,8 @@ import pytest
 import torch
 from problems import F64, MLP, TimedLinear, linspace
 
-from node_cuda import TABLEAUS, Status, graphs, solve
-from node_cuda.device_loop import DeviceLoop
+from node_cuda import TABLEAUS, SolveError, Status, graphs, solve
+from node_cuda.field import VectorField
 from node_cuda.kernels import capture
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
@@ -61,7 +61,7 @@ class Eager:
 @pytest.fixture
 def eager(shim, monkeypatch):
     monkeypatch.setattr(capture, "Recorder", Eager)
-    monkeypatch.setattr(DeviceLoop, "release", lambda self: None)
+    monkeypatch.setattr(VectorField, "release", lambda self: None)
 
 
 CASES = {
@@ -121,11 +121,84 @@ def test_the_adjoint_solves_forwards_by_the_device(eager):
     found = []
     for flag in (False, True):
         s = solve(
-            func, y0, linspace(0.0, 1.0, 4), gradient="adjoint", options=dict(cuda_graph=flag), adjoint_options={}
+            func,
+            y0,
+            linspace(0.0, 1.0, 4),
+            gradient="adjoint",
+            options=dict(cuda_graph=flag),
+            adjoint_options=dict(cuda_graph=False),
         )
         found.append(torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()]))
     assert s.stats.loop == "eager"
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
+BACKWARDS = {
+    "dopri5": {},
+    "bosh3": dict(jump_t=[0.4]),
+    "adaptive_heun": {},
+    "rk4": dict(step_size=0.13),
+    "euler": dict(step_size=0.2, perturb=True),
+}
+
+
+@pytest.mark.parametrize("outputs", [2, 5])
+@pytest.mark.parametrize("method", BACKWARDS)
+def test_the_adjoint_solves_backwards_by_the_device_to_the_bit(eager, method, outputs):
+    func, found, stats = MLP(), [], []
+    options = BACKWARDS[method]
+    for flag in (False, True):
+        y0, t = Y.clone().requires_grad_(), linspace(0.0, 1.0, outputs).requires_grad_()
+        s = solve(
+            func, y0, t, method=method, gradient="adjoint", rtol=1e-4, atol=1e-4, options=dict(options, cuda_graph=flag)
+        )
+        weights = torch.arange(1, 1 + s.ys.numel(), dtype=F64).view_as(s.ys)
+        found.append(torch.autograd.grad((weights * s.ys).sum(), [y0, t, *func.parameters()]))
+        stats.append(s.stats)
+    assert [s.loop_backward for s in stats] == ["host", "eager"], stats[1].why_backward
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    if method in ("dopri5", "adaptive_heun"):  # elsewhere f is evaluated beyond jumps, and for dL/dt
+        assert stats[0].nfe_backward == stats[1].nfe_backward
+
+
+def test_options_of_the_backward_solve_alone_leave_who_repeats_the_steps_as_it_is(eager):
+    func, y0 = MLP(), Y.clone().requires_grad_()
+    s = solve(
+        func, y0, linspace(0.0, 1.0, 3), gradient="adjoint", options=dict(cuda_graph=True),
+        adjoint_options=dict(norm="seminorm"),
+    )  # fmt: skip
+    s.ys.sum().backward()
+    assert (s.stats.loop_backward, s.stats.why_backward) == ("eager", None)
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+def test_a_backward_solve_that_fails_says_so_when_it_is_looked_at(eager, deferred):
+    func, y0 = MLP(), Y.clone().requires_grad_()
+    options = dict(cuda_graph=True, throw="deferred") if deferred else dict(cuda_graph=True)
+    s = solve(
+        func, y0, linspace(0.0, 1.0, 3), gradient="adjoint", options=options, adjoint_options=dict(max_num_steps=1)
+    )
+    if not deferred:
+        with pytest.raises(SolveError, match="max_num_steps"):
+            s.ys.sum().backward()
+        return
+    s.ys.sum().backward()
+    assert y0.grad is not None and y0.grad.isnan().all() and all(p.grad.isnan().all() for p in func.parameters())
+    with pytest.raises(SolveError, match="max_num_steps"):
+        s.check()
+
+
+def test_gradients_of_a_solve_are_not_written_by_the_next_one(eager):
+    kept, func = graphs.Graphs(), MLP()
+    found = []
+    for scale in (1.0, 2.0):
+        y0 = (scale * Y).requires_grad_()
+        s = solve(func, y0, linspace(0.0, 1.0, 3), gradient="adjoint", options=dict(cuda_graph=kept))
+        gradients = torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()])
+        found.append((gradients, [g.clone() for g in gradients]))
+    assert kept.count == 2  # forwards and backwards
+    assert all(torch.equal(a, b) for gradients, copies in found for a, b in zip(gradients, copies, strict=True))
+    assert not torch.equal(found[0][0][0], found[1][0][0])
 
 
 @torch.no_grad()

@@ -16,7 +16,9 @@ from .launching import Launch, Workplace
 
 __all__ = ["PRIMITIVES", "STEP", "WITHOUT_STATE", "Launch", "Primitive", "Workplace"]
 
-WITHOUT_STATE = {"stage_time", "step_control", "start_control", "grid_control", "resume"}  # these move numbers only
+WITHOUT_STATE = {  # these move numbers only
+    "stage_time", "step_control", "start_control", "grid_control", "resume", "set_walk", "take_back", "taken",
+}  # fmt: skip
 
 
 class Primitive(NamedTuple):

@@ -10,6 +10,7 @@ from torch import Tensor
 from node_cuda.gradients.reached import Reached
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.clock import Interval
+from node_cuda.kernels.fused_sums import FusedSums, Kept
 from node_cuda.norms import ErrorNorm
 from node_cuda.problem import Problem
 
@@ -104,6 +105,30 @@ class ParameterGradient:
         """The step was accepted."""
         self.sums.commit()
 
-    def gradients(self) -> list[Tensor]:
-        """In the parameters' own dtypes."""
-        return [g.to(p.dtype) for g, p in zip(self.total, self.field.params, strict=True)]
+    def restart(self) -> None:
+        """See `DeviceQuadrature`."""
+        if self.field.params:
+            self._on_device.restart()
+
+    def keep(self, integrands: Sequence[Tensor | None]) -> Kept:
+        """See `DeviceQuadrature`."""
+        return self._on_device.keep(integrands) if self.field.params else Kept()
+
+    def keep_if_accepted(self, integrands: Sequence[Tensor | None], at: Interval) -> None:
+        """See `DeviceQuadrature`."""
+        if self.field.params:
+            self._on_device.keep_if_accepted(integrands, at)
+
+    def commit_if_accepted(self, at: Interval) -> None:
+        """See `DeviceQuadrature`."""
+        if self.field.params:
+            self._on_device.commit_if_accepted(at)
+
+    @property
+    def _on_device(self) -> FusedSums:
+        assert isinstance(self.sums, FusedSums)
+        return self.sums
+
+    def gradients(self, *, copies: bool = False) -> list[Tensor]:
+        """In the parameters' own dtypes; copies: for the caller to keep, as the next solve writes the sums again."""
+        return [g.to(p.dtype, copy=copies) for g, p in zip(self.total, self.field.params, strict=True)]

@@ -22,6 +22,11 @@ class Reached:
         if self._missing:
             self._missing = {i for i in self._missing if vjp[i] is None}
 
+    def reach_as(self, other: Reached) -> None:
+        """What the vjps gave that `other` saw, which a captured solve does again."""
+        self._vjps += other._vjps
+        self._missing &= other._missing
+
     def check(self, params: Sequence[Tensor]) -> None:
         """Raise if a gradient is missing at the end of the backward pass."""
         if self._vjps and self._missing:

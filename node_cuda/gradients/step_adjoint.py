@@ -211,7 +211,7 @@ class StepAdjoint:
                 taus[i] = tau
         timed = self._of_time(at, k, kappas, taus, y0, outputs) if self.timed else None
         starts = [*mu.values(), *at_start]
-        lam = self.cotangents.adjoint_stage(lam, starts, (1.0,) * len(starts), 1.0) if starts else lam
+        lam = self.cotangents.adjoint_stage(lam, starts, (1.0,) * len(starts), None) if starts else lam
         return Back(Cotangent(lam, kappas.get(0), stages[0]) if taken.carried else Cotangent(lam), timed)
 
     def _replay(
@@ -269,12 +269,12 @@ class StepAdjoint:
             return lam, [], {}
         form, gradients = self.form, [output.g for output in outputs]
         of_end = [float(polynomial(form.end, output.x)) for output in outputs]
-        at_start = self.cotangents.adjoint_stage(None, gradients, [1.0 - p for p in of_end], 1.0)
+        at_start = self.cotangents.adjoint_stage(None, gradients, [1.0 - p for p in of_end], None)
         if form.end:
-            lam = self.cotangents.adjoint_stage(lam, gradients, of_end, 1.0)
+            lam = self.cotangents.adjoint_stage(lam, gradients, of_end, None)
         extra = {
             j: self.cotangents.adjoint_stage(
-                None, gradients, [float(polynomial(weights, output.x)) for output in outputs], at.signed
+                None, gradients, [float(polynomial(weights, output.x)) for output in outputs], at
             )
             for j, weights in form.dense
         }
@@ -286,7 +286,7 @@ class StepAdjoint:
         terms += [(mu[j], a) for j, a in self._columns[i] if j in mu]
         if not terms:
             return extra
-        return self.cotangents.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at.signed)
+        return self.cotangents.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at)
 
     def _plain(self, t: Tensor, z: Tensor) -> Tensor:
         self.nfe += 1

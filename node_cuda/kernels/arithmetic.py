@@ -160,9 +160,11 @@ class Arithmetic:
         """Accumulators for a list of tensors like these."""
         return Sums(like, with_error=with_error)
 
-    def adjoint_stage(self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
-        """kappa = base + h sum_j a_j x_j, a cotangent of the discrete adjoint; base None: 0."""
-        return reference.adjoint_stage(base, x, row, h)
+    def adjoint_stage(
+        self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None
+    ) -> Tensor:
+        """kappa = base + dt sum_j a_j x_j, a cotangent of the discrete adjoint; base None: 0. at None: dt is 1."""
+        return reference.adjoint_stage(base, x, row, 1.0 if at is None else at.signed)
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
         """[f, -vjp], the flat derivative of [y, a]. vjp None: zeros."""

@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.tape import Tape
 
 _LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
 _MOST = 2**63 - 1
 _NON_FINITE = 2  # as in csrc/control.h
-_JUMP = 47  # Ctl.jump, as the number of a word of four bytes
+_JUMP, _STATUS = 47, 48  # Ctl.jump and Ctl.status, as the number of a word of four bytes
 
 
 class Reading(NamedTuple):
@@ -67,7 +68,8 @@ class Control:
 
     landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
     sliver before them. outputs: on the device, the solve ends with the last of them; pauses: and waits at each of the
-    others for `resume`. points: those of a grid, whose steps are all good; then the law is of no matter.
+    others for `resume`. points: those of a grid, whose steps are all good; then the law is of no matter. tape: gets the
+    accepted steps; a walk back over it has a control of its own, without one.
     """
 
     def __init__(
@@ -83,6 +85,7 @@ class Control:
         points: Sequence[float] = (),
         *,
         pauses: bool = False,
+        tape: Tape | None = None,
     ) -> None:
         device = outputs.device
         self._plan = plan
@@ -92,8 +95,9 @@ class Control:
         self._bytes = self._host.numpy().data
         self._landings = torch.tensor(list(landings), dtype=torch.float64, device=device)
         self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
-        self._stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
+        self.stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
         self._outputs = outputs
+        self._tape = tape
         self.points = torch.tensor(list(points), dtype=torch.float64, device=device)
         plan.set_law(
             law.exponents,
@@ -108,8 +112,9 @@ class Control:
             min(math.ceil(min(max_num_steps, _MOST)), _MOST),  # attempts are whole: 2.5 allows three of them
             _array(self._landings),
             self._is_jump.data_ptr(),
-            _array(self._stops),
+            _array(self.stops),
             _array(outputs),
+            0 if tape is None else tape.address,
             self._ctl.data_ptr(),
         )
 
@@ -141,6 +146,21 @@ class Control:
         """Go on where the solve waits at an output."""
         self._plan.resume(_array(self.points))
 
+    def set_walk(self, tape: Tape, next_: int = -1, row: int = -1, least: int = 0) -> None:
+        """Where a walk back over a tape begins, of which this is the control: at the step `next_`, by default the last,
+        with its state in `row`, by default in that of the step's own number. Active if there is a step from `least` on
+        to take back; else with the status RECORD_FULL if the tape does not hold what the walk needs."""
+        self._plan.set_walk(tape.address, next_, row, least)
+
+    def take_back(self, tape: Tape, time: Tensor | None = None) -> None:
+        """Make the walk's next step the current one, `tape.row` the row of its state, and write the time of its first
+        stage."""
+        self._plan.take_back(tape.address, 0 if time is None else time.data_ptr())
+
+    def taken(self, tape: Tape, least: int = 0) -> None:
+        """Stay active while the step that the walk takes next is not before `least`."""
+        self._plan.taken(tape.address, least)
+
     @property
     def address(self) -> int:
         """Of the state, in device memory."""
@@ -155,6 +175,11 @@ class Control:
     def jumped(self) -> Tensor:
         """Did the step judged last end at a discontinuity? 0-d, on the device."""
         return self._ctl.view(torch.int32)[_JUMP] != 0
+
+    @property
+    def succeeded(self) -> Tensor:
+        """Has nothing failed so far? 0-d, on the device."""
+        return self._ctl.view(torch.int32)[_STATUS] == 0
 
     def read(self) -> Reading:
         """Where the solve stands. The one host read of a step, and the one time that the host waits."""

@@ -24,6 +24,7 @@ from node_cuda.kernels.fused_sums import FusedSums
 from node_cuda.kernels.memory import address, has_address, resolved
 from node_cuda.kernels.reference import ControlLaw
 from node_cuda.kernels.sums import Sums
+from node_cuda.kernels.tape import Tape
 from node_cuda.norms import ErrorNorm
 from node_cuda.status import InvalidField
 
@@ -183,9 +184,10 @@ class Fused(Arithmetic):
         stops: Sequence[float],
         outputs: bool,
         pauses: bool,
+        tape: Tape | None = None,
     ) -> Control:
         """Step control on the device. outputs: the solve ends with the last of the output times; pauses: and waits at
-        each."""
+        each. tape: gets the accepted steps."""
         return Control(
             self.plan,
             law,
@@ -196,12 +198,14 @@ class Fused(Arithmetic):
             stops,
             self.device_times[1:] if outputs else self.device_times[:0],
             pauses=pauses,
+            tape=tape,
         )
 
-    def grid_control(self, points: Sequence[float], *, pauses: bool = False) -> Control:
+    def grid_control(self, points: Sequence[float], *, pauses: bool = False, tape: Tape | None = None) -> Control:
         """Steps from point to point of a grid, on the device."""
         law = ControlLaw((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
-        return Control(self.plan, law, 1, math.inf, (), frozenset(), (), self.device_times[1:], points, pauses=pauses)
+        outputs = self.device_times[1:]
+        return Control(self.plan, law, 1, math.inf, (), frozenset(), (), outputs, points, pauses=pauses, tape=tape)
 
     def commit(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         """to_i = source_i, if the step judged last was accepted. One launch."""
@@ -283,19 +287,21 @@ class Fused(Arithmetic):
 
     def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
         """See `Arithmetic`. One launch a list."""
-        fits = bool(like) and all(x.dtype in DTYPES and x.device == self.device and has_address(x) for x in like)
-        if not fits:
+        if not (like and can_sum(like, self.device)):
             return super().sums(like, with_error=with_error)
         return FusedSums(like, self.module, self.on, DTYPES, with_error=with_error)
 
-    def adjoint_stage(self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
+    def adjoint_stage(
+        self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None
+    ) -> Tensor:
         """See `Arithmetic`. One launch for every MAX_TERMS terms."""
+        where = self.module.ONE if at is None else self.native(at)
         terms, most = [(v, a) for v, a in zip(x, row, strict=True) if a != 0.0], self.module.MAX_TERMS
         out = torch.empty_like(x[0])
         for i in range(0, max(len(terms), 1), most):  # a sum that is too long goes on where it is
             part = terms[i : i + most]
             pointers = [v.data_ptr() for v, _ in part]
-            self.plan.combine(h, out.data_ptr(), _address(out if i else base), pointers, [a for _, a in part])
+            self.plan.sum(where, out.data_ptr(), _address(out if i else base), pointers, [a for _, a in part])
         return out
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
@@ -350,6 +356,11 @@ class Fused(Arithmetic):
     def _zeros(self, size: int) -> Tensor:
         """Workspace: zeroed once."""
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
+
+
+def can_sum(tensors: Sequence[Tensor], device: torch.device) -> bool:
+    """The kernels can sum tensors like these."""
+    return all(x.dtype in DTYPES and x.device == device and has_address(x) for x in tensors)
 
 
 def _address(x: Tensor | None) -> int:

@@ -90,6 +90,10 @@ class FusedSums(Sums):
         if self._has_sum:
             self._plan.commit(at.native)
 
+    def restart(self) -> None:
+        """The totals are zero again, where they are."""
+        torch._foreach_zero_(self.total)
+
     def keep(self, tensors: Sequence[Tensor | None]) -> Kept:
         """A copy of the tensors in memory that is always the same. One launch."""
         _, given = self._laid_out(tensors)

@@ -20,6 +20,8 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from node_cuda.kernels.tape import Tape
+
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
 
@@ -122,6 +124,7 @@ class LawStruct(Structure):
         *((name, c_int64) for name in ("landing_count", "stop_count", "output_count")),
         ("keep", c_int32),
         ("pauses", c_int32),
+        ("tape", c_void_p),
     ]
 
 
@@ -136,6 +139,26 @@ class Ctl(Structure):
         *((name, c_int64) for name in ("attempts", "accepted", "rejected", "next_landing", "next_stop")),
         *((name, c_int64) for name in ("first_output", "next_output")),
         *((name, c_int32) for name in ("accept", "jump", "status", "active", "finite", "paused")),
+    ]
+
+
+class Recorded(Structure):
+    _fields_ = [
+        ("at", Interval),
+        *((name, c_int64) for name in ("first_output", "next_output")),
+        *((name, c_int32) for name in ("begins", "unused")),
+    ]
+
+
+class TapeStruct(Structure):
+    _fields_ = [
+        ("steps", c_void_p),
+        ("capacity", c_int64),
+        ("places", c_void_p),
+        ("slots", c_int64),
+        *((name, c_int32) for name in ("first", "carries")),
+        *((name, c_int64) for name in ("count", "kept", "stride", "scan", "slot", "next", "row")),
+        *((name, c_int32) for name in ("jumped", "own_rows")),
     ]
 
 
@@ -187,6 +210,9 @@ _LAUNCHERS = {
     "start_control": (_P, _P, _D, _P, _D, _D),
     "grid_control": (_P, _P, _P, _L),
     "resume": (_P, _P, _P, _L),
+    "set_walk": (_P, _P, _L, _L, _L),
+    "take_back": (_I, _P, _P, _P),
+    "taken": (_P, _P, _L),
     "initial_norms": (_I, _L, _P, _P, _P, _P, _P, _P, _P),
     "initial_change": (_I, _L, _P, _P, _P, _P, _P, _P, _P, _P, _P),
     "dense_eval": (_I, _L, _P, _P, _L, _L, _P, _P, _I, _I, _P, _P, _P, _P),
@@ -214,8 +240,9 @@ class Law:
     """A LawStruct and the arrays that it points to."""
 
     def __init__(
-        self, law, order=5, max_num_steps=2**31 - 1, landings=(), jumps=(), stops=(), outputs=(), device="cpu"
-    ):
+        self, law, order=5, max_num_steps=2**31 - 1, landings=(), jumps=(), stops=(), outputs=(), device="cpu",
+        tape: Tape | None = None,
+    ):  # fmt: skip
         def array(values, dtype=torch.float64):
             return torch.tensor(list(values), dtype=dtype, device=device)
 
@@ -234,6 +261,8 @@ class Law:
             len(stops),
             len(outputs),
             law.keep,
+            False,
+            None if tape is None else tape.address,
         )
 
 
@@ -289,6 +318,12 @@ class Kernels:
 
     def where(self, ctl: Tensor) -> Where:
         return Where(ctl.data_ptr(), Interval(), 0.0)
+
+    def read_tape(self, tape: Tape) -> tuple[TapeStruct, list[Recorded]]:
+        """The struct, and the steps that it recorded."""
+        now = TapeStruct.from_buffer_copy(tape._struct.cpu().numpy().tobytes())
+        steps = (Recorded * tape.capacity).from_buffer_copy(tape._steps.cpu().numpy().tobytes())
+        return now, list(steps[: now.count])
 
     # The primitives.
 
@@ -349,6 +384,16 @@ class Kernels:
 
     def grid_control(self, ctl: Tensor, law: Law, points: Tensor) -> None:
         self.call("grid_control", ptr(ctl), byref(law.struct), ptr(points), points.numel())
+
+    def set_walk(self, ctl: Tensor, tape: Tape, next_: int = -1, row: int = -1, least: int = 0) -> None:
+        self.call("set_walk", ptr(ctl), tape.address, next_, row, least)
+
+    def take_back(self, ctl: Tensor, tape: Tape, time: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
+        of = torch.float32 if time is None else time.dtype
+        self.call("take_back", DTYPES.index(dtype or of), ptr(ctl), tape.address, ptr(time))
+
+    def taken(self, ctl: Tensor, tape: Tape, least: int = 0) -> None:
+        self.call("taken", ptr(ctl), tape.address, least)
 
     def initial_norms(self, y0, f0, rtol, atol, sizes=None, ctl=None) -> Tensor:
         segments, keep = (None, None) if sizes is None else self.segments(sizes)

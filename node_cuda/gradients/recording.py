@@ -1,0 +1,205 @@
+"""The forward solve of the discrete adjoint by graphs: the device records its accepted steps and keeps states.
+
+What it kept lies in the memory of the captured solve. It stays there for the backward pass if no other solve begins
+before; else it is copied first, as many rows as were used.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from node_cuda.device_loop import OutputLoop
+from node_cuda.forward_graphs import CapturedSolve, points_of, solve_captured
+from node_cuda.gradients.checkpoints import slots_for
+from node_cuda.gradients.request import Request
+from node_cuda.gradients.trajectory import State, Taken, Trajectory
+from node_cuda.graphs import Graphs, captured_or_why, key_of, obstacle
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE
+from node_cuda.kernels.fused import Fused, can_sum
+from node_cuda.kernels.tape import Tape, slots_after
+from node_cuda.methods import Method
+from node_cuda.options import AdaptiveOptions, FixedOptions, times_option
+from node_cuda.problem import Problem
+from node_cuda.status import Status
+from node_cuda.steppers.step import Step
+
+FIRST_STATES = 64
+"""States that are kept where no solve before told how many steps there are, and nobody asked for a number."""
+
+FEWEST_STEPS = 1024
+"""Steps that can be recorded, at least: 56 bytes each."""
+
+
+class RecordingLoop(OutputLoop):
+    """A solve that records its steps. states: a row a slot, and one more, for what is not kept."""
+
+    def __init__(
+        self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None, tape: Tape
+    ) -> None:
+        super().__init__(problem, method, arithmetic, points=points, tape=tape)
+        self.tape = tape
+        self.states = self.y.new_zeros((tape.slots + 1, *self.y.shape))
+
+    def put_outputs(self, step: Step, outputs: object) -> None:
+        """See `DeviceLoop`; and the state that the step began with."""
+        super().put_outputs(step, outputs)
+        self.states.index_copy_(0, self.tape.slot, self.y.unsqueeze(0))
+
+
+class CapturedRecording(CapturedSolve):
+    """A forward solve that leaves a `Record`. capacity: the steps that can be recorded; slots: the states."""
+
+    loop: RecordingLoop
+
+    def __init__(
+        self,
+        problem: Problem,
+        method: Method,
+        points: Sequence[float] | None,
+        tier: str | None,
+        capacity: int,
+        slots: int,
+    ) -> None:
+        self.room = capacity, slots
+        self.holder: weakref.ref[Record] | None = None
+        super().__init__(problem, method, points, tier)
+
+    def make_loop(
+        self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None
+    ) -> OutputLoop:
+        """See `CapturedSolve`."""
+        first, carries = _first_stages(problem, method)
+        tape = Tape(problem.y0.device, *self.room, first=first, carries=carries)
+        return RecordingLoop(problem, method, arithmetic, points, tape)
+
+    def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
+        """See `CapturedSolve`. What the solve before left is saved first, if somebody still wants it."""
+        self.evict()
+        return super().run(problem, points)
+
+    def evict(self) -> None:
+        """Make the memory free for another record."""
+        holder = None if self.holder is None else self.holder()
+        self.holder = None
+        if holder is not None:
+            self.follow()
+            holder.save()
+
+
+class Record:
+    """What a solve left for its backward pass. count: its accepted steps; None: nobody looked yet. succeeded: did it
+    end well, where nobody looked."""
+
+    def __init__(self, owner: CapturedRecording, problem: Problem, count: int | None) -> None:
+        self.owner = owner
+        self.count = count
+        self.direction = problem.direction
+        self.succeeded = owner.loop.control.succeeded.clone() if count is None else None
+        self._saved: list[Tensor] | None = None
+        owner.holder = weakref.ref(self)
+
+    @property
+    def complete(self) -> bool:
+        """Every state is kept, each in the row of its step's number, as far as the host knows."""
+        return self.count is None or self.count <= self.owner.loop.tape.slots
+
+    def save(self) -> None:
+        """Copy what the solve left."""
+        self._saved = [x.clone() for x in self._memory()]
+
+    def load(self) -> None:
+        """Put it where the captured solves find it."""
+        holder = None if self.owner.holder is None else self.owner.holder()
+        if holder is self:
+            return
+        self.owner.evict()
+        assert self._saved is not None
+        for x, saved in zip(self._memory(), self._saved, strict=True):
+            x.copy_(saved)
+        self._saved = None
+        self.owner.holder = weakref.ref(self)
+
+    def kept(self) -> dict[int, State]:
+        """The states by the number of the step that began with them, once the record is loaded: views."""
+        assert self.count is not None
+        tape, states = self.owner.loop.tape, self.owner.loop.states
+        return {place: State(states[row], None) for place, row in slots_after(self.count, tape.slots).items()}
+
+    def trajectory(self, arithmetic: Arithmetic) -> Trajectory:
+        """The same for a backward pass by the host, which then need not be loaded. One host read."""
+        self.load()
+        assert self.count is not None
+        steps: list[Taken] = []
+        for t0, t1, h, begins in self.owner.loop.tape.read(self.count):
+            at = arithmetic.interval(t0, t1, h)
+            if begins < 0:
+                steps.append(Taken(at, True, steps[-1].at, 1.0, JUST_BEFORE))
+            else:
+                steps.append(Taken(at, False, at, 0.0, JUST_AFTER if begins else HERE))
+        kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}
+        return Trajectory.left(steps, kept, self.owner.loop.tape.slots)
+
+    def _memory(self) -> list[Tensor]:
+        loop = self.owner.loop
+        rows = loop.tape.slots if self.count is None else min(self.count, loop.tape.slots)
+        return [*loop.tape.memory(self.count), loop.states[:rows]]
+
+
+def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, Record] | None:
+    """The forward solve by graphs, or None where that is the host loop's: then `stats.why` says why."""
+    problem, method, stats = request.problem, request.method, request.stats
+    why = why or obstacle(problem, method)
+    points = points_of(problem, method) if why is None else None
+    graphs: Graphs[CapturedRecording] = method.options.cuda_graph
+    key = () if why is not None else ("discrete", *key_of(problem, method), points and len(points), request.checkpoints)
+    known = len(points) - 1 if points is not None else graphs.rooms.get(key, FIRST_STATES)
+    slots = request.checkpoints if isinstance(request.checkpoints, int) else known
+    if request.checkpoints == "auto":
+        slots = min(slots, slots_for(problem.y0.numel() * problem.y0.itemsize, problem.y0.device))
+    capacity = max(known, FEWEST_STEPS)
+    found: CapturedRecording | str = captured_or_why(
+        method.options,
+        why,
+        lambda: (*key, capacity, slots),
+        problem,
+        lambda: CapturedRecording(problem, method, points, graphs.tier, capacity, slots),
+    )
+    if isinstance(found, str):
+        stats.why = found
+        return None
+    ys, status = solve_captured(found, problem, method, stats, points)
+    stats.checkpoint_slots = None if request.checkpoints is None else slots
+    count = None if status is Status.PENDING else stats.accepted
+    if count is not None and count > known:
+        graphs.rooms[key] = 2 ** (count - 1).bit_length()  # for the next solve
+    if count is not None and count > capacity:
+        stats.loop, stats.why = "host", f"it took {count} steps, and there was room to record {capacity}"
+        return None
+    return ys, status, Record(found, problem, count)
+
+
+def why_not_recorded(problem: Problem, method: Method, params: Sequence[Tensor]) -> str | None:
+    """Why the discrete adjoint is the host's, as far as that is known before."""
+    if problem.y0.dtype in (torch.float16, torch.bfloat16):
+        return "the cotangents of half precision are wider than its states"
+    if method.tableau is not None and method.tableau.carry_last_stage and not method.tableau.fsal:
+        return f"{method.name} carries a stage on that is not the field at its end"
+    if not can_sum(params, problem.y0.device):
+        return "a parameter is on another device than the state, or of a kind that the kernels do not have"
+    return None
+
+
+def _first_stages(problem: Problem, method: Method) -> tuple[int, bool]:
+    """When the first stage of the first step takes place (1: just beyond its start), and whether the others' are
+    carried on from the step before."""
+    options = method.options
+    if isinstance(options, AdaptiveOptions):
+        start = problem.times[0]
+        return int(start in times_option("jump_t", options.jump_t, problem.direction, start)), True
+    assert isinstance(options, FixedOptions)
+    return int(options.perturb), False

@@ -1,0 +1,229 @@
+"""The discrete adjoint's walk back over its steps by graphs: a body takes back the step that the device says.
+
+    begin, take back the last step, take back steps ...
+
+Where every state was kept the device repeats the body by itself. Where some were given up the host, which knows how
+many steps there were, launches bodies in the order of `Checkpoints.reverse`, and reads nothing either.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda.captured import Captured
+from node_cuda.device_loop import release, with_field_of_its_own
+from node_cuda.gradients.checkpoints import Checkpoints
+from node_cuda.gradients.reached import Reached
+from node_cuda.gradients.recording import Record
+from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint
+from node_cuda.gradients.trajectory import State, Taken
+from node_cuda.graphs import captured_or_why, key_of
+from node_cuda.kernels.clock import HERE
+from node_cuda.kernels.control import Reading
+from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.fused_sums import FusedSums
+from node_cuda.methods import Method, arithmetic_of
+from node_cuda.options import Common
+from node_cuda.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import SolveError, Status
+
+REPLAYS = "replays"
+"""The host launches the bodies one by one."""
+
+
+class DeviceStepAdjoint(StepAdjoint):
+    """Takes back the step that the device says, whose first stage takes place at the 0-d tensor `start`."""
+
+    start: Tensor
+
+    def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
+        """See `StepAdjoint`."""
+        return self.start, state.y0
+
+
+class CapturedWalk(Captured):
+    """A walk back. `lam`: when it is over, of the state that the solve began with, without its output's part."""
+
+    def __init__(
+        self, record: Record, problem: Problem, form: Form, params: Sequence[Tensor], tier: str | None
+    ) -> None:
+        super().__init__(problem, tier)
+        self.owner = record.owner  # its memory is used
+        loop = self.owner.loop
+        self.tape, self.states = loop.tape, loop.states
+        with self.recorder.aside(), torch.no_grad():
+            own = with_field_of_its_own(replace(problem, y0=torch.empty_like(loop.y)))
+            arithmetic = arithmetic_of(own)
+            assert isinstance(arithmetic, Fused)
+            self.control = arithmetic.grid_control(())
+            self.y, self.lam = torch.empty_like(loop.y), torch.zeros_like(loop.y)
+            self.gradients = torch.zeros_like(loop.ys)
+            self.reached = Reached(range(len(params)))
+            self.params = params
+            self.sums = arithmetic.sums(params, with_error=False)
+            self.adjoint = DeviceStepAdjoint(
+                own, arithmetic, arithmetic, form, params, self.sums, self.reached, timed=False
+            )
+            (self.adjoint.start,) = arithmetic.slots(arithmetic.current(), (0.0,), HERE)
+            self._here = Taken(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
+            self._several = len(problem.times) > 2
+            self.nfe: dict[str, int] = {}
+            self._begin, self._last, self._step, self._advance = self.record(
+                self._begin_walk,
+                self._counted("last", lambda: self._take_back(dense=True)),
+                self._counted("step", lambda: self._take_back(dense=self._several)),
+                self._counted("advance", self._take_forward),
+            )
+            self.repeat, self.why = self.recorder.repeat(self._step, self.control)
+        release(own)
+
+    def run(self, record: Record, grad_ys: Tensor) -> tuple[str, int, int]:
+        """Takes all steps of a record back; nothing is read. Returns (how, evaluations, steps taken again), the
+        numbers as far as the host knows."""
+        self.owner.follow()
+        self.follow()
+        record.load()
+        self.gradients.copy_(grad_ys)
+        count = record.count
+        if record.complete:
+            self._begin.replay()
+            self._last.replay()
+            self.repeat.run()
+            return self.repeat.tier, 0 if count is None else self.cost(count), 0
+        assert count is not None
+        again = 0
+        moving = self.tape.slots  # the row that holds no kept state
+
+        def launch(graph: Any, n: int, state: State) -> None:
+            self.states[moving].copy_(state.y0)
+            self.control.set_walk(self.tape, n, moving)
+            graph.replay()
+
+        def advance(n: int, state: State) -> State:
+            nonlocal again
+            again += 1
+            launch(self._advance, n, state)
+            return State(self.states[moving].clone(), None)
+
+        def back(n: int, state: State) -> None:
+            launch(self._last if n == count - 1 else self._step, n, state)
+
+        with self.recorder.aside():  # the control's kernels are launched in that stream
+            self._begin.replay()
+            Checkpoints.left(record.kept(), count, self.tape.slots).reverse(advance, back)
+        return REPLAYS, self.cost(count) + again * self.nfe["advance"], again
+
+    def cost(self, count: int) -> int:
+        """How often a walk over so many steps, all of them kept, evaluates the field."""
+        return self.nfe["last"] + (count - 1) * self.nfe["step"]
+
+    def of_params(self) -> list[Tensor]:
+        """dL/dtheta in the parameters' own dtypes, for the caller to keep."""
+        if not self.params:
+            return []
+        assert isinstance(self.sums, FusedSums)
+        return [g.to(p.dtype, copy=True) for g, p in zip(self.sums.of_step, self.params, strict=True)]
+
+    def _begin_walk(self) -> None:
+        self.control.start(0.0, 0.0)
+        if isinstance(self.sums, FusedSums):
+            self.sums.begin_at_zero()
+        self.lam.zero_()
+        self.control.set_walk(self.tape)
+
+    def _take_back(self, *, dense: bool) -> None:
+        state = self._load()
+        outputs = Outputs(self.gradients[1:], 1, len(self.gradients)) if dense else None
+        lam = self.adjoint.back(self._here, state, Cotangent(self.lam), outputs).cotangent.lam
+        self.lam.copy_(lam)
+        self.control.taken(self.tape)
+
+    def _take_forward(self) -> None:
+        state = self._load()
+        self.states[self.tape.slots].copy_(self.adjoint.advance(self._here, state, self._here).y0)
+
+    def _load(self) -> State:
+        """The state that the walk's next step began with."""
+        self.control.take_back(self.tape, self.adjoint.start)
+        torch.index_select(self.states, 0, self.tape.row, out=self.y.unsqueeze(0))
+        return State(self.y, None)
+
+    def _counted(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        """The work, and how often it evaluates the field."""
+
+        def counted() -> None:
+            before = self.adjoint.nfe
+            work()
+            self.nfe[name] = self.adjoint.nfe - before
+
+        return counted
+
+
+def walk_by_graphs(
+    record: Record,
+    problem: Problem,
+    method: Method,
+    form: Form,
+    grad_ys: Tensor,
+    params: Sequence[Tensor],
+    used: Reached,
+    stats: Stats,
+    why: str | None,
+) -> tuple[Tensor, list[Tensor]] | None:
+    """(lam at the first state, dL/dtheta), or None where the walk is the host's: then `stats.why_backward` says why."""
+    options = method.options
+    found: CapturedWalk | str = captured_or_why(
+        options,
+        why,
+        lambda: (
+            "walk",
+            id(record.owner),  # alive as long as what this key belongs to
+            *key_of(problem, method),
+            tuple((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params),
+        ),
+        problem,
+        lambda: _capture(record, problem, form, params, options),
+    )
+    if isinstance(found, str):
+        stats.why_backward = found
+        return None
+    stats.why_backward = found.why
+    stats.loop_backward, nfe, again = found.run(record, grad_ys)
+    stats.graph_of = "stage" if found.adjoint.at_once is False else "step"
+    used.reach_as(found.reached)
+    lam, of_params = found.lam.clone(), found.of_params()
+    if record.count is not None:
+        stats.nfe_backward += nfe
+        stats.steps_again += again
+        stats.peak_checkpoints = max(stats.peak_checkpoints, min(record.count, found.tape.slots))
+        return lam, of_params
+    found.begun(found.control, stats, _account(found, stats), options)
+    assert record.succeeded is not None
+    ok = record.succeeded & found.control.succeeded
+    return torch.where(ok, lam, math.nan), [torch.where(ok, g, math.nan) for g in of_params]
+
+
+def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tensor], options: Common) -> CapturedWalk:
+    record.load()  # the steps that warm it up are those of this record
+    return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
+
+
+def _account(walk: CapturedWalk, stats: Stats) -> Callable[[Reading], SolveError | None]:
+    """What is made of where a walk ended of which nobody knew the length; the forward solve is asked first."""
+
+    def account(now: Reading) -> SolveError | None:
+        status = Status(now.status)
+        if status is not Status.SUCCESS:
+            return SolveError(status, math.nan, stats)
+        stats.nfe_backward += walk.cost(stats.accepted)
+        stats.peak_checkpoints = max(stats.peak_checkpoints, stats.accepted)
+        return None
+
+    return account

@@ -1,0 +1,388 @@
+"""The tape of a solve on the device through the shim: what is recorded, what is kept, and the walk back over it.
+
+The host loop's Trajectory and Checkpoints say what must be on it.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+from dataclasses import dataclass
+
+import pytest
+import torch
+from problems import F64, TimedLinear, linspace
+from shim import library
+from shim.graphs import Graphs
+from shim.library import Kernels, Law
+from torch import Tensor
+
+import node_cuda
+from node_cuda.controllers import Controller
+from node_cuda.device_loop import OutputLoop, set_apart
+from node_cuda.gradients.checkpoints import Checkpoints
+from node_cuda.gradients.trajectory import Trajectory
+from node_cuda.host_loop import solve_outputs
+from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
+from node_cuda.kernels.control import Control
+from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.tape import Tape, slots_after
+from node_cuda.methods import Method, arithmetic_of, grid_of, lookup, make_loop
+from node_cuda.options import AdaptiveOptions, FixedOptions
+from node_cuda.problem import Problem, make_problem
+from node_cuda.solution import Stats
+from node_cuda.status import Status
+
+pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
+
+CPU = torch.device("cpu")
+LAW = Controller(keep=True).law(5, AdaptiveOptions())
+GOOD, BAD = (torch.tensor([ratio], dtype=F64) for ratio in (0.5, 2.0))
+STREAM, DEVICE = 77, 1
+
+
+@pytest.fixture
+def kernels(shim_library) -> Kernels:
+    return Kernels(shim_library)
+
+
+def grid_solve(kernels: Kernels, tape: Tape, points: Tensor, outputs=(), direction=1.0) -> Tensor:
+    """A control that has gone from point to point of a grid, to its end."""
+    ctl, law = kernels.new_ctl(), Law(LAW, outputs=outputs, tape=tape)
+    kernels.start_control(ctl, law, direction, float(points[0]), -1.0)
+    for _ in points:
+        kernels.grid_control(ctl, law, points)
+    return ctl
+
+
+# --- what is kept ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 5, 7, 8, 13, 64])
+def test_the_states_kept_are_those_of_checkpoints_at_every_step(kernels, slots):
+    steps = 300
+    tape, ctl = Tape(CPU, 5, slots, first=0, carries=False), kernels.new_ctl()  # too short for them, which is no matter
+    law, points = Law(LAW, tape=tape), torch.arange(steps + 2, dtype=F64)
+    kernels.start_control(ctl, law, 1.0, 0.0, -1.0)
+    kernels.grid_control(ctl, law, points)
+    rows: list[int | None] = [None] * (slots + 1)  # the step whose state lies in each
+    host: Checkpoints[int] = Checkpoints(slots)
+    for i in range(steps):
+        host.offer(i, i)
+        kernels.grid_control(ctl, law, points)
+        rows[int(tape.slot)] = i
+        expected = slots_after(i + 1, slots)
+        assert sorted(expected) == sorted(host._kept)
+        assert [rows[slot] for slot in expected.values()] == list(expected)
+        now, _ = kernels.read_tape(tape)
+        places = tape.places.tolist()
+        assert {place: places.index(place) for place in expected} == expected
+        assert (now.count, now.kept, now.stride) == (i + 1, len(expected), host._stride)
+
+
+def test_the_slots_of_a_long_solve_are_found_quickly():
+    kept = slots_after(10**6, 1000)
+    assert len(kept) == len(set(kept.values())) == math.ceil(10**6 / 1024)
+    assert sorted(kept) == list(range(0, 10**6, 1024))
+
+
+def test_a_tape_without_room_is_refused():
+    for capacity, slots in ((-1, 1), (4, 0)):
+        with pytest.raises(ValueError, match="at least no step and one state"):
+            Tape(CPU, capacity, slots, first=0, carries=True)
+
+
+def test_what_was_not_accepted_goes_to_the_scratch_row(kernels):
+    tape, ctl = Tape(CPU, 8, 4, first=1, carries=True), kernels.new_ctl()
+    law = Law(LAW, outputs=[1.0], tape=tape)
+    kernels.start_control(ctl, law, 1.0, 0.0, 0.25)
+    assert tape.slot.item() == 4
+    rows = []
+    for ratio in (BAD, GOOD, BAD, GOOD, GOOD, GOOD, GOOD, GOOD, GOOD):
+        kernels.step_control(ctl, law, ratio)
+        rows.append((kernels.read(ctl).accept, int(tape.slot)))
+    taken = kernels.read(ctl).accepted
+    assert taken < 7 and not kernels.read(ctl).active  # the last ones came behind the end
+    expected = [slot for i in range(taken) for slot in (slots_after(i + 1, 4).get(i, 4),)]
+    assert [row for accept, row in rows if accept] == expected
+    assert {row for accept, row in rows if not accept} == {4}
+    kernels.start_control(ctl, law, 1.0, 0.0, 0.25)
+    now, _ = kernels.read_tape(tape)
+    assert (now.count, now.kept, now.stride, now.scan, now.slot, now.jumped) == (0, 0, 1, 0, 4, 0)
+
+
+def test_a_step_that_fails_is_not_recorded(kernels):
+    tape, ctl = Tape(CPU, 8, 4, first=0, carries=True), kernels.new_ctl()
+    law = Law(LAW._replace(min_step=0.5), outputs=[1.0], tape=tape)  # so that it is accepted whatever its error
+    kernels.start_control(ctl, law, 1.0, 0.0, 0.5)
+    kernels.step_control(ctl, law, torch.tensor([math.nan], dtype=F64))
+    now, steps = kernels.read_tape(tape)
+    assert Status(kernels.read(ctl).status) is Status.NON_FINITE
+    assert (now.count, now.slot, steps) == (0, 4, [])
+
+
+# --- the record of whole solves ----------------------------------------------------------------------------------
+
+
+@dataclass
+class Solved:
+    """A solve by the device loop with a tape, and the same by the host loop."""
+
+    loop: OutputLoop
+    tape: Tape
+    states: Tensor
+    host: Trajectory
+    problem: Problem
+
+    @property
+    def fused(self) -> Fused:
+        return self.loop.arithmetic
+
+
+def solved(monkeypatch, y0: Tensor, t: Tensor, method: str, options: dict, capacity: int, slots: int) -> Solved:
+    parsed = lookup(method, {**options, "throw": False})
+    func = TimedLinear(dtype=y0.dtype)
+    with torch.no_grad(), node_cuda.backend("fused"):
+        problem = make_problem(func, y0, t, 1e-4, 1e-4)
+        points = grid_of(problem, parsed.options)[0] if isinstance(parsed.options, FixedOptions) else None
+        host, interpolant = make_loop(problem, parsed, Stats(), points=points)
+        trajectory = Trajectory(host, host.stepper, slots, None)  # pyright: ignore[reportArgumentType]
+        solve_outputs(host, interpolant, False)
+        inside = host.pace.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
+        tape = Tape(CPU, capacity, slots, first=int(inside), carries=parsed.adaptive)
+        loop = recorded_loop(monkeypatch, problem, parsed, points, tape)
+        states = torch.full((slots + 1, *y0.shape), math.nan, dtype=y0.dtype)
+        loop.begin()
+        while loop.control.read().active:
+            y = loop.y.clone()
+            loop.attempt()
+            states.index_copy_(0, tape.slot, y[None])
+    return Solved(loop, tape, states, trajectory, problem)
+
+
+def recorded_loop(monkeypatch, problem: Problem, method: Method, points, tape: Tape) -> OutputLoop:
+    """A device loop whose control has a tape."""
+    own = set_apart(problem)
+    fused = arithmetic_of(own)
+    assert isinstance(fused, Fused)
+    adaptive, grid = fused.control, fused.grid_control
+    monkeypatch.setattr(fused, "control", lambda *args, **kwargs: adaptive(*args, tape=tape, **kwargs))
+    monkeypatch.setattr(fused, "grid_control", lambda *args, **kwargs: grid(*args, tape=tape, **kwargs))
+    return OutputLoop(own, method, fused, points=points)
+
+
+T = linspace(0.0, 2.0, 9)
+SOLVES = {
+    "rejections": ("bosh3", dict(first_step=5.0), T),
+    "many outputs in a step": ("dopri5", {}, linspace(0.0, 5.0, 80)),
+    "reversed": ("tsit5", {}, linspace(2.0, -1.0, 5)),
+    "jumps": ("dopri5", dict(jump_t=[0.4, 0.41, 1.3], step_t=[0.9], first_step=0.5), T),
+    "a jump at the start": ("bosh3", dict(jump_t=[0.0, 1.0]), T),
+    "no fsal": ("adaptive_heun", dict(jump_t=[0.75]), T),
+    "accurate": ("dopri8", dict(dense="accurate", max_step=0.3), T),
+    "too many steps": ("dopri5", dict(max_num_steps=9, max_step=0.05), linspace(0.0, 3.0, 3)),
+    "grid": ("rk4", {}, T),
+    "finer grid": ("rk4", dict(step_size=0.13, interp="cubic"), T),
+    "grid inside": ("midpoint", dict(step_size=0.13, perturb=True), linspace(1.0, -1.0, 4)),
+}
+
+
+def begins_of(solved: Solved) -> list[int]:
+    """From the host loop's record."""
+    return [-1 if taken.carried else taken.side for taken in solved.host.steps]
+
+
+@pytest.mark.parametrize("slots", [3, 200])
+@pytest.mark.parametrize("name", SOLVES)
+def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, monkeypatch, name, slots):
+    method, options, t = SOLVES[name]
+    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200, slots)
+    now, steps = shim.read_tape(device.tape)
+    expected, times = device.host.steps, device.problem.times
+    assert now.count == len(expected) > 3
+    assert [step.begins for step in steps] == begins_of(device)
+    control = device.loop.control.read()
+    assert (control.accepted, control.first_output) == (now.count, steps[-1].first_output)
+    if name == "rejections":
+        assert control.rejected
+    if name == "jumps":
+        assert begins_of(device).count(JUST_AFTER) == 3
+    reached = 0
+    for step, taken in zip(steps, expected, strict=True):
+        at = taken.at
+        assert (step.at.t0, step.at.t1, step.at.h, step.at.dt) == (at.t0, at.t1, at.h, at.signed)
+        assert step.first_output == reached
+        reached = sum(s <= at.t1 for s in times[1:])
+        assert step.next_output == reached
+    kept = slots_after(now.count, slots)
+    assert sorted(kept) == sorted(device.host.checkpoints._kept)
+    device.host.begin(device.problem.y0)
+    for place, slot in kept.items():
+        assert torch.equal(device.states[slot], device.host.checkpoints._kept[place].y0)
+
+
+def test_steps_beyond_the_capacity_are_counted_and_not_written(shim, monkeypatch):
+    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7, 4)
+    now, steps = shim.read_tape(device.tape)
+    assert now.count == 20 and len(steps) == 7
+    assert [(s.at.t0, s.at.t1) for s in steps] == [(x.at.t0, x.at.t1) for x in device.host.steps[:7]]
+    walk = walk_of(device.fused)
+    walk.set_walk(device.tape, 3, 2)
+    state = walk.read()
+    assert (state.active, Status(state.status)) == (0, Status.RECORD_FULL)
+
+
+# --- the walk ----------------------------------------------------------------------------------------------------
+
+
+def walk_of(fused: Fused) -> Control:
+    """The control of a walk over the tape of a solve with this arithmetic, in a plan of its own."""
+    y0 = torch.zeros(fused.shape, dtype=fused.dtype)
+    own = Fused(fused.module, fused.on, y0, fused.direction, fused.norm, (0.0,))
+    law = ControlLaw((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
+    walk = own.control(law, 1, math.inf, (), frozenset(), (), outputs=False, pauses=False)
+    walk.start(0.0, None)
+    return walk
+
+
+@pytest.mark.parametrize("name", SOLVES)
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
+def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, monkeypatch, name, dtype):
+    method, options, t = SOLVES[name]
+    y0 = torch.tensor([0.7, -0.4], dtype=F64).to(dtype)
+    device = solved(monkeypatch, y0, t, method, options, 200, 200)
+    walk, fused, (_, steps) = walk_of(device.fused), device.fused, shim.read_tape(device.tape)
+    time = torch.zeros((), dtype=dtype.to_real())
+    walk.set_walk(device.tape)
+    places = list(reversed(range(len(steps))))
+    for n in places:
+        walk.take_back(device.tape, time)
+        now, (at, carried, start, node, side) = walk.read(), device.host.steps[n]
+        assert (now.active, now.accept, now.status) == (1, 1, 0) and device.tape.row.item() == n
+        assert (now.t0, now.t1, now.h, now.dt) == (at.t0, at.t1, at.h, at.signed)
+        assert (now.last_t0, now.last_t1, now.last_h, now.last_dt) == (at.t0, at.t1, at.h, at.signed)
+        assert (now.first_output, now.next_output) == (steps[n].first_output, steps[n].next_output)
+        assert now.direction == device.problem.direction
+        assert carried == (steps[n].begins == -1)
+        plain = Clock(fused.direction, dtype.to_real(), CPU).at_nodes(start, (node,), side)[0]
+        assert torch.equal(time, fused.times(start, (node,), side)[0]) and torch.equal(time, plain)
+        assert torch.equal(device.states[n], device.host.checkpoints._kept[n].y0) or n == 0
+        walk.taken(device.tape)
+    assert not walk.read().active
+    before = walk.read()
+    walk.take_back(device.tape, time.fill_(7.0))  # behind the end
+    walk.taken(device.tape)
+    now = walk.read()
+    assert now == before._replace(accept=0, first_output=now.next_output) and time == 7.0
+    assert device.tape.row.item() == 0
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("direction", [1.0, -1.0])
+def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(kernels, dtype, direction):
+    points = torch.tensor([-3.1, -1.0, 0.0, 1 / 3, 1.0, 2.0, 100.1], dtype=F64)
+    clock = Clock(direction, dtype, CPU)
+    time, walk = torch.zeros((), dtype=dtype), kernels.new_ctl()
+    kernels.start_control(walk, Law(LAW), direction, 0.0, -1.0)
+    for first, carries in ((HERE, False), (JUST_AFTER, False), (JUST_AFTER, True)):
+        tape = Tape(CPU, 6, 6, first=first, carries=carries)
+        grid_solve(kernels, tape, points, direction=direction)
+        kernels.set_walk(walk, tape)
+        for n in reversed(range(6)):
+            kernels.take_back(walk, tape, time)
+            t0 = float(points[n])
+            at, side = Interval(t0, float(points[n + 1]), 1.0, direction, direction), first
+            if carries and n:
+                at, side = Interval(float(points[n - 1]), t0, 1.0, direction, direction), JUST_BEFORE
+            node = 1.0 if side == JUST_BEFORE else 0.0
+            assert torch.equal(time, clock.at_nodes(at, (node,), side)[0])
+
+
+def test_a_walk_by_the_host_goes_where_it_is_told(kernels):
+    points, tape = torch.arange(12.0, dtype=F64), Tape(CPU, 11, 3, first=0, carries=False)
+    grid_solve(kernels, tape, points, outputs=[2.5, 11.0])
+    walk = kernels.new_ctl()
+    kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
+    for n, row in ((9, 3), (4, 1), (10, 2)):
+        kernels.set_walk(walk, tape, n, row, n)
+        kernels.take_back(walk, tape)
+        now = kernels.read(walk)
+        assert (now.next.t0, now.next.t1, int(tape.row), now.active) == (n, n + 1.0, row, 1)
+        kernels.taken(walk, tape, n)
+        assert not kernels.read(walk).active
+    kernels.set_walk(walk, tape, 6, 1, 4)  # several steps, with states that the host puts into one row
+    seen = []
+    while kernels.read(walk).active:
+        kernels.take_back(walk, tape)
+        seen.append((kernels.read(walk).next.t0, int(tape.row)))
+        kernels.taken(walk, tape, 4)
+    assert seen == [(6.0, 1), (5.0, 1), (4.0, 1)]
+    for next_, least in ((11, 0), (5, 6)):  # no such step; none that is asked for
+        kernels.set_walk(walk, tape, next_, 0, least)
+        assert (kernels.read(walk).active, kernels.read(walk).status) == (0, 0)
+
+
+@pytest.mark.parametrize("capacity, slots", [(20, 4), (4, 20)])
+def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(kernels, capacity, slots):
+    points, tape = torch.arange(12.0, dtype=F64), Tape(CPU, capacity, slots, first=0, carries=False)
+    grid_solve(kernels, tape, points)
+    walk, time = kernels.new_ctl(), torch.full((), 7.0, dtype=F64)
+    kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
+    kernels.set_walk(walk, tape)
+    row = int(tape.row)
+    kernels.take_back(walk, tape, time)
+    kernels.taken(walk, tape)
+    now = kernels.read(walk)
+    assert (now.active, now.accept, Status(now.status)) == (0, 0, Status.RECORD_FULL)
+    assert time == 7.0 and int(tape.row) == row == slots
+    grid_solve(kernels, tape, points[:4])  # the next solve is shorter
+    kernels.set_walk(walk, tape)
+    assert (kernels.read(walk).active, kernels.read(walk).status) == (1, 0)
+
+
+def test_a_solve_without_a_step_has_nothing_to_take_back(kernels):
+    tape = Tape(CPU, 4, 4, first=0, carries=True)
+    walk = kernels.new_ctl()
+    kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
+    for least in (0, -5):
+        kernels.set_walk(walk, tape, least=least)
+        kernels.take_back(walk, tape)
+        assert (kernels.read(walk).active, kernels.read(walk).status, int(tape.row)) == (0, 0, 4)
+
+
+def test_a_dtype_that_there_is_not_is_refused(kernels):
+    tape, walk = Tape(CPU, 4, 4, first=0, carries=True), kernels.new_ctl()
+    with pytest.raises(RuntimeError, match="take_back failed"):
+        kernels.call("take_back", 9, walk.data_ptr(), tape.address, None)
+
+
+def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_module, kernels):
+    graphs = Graphs(shim_library)
+    graphs.reset()
+    points, tape = torch.arange(9.0, dtype=F64) / 4, Tape(CPU, 8, 8, first=1, carries=True)
+    grid_solve(kernels, tape, points, outputs=[0.6, 2.0])
+    walk, time, rows = kernels.new_ctl(), torch.zeros((), dtype=F64), torch.zeros(2, dtype=torch.int64)
+    kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
+    on = library.On(STREAM, DEVICE, 0)
+    with graphs.capturing(STREAM) as found:
+        kernels.call("set_walk", walk.data_ptr(), tape.address, -1, -1, 3, on=on)
+    with graphs.capturing(STREAM) as bodies:
+        kernels.call("take_back", 1, walk.data_ptr(), tape.address, time.data_ptr(), on=on)
+        for i in range(2):  # the row of this step becomes the first, and the one before it the second
+            source = rows if i == 0 else tape.row
+            graphs.lib.shim_copy(rows[1 - i :].data_ptr(), source.data_ptr(), 8, STREAM)
+        kernels.call("taken", walk.data_ptr(), tape.address, 3, on=on)
+    begin = graphs.lib.shim_instantiate(found[0])
+    loop = shim_module.WhileGraph(bodies[0], walk.data_ptr(), DEVICE)
+    for _ in range(2):
+        shim_module.replay(begin, 1, (STREAM, DEVICE))
+        loop.launch(STREAM)
+        now = kernels.read(walk)
+        assert (now.active, now.next.t0, rows.tolist()) == (0, 0.75, [3, 4])
+        assert time.item() == math.nextafter(0.75, 0.0)
+    del loop
+    graphs.lib.shim_destroy_exec(begin)
+    for graph in (*found, *bodies):
+        graphs.lib.shim_destroy_graph(graph)
+    assert graphs.lib.shim_complaints() == b""
