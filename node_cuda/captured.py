@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from node_cuda.graphs import evaluated_once
 from node_cuda.kernels import capture
 from node_cuda.kernels.backend import module_for
 from node_cuda.kernels.control import Control, Reading, reading
-from node_cuda.options import Common
+from node_cuda.options import AdaptiveOptions, Common
 from node_cuda.problem import Problem
 from node_cuda.solution import Pending, Stats
 from node_cuda.status import SolveError, Status
@@ -48,6 +49,7 @@ class Captured:
             for part in (begin, *parts):
                 part()
 
+        evaluated_once()
         self.recorder.warm_up(all_of_them)
         return [self.recorder.record(part) for part in (begin, *parts)]
 
@@ -97,9 +99,18 @@ class Run(Pending):
         return look.answer()
 
 
-def failure_of(now: Reading, direction: float, stats: Stats) -> SolveError | None:
-    """How a solve that is over failed, if it did."""
+def failure_of(
+    now: Reading, direction: float, stats: Stats, options: Common | None = None, detail: str | None = None
+) -> SolveError | None:
+    """How a solve that is over failed, if it did, as the host loop says it. detail: what went wrong, where it is
+    known."""
     status = Status(now.status)
     if status is Status.SUCCESS:
         return None
-    return SolveError(status, direction * now.t0, stats, f"The step was {now.proposal:.3g}.")
+    if detail is None:
+        detail = f"The step was {now.proposal:.3g}."
+        if now.gave_up:
+            detail = f"The step was min_step = {now.last_h:.3g}."
+        elif status is Status.MAX_STEPS and isinstance(options, AdaptiveOptions):
+            detail = f"max_num_steps = {options.max_num_steps}, the step {now.proposal:.3g}."
+    return SolveError(status, direction * now.t0, stats, detail)

@@ -18,6 +18,7 @@ from torch import Tensor
 from node_cuda.kernels import reference as kernels
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.clock import HERE
+from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions, times_option
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
@@ -108,6 +109,17 @@ class Extra(Protocol):
     def device_ratio(self) -> Tensor | None:
         """The largest of their rms, as a double where the state is; None: none takes part."""
         ...
+
+
+def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
+    """What is not finite where a scaled norm of y0 or of func(t0, y0) is not; raises InvalidInput if neither is."""
+    for name, x in (("y0", y), ("func(t0, y0)", f0)):
+        if not bool(torch.isfinite(x).all()):
+            return f"{name} holds NaN or infinity."
+    raise InvalidInput(
+        f"y0 and func(t0, y0) are finite, but not in units of atol + rtol * |y0|, in {y.dtype}: got "
+        f"rtol = {norm.rtol} and atol = {norm.atol}. Raise atol, or use a wider dtype."
+    )
 
 
 class Adaptive:
@@ -257,13 +269,7 @@ class Adaptive:
 
     def _explain(self, t: float, y: Tensor, f0: Tensor) -> None:
         """Raise what is wrong at the start, where a scaled norm is not finite."""
-        for name, x in (("y0", y), ("func(t0, y0)", f0)):
-            if not bool(torch.isfinite(x).all()):
-                self._fail(Status.NON_FINITE, t, f"{name} holds NaN or infinity.")
-        raise InvalidInput(
-            f"y0 and func(t0, y0) are finite, but not in units of atol + rtol * |y0|, in {y.dtype}: got "
-            f"rtol = {self.problem.norm.rtol} and atol = {self.problem.norm.atol}. Raise atol, or use a wider dtype."
-        )
+        self._fail(Status.NON_FINITE, t, wrong_at_start(self.problem.norm, y, f0))
 
     def _notify(self, name: str, t: float, y: Tensor, h: float) -> None:
         if self.problem.callbacks:

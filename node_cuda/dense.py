@@ -61,6 +61,8 @@ class DenseSolution:
 
 def solve_dense(problem: Problem, method: Method, stats: Stats) -> DenseSolution:
     """Solve from the problem's first time to its last, and keep the solution as a function."""
+    if method.options.cuda_graph:
+        stats.why = "the stages of every step are kept by the host"
     if isinstance(method.options, ScipyOptions):
         solve = ScipySolve(problem, method.options, stats)
         if solve.failure is not None:

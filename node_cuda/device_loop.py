@@ -189,7 +189,7 @@ class DeviceLoop:
     def cost(self, now: Reading, stats: Stats) -> int:
         """What a solve that is over cost: its steps, and how often it evaluated the field."""
         stats.accepted, stats.rejected = now.accepted, now.rejected
-        return self.first_nfe + self.nfe * (now.accepted + now.rejected)
+        return self.first_nfe + self.nfe * (now.accepted + now.rejected + now.gave_up)
 
     def rebind(
         self,
@@ -257,7 +257,8 @@ def with_field_of_its_own(problem: Problem) -> Problem:
     """The problem with another field for the same function, which may be released."""
     assert isinstance(problem.field, VectorField)
     own = VectorField(problem.field.func, problem.layout)
-    return replace(problem, func=own, field=own)
+    # A callback that the method does not call would keep func alive.
+    return replace(problem, func=own, field=own, callbacks={}, adjoint_callbacks={})
 
 
 def release(problem: Problem) -> None:

@@ -8,12 +8,13 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda.captured import Captured, failure_of
+from node_cuda.controllers import wrong_at_start
 from node_cuda.device_loop import OutputLoop, release, set_apart
 from node_cuda.graphs import captured_or_why, key_of, obstacle
 from node_cuda.kernels.control import Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.methods import Method, arithmetic_of, grid_of
-from node_cuda.options import FixedOptions
+from node_cuda.options import Common, FixedOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import SolveError, Status
@@ -24,7 +25,8 @@ class CapturedSolve(Captured):
 
     def __init__(self, problem: Problem, method: Method, points: Sequence[float] | None, tier: str | None) -> None:
         super().__init__(problem, tier)
-        with self.recorder.aside(), torch.no_grad():
+        # Solves outside of inference mode write this memory as well.
+        with self.recorder.aside(), torch.inference_mode(False), torch.no_grad():
             own = set_apart(problem)
             arithmetic = arithmetic_of(own)
             assert isinstance(arithmetic, Fused)
@@ -78,7 +80,7 @@ def solve_captured(
     options, loop = method.options, captured.loop
     stats.loop, stats.why = captured.repeat.tier, captured.why
     ys = captured.run(problem, points)
-    run = captured.begun(loop.control, stats, _account(problem, loop, ys, stats), options)
+    run = captured.begun(loop.control, stats, _account(problem, loop, ys, stats, options), options)
     if run is None:
         return ys, Status.PENDING
     failure = run.end()
@@ -87,16 +89,29 @@ def solve_captured(
     return ys, Status.SUCCESS if failure is None else failure.status
 
 
-def _account(problem: Problem, loop: OutputLoop, ys: Tensor, stats: Stats) -> Callable[[Reading], SolveError | None]:
+def _account(
+    problem: Problem, loop: OutputLoop, ys: Tensor, stats: Stats, options: Common
+) -> Callable[[Reading], SolveError | None]:
     """What is made of where a solve ended."""
+    # A grid judges no step. Now, as ys is the user's from here on.
+    finite = None if loop.adaptive else torch.isfinite(ys).reshape(len(ys), -1).all(1)
+    slope = None if options.throw == "deferred" else loop.k1  # the next solve writes over it
 
     def account(now: Reading) -> SolveError | None:
         stats.nfe = loop.cost(now, stats)
-        failure = failure_of(now, problem.direction, stats)
-        if failure is None and not loop.adaptive:  # a grid judges no step
+        detail = None
+        if now.never_began:
+            if slope is not None:
+                detail = wrong_at_start(problem.norm, problem.y0, slope)
+            else:
+                detail = "y0 or func(t0, y0) is not finite, or not so in units of atol + rtol * |y0|."
+        failure = failure_of(now, problem.direction, stats, options, detail)
+        if failure is None and finite is not None:
             stats.host_reads += 1
-            if not bool(torch.isfinite(ys[-1]).all()):
-                return SolveError(Status.NON_FINITE, problem.direction * now.last_t1, stats)
+            reached: list[bool] = finite.tolist()
+            if not reached[-1]:
+                t = problem.times[reached.index(False) - 1]  # as `Solution.check` says it
+                failure = SolveError(Status.NON_FINITE, problem.direction * t, stats)
         return failure
 
     return account

@@ -10,13 +10,15 @@ from __future__ import annotations
 import dataclasses
 import weakref
 from collections.abc import Callable
+from contextvars import ContextVar
 from dataclasses import dataclass
+from types import MethodType
 from typing import Any, Generic, NoReturn, TypeVar
 
-import torch
 from torch import Tensor
+from torch.nn.utils import parametrize
 
-from node_cuda.fingerprint import Fingerprint, difference, fingerprint
+from node_cuda.fingerprint import Fingerprint, difference, fingerprint, surroundings, without, written
 from node_cuda.kernels.backend import why_plain
 from node_cuda.kernels.capture import TIERS, Uncapturable, capturing
 from node_cuda.methods import ADAMS, SCIPY, Method
@@ -47,7 +49,7 @@ class _Entry:
 
     def changed(self, now: Fingerprint) -> str | None:
         """What is another thing now."""
-        return difference(self.found, {name: value for name, value in now.items() if name not in self.written})
+        return difference(self.found, without(now, self.written))
 
 
 class Graphs(Generic[C]):
@@ -89,29 +91,45 @@ class Graphs(Generic[C]):
             changed = change
         if changed is not None:
             self._misses += 1
-        if self._misses > PATIENCE:
-            return (
-                f"func's {changed!r} was another one at each of the last {PATIENCE} captures: keep it as it is, or, "
-                "if it is a tensor, write into it with `copy_`"
-            )
+            if self._misses > PATIENCE:
+                return (
+                    f"func's {changed!r} was another one at each of the last {PATIENCE} captures: keep it as it is, "
+                    "or, if it is a tensor, write into it with `copy_`"
+                )
+        settled: list[Fingerprint] = []
+        token = _evaluated_once.set(lambda: settled.append(fingerprint(func)))
         try:
             captured = make()
         except Uncapturable as why:
             captured = str(why)
+        finally:
+            _evaluated_once.reset(token)
         after = fingerprint(func)
-        written = frozenset(name for name in (*now, *after) if name not in now or now[name] != after.get(name))
-        found = {name: value for name, value in after.items() if name not in written}
-        self._entries = [*self._entries[1 - MOST :], _Entry(key, found, written, captured)]
+        # What func wrote in its first evaluation alone it may look up in the others, and is not to change.
+        own = written(settled[0] if settled else now, after)
+        self._entries = [*self._entries[1 - MOST :], _Entry(key, without(after, own), own, captured)]
         return captured
 
 
-_of_functions: weakref.WeakKeyDictionary[Any, Graphs[Any]] = weakref.WeakKeyDictionary()
+_evaluated_once: ContextVar[Callable[[], None] | None] = ContextVar("node_cuda.graphs.evaluated_once", default=None)
+
+
+def evaluated_once() -> None:
+    """To be called while something is captured, behind the first evaluation of its func and before the others."""
+    told = _evaluated_once.get()
+    if told is not None:
+        told()
+
+
+_of_functions: weakref.WeakKeyDictionary[Any, dict[Any, Graphs[Any]]] = weakref.WeakKeyDictionary()
 
 
 def graphs_of(func: Any) -> Graphs[Any]:
-    """The captured solves of this function, which are freed with it."""
+    """The captured solves of this function, which are freed with it; those of a bound method with its object, as the
+    method itself is another one each time that it is looked up."""
+    owner, method = (func.__self__, func.__func__) if isinstance(func, MethodType) else (func, None)
     try:
-        return _of_functions.setdefault(func, Graphs())
+        return _of_functions.setdefault(owner, {}).setdefault(method, Graphs())
     except TypeError:  # it cannot be referred to weakly
         return Graphs()
 
@@ -154,6 +172,8 @@ def obstacle(problem: Problem, method: Method) -> str | None:
         return "a norm of the user's is measured on the host"
     if len(problem.times) < 2 or problem.y0.numel() == 0:
         return "there is nothing to solve"
+    if parametrize._cache_enabled:
+        return "torch.nn.utils.parametrize.cached() keeps weights that a captured solve would go on using"
     return why_plain(problem.backend, problem.y0)
 
 
@@ -162,7 +182,6 @@ def key_of(problem: Problem, method: Method) -> tuple[Any, ...]:
     y0, options = problem.y0, method.options
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in _NO_MATTER}
     lands = given.get("step_t") is not None or given.get("jump_t") is not None
-    kind = y0.device.type
     return (
         method.name,
         _plain(given),
@@ -174,7 +193,7 @@ def key_of(problem: Problem, method: Method) -> tuple[Any, ...]:
         ),
         problem.norm.sizes,
         problem.backend,
-        torch.is_autocast_enabled(kind) and torch.get_autocast_dtype(kind),
+        surroundings(y0.device.type),
     )
 
 

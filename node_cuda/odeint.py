@@ -13,13 +13,13 @@ from node_cuda._typing import EventFunc, Func, State
 from node_cuda.dense import DenseSolution, solve_dense
 from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.request import AdjointArguments, Request
-from node_cuda.graphs import graphs_of
+from node_cuda.graphs import Graphs, graphs_of
 from node_cuda.integral import Beside, Integral, event_of, with_integral
 from node_cuda.methods import Method, lookup, supported_callbacks
 from node_cuda.problem import Problem, combined_event, make_problem
 from node_cuda.regularized import Regularized, refuse_regularized
 from node_cuda.solution import Solution, Stats
-from node_cuda.status import InvalidInput, SolveError, Status, Unsupported
+from node_cuda.status import InvalidInput, InvalidType, SolveError, Status, Unsupported
 
 
 def odeint(
@@ -260,8 +260,14 @@ def _warn_of_callbacks(problem: Problem, method: Method) -> None:
 
 def _with_graphs(options: Mapping[str, Any] | None, func: Any) -> Mapping[str, Any] | None:
     """The options, with a place for what is captured: it lives as long as func."""
-    if options is None or options.get("cuda_graph") is not True:
+    wanted = None if options is None else options.get("cuda_graph")
+    if options is None or not wanted or isinstance(wanted, Graphs):
         return options
+    if wanted is not True:
+        raise InvalidType(
+            'options["cuda_graph"] must be True, False, or a `graphs.Graphs` that keeps what is captured; got '
+            f"{wanted!r:.60}."
+        )
     return {**options, "cuda_graph": graphs_of(func)}
 
 

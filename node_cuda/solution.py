@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Protocol
+from typing import Any, Protocol
 
 from torch import Tensor
 
@@ -55,6 +55,10 @@ class Stats:
     graph_of: str | None = None
     reconstruction_error: float | None = None
     pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # What a copy could not wait for: it lies on the device, and is the original's.
+        return {**vars(self), "pending": []}
 
     def __str__(self) -> str:
         return f"nfe = {self.nfe}, accepted steps = {self.accepted}, rejected = {self.rejected}"

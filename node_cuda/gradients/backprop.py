@@ -11,6 +11,7 @@ from torch import Tensor
 from node_cuda._typing import EventFunc
 from node_cuda.forward_graphs import solve_by_graphs
 from node_cuda.gradients.request import Request
+from node_cuda.graphs import obstacle
 from node_cuda.host_loop import solve_event, solve_outputs
 from node_cuda.methods import SCIPY, make_loop
 from node_cuda.options import ScipyOptions
@@ -25,6 +26,7 @@ def outputs(request: Request) -> tuple[Tensor, Status]:
     """y at the problem's times, on the tape where autograd records (scipy's steps are not on any tape)."""
     problem, method = request.problem, request.method
     if isinstance(method.options, ScipyOptions):
+        request.stats.why = obstacle(problem, method) if method.options.cuda_graph else None
         return solve_scipy(problem, method.options, request.stats)
     if method.options.cuda_graph:
         done = solve_by_graphs(problem, method, request.stats)

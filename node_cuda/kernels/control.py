@@ -15,6 +15,7 @@ from node_cuda.kernels.tape import Tape
 
 _LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
 _MOST = 2**63 - 1
+_NON_FINITE = 2  # as in csrc/control.h
 _JUMP, _STATUS = 47, 48  # Ctl.jump and Ctl.status, as the number of a word of four bytes
 
 
@@ -50,6 +51,16 @@ class Reading(NamedTuple):
     active: int
     finite: int
     paused: int
+
+    @property
+    def gave_up(self) -> bool:
+        """The last attempt was not finite, and as small as a step may be: it counts as neither good nor bad."""
+        return self.status == _NON_FINITE and self.t0 + self.proposal > self.t0
+
+    @property
+    def never_began(self) -> bool:
+        """No first step could be chosen."""
+        return self.status == _NON_FINITE and self.proposal == 0.0 and self.accepted == self.rejected == 0
 
 
 class Control:
