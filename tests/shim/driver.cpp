@@ -131,7 +131,7 @@ void run_graph(int64_t n) {
   const Finish finish{nullptr, &ctl, nullptr, 0, law};
   const Slot start{t, 0.0, 1}, end{t + 1, 1.0, -1};
   check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, 0.5, on));
-  cudaStreamBeginCapture(&stream);
+  cudaStreamBeginCapture(&stream, cudaStreamCaptureModeGlobal);
   check(launch_stage_time(FLOAT, 1, &start, &next, on));
   check(launch_field(FLOAT, n, k1.data(), t, y0.data(), on));
   check(launch_rk_stage(FLOAT, n, z.data(), y0.data(), 1, k, weights, &next, &end, on));
