@@ -338,8 +338,8 @@ class SumsPlan {
     launch(x, where, weight, error_weight, add, false);
   }
 
-  // sum_i = x_i, if the step judged last was accepted. where: the current step of its plan.
-  void keep(const py::list& x, const Where& where) { launch(x, where, 1.0, 0.0, false, true); }
+  // sum_i (+)= x_i, if the step judged last was accepted. where: the current step of its plan.
+  void keep(const py::list& x, const Where& where, bool add) { launch(x, where, 1.0, 0.0, add, true); }
 
   // total_i += sum_i, where the plan judges steps only if the one judged last was accepted.
   void commit(const Where& where) {

@@ -326,10 +326,14 @@ class StepAdjoint:
         tau = rest.pop(0) if self.timed else None
         if self.params:
             self.reached.see(rest)
-            self.sums.add(rest, 1.0, 0.0)
+            self.add_to_sums(rest)
         if mu is not None:
             mu = self.cotangents.own(mu if mu.dtype is wide else mu.to(wide))
         return mu, tau
+
+    def add_to_sums(self, gradients: Sequence[Tensor | None]) -> None:
+        """What a vjp gave the parameters."""
+        self.sums.add(gradients, 1.0, 0.0)
 
     def _of_time(
         self,

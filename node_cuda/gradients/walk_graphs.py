@@ -39,13 +39,19 @@ REPLAYS = "replays"
 
 
 class DeviceStepAdjoint(StepAdjoint):
-    """Takes back the step that the device says, whose first stage takes place at the 0-d tensor `start`."""
+    """Takes back the step `here`, which the device says, and whose first stage takes place at the 0-d tensor `start`."""
 
     start: Tensor
+    here: Taken
 
     def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
         """See `StepAdjoint`."""
         return self.start, state.y0
+
+    def add_to_sums(self, gradients: Sequence[Tensor | None]) -> None:
+        """See `StepAdjoint`; nothing where there was no step to take back."""
+        assert isinstance(self.sums, FusedSums)
+        self.sums.add_if_accepted(gradients, self.here.at)
 
 
 class CapturedWalk(Captured):
@@ -62,6 +68,7 @@ class CapturedWalk(Captured):
             own = with_field_of_its_own(replace(problem, y0=torch.empty_like(loop.y)))
             arithmetic = arithmetic_of(own)
             assert isinstance(arithmetic, Fused)
+            self.arithmetic = arithmetic
             self.control = arithmetic.grid_control(())
             self.y, self.lam = torch.empty_like(loop.y), torch.zeros_like(loop.y)
             self.gradients = torch.zeros_like(loop.ys)
@@ -72,7 +79,7 @@ class CapturedWalk(Captured):
                 own, arithmetic, arithmetic, form, params, self.sums, self.reached, timed=False
             )
             (self.adjoint.start,) = arithmetic.slots(arithmetic.current(), (0.0,), HERE)
-            self._here = Taken(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
+            self.adjoint.here = Taken(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
             self._several = len(problem.times) > 2
             self.nfe: dict[str, int] = {}
             self._begin, self._last, self._step, self._advance = self.record(
@@ -141,13 +148,13 @@ class CapturedWalk(Captured):
     def _take_back(self, *, dense: bool) -> None:
         state = self._load()
         outputs = Outputs(1, self.gradients[1:], None) if dense else None
-        lam = self.adjoint.back(self._here, state, Cotangent(self.lam), outputs).cotangent.lam
-        self.lam.copy_(lam)
+        lam = self.adjoint.back(self.adjoint.here, state, Cotangent(self.lam), outputs).cotangent.lam
+        self.arithmetic.commit([self.lam], [lam])
         self.control.taken(self.tape)
 
     def _take_forward(self) -> None:
         state = self._load()
-        self.states[self.tape.slots].copy_(self.adjoint.advance(self._here, state, self._here).y0)
+        self.states[self.tape.slots].copy_(self.adjoint.advance(self.adjoint.here, state, self.adjoint.here).y0)
 
     def _load(self) -> State:
         """The state that the walk's next step began with."""
