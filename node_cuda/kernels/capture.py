@@ -213,7 +213,7 @@ class Watch(TorchDispatchMode):
         out = func(*args, **(kwargs or {}))
         if func in _COPIES:
             between = {x.device.type for x in (*args[:2], out) if isinstance(x, Tensor)}
-            if between == {self._kind, "cpu"}:
+            if len(between) == 2 and between == {self._kind, "cpu"}:
                 raise Uncapturable(f"func copies between the host and the device ({func})")
         return out
 
@@ -228,8 +228,13 @@ class Recorded:
         self._exec: int | None = None
 
     def replay(self, times: int = 1) -> None:
-        """See `Recording`. Torch's own replay is for random numbers, and refuses to be captured."""
-        recorder = self._recorder
+        """See `Recording`. Torch's own replay minds random numbers, and refuses to be captured; where the current
+        stream is being captured, the work becomes part of that graph."""
+        stream, device, module = self._recorder.current_stream, self._recorder.device, self._recorder.module
+        if self.raw is not None and capturing(device):
+            for _ in range(times):
+                module.append(self.raw, stream, device.index)
+            return
         if not hasattr(self._graph, "raw_cuda_graph_exec"):
             for _ in range(times):
                 self._graph.replay()
@@ -237,7 +242,7 @@ class Recorded:
         if self._exec is None:
             self._graph.instantiate()
             self._exec = self._graph.raw_cuda_graph_exec()
-        recorder.module.replay(self._exec, times, (recorder.current_stream, recorder.device.index))
+        module.replay(self._exec, times, (stream, device.index))
 
 
 @contextlib.contextmanager
