@@ -7,7 +7,7 @@ import torch
 from problems import F64, MLP, TimedLinear, linspace
 
 from node_cuda import SolveError, Status, graphs, solve
-from node_cuda.gradients import walk_graphs
+from node_cuda.gradients import recording, walk_graphs
 from node_cuda.kernels import capture
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
@@ -76,14 +76,28 @@ def test_dL_dt_of_the_flow_is_that_of_the_host(eager):
     close(discrete(func, True, timed=True)[0], discrete(func, False, timed=True)[0])
 
 
-def test_a_solve_with_more_steps_than_there_was_room_for_makes_room_for_the_next(eager):
+def test_a_solve_with_more_steps_than_there_was_room_for_makes_room_for_the_next(eager, monkeypatch):
+    monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
     func, kept = TimedLinear(), graphs.Graphs()
-    options = dict(max_step=0.01)
+    options = dict(max_step=0.05)
     expected, _ = discrete(func, False, options=options)
     (first, a), (second, b) = (discrete(func, kept, options=options) for _ in range(2))
-    assert a.accepted > 64 and (a.loop_backward, b.loop_backward) == ("replays", "eager")
+    assert a.accepted > 8 and (a.loop_backward, b.loop_backward) == ("replays", "eager")
     assert a.steps_again > 0 == b.steps_again and b.checkpoint_slots is None
     close(first, expected)
+    close(second, expected)
+
+
+def test_a_solve_with_more_steps_than_can_be_recorded_is_taken_again_by_the_host(eager, monkeypatch):
+    monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
+    monkeypatch.setattr(recording, "FEWEST_STEPS", 16)
+    func, kept = TimedLinear(), graphs.Graphs()
+    options = dict(max_step=0.05)
+    expected, _ = discrete(func, False, options=options)
+    (first, a), (second, b) = (discrete(func, kept, options=options) for _ in range(2))
+    assert a.loop == "host" and f"it took {a.accepted} steps" in a.why
+    assert b.loop == b.loop_backward == "eager"
+    assert all(torch.equal(x, y) for x, y in zip(first, expected, strict=True))
     close(second, expected)
 
 

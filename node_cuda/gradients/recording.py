@@ -28,8 +28,9 @@ from node_cuda.problem import Problem
 from node_cuda.status import Status
 from node_cuda.steppers.step import Step
 
-FIRST_STATES = 64
-"""States that are kept where no solve before told how many steps there are, and nobody asked for a number."""
+FEWEST_STATES, MOST_STATES, FIRST_BYTES = 64, 1024, 2**23
+"""States that are kept where no solve before told how many steps there are, and nobody asked for a number: as many as
+fit these bytes, within these bounds."""
 
 FEWEST_STEPS = 1024
 """Steps that can be recorded, at least: 56 bytes each."""
@@ -157,7 +158,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     points = points_of(problem, method) if why is None else None
     graphs: Graphs[CapturedRecording] = method.options.cuda_graph
     key = () if why is not None else ("discrete", *key_of(problem, method), points and len(points), request.checkpoints)
-    known = len(points) - 1 if points is not None else graphs.rooms.get(key, FIRST_STATES)
+    known = len(points) - 1 if points is not None else graphs.rooms.get(key, _first_room(problem))
     slots = request.checkpoints if isinstance(request.checkpoints, int) else known
     if request.checkpoints == "auto":
         slots = min(slots, slots_for(problem.y0.numel() * problem.y0.itemsize, problem.y0.device))
@@ -181,6 +182,11 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
         stats.loop, stats.why = "host", f"it took {count} steps, and there was room to record {capacity}"
         return None
     return ys, status, Record(found, problem, count)
+
+
+def _first_room(problem: Problem) -> int:
+    states = FIRST_BYTES // (problem.y0.numel() * problem.y0.itemsize)
+    return min(max(states, FEWEST_STATES), MOST_STATES)
 
 
 def why_not_recorded(problem: Problem, method: Method, params: Sequence[Tensor]) -> str | None:

@@ -39,7 +39,7 @@ REPLAYS = "replays"
 
 
 class DeviceStepAdjoint(StepAdjoint):
-    """Takes back the step `here`, which the device says, and whose first stage takes place at the 0-d tensor `start`."""
+    """Takes back the step `here`, which the device says; its first stage takes place at the 0-d tensor `start`."""
 
     start: Tensor
     here: Taken
