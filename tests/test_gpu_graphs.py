@@ -35,6 +35,8 @@ pytestmark = [
     pytest.mark.gpu,
     # torch says so when the mode is first used.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
+    # Of torch 2.10 and later, where a leaf's gradient comes on another stream than once.
+    pytest.mark.filterwarnings("ignore:The AccumulateGrad node"),
 ]
 
 TIERS = ("while", "batches")
@@ -92,11 +94,12 @@ class Selecting(Wave):
         return super().forward(t, y) * (1.0 + y[y > 0].square().mean())
 
 
-class Fetching(Wave):
-    """Makes a tensor of a number of the host's in every evaluation, which only its capture tells."""
+class Waiting(Wave):
+    """Waits for the device in every evaluation by no operation on a tensor, so that only its capture tells."""
 
     def forward(self, t, y):
-        return super().forward(t, y) * torch.tensor(1.25, dtype=F64, device=y.device)
+        torch.cuda.current_stream().synchronize()
+        return super().forward(t, y)
 
 
 class Dropping(Wave):
@@ -565,9 +568,9 @@ def test_gradients_are_those_of_the_host_loop_to_the_bit(mode, tier, wants_t):
         pytest.skip(str(stats.why))
     assert same_bits(actual, expected)
     assert (stats.accepted, stats.nfe_backward > 0) == (host.accepted, True)
-    if mode in ("adjoint", "discrete") and not wants_t:
-        way = tier if mode == "adjoint" else "replays"
-        assert stats.loop_backward == way, stats.why_backward
+    if not wants_t:  # of "discrete" the host launches the steps back where it gave some states up
+        ways = {tier} if given["gradient"] == "adjoint" else {tier, "replays"}
+        assert stats.loop_backward in ways, stats.why_backward
 
 
 @each_tier
@@ -724,7 +727,7 @@ def test_distributed_data_parallel_has_the_gradients_of_the_layer_alone(backend,
 # ------------------------------------------------------------------ apart
 def a_failed_capture() -> dict[str, Any]:
     """A field whose capture fails, and what that leaves behind."""
-    func, y0, kept = Fetching().to(CUDA), state().to(CUDA), Graphs()
+    func, y0, kept = Waiting().to(CUDA), state().to(CUDA), Graphs()
     with torch.no_grad():
         found = [solve(func, y0, TIMES, options=dict(cuda_graph=kept), **LOOSE) for _ in range(2)]
         host = by_the_host(func, y0, TIMES)

@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from node_cuda.kernels.control import Control, Reading, reading
+from node_cuda.status import Unsupported
 
 TIERS = ("while", "batches")
 
@@ -291,13 +292,12 @@ class Look:
 
     def __init__(self, recorder: Recorder, control: Control) -> None:
         # Not the recorder, which has looks of its own: nothing here waits for a collection.
-        self._module = recorder.module
-        self._device = recorder.device
+        self.device = recorder.device
         self._flag = recorder.module.Flag(control.address, recorder.device.index)
 
     def ask(self) -> None:
         """Let the current stream make the copy."""
-        self._flag.record(torch.cuda.current_stream(self._device).cuda_stream)
+        self._flag.record(torch.cuda.current_stream(self.device).cuda_stream)
 
     def answer(self) -> Reading:
         """Wait for it."""
@@ -334,6 +334,11 @@ class Batches:
     def run(self) -> None:
         """See `Repeat`."""
         now, behind = self._looks
+        if capturing(now.device):
+            raise Unsupported(
+                "A solve inside torch.cuda.graph must be repeated by the GPU alone, and this one is repeated by the "
+                "host, in batches; `Solution.stats.why` of a solve outside says why. Capture the rest without it."
+            )
         count = self._first
         self._step.replay(count)
         now.ask()
