@@ -23,10 +23,11 @@ from node_cuda.device_loop import OutputLoop, set_apart
 from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.trajectory import Trajectory
 from node_cuda.host_loop import solve_outputs
+from node_cuda.kernels.arithmetic import Arithmetic, Polynomials, position
 from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import Fused
-from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.reference import ControlLaw, DenseCotangents, polynomial
 from node_cuda.kernels.tape import Tape, slots_after
 from node_cuda.methods import Method, arithmetic_of, grid_of, lookup, make_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -386,3 +387,86 @@ def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_modu
     for graph in (*found, *bodies):
         graphs.lib.shim_destroy_graph(graph)
     assert graphs.lib.shim_complaints() == b""
+
+
+# --- the arithmetic of the backward pass at the step that the walk has come to -------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["many outputs in a step", "reversed", "accurate", "grid", "finer grid"])
+def test_the_cotangents_of_a_step_are_those_of_the_host_s_step_to_the_bit(shim, monkeypatch, name, dtype):
+    """By the step in device memory, by value, and as the discrete adjoint of the host makes them of several sums."""
+    method, options, t = SOLVES[name]
+    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64).to(dtype), t, method, options, 200, 200)
+    host = device.fused
+    fused = Fused(host.module, host.on, device.problem.y0, host.direction, host.norm, device.problem.times)
+    walk = fused.grid_control((), tape=None)
+    walk.start(0.0, None)
+    current, polynomials = fused.current(), polynomials_of(device.loop, fused)
+    lam, mu, ys = (torch.randn(*shape, dtype=dtype) for shape in ((2,), (2,), (len(t) - 1, 2)))
+    walk.set_walk(device.tape)
+    for taken, step in zip(reversed(device.host.steps), reversed(shim.read_tape(device.tape)[1]), strict=True):
+        walk.take_back(device.tape)
+        at, first, stop = taken.at, step.first_output, step.next_output
+        for base in (None, lam):
+            kappa = fused.adjoint_stage(base, [lam, mu], [0.3, -0.7], current)
+            assert torch.equal(kappa, fused.adjoint_stage(base, [lam, mu], [0.3, -0.7], at))
+            torch.testing.assert_close(kappa, Arithmetic.adjoint_stage(fused, base, [lam, mu], [0.3, -0.7], at))
+        found = fused.dense_adjoint(polynomials, current, lam, 1, ys)
+        given = ys[first:stop]
+        expected = by_several_sums(fused, polynomials, at, lam, first + 1, given)
+        for same in (fused.dense_adjoint(polynomials, at, lam, 1 + first, given), expected):
+            assert all(map(torch.equal, flat(found), flat(same)))
+        plain = Arithmetic.dense_adjoint(fused, polynomials, at, lam, 1 + first, given)
+        for x, y in zip(flat(found), flat(plain), strict=True):
+            torch.testing.assert_close(x, y)
+        walk.taken(device.tape)
+
+
+def test_a_sum_of_no_step_has_the_size_1(shim, monkeypatch):
+    fused = solved(monkeypatch, torch.ones(2, dtype=F64), T, "rk4", {}, 20, 20).fused
+    lam, mu = torch.randn(2, dtype=F64), torch.randn(2, dtype=F64)
+    for base, x in ((None, [lam, mu]), (lam, [mu])):
+        row = [0.5] * len(x)
+        found = fused.adjoint_stage(base, x, row, None)
+        torch.testing.assert_close(found, Arithmetic.adjoint_stage(fused, base, x, row, None))
+        torch.testing.assert_close(found, 0.5 * sum(x) + (0.0 if base is None else base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_states_have_plain_cotangents(shim, monkeypatch, dtype):
+    device = solved(monkeypatch, torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20, 20)
+    fused, at = device.fused, device.host.steps[0].at
+    lam, g = torch.ones(2, dtype=dtype), torch.ones(1, 2, dtype=dtype)
+    found = fused.dense_adjoint(fused.polynomials((), (1.0,)), at, lam, 1, g)
+    assert torch.equal(found.lam, 2 * lam) and not found.start.any()  # it is at the end of the step
+
+
+def polynomials_of(loop: OutputLoop, fused: Fused) -> Polynomials:
+    """Those of the loop's outputs, prepared once more."""
+    own = loop.interpolant._polynomials
+    return fused.polynomials(own.rows, own.end)
+
+
+def flat(cotangents: DenseCotangents) -> list[Tensor]:
+    return [cotangents.lam, cotangents.start, *cotangents.extra]
+
+
+def by_several_sums(
+    fused: Fused, polynomials: Polynomials, at: Interval, lam: Tensor, first: int, given: Tensor
+) -> DenseCotangents:
+    """As StepAdjoint puts the outputs of a step into its stages."""
+    zero, times = torch.zeros_like(lam), fused.output_times[first : first + len(given)]
+    inner = [(position(at, s), g) for s, g in zip(times, given, strict=True) if s != at.t1]
+    gradients = [g for _, g in inner]
+    of_end = [float(polynomial(polynomials.end, x)) for x, _ in inner]
+
+    def sum_of(base: Tensor | None, row: list[float], at: Interval | None) -> Tensor:
+        return fused.adjoint_stage(base, gradients, row, at) if inner else zero if base is None else base
+
+    start = sum_of(None, [1.0 - p for p in of_end], None)
+    extra = [sum_of(None, [float(polynomial(w, x)) for x, _ in inner], at) for _, w in polynomials.rows]
+    lam = sum_of(lam, of_end, None)
+    for s, g in zip(times, given, strict=True):
+        lam = lam + g if s == at.t1 else lam
+    return DenseCotangents(lam, start, extra)

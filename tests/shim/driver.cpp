@@ -88,6 +88,12 @@ void run(int dtype, int64_t n, int offset) {
                             &where, on));
   check(launch_dense_eval(dtype, n, out.data(), times, 0, 3, y0.data(), y1.data(), 2, 2, k, weights, a, &where, on));
   check(launch_dense_eval(dtype, n, out.data(), times, 1, 2, y0.data(), y1.data(), 0, 2, k, weights, a, &where, on));
+  if (dtype == FLOAT) {
+    Array lam(dtype, n, offset), start(dtype, n, 1), extra(dtype, n, offset);
+    void* const extras[1] = {extra.data()};
+    check(launch_dense_adjoint(dtype, n, lam.data(), start.data(), extras, lam.data(), out.data(), times, 0, 3, 1, 2,
+                               weights, a, &where, on));
+  }
   void* to[1] = {z.data()};
   check(launch_commit(z.bytes, 1, to, k, nullptr, on));
   check(launch_adjoint_stage(dtype, n, z.data(), 2, k, a, &where, on));
