@@ -13,14 +13,14 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Generic, NoReturn, Protocol, TypeVar
+from typing import Any, Generic, NoReturn, TypeVar
 
 from torch import Tensor
 from torch.nn.utils import parametrize
 
 from node_cuda.fingerprint import Fingerprint, difference, fingerprint, surroundings, without, written
 from node_cuda.kernels.backend import why_plain
-from node_cuda.kernels.capture import TIERS, Repeat, Uncapturable, capturing
+from node_cuda.kernels.capture import TIERS, Uncapturable, capturing
 from node_cuda.methods import ADAMS, SCIPY, Method
 from node_cuda.options import Common
 from node_cuda.problem import Problem
@@ -35,15 +35,7 @@ PATIENCE = 4
 # Options that change no launch.
 _NO_MATTER = ("cuda_graph", "throw", "norm", "grid_constructor", "record_steps", "check_reconstruction")
 
-
-class Repeating(Protocol):
-    """What was captured: it has a step to repeat, and says why not in the best way."""
-
-    repeat: Repeat
-    why: str | None
-
-
-C = TypeVar("C", bound=Repeating)
+C = TypeVar("C")
 
 
 @dataclass
@@ -154,8 +146,6 @@ def captured_or_why(
     found = why if why is not None else graphs.get(key(), problem.func, _never if inside else make)
     if inside and isinstance(found, str):
         raise Unsupported(f"A solve inside torch.cuda.graph must be captured, and this one cannot be: {found}.")
-    if inside and not isinstance(found, str) and found.repeat.tier == "batches":
-        raise Unsupported(f"A solve inside torch.cuda.graph needs a WHILE node, and there is none: {found.why}.")
     return found
 
 

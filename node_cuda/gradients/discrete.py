@@ -87,6 +87,7 @@ class _DiscreteTask(Task):
                 ys, self.status, self.record = recorded
                 self.times = problem.times
                 return ys, problem.direction * self.times[-1]
+            stats.why_backward = stats.why
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:

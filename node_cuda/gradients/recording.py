@@ -133,16 +133,18 @@ class Record:
 
     def trajectory(self, arithmetic: Arithmetic) -> Trajectory:
         """The same for a backward pass by the host, which then need not be loaded. One host read."""
-        self.load()
         assert self.count is not None
+        with self.owner.lock:
+            self.load()
+            read = self.owner.loop.tape.read(self.count)
+            kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}
         steps: list[Taken] = []
-        for t0, t1, h, begins in self.owner.loop.tape.read(self.count):
+        for t0, t1, h, begins in read:
             at = arithmetic.interval(t0, t1, h)
             if begins < 0:
                 steps.append(Taken(at, True, steps[-1].at, 1.0, JUST_BEFORE))
             else:
                 steps.append(Taken(at, False, at, 0.0, JUST_AFTER if begins else HERE))
-        kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}
         return Trajectory(steps, Checkpoints.left(kept, self.count, self.owner.loop.tape.slots))
 
     def _memory(self) -> list[Tensor]:
@@ -173,15 +175,17 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     if isinstance(found, str):
         stats.why = found
         return None
-    ys, status = solve_captured(found, problem, method, stats, points)
+    with found.lock:
+        ys, status = solve_captured(found, problem, method, stats, points)
+        count = None if status is Status.PENDING else stats.accepted
+        record = Record(found, problem, count)
     stats.checkpoint_slots = None if request.checkpoints is None else slots
-    count = None if status is Status.PENDING else stats.accepted
     if count is not None and count > known:
         graphs.rooms[key] = 2 ** (count - 1).bit_length()  # for the next solve
     if count is not None and count > capacity:
         stats.loop, stats.why = "host", f"it took {count} steps, and there was room to record {capacity}"
         return None
-    return ys, status, Record(found, problem, count)
+    return ys, status, record
 
 
 def _first_room(problem: Problem) -> int:

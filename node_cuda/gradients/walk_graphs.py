@@ -122,7 +122,7 @@ class CapturedWalk(Captured):
         def back(n: int, state: State) -> None:
             launch(self._last if n == count - 1 else self._step, n, state)
 
-        with self.recorder.aside():  # the control's kernels are launched in that stream
+        with self.recorder.in_its_stream():  # the control's kernels are launched in that stream
             self._begin.replay()
             Checkpoints.left(record.kept(), count, self.tape.slots).reverse(advance, back)
         return REPLAYS, self.cost(count) + again * self.nfe["advance"], again
@@ -202,24 +202,28 @@ def walk_by_graphs(
         stats.why_backward = found
         return None
     stats.why_backward = found.why
-    stats.loop_backward, nfe, again = found.run(record, grad_ys)
     stats.graph_of = "stage" if found.adjoint.at_once is False else "step"
     used.reach_as(found.reached)
-    lam, of_params = found.lam.clone(), found.of_params()
+    with record.owner.lock, found.lock:
+        stats.loop_backward, nfe, again = found.run(record, grad_ys)
+        lam, of_params = found.lam.clone(), found.of_params()
+        walked = found.control.succeeded
+        if record.count is None:
+            found.begun(found.control, stats, _account(found, stats), options)
     if record.count is not None:
         stats.nfe_backward += nfe
         stats.steps_again += again
         stats.peak_checkpoints = max(stats.peak_checkpoints, min(record.count, found.tape.slots))
         return lam, of_params
-    found.begun(found.control, stats, _account(found, stats), options)
     assert record.succeeded is not None
-    ok = record.succeeded & found.control.succeeded
+    ok = record.succeeded & walked
     return torch.where(ok, lam, math.nan), [torch.where(ok, g, math.nan) for g in of_params]
 
 
 def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tensor], options: Common) -> CapturedWalk:
-    record.load()  # the steps that warm it up are those of this record
-    return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
+    with record.owner.lock:
+        record.load()  # the steps that warm it up are those of this record
+        return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
 
 
 def _account(walk: CapturedWalk, stats: Stats) -> Callable[[Reading], SolveError | None]:

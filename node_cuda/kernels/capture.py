@@ -93,24 +93,30 @@ class Recorder:
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """What is launched inside runs behind the current stream's work, and before what the stream gets later."""
+        """For what is to be recorded: in the recorder's stream, one thread at a time."""
         if not _one_at_a_time.acquire(timeout=LONGEST_WAIT):
             raise Uncapturable("another thread's capture did not end")
+        # Autocast would keep casts of parameters from one evaluation for the next, beyond the end of a graph.
+        kind = self.device.type
+        autocast = torch.autocast(
+            kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
+        )
         try:
-            outer = torch.cuda.current_stream(self.device)
-            self._stream.wait_stream(outer)
-            # Autocast would keep casts of parameters from one evaluation for the next, beyond the end of a graph.
-            kind = self.device.type
-            autocast = torch.autocast(
-                kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
-            )
-            try:
-                with torch.cuda.stream(self._stream), autocast, _normal_tensors():
-                    yield
-            finally:  # also if it failed: the host loop goes on in the outer stream
-                outer.wait_stream(self._stream)
+            with self.in_its_stream(), autocast, _normal_tensors():
+                yield
         finally:
             _one_at_a_time.release()
+
+    @contextlib.contextmanager
+    def in_its_stream(self) -> Iterator[None]:
+        """What is launched inside runs behind the current stream's work, and before what the stream gets later."""
+        outer = torch.cuda.current_stream(self.device)
+        self._stream.wait_stream(outer)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:  # also if it failed: the host loop goes on in the outer stream
+            outer.wait_stream(self._stream)
 
     def warm_up(self, work: Callable[[], None]) -> None:
         """Do the work as often as must be before it is recorded. Raises Uncapturable where that is known then: a

@@ -18,6 +18,9 @@ class Eager:
     def aside(self):
         return contextlib.nullcontext()
 
+    def in_its_stream(self):
+        return contextlib.nullcontext()
+
     def warm_up(self, work):
         work()
         with capture.Watch(torch.device("cpu")):  # nothing of ours waits for a number in a step that is to be recorded
