@@ -25,7 +25,7 @@ Account = Callable[[Reading], SolveError | None]
 
 
 class Captured:
-    """Solves of one kind as graphs. Their memory is used by one solve after another, whatever their streams and threads.
+    """Solves of one kind as graphs. One solve after another uses their memory, whatever their streams and threads.
 
     lock: to be held from `follow` until nothing of the solve is left in that memory.
     """

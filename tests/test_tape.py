@@ -148,7 +148,7 @@ def solved(monkeypatch, y0: Tensor, t: Tensor, method: str, options: dict, capac
         problem = make_problem(func, y0, t, 1e-4, 1e-4)
         points = grid_of(problem, parsed.options)[0] if isinstance(parsed.options, FixedOptions) else None
         host, interpolant = make_loop(problem, parsed, Stats(), points=points)
-        trajectory = Trajectory(host, host.stepper, slots, None)  # pyright: ignore[reportArgumentType]
+        trajectory = Trajectory.of(host, host.stepper, slots, None)  # pyright: ignore[reportArgumentType]
         solve_outputs(host, interpolant, False)
         inside = host.pace.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
         tape = Tape(CPU, capacity, slots, first=int(inside), carries=parsed.adaptive)
