@@ -29,7 +29,7 @@ from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.reference import ControlLaw, DenseCotangents, polynomial
 from node_cuda.kernels.tape import Tape, slots_after
-from node_cuda.methods import Method, arithmetic_of, grid_of, lookup, make_loop
+from node_cuda.methods import arithmetic_of, grid_of, lookup, make_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem import Problem, make_problem
 from node_cuda.solution import Stats
@@ -141,7 +141,7 @@ class Solved:
         return self.loop.arithmetic
 
 
-def solved(monkeypatch, y0: Tensor, t: Tensor, method: str, options: dict, capacity: int, slots: int) -> Solved:
+def solved(y0: Tensor, t: Tensor, method: str, options: dict, capacity: int, slots: int) -> Solved:
     parsed = lookup(method, {**options, "throw": False})
     func = TimedLinear(dtype=y0.dtype)
     with torch.no_grad(), node_cuda.backend("fused"):
@@ -152,7 +152,10 @@ def solved(monkeypatch, y0: Tensor, t: Tensor, method: str, options: dict, capac
         solve_outputs(host, interpolant, False)
         inside = host.pace.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
         tape = Tape(CPU, capacity, slots, first=int(inside), carries=parsed.adaptive)
-        loop = recorded_loop(monkeypatch, problem, parsed, points, tape)
+        own = set_apart(problem)
+        fused = arithmetic_of(own)
+        assert isinstance(fused, Fused)
+        loop = OutputLoop(own, parsed, fused, points=points, tape=tape)
         states = torch.full((slots + 1, *y0.shape), math.nan, dtype=y0.dtype)
         loop.begin()
         while loop.control.read().active:
@@ -160,17 +163,6 @@ def solved(monkeypatch, y0: Tensor, t: Tensor, method: str, options: dict, capac
             loop.attempt()
             states.index_copy_(0, tape.slot, y[None])
     return Solved(loop, tape, states, trajectory, problem)
-
-
-def recorded_loop(monkeypatch, problem: Problem, method: Method, points, tape: Tape) -> OutputLoop:
-    """A device loop whose control has a tape."""
-    own = set_apart(problem)
-    fused = arithmetic_of(own)
-    assert isinstance(fused, Fused)
-    adaptive, grid = fused.control, fused.grid_control
-    monkeypatch.setattr(fused, "control", lambda *args, **kwargs: adaptive(*args, tape=tape, **kwargs))
-    monkeypatch.setattr(fused, "grid_control", lambda *args, **kwargs: grid(*args, tape=tape, **kwargs))
-    return OutputLoop(own, method, fused, points=points)
 
 
 T = linspace(0.0, 2.0, 9)
@@ -196,9 +188,9 @@ def begins_of(solved: Solved) -> list[int]:
 
 @pytest.mark.parametrize("slots", [3, 200])
 @pytest.mark.parametrize("name", SOLVES)
-def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, monkeypatch, name, slots):
+def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, name, slots):
     method, options, t = SOLVES[name]
-    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200, slots)
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200, slots)
     now, steps = shim.read_tape(device.tape)
     expected, times = device.host.steps, device.problem.times
     assert now.count == len(expected) > 3
@@ -223,8 +215,8 @@ def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, monkeypatch, name,
         assert torch.equal(device.states[slot], device.host.checkpoints._kept[place].y0)
 
 
-def test_steps_beyond_the_capacity_are_counted_and_not_written(shim, monkeypatch):
-    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7, 4)
+def test_steps_beyond_the_capacity_are_counted_and_not_written(shim):
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7, 4)
     now, steps = shim.read_tape(device.tape)
     assert now.count == 20 and len(steps) == 7
     assert [(s.at.t0, s.at.t1) for s in steps] == [(x.at.t0, x.at.t1) for x in device.host.steps[:7]]
@@ -249,10 +241,10 @@ def walk_of(fused: Fused) -> Control:
 
 @pytest.mark.parametrize("name", SOLVES)
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
-def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, monkeypatch, name, dtype):
+def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, name, dtype):
     method, options, t = SOLVES[name]
     y0 = torch.tensor([0.7, -0.4], dtype=F64).to(dtype)
-    device = solved(monkeypatch, y0, t, method, options, 200, 200)
+    device = solved(y0, t, method, options, 200, 200)
     walk, fused, (_, steps) = walk_of(device.fused), device.fused, shim.read_tape(device.tape)
     time = torch.zeros((), dtype=dtype.to_real())
     walk.set_walk(device.tape)
@@ -394,10 +386,10 @@ def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_modu
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("name", ["many outputs in a step", "reversed", "accurate", "grid", "finer grid"])
-def test_the_cotangents_of_a_step_are_those_of_the_host_s_step_to_the_bit(shim, monkeypatch, name, dtype):
+def test_the_cotangents_of_a_step_are_those_of_the_host_s_step_to_the_bit(shim, name, dtype):
     """By the step in device memory, by value, and as the discrete adjoint of the host makes them of several sums."""
     method, options, t = SOLVES[name]
-    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64).to(dtype), t, method, options, 200, 200)
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64).to(dtype), t, method, options, 200, 200)
     host = device.fused
     fused = Fused(host.module, host.on, device.problem.y0, host.direction, host.norm, device.problem.times)
     walk = fused.grid_control((), tape=None)
@@ -423,8 +415,8 @@ def test_the_cotangents_of_a_step_are_those_of_the_host_s_step_to_the_bit(shim, 
         walk.taken(device.tape)
 
 
-def test_a_sum_of_no_step_has_the_size_1(shim, monkeypatch):
-    fused = solved(monkeypatch, torch.ones(2, dtype=F64), T, "rk4", {}, 20, 20).fused
+def test_a_sum_of_no_step_has_the_size_1(shim):
+    fused = solved(torch.ones(2, dtype=F64), T, "rk4", {}, 20, 20).fused
     lam, mu = torch.randn(2, dtype=F64), torch.randn(2, dtype=F64)
     for base, x in ((None, [lam, mu]), (lam, [mu])):
         row = [0.5] * len(x)
@@ -434,8 +426,8 @@ def test_a_sum_of_no_step_has_the_size_1(shim, monkeypatch):
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_states_have_plain_cotangents(shim, monkeypatch, dtype):
-    device = solved(monkeypatch, torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20, 20)
+def test_half_states_have_plain_cotangents(shim, dtype):
+    device = solved(torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20, 20)
     fused, at = device.fused, device.host.steps[0].at
     lam, g = torch.ones(2, dtype=dtype), torch.ones(1, 2, dtype=dtype)
     found = fused.dense_adjoint(fused.polynomials((), (1.0,)), at, lam, 1, g)

@@ -183,6 +183,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     if count is not None and count > known:
         graphs.rooms[key] = 2 ** (count - 1).bit_length()  # for the next solve
     if count is not None and count > capacity:
+        stats.accepted = stats.rejected = 0  # it is solved once more
         stats.loop, stats.why = "host", f"it took {count} steps, and there was room to record {capacity}"
         return None
     return ys, status, record
