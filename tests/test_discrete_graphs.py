@@ -71,6 +71,14 @@ def test_steps_whose_states_were_given_up_are_taken_again_without_a_look(eager, 
     close(found, expected)
 
 
+def test_where_the_device_does_not_repeat_steps_the_host_launches_as_many_as_there_were(eager):
+    func = TimedLinear()
+    expected, _ = discrete(func, False)
+    found, stats = discrete(func, graphs.Graphs("batches"))
+    assert (stats.loop, stats.loop_backward, stats.steps_again) == ("batches", "replays", 0)
+    close(found, expected)
+
+
 def test_dL_dt_of_the_flow_is_that_of_the_host(eager):
     func = TimedLinear()
     close(discrete(func, True, timed=True)[0], discrete(func, False, timed=True)[0])

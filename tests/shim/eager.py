@@ -30,14 +30,15 @@ class Eager:
         class Recording:
             @staticmethod
             @torch.no_grad()
-            def replay():
-                work()
+            def replay(times=1):
+                for _ in range(times):
+                    work()
 
         return Recording()
 
     def repeat(self, step, control):
         class Repeat:
-            tier = "eager"
+            tier = self.tier
 
             @staticmethod
             def run():
