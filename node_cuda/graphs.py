@@ -33,7 +33,7 @@ PATIENCE = 4
 """Captures in a row, each for a func that had changed, after which it is the host loop's: a capture takes longer."""
 
 # Options that change no launch.
-_NO_MATTER = ("cuda_graph", "throw", "norm", "grid_constructor", "record_steps", "check_reconstruction")
+_NO_MATTER = ("cuda_graph", "throw", "norm", "grid_constructor", "record_steps", "check_reconstruction", "dtype")
 
 C = TypeVar("C")
 

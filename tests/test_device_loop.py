@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
-from problems import F64, MLP, TimedLinear, linspace
+from problems import BY_NAME, F64, MLP, PROBLEMS, Counting, TimedLinear, as_tuple, linspace, relative_difference
 
+import node_cuda
 from node_cuda import TABLEAUS, SolveError, Status, graphs, solve
+from node_cuda.controllers import Controller
+from node_cuda.status import InvalidInput
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 
@@ -156,4 +161,284 @@ def test_a_captured_solve_serves_again_for_other_states_and_times(eager):
         t = linspace(0.0, end, 4)
         device = solve(func, y0, t, options=dict(cuda_graph=kept))
         assert torch.equal(device.ys, solve(func, y0, t).ys)
+    assert kept.count == 1
+
+
+# ------------------------------------------------------------------ problems, states, outputs and options of all kinds
+def agree(func, y0, t, options=None, **solver):
+    """Both loops, the device's having the host's bits, steps, evaluations and end; (host's, device's)."""
+    host, device = both(func, y0, t, solver.pop("method", "dopri5"), options, **solver)
+    assert (device.stats.loop, device.stats.why) == ("eager", None)
+    for ours, theirs in zip(as_tuple(device.ys), as_tuple(host.ys), strict=True):
+        assert ours.dtype == theirs.dtype and ours.shape == theirs.shape
+        assert torch.equal(ours.isnan(), theirs.isnan())
+        assert torch.equal(ours[~ours.isnan()], theirs[~theirs.isnan()])
+    assert device.status is host.status
+    assert (device.stats.accepted, device.stats.rejected) == (host.stats.accepted, host.stats.rejected)
+    return host, device
+
+
+def rounding_of(problem, **solver):
+    """The same solve in plain PyTorch."""
+    with node_cuda.backend("reference"):
+        return solve(problem.make(), problem.y0, problem.t, **solver)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"),
+    [(p.name, "dopri5") for p in PROBLEMS] + [("tuple", "bosh3"), ("complex", "rk4"), ("reversed_timed_mlp", "rk4")],
+)
+@torch.no_grad()
+def test_the_drop_in_problems_are_those_of_the_host_loop_and_of_plain_pytorch(eager, name, method):
+    problem, solver = BY_NAME[name], dict(rtol=1e-3, atol=1e-5, method=method)
+    _, device = agree(problem.make(), problem.y0, problem.t, **solver)
+    plain = rounding_of(problem, **solver)
+    assert (device.stats.accepted, device.stats.nfe) == (plain.stats.accepted, plain.stats.nfe)
+    assert relative_difference(device.ys, plain.ys) < 1e-9
+
+
+@pytest.mark.parametrize("method", TABLEAUS)
+@torch.no_grad()
+def test_every_explicit_method_has_the_outputs_of_plain_pytorch(eager, method):
+    problem, solver = BY_NAME["reversed_timed_mlp"], dict(rtol=1e-2, atol=1e-3, method=method)
+    _, device = agree(problem.make(), problem.y0, problem.t, **solver)
+    assert relative_difference(device.ys, rounding_of(problem, **solver).ys) < 1e-9
+
+
+def turn(t, y):
+    return torch.where(t < 0.5, 1.0, -3.0) * y
+
+
+def decay(t, y):
+    return -y
+
+
+class Buffered:
+    """Returns the same memory every time."""
+
+    def __init__(self):
+        self.out = torch.empty(2, dtype=F64)
+
+    def __call__(self, t, y):
+        return torch.neg(y, out=self.out)
+
+
+EIGHTHS = dict(first_step=0.125, max_step=0.125)
+SOLVES = {
+    "rejections": dict(func=turn, t=linspace(0.0, 1.0, 4), rtol=1e-6, atol=1e-6),
+    "no outputs but the ends": dict(t=linspace(0.0, 3.0, 2)),
+    "many outputs in one step": dict(t=linspace(0.0, 0.02, 40), options=dict(first_step=1.0)),
+    "outputs at the ends of steps": dict(t=linspace(0.0, 1.0, 9), options=EIGHTHS),
+    "outputs beside the ends of steps": dict(
+        t=torch.tensor([0.0, 0.125, math.nextafter(0.125, 1.0), 0.25 - 2**-54, 0.25, 1.0], dtype=F64), options=EIGHTHS
+    ),
+    "two times, one ulp apart": dict(t=torch.tensor([1.0, math.nextafter(1.0, 2.0)], dtype=F64)),
+    "a far start": dict(t=1e6 + linspace(0.0, 1.0, 3)),
+    "backwards, with jumps": dict(t=linspace(1.0, 0.0, 4), func=turn, options=dict(jump_t=[0.5, 0.75])),
+    "jumps and steps, some outside": dict(
+        t=linspace(0.0, 1.0, 4), func=turn, options=dict(jump_t=[-1.0, 0.5, 7.0], step_t=torch.tensor([0.2, 0.9, 3.0]))
+    ),
+    "a jump at the start, at an output and at the end": dict(
+        t=linspace(0.0, 1.0, 5), func=turn, options=dict(jump_t=[0.0, 0.5, 1.0])
+    ),
+    "largest step": dict(t=linspace(0.0, 1.0, 3), options=dict(max_step=0.07)),
+    "smallest step": dict(t=linspace(0.0, 1.0, 3), rtol=1e-9, atol=1e-12, options=dict(min_step=0.1)),
+    "a tight law": dict(t=linspace(0.0, 3.0, 3), options=dict(safety=0.7, ifactor=1.5, dfactor=0.8)),
+    "I": dict(t=linspace(0.0, 3.0, 3), options=dict(controller="I")),
+    "PI": dict(t=linspace(0.0, 3.0, 3), options=dict(controller="PI")),
+    "a controller of the user's": dict(t=linspace(0.0, 3.0, 3), options=dict(controller=Controller(1.0, 0.2, 0.1))),
+    "accurate": dict(t=linspace(0.0, 3.0, 9), method="bosh3", options=dict(dense="accurate")),
+    "0-d": dict(y0=torch.tensor(0.7, dtype=F64)),
+    "one element": dict(y0=torch.tensor([0.7], dtype=F64)),
+    "float32": dict(y0=torch.tensor([0.7, -0.4])),
+    "times in float32": dict(t=linspace(0.0, 1.0, 4).float()),
+    "float16": dict(y0=torch.tensor([0.7, -0.4], dtype=torch.float16), rtol=1e-2, atol=1e-2),
+    "bfloat16": dict(y0=torch.tensor([0.7, -0.4], dtype=torch.bfloat16), rtol=1e-1, atol=1e-1),
+    "complex64": dict(y0=torch.tensor([0.7 + 1j, -0.4]), func=lambda t, y: 1j * y),
+    "complex128": dict(y0=torch.tensor([0.7 + 1j, -0.4], dtype=torch.complex128), func=lambda t, y: (1j - t) * y),
+    "a conjugate": dict(y0=torch.tensor([0.7 + 1j, -0.4], dtype=torch.complex128).conj(), func=lambda t, y: 1j * y),
+    "a transposed state": dict(y0=torch.arange(6.0, dtype=F64).view(2, 3).T),
+    "an expanded state": dict(y0=torch.ones(1, 2, dtype=F64).expand(3, 2)),
+    "tolerances of each element": dict(
+        rtol=torch.tensor([1e-3, 1e-7], dtype=F64), atol=torch.tensor([1e-8, 1e-4], dtype=F64)
+    ),
+    "a tuple": dict(y0=(Y, torch.ones(3, 1, dtype=F64)), func=lambda t, y: (-y[0] * y[1].sum(), -y[1])),
+    "a tuple with tolerances of each part": dict(
+        y0=(Y, torch.ones(3, 1, dtype=F64)),
+        func=lambda t, y: (-y[0] * y[1].sum(), -y[1]),
+        rtol=(1e-3, 1e-7),
+        atol=(1e-4, torch.full((3, 1), 1e-8, dtype=F64)),
+    ),
+    "a tuple with an empty part": dict(y0=(Y, Y.new_empty(0, 2)), func=lambda t, y: (-y[0], y[1])),
+    "the same buffer every time": dict(func=Buffered()),
+    "a field that writes into its argument": dict(func=lambda t, y: y.neg_()),
+    "a constant field": dict(func=lambda t, y: torch.ones_like(y)),
+    "a field that is zero": dict(func=lambda t, y: torch.zeros_like(y)),
+    "a field with a wider result": dict(y0=torch.tensor([0.7, -0.4]), func=lambda t, y: -y.double()),
+    "a grid": dict(method="heun3", t=linspace(0.0, 1.0, 4), options=dict(step_size=0.3)),
+    "a grid, backwards": dict(method="rk4", t=linspace(1.0, 0.0, 4), options=dict(step_size=0.3, interp="cubic")),
+    "a grid of the user's": dict(
+        method="midpoint",
+        t=linspace(0.0, 1.0, 4),
+        options=dict(grid_constructor=lambda f, y0, t: torch.cat([t[:1], t[:1] + 0.01, t[-1:]])),
+    ),
+    "one step of a grid": dict(method="euler", t=linspace(0.0, 1.0, 12), options=dict(step_size=5.0)),
+}
+
+
+@pytest.mark.parametrize("case", SOLVES)
+@torch.no_grad()
+def test_solves_of_all_kinds_have_the_bits_of_the_host_loop(eager, case):
+    given = {"func": decay, "y0": Y, "t": linspace(0.0, 1.0, 4), "rtol": 1e-4, "atol": 1e-5, **SOLVES[case]}
+    host, device = agree(**given)
+    assert all(bool(part.isfinite().all()) for part in as_tuple(device.ys))
+    if case == "rejections":
+        assert host.stats.rejected > 0
+    # Each attempt of the device has what the host evaluates where it must: stages to interpolate, a jump's other side.
+    more = case == "accurate" or "cubic" in str(given) or "jump_t" in given.get("options", {})
+    assert device.stats.nfe >= host.stats.nfe if more else device.stats.nfe == host.stats.nfe
+    assert device.check() is device
+
+
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("dopri5", {}), ("dopri8", dict(dense="accurate")), ("bosh3", {}), ("rk4", dict(interp="cubic")), ("euler", {})],
+)
+@torch.no_grad()
+def test_the_evaluations_are_those_of_the_beginning_and_of_each_attempt(eager, method, options):
+    """The host does not evaluate what interpolation needs in a step without outputs; the device does it in each."""
+    func = Counting(turn)
+    given = dict(rtol=1e-4, atol=1e-4, method=method, options={**options, "cuda_graph": graphs.Graphs()})
+    solve(func, Y, linspace(0.0, 1.0, 4), **given)
+    before = func.nfe
+    stats = solve(func, Y, linspace(0.0, 1.0, 4), **given).stats
+    attempts = stats.accepted + stats.rejected
+    beginning = {"rk4": 0, "euler": 0}.get(method, 2)
+    each = (stats.nfe - beginning) / attempts
+    assert each == int(each) > 0
+    assert func.nfe - before == beginning + each * (attempts + 2), "and two that Eager makes for nothing"
+
+
+# ------------------------------------------------------------------ failures
+def blow_up(t, y):
+    return torch.where(t > 1.6, math.nan, 1.0) * y
+
+
+def noise(t, y):
+    """No step is small enough for it, from t = 1.6 on."""
+    return torch.where(t > 1.6, 1e30 * torch.cos(1e25 * t), 1.0) * y
+
+
+NAN = torch.full((2,), math.nan, dtype=F64)
+END = linspace(1.0, 3.0, 5)  # from 0 a step can shrink for long
+QUICKLY = dict(dfactor=0.01)  # steps shrink
+FAILURES = {
+    "too many steps": (decay, Y, END, dict(max_num_steps=2, **EIGHTHS)),
+    "too many steps since an output": (decay, Y, END, dict(max_num_steps=4.5, first_step=0.09, max_step=0.09)),
+    "no steps at all": (decay, Y, END, dict(max_num_steps=0, first_step=0.1)),
+    "a step too small": (noise, Y, END, QUICKLY),
+    "a step too small, backwards": (lambda t, y: noise(-t, y), Y, -END, QUICKLY),
+    "NaN at the start": (decay, NAN, END, {}),
+    "NaN at the start, with a first step": (decay, NAN, END, dict(first_step=0.1)),
+    "a field that is NaN": (lambda t, y: y * math.nan, Y, END, {}),
+    "NaN on the way": (blow_up, Y, END, QUICKLY),
+    "NaN on the way, with a smallest step": (blow_up, Y, END, dict(min_step=0.1)),
+    "NaN at a jump": (blow_up, Y, END, dict(jump_t=[1.6], **QUICKLY)),
+}
+
+
+def message(call):
+    """(type, status, time, the sentence without its statistics, those) of the error that it raises."""
+    with pytest.raises((SolveError, InvalidInput)) as failure:
+        call()
+    error = failure.value
+    text = str(error)
+    if not isinstance(error, SolveError):
+        return type(error), text
+    assert text.endswith(f"({error.stats})")
+    return type(error), error.status, error.t, text.removesuffix(f"({error.stats})"), error.stats.rejected
+
+
+@pytest.mark.parametrize("case", FAILURES)
+@torch.no_grad()
+def test_a_failure_is_told_in_the_words_of_the_host_loop(eager, case):
+    func, y0, t, options = FAILURES[case]
+    kept = graphs.Graphs()
+
+    def run(**more):
+        return solve(func, y0, t, rtol=1e-2, atol=1e-2, options={**options, **more})
+
+    expected = message(run)
+    assert message(lambda: run(cuda_graph=kept)) == expected
+    pending = run(throw="deferred", cuda_graph=kept)
+    assert pending.status is Status.PENDING and bool(pending.ys[-1].isnan().all())
+    looked_at = message(pending.check)
+    if "holds NaN" in expected[3]:  # y0 and its slope may be others by now
+        assert looked_at[:3] == expected[:3] and "y0 or func(t0, y0) is not finite" in looked_at[3]
+    else:
+        assert looked_at == expected
+    assert pending.status is expected[1]
+    assert message(pending.check) == looked_at, "the second time as well"
+    good = solve(decay, Y, t[0] + 0.01 * (t - t[0]), rtol=1e-2, atol=1e-2, options=dict(cuda_graph=kept))
+    assert good.status is Status.SUCCESS, "the next one does not notice"
+
+
+@pytest.mark.parametrize("case", ["too many steps since an output", "NaN on the way, with a smallest step"])
+@torch.no_grad()
+def test_a_partial_solution_ends_where_that_of_the_host_loop_ends(eager, case):
+    func, y0, t, options = FAILURES[case]
+    host, device = agree(func, y0, t, dict(options, throw=False), rtol=1e-2, atol=1e-2)
+    assert device.stats.nfe == host.stats.nfe
+    assert host.ys[0].isfinite().all() and host.ys[-1].isnan().all()
+    assert message(device.check) == message(host.check)
+
+
+@pytest.mark.parametrize("throw", [True, False])
+@torch.no_grad()
+def test_tolerances_that_are_too_small_are_the_caller_s_mistake_here_too(eager, throw):
+    zero = torch.zeros(2, dtype=F64)
+    host, device = (
+        message(lambda o=options: solve(decay, zero, END, rtol=1e-3, atol=0.0, options=dict(o, throw=throw)))
+        for options in ({}, dict(cuda_graph=True))
+    )
+    assert host == device and host[0] is InvalidInput
+    deferred = solve(decay, zero, END, rtol=1e-3, atol=0.0, options=dict(cuda_graph=True, throw="deferred"))
+    assert message(deferred.check)[1] is Status.NON_FINITE
+
+
+@pytest.mark.parametrize("deferred", [False, True])
+@torch.no_grad()
+def test_a_grid_that_meets_nan_raises_nothing_before_check(eager, deferred):
+    host, device = (
+        solve(blow_up, Y, END, method="rk4", options=options)
+        for options in ({}, dict(cuda_graph=True, throw="deferred" if deferred else True))
+    )
+    assert host.status is Status.NON_FINITE and device.status is (Status.PENDING if deferred else host.status)
+    assert torch.equal(device.ys.isnan(), host.ys.isnan())
+    device.ys.zero_()  # the user's own by now
+    if not deferred:
+        device.ys.copy_(host.ys)
+    assert message(device.check) == message(host.check)
+    assert device.status is Status.NON_FINITE
+
+
+# ------------------------------------------------------------------ whose memory is whose
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@torch.no_grad()
+def test_solutions_and_states_are_the_user_s_own(eager, method):
+    kept, y0, t = graphs.Graphs(), Y.clone(), linspace(0.0, 1.0, 4)
+
+    def run(y0, **more):
+        return solve(decay, y0, t, method=method, options={"cuda_graph": kept, **more})
+
+    first = run(y0, throw="deferred")
+    expected = first.ys.clone()
+    second = run(2 * y0)
+    assert torch.equal(y0, Y) and torch.equal(first.ys, expected)
+    assert first.ys.untyped_storage().data_ptr() != second.ys.untyped_storage().data_ptr()
+    second.ys.fill_(math.nan)
+    first.ys[-1] = math.nan
+    y0.fill_(7.0)
+    assert first.check().status is Status.SUCCESS
+    assert torch.equal(run(Y).ys, expected)
     assert kept.count == 1

@@ -369,10 +369,12 @@ class Fused(Arithmetic):
                 held.copy_(tol.expand(self.shape))
 
     def _tolerance(self, tol: Tol) -> tuple[float, Tensor | None]:
-        """A number, or one an element of the state, in its real dtype."""
+        """A number, or one an element of the state, in its real dtype; never the user's tensor, as `set_tolerances`
+        writes it."""
         if not isinstance(tol, Tensor):
             return tol, None
-        return 0.0, tol.to(self.device, self.clock.dtype).expand(self.shape).contiguous()
+        each = tol.to(self.device, self.clock.dtype).expand(self.shape)
+        return 0.0, each.clone(memory_format=torch.contiguous_format)
 
     def _zeros(self, size: int) -> Tensor:
         """Workspace: zeroed once."""
