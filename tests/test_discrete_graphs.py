@@ -110,12 +110,17 @@ def test_a_solve_with_more_steps_than_can_be_recorded_is_taken_again_by_the_host
 
 
 def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
-    func, kept = MLP(), graphs.Graphs()
-    t = linspace(0.0, 1.0, 4)
+    func, kept = TimedLinear(), graphs.Graphs()
     given = dict(gradient="discrete", rtol=1e-4, atol=1e-4)
     starts = [(scale * Y).requires_grad_() for scale in (1.0, 0.5, 2.0)]
-    device = sum(solve(func, y0, t, options=dict(cuda_graph=kept), **given).ys.square().sum() for y0 in starts)
-    host = sum(solve(func, y0, t, **given).ys.square().sum() for y0 in starts)
+    times = [linspace(0.0, end, 4) for end in (1.0, 0.7, 1.3)]
+    device, host = (
+        sum(
+            solve(func, y0, t, options=dict(cuda_graph=flag), **given).ys.square().sum()
+            for y0, t in zip(starts, times, strict=True)
+        )
+        for flag in (kept, False)
+    )
     close(
         torch.autograd.grad(device, [*starts, *func.parameters()]),
         torch.autograd.grad(host, [*starts, *func.parameters()]),
