@@ -45,6 +45,7 @@ Record = dict[str, Any]
 Contestants = Mapping[str, Callable[[Problem], Contestant]]
 
 CELL = "device_loop_cell.py"
+CELL_LIMIT = 60.0  # seconds: a loop on the GPU that never ends costs its own row
 HOST, WHILE = f"{OURS} host", f"{OURS} while"  # of solves
 THEIR_ADJOINT = f"{RIVAL} {ADJOINT}"
 HOST_ADJOINT, WHILE_ADJOINT, WHILE_DISCRETE = (
@@ -108,7 +109,10 @@ class Cell(NamedTuple):
     def measured(self, arguments: argparse.Namespace) -> Record:
         """The row."""
         asked = {name: value for name, value in self._asdict().items() if name != "allowed"}
-        row = {**self._asdict(), **measured(CELL, **asked, threads=arguments.threads, device=arguments.device)}
+        row = {
+            **self._asdict(),
+            **measured(CELL, limit=CELL_LIMIT, **asked, threads=arguments.threads, device=arguments.device),
+        }
         told = "calls" in row and self.allowed is not None
         return row | {"met": row["calls"]["waits"] <= self.allowed if told else None}
 

@@ -14,12 +14,17 @@ from memory import MALLOC_ENVIRONMENT
 HERE = Path(__file__).resolve().parent
 
 
-def measured(program: str, **options: Any) -> dict[str, Any]:
-    """The JSON that the last line of a program of this folder holds; `failed`, with the reason, where it has none."""
+def measured(program: str, *, limit: float | None = None, **options: Any) -> dict[str, Any]:
+    """The JSON that the last line of a program of this folder holds; `failed`, with the reason, where it has none.
+    limit: in seconds."""
     command = [sys.executable, str(HERE / program)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **MALLOC_ENVIRONMENT})
+    environment = {**os.environ, **MALLOC_ENVIRONMENT}
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+    except subprocess.TimeoutExpired:
+        return {"failed": f"did not end within {limit:g} s"}
     if run.returncode == 0:
         return json.loads(run.stdout.splitlines()[-1])
     lines = run.stderr.strip().splitlines()

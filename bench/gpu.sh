@@ -106,15 +106,19 @@ NODE_CUDA_BUILD=cuda stage build 95 "pip setuptools ninja" \
 
 # The kernels that the tests compile for themselves outlive a run as those of pytest-xdist's workers do: beside the
 # folder of a worker. Only files with gpu tests are collected: others may import what is not installed here.
-pytest=(env PYTEST_XDIST_WORKER=gpu "$PYTHON" -m pytest -q -p no:cacheprovider --basetemp "$work/tests/run" -m gpu)
+pytest=(env PYTEST_XDIST_WORKER=gpu "$PYTHON" -m pytest -q -p no:cacheprovider --basetemp "$work/tests/run" -m gpu
+  -o faulthandler_timeout=20) # a test that hangs leaves its name in the log
 mkdir -p "$work/tests"
-mapfile -t with_gpu_tests < <(grep -l 'mark\.gpu' tests/test_*.py)
-stage tests 70 "pytest" "${pytest[@]}" "${with_gpu_tests[@]}"
+loops=tests/test_gpu_graphs.py # apart: a loop on the GPU that never ends takes nobody along
+mapfile -t with_gpu_tests < <(grep -l 'mark\.gpu' tests/test_*.py | grep -v "$loops")
+stage tests 55 "pytest" "${pytest[@]}" "${with_gpu_tests[@]}"
+stage batches 25 "pytest" "${pytest[@]}" -vv -k batches "$loops"
+stage while 35 "pytest" "${pytest[@]}" -vv -k "not batches" "$loops"
 
-stage kernels 60 "" "$PYTHON" bench/kernels.py --compile-seconds 30 --out "$results"
-stage solve 50 "" "$PYTHON" bench/solve.py --device cuda --budget 1.5 --out "$results"
-stage device-loop 90 "" "$PYTHON" bench/device_loop.py --budget 2 --jobs 8 --out "$results"
-stage memory 55 "rich" "$PYTHON" bench/memory_vs_steps.py --device cuda --steps 8 64 512 --jobs 8 --out "$results"
+stage kernels 45 "" "$PYTHON" bench/kernels.py --compile-seconds 30 --out "$results"
+stage solve 45 "" "$PYTHON" bench/solve.py --device cuda --budget 1.5 --out "$results"
+stage device-loop 85 "" "$PYTHON" bench/device_loop.py --budget 2 --jobs 8 --out "$results"
+stage memory 50 "rich" "$PYTHON" bench/memory_vs_steps.py --device cuda --steps 8 64 512 --jobs 8 --out "$results"
 
 sanitizer=$(command -v compute-sanitizer || true)
 for home in "${CUDA_HOME:-}" "${CUDA_PATH:-}" /usr/local/cuda; do
@@ -128,11 +132,11 @@ for tool in memcheck racecheck initcheck; do
     continue
   fi
   # Without torch's cache every tensor is an allocation of its own, and what lies beside it is out of bounds.
-  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 30 "pytest" \
+  PYTORCH_NO_CUDA_MEMORY_CACHING=1 stage "$tool" 25 "pytest" \
     "$sanitizer" --tool "$tool" --error-exitcode 1 "${pytest[@]}" -k "$every_kernel" tests/test_kernels_shim.py
 done
 
-stage first-use 60 "pip setuptools ninja" bash -euo pipefail -c first_use
+stage first-use 55 "pip setuptools ninja" bash -euo pipefail -c first_use
 
 # Live on what the others leave over, and write each row as they have it.
 stage endurance 10 "rich" "$PYTHON" bench/endurance.py --device cuda --solves 400 --out "$results"

@@ -76,6 +76,7 @@ void register_launchers(py::module_& m) {
   bind(m, "initial_norms", launch_initial_norms);
   bind(m, "initial_change", launch_initial_change);
   bind(m, "dense_eval", launch_dense_eval);
+  bind(m, "dense_adjoint", launch_dense_adjoint);
   bind(m, "commit", launch_commit);
   bind(m, "adjoint_stage", launch_adjoint_stage);
   bind(m, "adjoint_finish", launch_adjoint_finish);

@@ -54,6 +54,12 @@ void register_graphs(py::module_& m) {
         replay(at<cudaGraphExec_t>(exec), times, at<cudaStream_t>(on.first), on.second);
       },
       Released());
+  m.def(
+      "append",
+      [](Address graph, Address stream, int32_t device) {
+        append(at<cudaGraph_t>(graph), at<cudaStream_t>(stream), device);
+      },
+      Released());
 }
 
 }  // namespace node_cuda

@@ -1,4 +1,4 @@
-// What a launcher returned, as a Python exception that names what failed.
+// What a launcher or the runtime returned, as a Python exception that names what failed.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -18,5 +18,12 @@ inline void check(cudaError_t error, const char* op) {
 inline void check(int code) {
   if (code != cudaSuccess) check(static_cast<cudaError_t>(code), failed_op());
 }
+
+// Throws for a call of the runtime that failed, and clears the error, so that nobody else's next check finds it.
+inline void expect(cudaError_t error, const char* call) {
+  if (error != cudaSuccess) cudaGetLastError();
+  check(error, call);
+}
+#define EXPECT(call, ...) ::node_cuda::expect(call(__VA_ARGS__), #call)
 
 }  // namespace node_cuda

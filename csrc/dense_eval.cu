@@ -1,24 +1,8 @@
 // dense_eval: all outputs that lie in a step, y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, straight from y0 and k.
 // Reads y0 and the k_j once for up to 64 outputs (y1 where P or an output at t1 asks for it), writes the outputs.
-#include "combine.h"
+#include "polynomials.h"
 
 namespace node_cuda {
-
-constexpr int OUTPUTS_AT_ONCE = 64;
-
-// The interpolant: B_j(x) = sum_d weight[j][d] x^(d + 1); the last row is P.
-template <int S>
-struct Polynomials {
-  double weight[Terms<S>::CAPACITY][MAX_DEGREE];
-  double end[MAX_DEGREE];
-  int degree, has_end;
-};
-
-__device__ inline double evaluate(const double* weight, int degree, double x) {
-  double value = 0.0;
-  for (int d = degree - 1; d >= 0; --d) value = mul(value + weight[d], x);
-  return value;
-}
 
 // `raw` itself. But nvcc cannot know, and so does not turn all halves into floats ahead of the loop over outputs, where
 // they would take twice the registers.
@@ -38,13 +22,7 @@ template <class T, int N>
 __device__ inline void store_row(T* p, const Acc<T> (&x)[N]) {
   if constexpr (N > 1) {
     if (reinterpret_cast<uintptr_t>(p) % 16 == 0) {
-#ifdef __CUDA_ARCH__  // said outright: of a plain store here nvcc makes scalar ones, for sm_80 to sm_90
-      Vec<T, N> raw;
-      store(raw.v, x);
-      __stwb(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(raw));
-#else
-      store(p, x);
-#endif
+      store_at_once(p, x);  // for sm_80 to sm_90
       return;
     }
   }
@@ -71,7 +49,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     __syncthreads();  // the last use of the weights is over
     for (int q = threadIdx.x; q < outputs * (terms + 1); q += blockDim.x) {
       const int o = q / (terms + 1), j = q % (terms + 1);
-      const double time = times[begin + o], x = py_min((time - at.t0) / (at.t1 - at.t0), 1.0);
+      const double time = times[begin + o], x = position(at, time);
       if (j < terms) {
         weight[o][j] = static_cast<Acc<T>>(at.dt * evaluate(polynomials.weight[j], polynomials.degree, x));
       } else {
@@ -147,13 +125,7 @@ extern "C" int launch_dense_eval(int dtype, int64_t n, void* out, const double* 
     const Split split(n, LANES<T>, alignment.phase());
     return dispatch_terms(count, end_weights != nullptr, [&](auto terms) {
       constexpr int S = decltype(terms)::value;
-      Polynomials<S> polynomials{};
-      polynomials.degree = degree;
-      polynomials.has_end = end_weights != nullptr;
-      for (int d = 0; d < degree; ++d) {
-        for (int j = 0; j < count; ++j) polynomials.weight[j][d] = weights[j * degree + d];
-        if (end_weights != nullptr) polynomials.end[d] = end_weights[d];
-      }
+      const Polynomials<S> polynomials(count, degree, weights, end_weights);
       return launch("dense_eval", dense_eval_kernel<T, S>, grid_for(split.work()), THREADS, on, split,
                     static_cast<T*>(out), times, first, stop, static_cast<const T*>(y0), static_cast<const T*>(y1),
                     Terms<S>(count, k, nullptr), polynomials, *where);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "capturing.h"
 #include "device_guard.h"
 #include "set_condition.h"
 
@@ -12,13 +13,6 @@ namespace node_cuda {
 namespace {
 
 constexpr int DRIVER_WITH_WHILE = 12040;
-
-// Throws for a call of the runtime that failed, and clears the error, so that nobody else's next check finds it.
-void expect(cudaError_t error, const char* call) {
-  if (error != cudaSuccess) cudaGetLastError();
-  check(error, call);
-}
-#define EXPECT(call, ...) expect(call(__VA_ARGS__), #call)
 
 std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
@@ -100,16 +94,35 @@ cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNo
   return cudaGraphAddNode(node, graph, after, count, parameters);
 #endif
 }
+
+// The loop behind the `count` nodes at `last`. Returns its node, behind which it is over.
+cudaGraphNode_t add_loop(cudaGraph_t graph, const cudaGraphNode_t* last, size_t count, cudaGraph_t step,
+                         const Ctl* ctl) {
+  cudaGraphConditionalHandle goes_on;
+  EXPECT(cudaGraphConditionalHandleCreate, &goes_on, graph, 0, cudaGraphCondAssignDefault);
+  cudaGraphNode_t before, loop, once, after;
+  expect(add_set_condition(&before, graph, last, count, goes_on, ctl), "cudaGraphAddKernelNode");
+  cudaGraphNodeParams condition{};
+  condition.type = cudaGraphNodeTypeConditional;
+  condition.conditional.handle = goes_on;
+  condition.conditional.type = cudaGraphCondTypeWhile;
+  condition.conditional.size = 1;
+  expect(add_node(&loop, graph, &before, 1, &condition), "cudaGraphAddNode");
+  const cudaGraph_t body = condition.conditional.phGraph_out[0];
+  EXPECT(cudaGraphAddChildGraphNode, &once, body, nullptr, 0, step);
+  expect(add_set_condition(&after, body, &once, 1, goes_on, ctl), "cudaGraphAddKernelNode");
+  return loop;
+}
 #endif
 
 }  // namespace
-
 
 WhileGraph::~WhileGraph() {
   const DeviceGuard guard(device_);
   // A launch that is still running keeps what it needs.
   if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
   if (graph_ != nullptr) cudaGraphDestroy(graph_);
+  if (step_ != nullptr) cudaGraphDestroy(step_);
 }
 
 #if NODE_CUDA_HAS_WHILE
@@ -118,35 +131,51 @@ WhileGraph::WhileGraph(cudaGraph_t step, const Ctl* ctl, int32_t device) : While
   const DeviceGuard guard(device);
   expect(guard.error(), "cudaSetDevice");
   refuse_what_no_loop_may_hold(step);
+  ctl_ = ctl;
+  EXPECT(cudaGraphClone, &step_, step);
   EXPECT(cudaGraphCreate, &graph_, 0);
-  cudaGraphConditionalHandle goes_on;
-  EXPECT(cudaGraphConditionalHandleCreate, &goes_on, graph_, 0, cudaGraphCondAssignDefault);
-  cudaGraphNode_t before, loop, once, after;
-  expect(add_set_condition(&before, graph_, nullptr, 0, goes_on, ctl), "cudaGraphAddKernelNode");
-  cudaGraphNodeParams condition{};
-  condition.type = cudaGraphNodeTypeConditional;
-  condition.conditional.handle = goes_on;
-  condition.conditional.type = cudaGraphCondTypeWhile;
-  condition.conditional.size = 1;
-  expect(add_node(&loop, graph_, &before, 1, &condition), "cudaGraphAddNode");
-  const cudaGraph_t body = condition.conditional.phGraph_out[0];
-  EXPECT(cudaGraphAddChildGraphNode, &once, body, nullptr, 0, step);
-  expect(add_set_condition(&after, body, &once, 1, goes_on, ctl), "cudaGraphAddKernelNode");
+  add_loop(graph_, nullptr, 0, step_, ctl_);
   EXPECT(cudaGraphInstantiate, &exec_, graph_, 0);
+}
+
+void WhileGraph::launch(cudaStream_t stream) const {
+  const DeviceGuard guard(device_);
+  expect(guard.error(), "cudaSetDevice");
+  const Capturing now = capturing(stream);
+  if (now.graph == nullptr) {
+    EXPECT(cudaGraphLaunch, exec_, stream);
+  } else {
+    // The kernel of set_condition was loaded for the constructor's nodes: to load one may allocate and wait, which a
+    // capture forbids.
+    go_on_behind(add_loop(now.graph, now.last, now.count, step_, ctl_), stream);
+  }
 }
 #else
 WhileGraph::WhileGraph(cudaGraph_t, const Ctl*, int32_t device) : WhileGraph(device) {
   throw Impossible("a loop on the GPU needs node_cuda to be compiled with CUDA " + version(DRIVER_WITH_WHILE) +
                    " or newer, and it was with " + version(CUDART_VERSION));
 }
-#endif
 
-void WhileGraph::launch(cudaStream_t stream) const { replay(exec_, 1, stream, device_); }
+void WhileGraph::launch(cudaStream_t) const {}  // of none
+#endif
 
 void replay(cudaGraphExec_t exec, int64_t times, cudaStream_t stream, int32_t device) {
   const DeviceGuard guard(device);
   expect(guard.error(), "cudaSetDevice");
   for (int64_t i = 0; i < times; ++i) EXPECT(cudaGraphLaunch, exec, stream);
+}
+
+void append(cudaGraph_t graph, cudaStream_t stream, int32_t device) {
+  const DeviceGuard guard(device);
+  expect(guard.error(), "cudaSetDevice");
+  const Capturing now = capturing(stream);
+  if (now.graph == nullptr)
+    throw std::runtime_error(
+        "node_cuda: append adds a graph to the one that its stream is being captured into, and this stream is not "
+        "being captured: launch the graph there instead");
+  cudaGraphNode_t node;
+  EXPECT(cudaGraphAddChildGraphNode, &node, now.graph, now.last, now.count, graph);
+  go_on_behind(node, stream);
 }
 
 Flag::Flag(const Ctl* ctl, int32_t device) : Flag(device) {
@@ -167,6 +196,10 @@ Flag::~Flag() {
 void Flag::record(cudaStream_t stream) {
   const DeviceGuard guard(device_);
   expect(guard.error(), "cudaSetDevice");
+  if (capturing(stream).graph != nullptr)
+    throw std::runtime_error(
+        "node_cuda: the state of a solve is not copied to the host in a stream that is being captured: each replay "
+        "would make a copy that nobody waits for. Copy it behind the replay");
   EXPECT(cudaMemcpyAsync, host_, ctl_, sizeof(Ctl), cudaMemcpyDeviceToHost, stream);
   EXPECT(cudaEventRecord, event_, stream);
   state_ = ON_ITS_WAY;

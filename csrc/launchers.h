@@ -112,10 +112,10 @@ int launch_start_control(Ctl* ctl, const Law* law, double direction, const doubl
 int launch_grid_control(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
 // Go on where the loop pauses at an output; points null: by the error.
 int launch_resume(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
-// Where the walk back over a tape begins: at the step `next` (below 0: the last one), whose state lies in `row` (below 0:
-// that of every step in the row of its own number, which is where it lies while all states are kept). ctl, the walk's
-// own: active if there is a step to take back that is not before `least`; not active, and its status RECORD_FULL, if
-// the tape does not have all steps, or not all of their states where each is to lie in its own row.
+// Where the walk back over a tape begins: at the step `next` (below 0: the last one), whose state lies in `row` (below
+// 0: that of every step in the row of its own number, where it lies while all states are kept). ctl, the walk's own:
+// active if there is a step to take back that is not before `least`; not active, and its status RECORD_FULL, if the
+// tape does not have all steps, or not all of their states where each is to lie in its own row.
 int launch_set_walk(Ctl* ctl, Tape* tape, int64_t next, int64_t row, int64_t least, On on);
 // The step tape->next becomes the current one of the walk's ctl, as good as judged, and the one before it the next;
 // tape->row is the row of its state. time: a 0-d tensor of the real dtype that gets the time of its first stage (null:
@@ -139,6 +139,14 @@ int launch_initial_change(int dtype, int64_t n, const void* y0, const void* f0, 
 int launch_dense_eval(int dtype, int64_t n, void* out, const double* times, int64_t first, int64_t stop,
                       const void* y0, const void* y1, int count, int degree, const void* const* k,
                       const double* weights, const double* end_weights, const Where* where, On on);
+// The transpose: of the outputs' gradients g_i, the cotangents of y1, of y0 and of the k_j behind dt B_j, where lam is
+// what y1 has from elsewhere. lam_out = lam + sum g_i + sum P(x_i) g_i, start = sum (1 - P(x_i)) g_i, and
+// extra[j] = dt sum B_j(x_i) g_i, where the first sum is over the outputs with times[i] == t1 and the others are over
+// those before. All are written, whether or not there are outputs; lam_out may be lam. Outputs [first, stop) of the
+// rows of n elements at `gradients`; with a ctl those of its current step instead. Not for half precision.
+int launch_dense_adjoint(int dtype, int64_t n, void* lam_out, void* start, void* const* extra, const void* lam,
+                         const void* gradients, const double* times, int64_t first, int64_t stop, int count,
+                         int degree, const double* weights, const double* end_weights, const Where* where, On on);
 // to[i] = from[i] for `bytes` bytes each, if ctl's last step was accepted.
 int launch_commit(int64_t bytes, int count, void* const* to, const void* const* from, const Ctl* ctl, On on);
 // kappa = dt sum_j a_j x_j: x_0 = lam with b_i, then mu_j with a_ji; zero coefficients left out (count 0: kappa = 0).

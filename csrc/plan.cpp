@@ -287,6 +287,20 @@ class Plan {
                             p.end.empty() ? nullptr : p.end.data(), &where, on_));
   }
 
+  // The transpose, of the rows at `gradients`, into out: the cotangents of y1 with lam, of y0, and of the polynomials'
+  // stages in their order.
+  void dense_adjoint(int polynomials, const Where& where, const py::list& out, Address lam, Address times,
+                     Address gradients, int64_t first, int64_t stop) {
+    const Polynomials& p = polynomials_.at(polynomials);
+    const auto count = static_cast<int64_t>(p.stage.size());
+    void* extra[MAX_TERMS];
+    for (int64_t j = 0; j < count; ++j) extra[j] = item(out, 2 + j);
+    declare((3 + count + stop - first) * size_);
+    check(launch_dense_adjoint(dtype_, n_, item(out, 0), item(out, 1), extra, at<void>(lam), at<void>(gradients),
+                               at<double>(times) + first, 0, stop - first, static_cast<int>(count), p.degree,
+                               p.weights.data(), p.end.empty() ? nullptr : p.end.data(), &where, on_));
+  }
+
  private:
   const Segments* segments() const { return segments_.count > 1 ? &segments_ : nullptr; }
 
@@ -338,8 +352,8 @@ class SumsPlan {
     launch(x, where, weight, error_weight, add, false);
   }
 
-  // sum_i = x_i, if the step judged last was accepted. where: the current step of its plan.
-  void keep(const py::list& x, const Where& where) { launch(x, where, 1.0, 0.0, false, true); }
+  // sum_i (+)= x_i, if the step judged last was accepted. where: the current step of its plan.
+  void keep(const py::list& x, const Where& where, bool add) { launch(x, where, 1.0, 0.0, add, true); }
 
   // total_i += sum_i, where the plan judges steps only if the one judged last was accepted.
   void commit(const Where& where) {
@@ -403,6 +417,7 @@ void register_plan(py::module_& m) {
       .def("initial_norms", &Plan::initial_norms)
       .def("initial_change", &Plan::initial_change)
       .def("dense_eval", &Plan::dense_eval)
+      .def("dense_adjoint", &Plan::dense_adjoint)
       .def_readonly("launches", &Plan::launches)
       .def_readonly("bytes", &Plan::bytes);
   py::class_<SumsPlan>(m, "SumsPlan", py::module_local())

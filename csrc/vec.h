@@ -46,6 +46,21 @@ __device__ inline void store(T* p, const Acc<T> (&x)[N]) {
   }
 }
 
+// The same, said outright where nvcc makes scalar stores of a plain one.
+template <int N, class T>
+__device__ inline void store_at_once(T* p, const Acc<T> (&x)[N]) {
+#ifdef __CUDA_ARCH__
+  if constexpr (N > 1) {
+    Vec<T, N> raw;
+#pragma unroll
+    for (int i = 0; i < N; ++i) raw.v[i] = from_acc<T>(x[i]);
+    __stwb(reinterpret_cast<uint4*>(p), reinterpret_cast<const uint4&>(raw));
+    return;
+  }
+#endif
+  store(p, x);
+}
+
 // At which elements every tensor can be read 16 bytes at a time: those that are phase() modulo `lanes`.
 class Alignment {
  public:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -24,13 +25,17 @@ Account = Callable[[Reading], SolveError | None]
 
 
 class Captured:
-    """Solves of one kind as graphs. Their memory is used by one solve after another, whatever their streams."""
+    """Solves of one kind as graphs. One solve after another uses their memory, whatever their streams and threads.
+
+    lock: to be held from `follow` until nothing of the solve is left in that memory.
+    """
 
     def __init__(self, problem: Problem, tier: str | None) -> None:
         self.device = problem.y0.device
         module = module_for(self.device)
         assert module is not None
         self.recorder = capture.Recorder(self.device, module, tier)
+        self.lock = threading.RLock()
         self._last_stream: Any = None
 
     def follow(self) -> None:
@@ -58,7 +63,7 @@ class Captured:
         `stats` does that."""
         if options.throw != "deferred":
             return Run(self, control, None, stats, account)
-        stats.pending.append(Run(self, control, control.state.clone(), stats, account))
+        stats.pending.append(Run(self, control, control.state.clone(), stats, account, self._last_stream))
         return None
 
     def __del__(self) -> None:
@@ -72,7 +77,7 @@ class Captured:
 class Run(Pending):
     """A solve by graphs that may not have ended yet.
 
-    state: a copy of its control's state where it ended; None: the control has it still.
+    state: a copy of its control's state where it ended, made in `stream`; None: the control has it still.
     """
 
     captured: Captured
@@ -80,6 +85,7 @@ class Run(Pending):
     state: Tensor | None
     stats: Stats
     account: Account
+    stream: Any = None
     _failure: SolveError | None = field(default=None, init=False)
     _ended: bool = field(default=False, init=False)
 
@@ -93,6 +99,8 @@ class Run(Pending):
 
     def _reading(self) -> Reading:
         if self.state is not None:
+            if self.stream is not None:
+                torch.cuda.current_stream(self.captured.device).wait_stream(self.stream)
             return reading(self.state.cpu().numpy().data)
         look = self.captured.recorder.look(self.control)
         look.ask()

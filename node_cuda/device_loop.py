@@ -24,6 +24,7 @@ from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import Kept
+from node_cuda.kernels.tape import Tape
 from node_cuda.methods import Method, make_loop
 from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions
@@ -56,7 +57,8 @@ class DeviceQuadrature(Quadrature, Extra, Protocol):
 class DeviceLoop:
     """Steps of one field and method, from the problem's y0, which is this loop's own memory: `y`.
 
-    points: those of a fixed grid. pauses: at every output but the last the device waits for `control.resume`.
+    points: those of a fixed grid. pauses: at every output but the last the device waits for `control.resume`. tape: it
+    records the accepted steps there.
     """
 
     def __init__(
@@ -69,6 +71,7 @@ class DeviceLoop:
         stops: Sequence[float] = (),
         pauses: bool = False,
         quadrature: DeviceQuadrature | None = None,
+        tape: Tape | None = None,
     ) -> None:
         loop, self.interpolant = make_loop(
             problem,
@@ -80,6 +83,7 @@ class DeviceLoop:
             pauses=pauses,
             quadrature=quadrature,
             extra=quadrature,
+            tape=tape,
         )
         assert isinstance(loop.stepper, ExplicitRK)
         self.problem = problem
@@ -100,7 +104,7 @@ class DeviceLoop:
             self.control: Control = self.pace.control
         else:
             assert isinstance(self.pace, Grid) and points is not None
-            self.control = arithmetic.grid_control(points, pauses=pauses)
+            self.control = arithmetic.grid_control(points, pauses=pauses, tape=tape)
         self.first_nfe = self.nfe = 0  # of `begin`, and of an attempt
 
     @property
@@ -215,9 +219,15 @@ class OutputLoop(DeviceLoop):
     """A solve with its outputs. ys: NaN where they were not reached."""
 
     def __init__(
-        self, problem: Problem, method: Method, arithmetic: Fused, *, points: Sequence[float] | None = None
+        self,
+        problem: Problem,
+        method: Method,
+        arithmetic: Fused,
+        *,
+        points: Sequence[float] | None = None,
+        tape: Tape | None = None,
     ) -> None:
-        super().__init__(problem, method, arithmetic, points=points)
+        super().__init__(problem, method, arithmetic, points=points, tape=tape)
         self.ys = self.y.new_empty((len(problem.times), *self.y.shape))
 
     def begin(self) -> None:

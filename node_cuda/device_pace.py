@@ -14,6 +14,7 @@ from node_cuda.controllers import Adaptive, Extra
 from node_cuda.kernels.clock import HERE
 from node_cuda.kernels.control import Reading
 from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.tape import Tape
 from node_cuda.options import AdaptiveOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
@@ -22,8 +23,8 @@ from node_cuda.steppers.step import Move, Step
 
 
 class DeviceAdaptive(Adaptive):
-    """See `Adaptive`. endless: the solve does not end with the last of the problem's times; pauses:
-    the device waits at each of the others."""
+    """See `Adaptive`. endless: the solve does not end with the last of the problem's times; pauses: the device waits at
+    each of the others; tape: it records the accepted steps there."""
 
     def __init__(
         self,
@@ -37,6 +38,7 @@ class DeviceAdaptive(Adaptive):
         *,
         endless: bool = False,
         pauses: bool = False,
+        tape: Tape | None = None,
     ) -> None:
         super().__init__(problem, arithmetic, order, options, stats, stops, extra)
         self.fused = arithmetic
@@ -49,6 +51,7 @@ class DeviceAdaptive(Adaptive):
             self._stops,
             outputs=not endless,
             pauses=pauses,
+            tape=tape,
         )
 
     def fresh(self) -> None:

@@ -142,16 +142,28 @@ def captured_or_why(
     Inside a capture of the user's there is no other way to solve: then raises Unsupported, which says what to do.
     """
     inside = capturing(problem.y0.device)
-    if inside and options.throw != "deferred":
-        raise Unsupported(
-            "A solve inside torch.cuda.graph cannot tell the host how it ended. Take "
-            'options=dict(cuda_graph=True, throw="deferred"), and call `Solution.check()` after a replay.'
-        )
     graphs: Graphs[C] = options.cuda_graph
     found = why if why is not None else graphs.get(key(), problem.func, _never if inside else make)
     if inside and isinstance(found, str):
         raise Unsupported(f"A solve inside torch.cuda.graph must be captured, and this one cannot be: {found}.")
     return found
+
+
+def refuse_in_capture(y0: Any, t: Any, options: Common) -> None:
+    """Raise Unsupported inside a torch.cuda.graph of the user's if the host has to look at something."""
+    tensors = [x for x in (*(y0 if isinstance(y0, tuple) else (y0,)), t) if isinstance(x, Tensor)]
+    if not any(capturing(x.device) for x in tensors):
+        return
+    if not options.cuda_graph or options.throw != "deferred":
+        raise Unsupported(
+            "A solve inside torch.cuda.graph can tell the host nothing. Take "
+            'options=dict(cuda_graph=True, throw="deferred"), and call `Solution.check()` after a replay.'
+        )
+    if isinstance(t, Tensor) and t.is_cuda:
+        raise Unsupported(
+            "Inside torch.cuda.graph the host cannot read t from the device. Make it before the capture, on the CPU: "
+            "`t = t.cpu()`."
+        )
 
 
 def _never() -> NoReturn:

@@ -18,6 +18,7 @@ from node_cuda.interpolation import Interpolant, cubic_hermite, linear, of_metho
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.backend import make_arithmetic
 from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.tape import Tape
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput
@@ -97,14 +98,14 @@ def make_loop(
     extra: Extra | None = None,
     arithmetic: Arithmetic | None = None,
     points: Iterable[float] | None = None,
+    tape: Tape | None = None,
 ) -> tuple[HostLoop, Interpolant]:
     """A solve that is ready to run, and how its outputs are interpolated.
 
-    endless: it goes on beyond the last time, for events. stops: times to land on. pauses: the
-    device, where it controls the steps, waits at every output. quadrature, extra: what is integrated
-    beside the state, and its part in the error norm. arithmetic: that of an earlier solve of the same state and norm,
-    over now, if this one evaluates no outputs. points: those of
-    `grid_of`, where they are known.
+    endless: it goes on beyond the last time, for events. stops: times to land on. pauses: the device, where it controls
+    the steps, waits at every output. quadrature, extra: what is integrated beside the state, and its part in the error
+    norm. arithmetic: that of an earlier solve of the same state and norm, over now, if this one evaluates no outputs.
+    points: those of `grid_of`, where they are known. tape: where the device, if it controls the steps, records them.
     """
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
@@ -115,7 +116,16 @@ def make_loop(
         stepper = ExplicitRK(problem, arithmetic, tableau, estimate=True, quadrature=quadrature)
         if isinstance(arithmetic, Fused):
             pace = DeviceAdaptive(
-                problem, arithmetic, tableau.order, options, stats, stops, extra, endless=endless, pauses=pauses
+                problem,
+                arithmetic,
+                tableau.order,
+                options,
+                stats,
+                stops,
+                extra,
+                endless=endless,
+                pauses=pauses,
+                tape=tape,
             )
         else:
             pace = Adaptive(problem, arithmetic, tableau.order, options, stats, stops, extra)

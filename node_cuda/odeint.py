@@ -13,7 +13,7 @@ from node_cuda._typing import EventFunc, Func, State
 from node_cuda.dense import DenseSolution, solve_dense
 from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.request import AdjointArguments, Request
-from node_cuda.graphs import Graphs, graphs_of
+from node_cuda.graphs import Graphs, graphs_of, refuse_in_capture
 from node_cuda.integral import Beside, Integral, event_of, with_integral
 from node_cuda.methods import Method, lookup, supported_callbacks
 from node_cuda.problem import Problem, combined_event, make_problem
@@ -151,6 +151,7 @@ def solve(
     _check_checkpoints(checkpoints, gradient)
     options = _with_graphs(options, func)
     chosen = lookup(method, options)
+    refuse_in_capture(y0, t, chosen.options)
     if chosen.options.check_reconstruction and gradient != "adjoint":
         raise InvalidInput(
             'options["check_reconstruction"] belongs to gradient="adjoint", which rebuilds y backwards; got '
@@ -208,6 +209,7 @@ def odeint_dense(
     """
     refuse_regularized(func, "odeint_dense")
     chosen = lookup(method, options)
+    refuse_in_capture(y0, t0, chosen.options)
     if not (isinstance(t0, Tensor) and t0.is_floating_point()):
         t0 = torch.as_tensor(t0, dtype=torch.float64)
     t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])

@@ -6,8 +6,11 @@ import shutil
 import pytest
 import torch
 from shim import library
+from shim.eager import Eager
 
+from node_cuda.field import VectorField
 from node_cuda.kernels import backend as dispatch
+from node_cuda.kernels import capture
 
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
 
@@ -69,3 +72,10 @@ def shim(shim_module, shim_controls, monkeypatch):
     yield shim_controls
     shim_controls.lib.shim_fail_next_launch(0)
     shim_controls.configure()
+
+
+@pytest.fixture
+def eager(shim, monkeypatch):
+    """The device's loop runs on the CPU: what would be captured is done anew for every step."""
+    monkeypatch.setattr(capture, "Recorder", Eager)
+    monkeypatch.setattr(VectorField, "release", lambda self: None)

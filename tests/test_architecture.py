@@ -71,6 +71,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.checkpoints",
         "gradients.trajectory",
         "gradients.step_adjoint",
+        "gradients.recording",
+        "gradients.walk_graphs",
         "gradients.discrete",
         "gradients",
     ),

@@ -742,8 +742,9 @@ def test_gpu_sh_goes_on_after_a_failed_stage_and_records_all(tmp_path, interpret
     results = {stage["stage"]: stage["result"] for stage in recorded["stages"]}
     sanitizers = {"memcheck", "racecheck", "initcheck"}
     assert {stage: result for stage, result in results.items() if stage not in sanitizers} == {
-        "build": "passed", "tests": "passed", "kernels": "passed", "solve": "failed", "device-loop": "passed",
-        "memory": "skipped", "first-use": "passed", "endurance": "skipped", "gradients": "passed",
+        "build": "passed", "tests": "passed", "batches": "passed", "while": "passed", "kernels": "passed",
+        "solve": "failed", "device-loop": "passed", "memory": "skipped", "first-use": "passed",
+        "endurance": "skipped", "gradients": "passed",
     }  # fmt: skip
     assert results.keys() >= sanitizers
     notes = {stage["stage"]: stage["note"] for stage in recorded["stages"]}
@@ -774,6 +775,7 @@ def test_gpu_sh_ends_within_ten_minutes():
     script = (BENCH / "gpu.sh").read_text()
     limits = {name: int(seconds) for name, seconds in re.findall(r"\bstage \"?\$?([\w-]+)\"? (\d+) \"", script)}
     assert limits.keys() == {
-        "build", "tests", "kernels", "solve", "device-loop", "memory", "tool", "first-use", "endurance", "gradients",
+        "build", "tests", "batches", "while", "kernels", "solve", "device-loop", "memory", "tool", "first-use",
+        "endurance", "gradients",
     }  # fmt: skip
     assert sum(limits.values()) + 2 * limits["tool"] <= 585

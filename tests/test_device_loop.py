@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 
 import pytest
@@ -12,60 +11,9 @@ from problems import BY_NAME, F64, MLP, PROBLEMS, Counting, TimedLinear, as_tupl
 import node_cuda
 from node_cuda import TABLEAUS, SolveError, Status, graphs, solve
 from node_cuda.controllers import Controller
-from node_cuda.field import VectorField
-from node_cuda.kernels import capture
 from node_cuda.status import InvalidInput
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
-
-
-class Eager:
-    """Stands in for a Recorder: work is not recorded, its Python runs again."""
-
-    def __init__(self, device, module, tier=None):
-        self.tier = tier or "eager"
-
-    def aside(self):
-        return contextlib.nullcontext()
-
-    def warm_up(self, work):
-        for _ in range(2):
-            work()
-
-    def record(self, work):
-        class Recording:
-            @staticmethod
-            @torch.no_grad()
-            def replay():
-                work()
-
-        return Recording()
-
-    def repeat(self, step, control):
-        class Repeat:
-            tier = "eager"
-
-            @staticmethod
-            def run():
-                while control.read().active:
-                    step.replay()
-                for _ in range(2):
-                    step.replay()
-
-        return Repeat(), None
-
-    def look(self, control):
-        class Look:
-            ask = staticmethod(lambda: None)
-            answer = staticmethod(control.read)
-
-        return Look()
-
-
-@pytest.fixture
-def eager(shim, monkeypatch):
-    monkeypatch.setattr(capture, "Recorder", Eager)
-    monkeypatch.setattr(VectorField, "release", lambda self: None)
 
 
 CASES = {

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import torch
 from problems import F64, Counting, TimedLinear, linspace
-from test_device_loop import Eager, eager  # noqa: F401
+from shim.eager import Eager
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -103,7 +103,7 @@ def test_a_solve_of_another_kind_is_captured_anew_and_the_others_are_kept():
         assert run(**{"func": func, "kept": kept, **kind}).stats.loop == "eager"
         assert kept.count == count, name
     for name, kind in ({"the first": {}} | KINDS).items():
-        run(**{"func": func, "kept": kept, "t": 0.01 * T, **kind})
+        run(**{"func": func, "kept": kept, "t": T.square(), **kind})
         assert kept.count == count <= MOST, name
 
 

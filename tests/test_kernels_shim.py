@@ -21,8 +21,10 @@ from shim.library import DTYPES, HALF, Kernels, Law, Slot, Sums, acc, step
 
 import node_cuda
 from node_cuda.controllers import CONTROLLERS, Adaptive, Controller
+from node_cuda.interpolation import HERMITE, HERMITE_END
 from node_cuda.kernels import reference
 from node_cuda.kernels.clock import Clock
+from node_cuda.kernels.tape import Tape
 from node_cuda.methods import arithmetic_of
 from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions
@@ -310,6 +312,123 @@ def test_dense_eval_writes_only_the_outputs_asked_for(kernels):
     out = torch.zeros(6, 5, device=kernels.device)
     kernels.dense_eval(out, times, y, y, [y], [(0, (1.0,))], step(1.0), first=2, stop=4)
     assert out.any(1).tolist() == [False, False, True, True, False, False]
+
+
+WIDE = [dtype for dtype in DTYPES if dtype not in HALF]
+
+
+def transposed(lam, g, times, rows, at, end):
+    """What dense_adjoint must give."""
+    pairs = list(zip(times.tolist(), g, strict=True))
+    inner = [((s - at.t0) / (at.t1 - at.t0), v) for s, v in pairs if s != at.t1]
+    result = reference.dense_adjoint(
+        lam,
+        [v for _, v in inner],
+        [horner(end or (), x) for x, _ in inner],
+        [[horner(weights, x) for x, _ in inner] for _, weights in rows],
+        [v for s, v in pairs if s == at.t1],
+        at.dt,
+    )
+    return [result.lam, result.start, *result.extra]
+
+
+@pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "accurate dopri8", "linear", "cubic"])
+@pytest.mark.parametrize("dtype", WIDE, ids=str)
+def test_dense_adjoint(kernels, dtype, method):
+    if method in ("linear", "cubic"):
+        rows, end = (HERMITE, HERMITE_END) if method == "cubic" else ((), (1.0,))
+    else:
+        tableau = TABLEAUS[method.removeprefix("accurate ")]
+        dense = tableau.accurate if method.startswith("accurate") else tableau.dense
+        assert dense is not None
+        rows, end = dense.weight_rows, None
+    where = step(0.25, 0.5, -1.0)
+    times = torch.tensor([0.5 + 0.25 / 3, 0.7, 0.75], dtype=torch.float64, device=kernels.device)
+    for (n, offsets), count in zip(cases(dtype), itertools.cycle((3, 0, 1, 2)), strict=False):
+        chosen = times[3 - count :] if count != 2 else times[:2]  # with and without one at the end
+        lam, *out = (make(kernels, n, dtype, o) for o, _ in zip(offsets, range(len(rows) + 3), strict=False))
+        g = make(kernels, count * n, dtype, next(iter(offsets))).view(count, n)
+        kernels.dense_adjoint(out, lam, g, chosen, rows, where, end=end)
+        for got, want in zip(out, transposed(lam, g, chosen, rows, where.at, end), strict=True):
+            assert_near(got, want, dtype, ulps=16)
+
+
+@pytest.mark.parametrize("with_end", [False, True])
+@pytest.mark.parametrize("count", [0, 1, 7, 8, 20])
+def test_dense_adjoint_is_the_transpose_of_dense_eval_for_many_outputs(kernels, count, with_end):
+    """More outputs than the kernel takes at once, and more rows. lam is written where it lies."""
+    n, m = 37, 150
+    y0, y1, *k = (make(kernels, n, torch.float64) for _ in range(2 + count))
+    times = torch.linspace(0, 1, m + 1, dtype=torch.float64, device=kernels.device)[1:]
+    rows = [(j, (1.0, -2.0 - j, 1.0)) for j in range(count)]
+    end, where = (0.0, 3.0, -2.0) if with_end else None, step(2.0, 0.0, -1.0, t1=1.0)
+    if not rows and not with_end:
+        rows, end = [], ()
+    ys, g = (
+        torch.zeros(m, n, dtype=torch.float64, device=kernels.device),
+        make(kernels, m * n, torch.float64).view(m, n),
+    )
+    kernels.dense_eval(ys, times, y0, y1, k, rows, where, end=end)
+    lam = make(kernels, n, torch.float64)
+    before, others = lam.clone(), [torch.full_like(lam, 7.0) for _ in range(1 + count)]
+    kernels.dense_adjoint([lam, *others], lam, g, times, rows, where, end=end)
+    for got, want in zip([lam, *others], transposed(before, g, times, rows, where.at, end), strict=True):
+        assert_near(got, want, torch.float64, ulps=64)
+    pairs = zip([lam - before, *others], [y1, y0, *k], strict=True)
+    assert sum(float(a @ b) for a, b in pairs) == pytest.approx(float((g * ys).sum()), rel=1e-10)
+
+
+def test_dense_adjoint_reads_the_outputs_of_the_current_step(kernels):
+    """Those that are asked for, or with a control its own: none, one, several, the last."""
+    n, times = 500, torch.tensor([0.1, 0.2, 0.25, 0.8, 1.0], dtype=torch.float64, device=kernels.device)
+    rows, end = ((0, (1.0, -0.5)),), (0.25,)
+    g, lam = make(kernels, 5 * n, torch.float64).view(5, n), make(kernels, n, torch.float64)
+
+    def taken(where, **those):
+        out = [torch.full_like(lam, 7.0) for _ in range(3)]
+        kernels.dense_adjoint(out, lam, g, times, rows, where, end=end, **those)
+        return torch.stack(out)
+
+    tape = Tape(kernels.device, 4, 4, first=0, carries=False)
+    points = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0], dtype=torch.float64, device=kernels.device)
+    law = Law(LAW, outputs=times.tolist(), device=kernels.device, tape=tape)
+    solve, walk = kernels.new_ctl(), kernels.new_ctl()
+    kernels.start_control(solve, law, -1.0, 0.0, -1.0)
+    for _ in points:
+        kernels.grid_control(solve, law, points)
+    kernels.start_control(walk, Law(LAW, device=kernels.device), -1.0, 0.0, -1.0)
+    kernels.set_walk(walk, tape)
+    for n_, (first, stop) in zip((3, 2, 1, 0), ((4, 5), (3, 4), (3, 3), (0, 3)), strict=True):
+        kernels.take_back(walk, tape)
+        t0, t1 = points[n_].item(), points[n_ + 1].item()
+        by_value = step(t1 - t0, t0, -1.0, t1)
+        found = taken(kernels.where(walk))
+        assert torch.equal(found, taken(by_value, first=first, stop=stop))
+        for got, want in zip(
+            found, transposed(lam, g[first:stop], times[first:stop], rows, by_value.at, end), strict=True
+        ):
+            assert_near(got, want, torch.float64, ulps=16)
+        kernels.taken(walk, tape)
+    assert bool((taken(kernels.where(walk)) == 7.0).all())  # the walk has ended
+
+
+def test_dense_adjoint_never_reads_a_zero_coefficient(kernels):
+    """The output at the end of a step is y1 itself, and without P y1 is in no other."""
+    lam = make(kernels, 300, torch.float32)
+    times = torch.tensor([0.5, 1.0], dtype=torch.float64, device=kernels.device)
+    for o, finite in ((1, (False, True, True, True)), (0, (True, False, False, True))):
+        g = torch.zeros(2, 300, device=kernels.device)
+        g[o].fill_(math.inf)
+        out = [torch.empty_like(lam) for _ in range(4)]
+        kernels.dense_adjoint(out, lam, g, times, [(0, (1.0, 0.0)), (1, (1.0, -2.0))], step(1.0))
+        assert tuple(bool(torch.isfinite(x).all()) for x in out) == finite
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+def test_dense_adjoint_refuses_half_precision(kernels, dtype):
+    x = make(kernels, 8, dtype)
+    with pytest.raises(RuntimeError, match="dense_adjoint failed"):
+        kernels.dense_adjoint([x, x], x, x[None], torch.ones(1, dtype=torch.float64), (), step(1.0), end=(1.0,))
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -725,6 +844,7 @@ def test_nothing_is_launched_for_nothing(shim_library):
     kernels.pack_adjoint(empty, None)
     kernels.jump(empty, empty, None)
     kernels.dense_eval(empty, torch.zeros(1), empty, empty, [], [], step(1.0), end=(1.0,))
+    kernels.dense_adjoint([empty, empty], empty, empty, torch.zeros(1), [], step(1.0), end=(1.0,))
     Sums(kernels, []).accumulate([], 1.0, 0.0, 0, step(1.0))
     assert kernels.lib.shim_launches() == before
 

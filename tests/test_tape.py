@@ -23,12 +23,13 @@ from node_cuda.device_loop import OutputLoop, set_apart
 from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.trajectory import Trajectory
 from node_cuda.host_loop import solve_outputs
+from node_cuda.kernels.arithmetic import Arithmetic, Polynomials, position
 from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import Fused
-from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.reference import ControlLaw, DenseCotangents, polynomial
 from node_cuda.kernels.tape import Tape, slots_after
-from node_cuda.methods import Method, arithmetic_of, grid_of, lookup, make_loop
+from node_cuda.methods import arithmetic_of, grid_of, lookup, make_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem import Problem, make_problem
 from node_cuda.solution import Stats
@@ -140,18 +141,21 @@ class Solved:
         return self.loop.arithmetic
 
 
-def solved(monkeypatch, y0: Tensor, t: Tensor, method: str, options: dict, capacity: int, slots: int) -> Solved:
+def solved(y0: Tensor, t: Tensor, method: str, options: dict, capacity: int, slots: int) -> Solved:
     parsed = lookup(method, {**options, "throw": False})
     func = TimedLinear(dtype=y0.dtype)
     with torch.no_grad(), node_cuda.backend("fused"):
         problem = make_problem(func, y0, t, 1e-4, 1e-4)
         points = grid_of(problem, parsed.options)[0] if isinstance(parsed.options, FixedOptions) else None
         host, interpolant = make_loop(problem, parsed, Stats(), points=points)
-        trajectory = Trajectory(host, host.stepper, slots, None)  # pyright: ignore[reportArgumentType]
+        trajectory = Trajectory.of(host, host.stepper, slots, None)  # pyright: ignore[reportArgumentType]
         solve_outputs(host, interpolant, False)
         inside = host.pace.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
         tape = Tape(CPU, capacity, slots, first=int(inside), carries=parsed.adaptive)
-        loop = recorded_loop(monkeypatch, problem, parsed, points, tape)
+        own = set_apart(problem)
+        fused = arithmetic_of(own)
+        assert isinstance(fused, Fused)
+        loop = OutputLoop(own, parsed, fused, points=points, tape=tape)
         states = torch.full((slots + 1, *y0.shape), math.nan, dtype=y0.dtype)
         loop.begin()
         while loop.control.read().active:
@@ -159,17 +163,6 @@ def solved(monkeypatch, y0: Tensor, t: Tensor, method: str, options: dict, capac
             loop.attempt()
             states.index_copy_(0, tape.slot, y[None])
     return Solved(loop, tape, states, trajectory, problem)
-
-
-def recorded_loop(monkeypatch, problem: Problem, method: Method, points, tape: Tape) -> OutputLoop:
-    """A device loop whose control has a tape."""
-    own = set_apart(problem)
-    fused = arithmetic_of(own)
-    assert isinstance(fused, Fused)
-    adaptive, grid = fused.control, fused.grid_control
-    monkeypatch.setattr(fused, "control", lambda *args, **kwargs: adaptive(*args, tape=tape, **kwargs))
-    monkeypatch.setattr(fused, "grid_control", lambda *args, **kwargs: grid(*args, tape=tape, **kwargs))
-    return OutputLoop(own, method, fused, points=points)
 
 
 T = linspace(0.0, 2.0, 9)
@@ -195,9 +188,9 @@ def begins_of(solved: Solved) -> list[int]:
 
 @pytest.mark.parametrize("slots", [3, 200])
 @pytest.mark.parametrize("name", SOLVES)
-def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, monkeypatch, name, slots):
+def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, name, slots):
     method, options, t = SOLVES[name]
-    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200, slots)
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200, slots)
     now, steps = shim.read_tape(device.tape)
     expected, times = device.host.steps, device.problem.times
     assert now.count == len(expected) > 3
@@ -222,8 +215,8 @@ def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, monkeypatch, name,
         assert torch.equal(device.states[slot], device.host.checkpoints._kept[place].y0)
 
 
-def test_steps_beyond_the_capacity_are_counted_and_not_written(shim, monkeypatch):
-    device = solved(monkeypatch, torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7, 4)
+def test_steps_beyond_the_capacity_are_counted_and_not_written(shim):
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7, 4)
     now, steps = shim.read_tape(device.tape)
     assert now.count == 20 and len(steps) == 7
     assert [(s.at.t0, s.at.t1) for s in steps] == [(x.at.t0, x.at.t1) for x in device.host.steps[:7]]
@@ -248,10 +241,10 @@ def walk_of(fused: Fused) -> Control:
 
 @pytest.mark.parametrize("name", SOLVES)
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
-def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, monkeypatch, name, dtype):
+def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, name, dtype):
     method, options, t = SOLVES[name]
     y0 = torch.tensor([0.7, -0.4], dtype=F64).to(dtype)
-    device = solved(monkeypatch, y0, t, method, options, 200, 200)
+    device = solved(y0, t, method, options, 200, 200)
     walk, fused, (_, steps) = walk_of(device.fused), device.fused, shim.read_tape(device.tape)
     time = torch.zeros((), dtype=dtype.to_real())
     walk.set_walk(device.tape)
@@ -386,3 +379,86 @@ def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_modu
     for graph in (*found, *bodies):
         graphs.lib.shim_destroy_graph(graph)
     assert graphs.lib.shim_complaints() == b""
+
+
+# --- the arithmetic of the backward pass at the step that the walk has come to -------------------------------------
+
+
+@pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
+@pytest.mark.parametrize("name", ["many outputs in a step", "reversed", "accurate", "grid", "finer grid"])
+def test_the_cotangents_of_a_step_are_those_of_the_host_s_step_to_the_bit(shim, name, dtype):
+    """By the step in device memory, by value, and as the discrete adjoint of the host makes them of several sums."""
+    method, options, t = SOLVES[name]
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64).to(dtype), t, method, options, 200, 200)
+    host = device.fused
+    fused = Fused(host.module, host.on, device.problem.y0, host.direction, host.norm, device.problem.times)
+    walk = fused.grid_control((), tape=None)
+    walk.start(0.0, None)
+    current, polynomials = fused.current(), polynomials_of(device.loop, fused)
+    lam, mu, ys = (torch.randn(*shape, dtype=dtype) for shape in ((2,), (2,), (len(t) - 1, 2)))
+    walk.set_walk(device.tape)
+    for taken, step in zip(reversed(device.host.steps), reversed(shim.read_tape(device.tape)[1]), strict=True):
+        walk.take_back(device.tape)
+        at, first, stop = taken.at, step.first_output, step.next_output
+        for base in (None, lam):
+            kappa = fused.adjoint_stage(base, [lam, mu], [0.3, -0.7], current)
+            assert torch.equal(kappa, fused.adjoint_stage(base, [lam, mu], [0.3, -0.7], at))
+            torch.testing.assert_close(kappa, Arithmetic.adjoint_stage(fused, base, [lam, mu], [0.3, -0.7], at))
+        found = fused.dense_adjoint(polynomials, current, lam, 1, ys)
+        given = ys[first:stop]
+        expected = by_several_sums(fused, polynomials, at, lam, first + 1, given)
+        for same in (fused.dense_adjoint(polynomials, at, lam, 1 + first, given), expected):
+            assert all(map(torch.equal, flat(found), flat(same)))
+        plain = Arithmetic.dense_adjoint(fused, polynomials, at, lam, 1 + first, given)
+        for x, y in zip(flat(found), flat(plain), strict=True):
+            torch.testing.assert_close(x, y)
+        walk.taken(device.tape)
+
+
+def test_a_sum_of_no_step_has_the_size_1(shim):
+    fused = solved(torch.ones(2, dtype=F64), T, "rk4", {}, 20, 20).fused
+    lam, mu = torch.randn(2, dtype=F64), torch.randn(2, dtype=F64)
+    for base, x in ((None, [lam, mu]), (lam, [mu])):
+        row = [0.5] * len(x)
+        found = fused.adjoint_stage(base, x, row, None)
+        torch.testing.assert_close(found, Arithmetic.adjoint_stage(fused, base, x, row, None))
+        torch.testing.assert_close(found, 0.5 * sum(x) + (0.0 if base is None else base))
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_half_states_have_plain_cotangents(shim, dtype):
+    device = solved(torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20, 20)
+    fused, at = device.fused, device.host.steps[0].at
+    lam, g = torch.ones(2, dtype=dtype), torch.ones(1, 2, dtype=dtype)
+    found = fused.dense_adjoint(fused.polynomials((), (1.0,)), at, lam, 1, g)
+    assert torch.equal(found.lam, 2 * lam) and not found.start.any()  # it is at the end of the step
+
+
+def polynomials_of(loop: OutputLoop, fused: Fused) -> Polynomials:
+    """Those of the loop's outputs, prepared once more."""
+    own = loop.interpolant._polynomials
+    return fused.polynomials(own.rows, own.end)
+
+
+def flat(cotangents: DenseCotangents) -> list[Tensor]:
+    return [cotangents.lam, cotangents.start, *cotangents.extra]
+
+
+def by_several_sums(
+    fused: Fused, polynomials: Polynomials, at: Interval, lam: Tensor, first: int, given: Tensor
+) -> DenseCotangents:
+    """As StepAdjoint puts the outputs of a step into its stages."""
+    zero, times = torch.zeros_like(lam), fused.output_times[first : first + len(given)]
+    inner = [(position(at, s), g) for s, g in zip(times, given, strict=True) if s != at.t1]
+    gradients = [g for _, g in inner]
+    of_end = [float(polynomial(polynomials.end, x)) for x, _ in inner]
+
+    def sum_of(base: Tensor | None, row: list[float], at: Interval | None) -> Tensor:
+        return fused.adjoint_stage(base, gradients, row, at) if inner else zero if base is None else base
+
+    start = sum_of(None, [1.0 - p for p in of_end], None)
+    extra = [sum_of(None, [float(polynomial(w, x)) for x, _ in inner], at) for _, w in polynomials.rows]
+    lam = sum_of(lam, of_end, None)
+    for s, g in zip(times, given, strict=True):
+        lam = lam + g if s == at.t1 else lam
+    return DenseCotangents(lam, start, extra)

@@ -41,6 +41,12 @@ def _dense_eval(outputs: int) -> Primitive:
     return Primitive(f"dense_eval, {outputs} outputs", "dense_eval", 7 + outputs, prepare, steps.plain_dense_eval)
 
 
+def _dense_adjoint(outputs: int) -> Primitive:
+    prepare = partial(adjoint.dense_adjoint, outputs=outputs)
+    name = f"dense_adjoint, {outputs} outputs"
+    return Primitive(name, "dense_adjoint", 9 + outputs, prepare, adjoint.plain_dense_adjoint)
+
+
 def _adjoint_stage(terms: int) -> Primitive:
     prepare = partial(adjoint.adjoint_stage, terms=terms)
     name = f"adjoint_stage, {terms} terms"
@@ -61,6 +67,8 @@ PRIMITIVES = (
     Primitive("initial_change", "initial_change", 3, steps.initial_change, reference.initial_change),
     _dense_eval(1),
     _dense_eval(16),
+    _dense_adjoint(1),
+    _dense_adjoint(16),
     Primitive("commit", "commit", 4, steps.commit, steps.plain_commit),
     _adjoint_stage(2),
     _adjoint_stage(5),

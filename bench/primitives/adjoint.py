@@ -14,7 +14,7 @@ from node_cuda.kernels import reference
 from node_cuda.norms import ErrorNorm, rms
 
 from .launching import DTYPES, Launch, Workplace, numbers, packed, pointers
-from .steps import ATOL, DOPRI5, RTOL, H, weights, where
+from .steps import ATOL, DOPRI5, RTOL, T0, H, weights, where
 
 TENSORS = 8
 WEIGHT, ERROR_WEIGHT = 0.3, 0.2
@@ -41,6 +41,29 @@ def adjoint_finish(place: Workplace) -> Launch:
     out, lam, *mu = place.states(DOPRI5.stages + 1)
     kernel = place.bind("adjoint_finish", *place.sized, out, lam, len(mu), pointers(mu))
     return Launch(kernel, (lam, mu, [(j, 1.0) for j in range(len(mu))], 1.0), (lam, *mu, out), (out,))
+
+
+def dense_adjoint(place: Workplace, outputs: int) -> Launch:
+    """The gradients of outputs strictly inside a step of dopri5. The cotangents of half states are float32."""
+    assert DOPRI5.dense is not None
+    place, rows = place._replace(dtype=place.acc), DOPRI5.dense.weight_rows
+    lam, *out = place.states(3 + len(rows))
+    gradients = torch.stack(place.states(outputs))
+    positions = [(i + 1) / (outputs + 1) for i in range(outputs)]
+    times = torch.tensor([T0 + x * H for x in positions], dtype=torch.float64, device=place.device)
+    polynomials = numbers([weight for _, row in rows for weight in row])
+    kernel = place.bind(
+        "dense_adjoint", *place.sized, out[0], out[1], pointers(out[2:]), lam, gradients, times, 0, outputs, len(rows),
+        len(rows[0][1]), polynomials, None, where(),
+    )  # fmt: skip
+    at = [[float(reference.polynomial(row, x)) for x in positions] for _, row in rows]
+    return Launch(kernel, (lam, gradients, at), (lam, gradients, *out), tuple(out), out)
+
+
+def plain_dense_adjoint(lam: Tensor, gradients: Tensor, at: Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
+    """A cotangent after the other."""
+    given = reference.dense_adjoint(lam, gradients.unbind(), [0.0] * len(gradients), at, (), H)
+    return given.lam, given.start, *given.extra
 
 
 def pack_adjoint(place: Workplace) -> Launch:

@@ -165,18 +165,18 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, *, timed: b
         stats.why_backward = found
         return None
     stats.loop_backward, stats.why_backward = found.repeat.tier, found.why
-    adj_t, adj_y0, adj_params = found.run(backward, points, timed=timed)
     used.reach_as(found.reached)
     control = found.loop.control
-    run = found.begun(control, stats, found.account(stats, problem.direction, timed=timed), options)
-    if run is None:  # nobody knows yet whether these are gradients
+    with found.lock:
+        adj_t, adj_y0, adj_params = found.run(backward, points, timed=timed)
         ok = control.succeeded
-        adj_t = None if adj_t is None else torch.where(ok.to(adj_t.device), adj_t, math.nan)
-        adj_y0, *adj_params = (torch.where(ok, g, math.nan) for g in (adj_y0, *adj_params))
-        return adj_t, adj_y0, adj_params
-    failure = run.end()
+        run = found.begun(control, stats, found.account(stats, problem.direction, timed=timed), options)
+        failure = None if run is None else run.end()
     if failure is not None:
         raise failure
+    if run is None:  # nobody knows yet whether these are gradients
+        adj_t = None if adj_t is None else torch.where(ok.to(adj_t.device), adj_t, math.nan)
+        adj_y0, *adj_params = (torch.where(ok, g, math.nan) for g in (adj_y0, *adj_params))
     return adj_t, adj_y0, adj_params
 
 

@@ -10,6 +10,7 @@ Zhuang et al. 2020, arXiv:2006.02493; Matsubara, Miyatake and Yaguchi 2021, arXi
 from __future__ import annotations
 
 from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
 import torch
@@ -22,12 +23,15 @@ from node_cuda.gradients.checkpoints import slots_for
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import Reached
+from node_cuda.gradients.recording import Record, solve_recorded, why_not_recorded
 from node_cuda.gradients.request import Request
-from node_cuda.gradients.step_adjoint import Cotangent, Form, Output, StepAdjoint, adaptive_form, grid_form
+from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint, adaptive_form, grid_form
 from node_cuda.gradients.trajectory import State, Trajectory
+from node_cuda.gradients.walk_graphs import walk_by_graphs
 from node_cuda.host_loop import HostLoop, solve_event, solve_outputs
 from node_cuda.interpolation import dense_of
 from node_cuda.kernels.arithmetic import Arithmetic, position
+from node_cuda.kernels.reference import real_dot
 from node_cuda.methods import arithmetic_of, grid_of, make_loop
 from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -40,7 +44,7 @@ def outputs(request: Request) -> tuple[Tensor, Status]:
     """y at the problem's times; its gradient by the discrete adjoint."""
     options = request.method.options
     points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
-    task = _DiscreteTask(request, None, points)
+    task = _DiscreteTask(request, None, points, taped_grid=grid is not None)
     return task(grid)[0], task.status
 
 
@@ -61,18 +65,29 @@ class _DiscreteTask(Task):
     what = 'gradient="discrete"'
     replays = True
     trajectory: Trajectory
+    record: Record | None = None
     times: tuple[float, ...]
 
-    def __init__(self, request: Request, event_fn: EventFunc | None, points: list[float] | None) -> None:
+    def __init__(
+        self, request: Request, event_fn: EventFunc | None, points: list[float] | None, *, taped_grid: bool = False
+    ) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "discrete adjoint"))
         self.form = _form(request)
         self.event_fn = event_fn
         self.points = points
+        self.taped_grid = taped_grid
 
     def solve(self, request: Request) -> tuple[Tensor, float]:
         """See `Task`."""
         problem, method, stats = request.problem, request.method, request.stats
         endless = self.event_fn is not None
+        if method.options.cuda_graph:
+            recorded = solve_recorded(request, self._why_not_recorded(request))
+            if recorded is not None:
+                ys, self.status, self.record = recorded
+                self.times = problem.times
+                return ys, problem.direction * self.times[-1]
+            stats.why_backward = stats.why
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:
@@ -83,9 +98,26 @@ class _DiscreteTask(Task):
             ys, self.times = torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at)
         return ys, problem.direction * self.times[-1]
 
+    def _why_not_recorded(self, request: Request) -> str | None:
+        if self.event_fn is not None:
+            return "an event is looked for by the host"
+        if self.taped_grid:
+            return "dL/dt of a fixed grid is computed by the host"
+        return why_not_recorded(request.problem, request.method, self.parameters.wanted)
+
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """See `Task`."""
         reached = self.reached(problem)
+        if self.record is not None:
+            found = self._by_graphs(self.record, problem, saved, grad_ys, wants_t, reached)
+            if found is not None:
+                return found
+            if self.record.count is None:
+                raise Unsupported(
+                    f"The backward pass of a deferred solve must be captured, and {self.stats.why_backward}."
+                )
+            self.trajectory = self.record.trajectory(arithmetic_of(problem))
+            self.stats.host_reads += 1
         walk = _Backwards(self, problem, saved, grad_ys, wants_grid, reached)
         adj_y0, adj_t, adj_grid = walk.run(saved.t, wants_t)
         reached.check(saved.params)
@@ -94,6 +126,44 @@ class _DiscreteTask(Task):
         self.stats.peak_checkpoints = max(self.stats.peak_checkpoints, self.trajectory.checkpoints.peak)
         self.stats.graph_of = "stage" if walk.adjoint.at_once is False else "step"
         return Gradients(adj_t, adj_grid, adj_y0, walk.of_params())
+
+    def _by_graphs(
+        self, record: Record, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, reached: Reached
+    ) -> Gradients | None:
+        """By a captured walk; None: by the host."""
+        why = None
+        if problem.func is not self.parameters.func:
+            why = "func computes with tensors in the place of its own (functional_call, a transform, or hooks)"
+        elif self.status not in (Status.SUCCESS, Status.PENDING):
+            why = "the solve did not reach its end"
+        method, params, stats = self._request.method, saved.params, self.stats
+        found = walk_by_graphs(record, problem, method, self.form, grad_ys, params, reached, stats, why)
+        if found is None:
+            return None
+        reached.check(params)
+        lam, of_params = found
+        adj_t = None
+        if wants_t:
+            adj_t = saved.ys.new_zeros(len(saved.t), dtype=torch.float64)
+            by_the_flow(adj_t, range(len(adj_t)), problem, saved.ys, grad_ys, lam, real_dot)
+            stats.nfe_backward += len(adj_t)
+            adj_t = adj_t.to(saved.t)
+        return Gradients(adj_t, None, lam + grad_ys[0], of_params)
+
+
+def by_the_flow(
+    adj_t: Tensor,
+    asked: Iterable[int],
+    problem: Problem,
+    ys: Tensor,
+    grad_ys: Sequence[Tensor] | Tensor,
+    lam0: Tensor,
+    real_dot: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """dL/dt of the exact flow into the places that are asked for; one evaluation each."""
+    for m in asked:
+        f = problem.field(problem.t[m].to(ys.device, problem.time_dtype), ys[m])
+        adj_t[m] = real_dot(-lam0 if m == 0 else grad_ys[m], f)
 
 
 def _recorded(loop: HostLoop, request: Request, steps: int | None) -> Trajectory:
@@ -104,7 +174,7 @@ def _recorded(loop: HostLoop, request: Request, steps: int | None) -> Trajectory
         tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
         slots = slots_for(tensors * y0.numel() * y0.itemsize, y0.device)
     request.stats.checkpoint_slots = slots
-    return Trajectory(loop, loop.stepper, slots, steps)
+    return Trajectory.of(loop, loop.stepper, slots, steps)
 
 
 def _form(request: Request) -> Form:
@@ -135,9 +205,9 @@ class _Backwards:
     ) -> None:
         ys, self.params = saved.ys, saved.params
         # A view of ys itself would hold the graph that holds the trajectory.
-        problem = replace(problem, y0=ys.detach()[0])
+        problem = replace(problem, y0=ys.detach()[0], times=task.times)
         self.problem, self.ys, self.grid = problem, ys, saved.grid if wants_grid else None
-        self.trajectory, self.times = task.trajectory, task.times
+        self.trajectory, self.times, self.at_event = task.trajectory, task.times, task.event_fn is not None
         self.trajectory.begin(problem.y0)
         self.arithmetic = arithmetic_of(problem)
         self.sums = self.arithmetic.sums(self.params, with_error=False)
@@ -155,10 +225,10 @@ class _Backwards:
         assert isinstance(problem.field, VectorField)
         problem.field.watch_again()
         # What a failed solve did not reach is NaN, and nothing flows back from it.
-        failed = task.status is not Status.SUCCESS
+        failed = task.status not in (Status.SUCCESS, Status.PENDING)
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
         self.reached = len(ys) if finite is None else max(int(finite.sum()), 1)
-        self.grad_ys = [self.cotangents.own(g) for g in grad_ys[: self.reached].to(wide)]
+        self.grad_ys = self.cotangents.own(grad_ys[: self.reached].to(wide))
 
     def run(self, t: Tensor, wants_t: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
@@ -179,8 +249,8 @@ class _Backwards:
             at = steps[n].at
             first = bisect_right(times, at.t0, 1, stop)
             places = [1.0 if s == at.t1 else position(at, s) for s in times[first:stop]]
-            given = [Output(x, g) for x, g in zip(places, self.grad_ys[first:stop], strict=True)]
-            flowing, timed = self.adjoint.back(steps[n], state, flowing, given)
+            outputs = Outputs(first, self.grad_ys[first:stop], places) if places else None
+            flowing, timed = self.adjoint.back(steps[n], state, flowing, outputs)
             if timed is not None and adj_grid is not None:
                 adj_grid[n + 1] += timed.size
                 adj_grid[n] += timed.start - timed.size
@@ -203,14 +273,10 @@ class _Backwards:
         )
 
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
-        """dL/dt of the exact flow. The time of an event is not where the user put t[1], so only t[0] moves it."""
-        t, problem = self.problem.t, self.problem
-        asked = range(self.reached) if self.times == problem.times else (0,)
-        for m in asked if len(self.times) > 1 else ():
-            self.adjoint.nfe += 1
-            f = problem.field(t[m].to(self.ys.device, problem.time_dtype), self.ys[m])
-            cotangent = -lam0 if m == 0 else self.grad_ys[m]
-            adj_t[m] = self.cotangents.real_dot(cotangent, f)
+        """The time of an event is not where the user put t[1], so only t[0] moves it."""
+        asked = range(1 if self.at_event else self.reached) if len(self.times) > 1 else ()
+        self.adjoint.nfe += len(asked)
+        by_the_flow(adj_t, asked, self.problem, self.ys, self.grad_ys, lam0, self.cotangents.real_dot)
 
     def of_params(self) -> list[Tensor]:
         """dL/dtheta in the parameters' own dtypes."""

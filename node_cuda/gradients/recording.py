@@ -14,7 +14,7 @@ from torch import Tensor
 
 from node_cuda.device_loop import OutputLoop
 from node_cuda.forward_graphs import CapturedSolve, points_of, solve_captured
-from node_cuda.gradients.checkpoints import slots_for
+from node_cuda.gradients.checkpoints import Checkpoints, slots_for
 from node_cuda.gradients.request import Request
 from node_cuda.gradients.trajectory import State, Taken, Trajectory
 from node_cuda.graphs import Graphs, captured_or_why, key_of, obstacle
@@ -28,8 +28,9 @@ from node_cuda.problem import Problem
 from node_cuda.status import Status
 from node_cuda.steppers.step import Step
 
-FIRST_STATES = 64
-"""States that are kept where no solve before told how many steps there are, and nobody asked for a number."""
+FEWEST_STATES, MOST_STATES, FIRST_BYTES = 64, 1024, 2**23
+"""States that are kept where no solve before told how many steps there are, and nobody asked for a number: as many as
+fit these bytes, within these bounds."""
 
 FEWEST_STEPS = 1024
 """Steps that can be recorded, at least: 56 bytes each."""
@@ -132,17 +133,19 @@ class Record:
 
     def trajectory(self, arithmetic: Arithmetic) -> Trajectory:
         """The same for a backward pass by the host, which then need not be loaded. One host read."""
-        self.load()
         assert self.count is not None
+        with self.owner.lock:
+            self.load()
+            read = self.owner.loop.tape.read(self.count)
+            kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}
         steps: list[Taken] = []
-        for t0, t1, h, begins in self.owner.loop.tape.read(self.count):
+        for t0, t1, h, begins in read:
             at = arithmetic.interval(t0, t1, h)
             if begins < 0:
                 steps.append(Taken(at, True, steps[-1].at, 1.0, JUST_BEFORE))
             else:
                 steps.append(Taken(at, False, at, 0.0, JUST_AFTER if begins else HERE))
-        kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}
-        return Trajectory.left(steps, kept, self.owner.loop.tape.slots)
+        return Trajectory(steps, Checkpoints.left(kept, self.count, self.owner.loop.tape.slots))
 
     def _memory(self) -> list[Tensor]:
         loop = self.owner.loop
@@ -157,7 +160,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     points = points_of(problem, method) if why is None else None
     graphs: Graphs[CapturedRecording] = method.options.cuda_graph
     key = () if why is not None else ("discrete", *key_of(problem, method), points and len(points), request.checkpoints)
-    known = len(points) - 1 if points is not None else graphs.rooms.get(key, FIRST_STATES)
+    known = len(points) - 1 if points is not None else graphs.rooms.get(key, _first_room(problem))
     slots = request.checkpoints if isinstance(request.checkpoints, int) else known
     if request.checkpoints == "auto":
         slots = min(slots, slots_for(problem.y0.numel() * problem.y0.itemsize, problem.y0.device))
@@ -172,15 +175,23 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     if isinstance(found, str):
         stats.why = found
         return None
-    ys, status = solve_captured(found, problem, method, stats, points)
+    with found.lock:
+        ys, status = solve_captured(found, problem, method, stats, points)
+        count = None if status is Status.PENDING else stats.accepted
+        record = Record(found, problem, count)
     stats.checkpoint_slots = None if request.checkpoints is None else slots
-    count = None if status is Status.PENDING else stats.accepted
     if count is not None and count > known:
         graphs.rooms[key] = 2 ** (count - 1).bit_length()  # for the next solve
     if count is not None and count > capacity:
+        stats.accepted = stats.rejected = 0  # it is solved once more
         stats.loop, stats.why = "host", f"it took {count} steps, and there was room to record {capacity}"
         return None
-    return ys, status, Record(found, problem, count)
+    return ys, status, record
+
+
+def _first_room(problem: Problem) -> int:
+    states = FIRST_BYTES // (problem.y0.numel() * problem.y0.itemsize)
+    return min(max(states, FEWEST_STATES), MOST_STATES)
 
 
 def why_not_recorded(problem: Problem, method: Method, params: Sequence[Tensor]) -> str | None:

@@ -24,7 +24,6 @@ from node_cuda.gradients.trajectory import State, Taken
 from node_cuda.interpolation import HERMITE, HERMITE_END
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.clock import HERE, JUST_BEFORE, Interval
-from node_cuda.kernels.reference import polynomial
 from node_cuda.kernels.sums import Sums
 from node_cuda.problem import Problem
 from node_cuda.tableau import DenseOutput, SparseRow, Tableau
@@ -101,11 +100,13 @@ class Evaluation(NamedTuple):
     k: Tensor | None
 
 
-class Output(NamedTuple):
-    """An output at t0 + x h of a step, and its gradient g."""
+class Outputs(NamedTuple):
+    """Outputs in a step. first: the index of the first one; gradients: theirs, the rows of one tensor; places: their x,
+    0 < x <= 1, None where only the device knows which of the rows lie in the step."""
 
-    x: float
-    g: Tensor
+    first: int
+    gradients: Tensor
+    places: Sequence[float] | None
 
 
 @dataclass
@@ -173,24 +174,22 @@ class StepAdjoint:
         ]
         b_row = tuple((i, b) for i, b in enumerate(form.b) if b)
         self._finish = arithmetic.last_stage(b_row, None, 1.0, HERE)
+        self._polynomials = cotangents.polynomials(form.dense, form.end)
 
     def advance(self, taken: Taken, state: State, then: Taken) -> State:
         """The state behind a step, with which the step `then` begins."""
-        k = [self._plain(*self._start(taken, state)) if state.k1 is None else state.k1]
+        k = [self._plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
         for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
             k.append(self._plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
         y1 = self._end(taken.at, state.y0, k)
         return State(y1, k[-1] if then.carried and not self.form.fsal else None)
 
-    def back(self, taken: Taken, state: State, outgoing: Cotangent, outputs: Sequence[Output]) -> Back:
+    def back(self, taken: Taken, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
         """The cotangents in front of a step, from those behind it and from its outputs."""
         form, at, y0 = self.form, taken.at, state.y0
-        inner = [output for output in outputs if output.x < 1.0]
-        stages, k = self._replay(taken, state, outgoing, dense=bool(inner or (self.timed and outputs)))
-        lam, at_start, extra = self._into_stages(at, outgoing.lam, inner)
-        for output in outputs:
-            if output.x == 1.0:
-                lam = lam + output.g
+        dense = outputs is not None and (outputs.places is None or self.timed or any(x < 1.0 for x in outputs.places))
+        stages, k = self._replay(taken, state, outgoing, dense=dense)
+        lam, at_start, extra = self._into_stages(at, outgoing.lam, outputs)
         if outgoing.kappa is not None:
             last = form.own - 1
             extra[last] = outgoing.kappa if last not in extra else outgoing.kappa + extra[last]
@@ -232,7 +231,7 @@ class StepAdjoint:
             k.append(stage.z if stage.k is None else stage.k)  # z: nobody reads it
 
         if state.k1 is None:
-            add(self._evaluate(*self._start(taken, state), 0 in read or taken.carried))
+            add(self._evaluate(*self.first_stage(taken, state), 0 in read or taken.carried))
         else:
             stages.append(None)
             k.append(state.k1)
@@ -247,7 +246,7 @@ class StepAdjoint:
                 add(self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t), i in read))
         return stages, k
 
-    def _start(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
+    def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
         """(t, z) of the first stage."""
         return self.arithmetic.times(taken.start, (taken.node,), taken.side)[0], state.y0
 
@@ -262,23 +261,16 @@ class StepAdjoint:
         return self.arithmetic.rk_finish(self._finish, at, y0, k, None)[0]
 
     def _into_stages(
-        self, at: Interval, lam: Tensor, outputs: Sequence[Output]
+        self, at: Interval, lam: Tensor, outputs: Outputs | None
     ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
         """The outputs' part in lam, in the state at the start, and in each stage."""
-        if not outputs:
+        if outputs is None:
             return lam, [], {}
-        form, gradients = self.form, [output.g for output in outputs]
-        of_end = [float(polynomial(form.end, output.x)) for output in outputs]
-        at_start = self.cotangents.adjoint_stage(None, gradients, [1.0 - p for p in of_end], None)
-        if form.end:
-            lam = self.cotangents.adjoint_stage(lam, gradients, of_end, None)
-        extra = {
-            j: self.cotangents.adjoint_stage(
-                None, gradients, [float(polynomial(weights, output.x)) for output in outputs], at
-            )
-            for j, weights in form.dense
-        }
-        return lam, [at_start], extra
+        first, gradients, places = outputs
+        if places is not None and all(x == 1.0 for x in places):
+            return lam + gradients.sum(0), [], {}
+        found = self.cotangents.dense_adjoint(self._polynomials, at, lam, first, gradients)
+        return found.lam, [found.start], {j: x for (j, _), x in zip(self.form.dense, found.extra, strict=True)}
 
     def _kappa(self, i: int, at: Interval, lam: Tensor, mu: dict[int, Tensor], extra: Tensor | None) -> Tensor | None:
         """The cotangent of stage i; None if nothing depends on it."""
@@ -334,10 +326,14 @@ class StepAdjoint:
         tau = rest.pop(0) if self.timed else None
         if self.params:
             self.reached.see(rest)
-            self.sums.add(rest, 1.0, 0.0)
+            self.add_to_sums(rest)
         if mu is not None:
             mu = self.cotangents.own(mu if mu.dtype is wide else mu.to(wide))
         return mu, tau
+
+    def add_to_sums(self, gradients: Sequence[Tensor | None]) -> None:
+        """What a vjp gave the parameters."""
+        self.sums.add(gradients, 1.0, 0.0)
 
     def _of_time(
         self,
@@ -346,7 +342,7 @@ class StepAdjoint:
         kappas: dict[int, Tensor],
         taus: dict[int, Tensor],
         y0: Tensor,
-        outputs: Sequence[Output],
+        outputs: Outputs | None,
     ) -> TimeCotangent:
         """Every kappa_i is h times what multiplies k_i, and every stage's time is t0 + c_i h."""
         dot, form = self.cotangents.real_dot, self.form
@@ -354,8 +350,10 @@ class StepAdjoint:
         size = sum((dot(kappa, k[i]).double() / at.signed for i, kappa in kappas.items()), zero)
         size = sum((tau.double() * form.nodes[i] for i, tau in taus.items()), size)
         result = TimeCotangent(size, sum((tau.double() for tau in taus.values()), zero))
-        y1 = self._end(at, y0, k) if outputs else y0
-        for x, g in outputs:
+        if outputs is None or outputs.places is None:
+            return result
+        y1 = self._end(at, y0, k)
+        for x, g in zip(outputs.places, outputs.gradients, strict=True):
             slope = (y1 - y0) * _derivative(form.end, x)
             for j, weights in form.dense:
                 slope = slope + k[j] * (at.signed * _derivative(weights, x))

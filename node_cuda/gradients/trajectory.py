@@ -36,28 +36,32 @@ class Taken(NamedTuple):
 
 
 class Trajectory:
-    """The accepted steps of a solve in order. Nothing is copied: no step writes what an earlier one made.
+    """The accepted steps of a solve in order. Nothing is copied: no step writes what an earlier one made."""
 
-    slots: the states that may be kept. count: the steps that there will be, where that is known.
-    """
-
-    def __init__(self, loop: HostLoop, stepper: ExplicitRK, slots: int | None, count: int | None) -> None:
-        self.steps: list[Taken] = []
-        self.checkpoints: Checkpoints[State] = Checkpoints(slots, count)
+    def __init__(self, steps: list[Taken], checkpoints: Checkpoints[State]) -> None:
+        self.steps = steps
+        self.checkpoints = checkpoints
         self._first: State | None = None
-        self._stepper = stepper
-        self._jump = loop.pace.starts_at_jump
-        loop.accepted = self._record
+        self._jump = False
 
-    def _record(self, step: Step) -> None:
-        tableau, before = self._stepper.tableau, self.steps[-1].at if self.steps else None
+    @classmethod
+    def of(cls, loop: HostLoop, stepper: ExplicitRK, slots: int | None, count: int | None) -> Trajectory:
+        """That of the solve that this loop will do. slots: the states that may be kept. count: the steps that there
+        will be, where that is known."""
+        self = cls([], Checkpoints(slots, count))
+        self._jump = loop.pace.starts_at_jump
+        loop.accepted = lambda step: self._record(step, stepper)
+        return self
+
+    def _record(self, step: Step, stepper: ExplicitRK) -> None:
+        tableau, before = stepper.tableau, self.steps[-1].at if self.steps else None
         k1 = None
         if tableau.carry_last_stage and before is not None and not self._jump:
             k1 = None if tableau.fsal else step.k[0]
             taken = Taken(step.at, True, before, 1.0, JUST_BEFORE)
         else:
             # Adaptive methods begin where the solve does, and beyond a jump on its far side.
-            inside = self._jump if tableau.adaptive else self._stepper.inside
+            inside = self._jump if tableau.adaptive else stepper.inside
             taken = Taken(step.at, False, step.at, 0.0, JUST_AFTER if inside else HERE)
         # The first state is the user's, who may write it: `begin` gets it again, from the outputs.
         self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))

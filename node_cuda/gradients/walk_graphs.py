@@ -39,13 +39,19 @@ REPLAYS = "replays"
 
 
 class DeviceStepAdjoint(StepAdjoint):
-    """Takes back the step that the device says, whose first stage takes place at the 0-d tensor `start`."""
+    """Takes back the step `here`, which the device says; its first stage takes place at the 0-d tensor `start`."""
 
     start: Tensor
+    here: Taken
 
     def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
         """See `StepAdjoint`."""
         return self.start, state.y0
+
+    def add_to_sums(self, gradients: Sequence[Tensor | None]) -> None:
+        """See `StepAdjoint`; nothing where there was no step to take back."""
+        assert isinstance(self.sums, FusedSums)
+        self.sums.add_if_accepted(gradients, self.here.at)
 
 
 class CapturedWalk(Captured):
@@ -62,6 +68,7 @@ class CapturedWalk(Captured):
             own = with_field_of_its_own(replace(problem, y0=torch.empty_like(loop.y)))
             arithmetic = arithmetic_of(own)
             assert isinstance(arithmetic, Fused)
+            self.arithmetic = arithmetic
             self.control = arithmetic.grid_control(())
             self.y, self.lam = torch.empty_like(loop.y), torch.zeros_like(loop.y)
             self.gradients = torch.zeros_like(loop.ys)
@@ -72,7 +79,7 @@ class CapturedWalk(Captured):
                 own, arithmetic, arithmetic, form, params, self.sums, self.reached, timed=False
             )
             (self.adjoint.start,) = arithmetic.slots(arithmetic.current(), (0.0,), HERE)
-            self._here = Taken(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
+            self.adjoint.here = Taken(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
             self._several = len(problem.times) > 2
             self.nfe: dict[str, int] = {}
             self._begin, self._last, self._step, self._advance = self.record(
@@ -95,6 +102,9 @@ class CapturedWalk(Captured):
         if record.complete:
             self._begin.replay()
             self._last.replay()
+            if count is not None and self.repeat.tier == "batches":  # no need to look where the end is
+                self._step.replay(count - 1)
+                return REPLAYS, self.cost(count), 0
             self.repeat.run()
             return self.repeat.tier, 0 if count is None else self.cost(count), 0
         assert count is not None
@@ -115,7 +125,7 @@ class CapturedWalk(Captured):
         def back(n: int, state: State) -> None:
             launch(self._last if n == count - 1 else self._step, n, state)
 
-        with self.recorder.aside():  # the control's kernels are launched in that stream
+        with self.recorder.in_its_stream():  # the control's kernels are launched in that stream
             self._begin.replay()
             Checkpoints.left(record.kept(), count, self.tape.slots).reverse(advance, back)
         return REPLAYS, self.cost(count) + again * self.nfe["advance"], again
@@ -140,14 +150,14 @@ class CapturedWalk(Captured):
 
     def _take_back(self, *, dense: bool) -> None:
         state = self._load()
-        outputs = Outputs(self.gradients[1:], 1, len(self.gradients)) if dense else None
-        lam = self.adjoint.back(self._here, state, Cotangent(self.lam), outputs).cotangent.lam
-        self.lam.copy_(lam)
+        outputs = Outputs(1, self.gradients[1:], None) if dense else None
+        lam = self.adjoint.back(self.adjoint.here, state, Cotangent(self.lam), outputs).cotangent.lam
+        self.arithmetic.commit([self.lam], [lam])
         self.control.taken(self.tape)
 
     def _take_forward(self) -> None:
         state = self._load()
-        self.states[self.tape.slots].copy_(self.adjoint.advance(self._here, state, self._here).y0)
+        self.states[self.tape.slots].copy_(self.adjoint.advance(self.adjoint.here, state, self.adjoint.here).y0)
 
     def _load(self) -> State:
         """The state that the walk's next step began with."""
@@ -195,24 +205,28 @@ def walk_by_graphs(
         stats.why_backward = found
         return None
     stats.why_backward = found.why
-    stats.loop_backward, nfe, again = found.run(record, grad_ys)
     stats.graph_of = "stage" if found.adjoint.at_once is False else "step"
     used.reach_as(found.reached)
-    lam, of_params = found.lam.clone(), found.of_params()
+    with record.owner.lock, found.lock:
+        stats.loop_backward, nfe, again = found.run(record, grad_ys)
+        lam, of_params = found.lam.clone(), found.of_params()
+        walked = found.control.succeeded
+        if record.count is None:
+            found.begun(found.control, stats, _account(found, stats), options)
     if record.count is not None:
         stats.nfe_backward += nfe
         stats.steps_again += again
         stats.peak_checkpoints = max(stats.peak_checkpoints, min(record.count, found.tape.slots))
         return lam, of_params
-    found.begun(found.control, stats, _account(found, stats), options)
     assert record.succeeded is not None
-    ok = record.succeeded & found.control.succeeded
+    ok = record.succeeded & walked
     return torch.where(ok, lam, math.nan), [torch.where(ok, g, math.nan) for g in of_params]
 
 
 def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tensor], options: Common) -> CapturedWalk:
-    record.load()  # the steps that warm it up are those of this record
-    return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
+    with record.owner.lock:
+        record.load()  # the steps that warm it up are those of this record
+        return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
 
 
 def _account(walk: CapturedWalk, stats: Stats) -> Callable[[Reading], SolveError | None]:

@@ -15,6 +15,7 @@ from torch import Tensor
 from node_cuda._typing import Row
 from node_cuda.kernels import reference
 from node_cuda.kernels.clock import Clock, Interval
+from node_cuda.kernels.reference import DenseCotangents
 from node_cuda.kernels.sums import Sums
 from node_cuda.norms import ErrorNorm
 
@@ -166,6 +167,23 @@ class Arithmetic:
         """kappa = base + dt sum_j a_j x_j, a cotangent of the discrete adjoint; base None: 0. at None: dt is 1."""
         return reference.adjoint_stage(base, x, row, 1.0 if at is None else at.signed)
 
+    def dense_adjoint(
+        self, polynomials: Polynomials, at: Interval, lam: Tensor, first: int, gradients: Tensor
+    ) -> DenseCotangents:
+        """The transpose of `dense_outputs`: the cotangents of y1 (added to lam), of y0, and of the stages of the
+        polynomials' rows, in their order, from the gradients of the output times from the one of index `first` on, all
+        in this step, as the rows of one tensor. Not for half precision."""
+        end, times = polynomials.end, self.output_times[first : first + len(gradients)]
+        inner = [(position(at, s), g) for s, g in zip(times, gradients, strict=True) if s != at.t1]
+        return reference.dense_adjoint(
+            lam,
+            [g for _, g in inner],
+            [float(reference.polynomial(end, x)) for x, _ in inner],
+            [[float(reference.polynomial(weights, x)) for x, _ in inner] for _, weights in polynomials.rows],
+            [g for s, g in zip(times, gradients, strict=True) if s == at.t1],
+            at.signed,
+        )
+
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
         """[f, -vjp], the flat derivative of [y, a]. vjp None: zeros."""
         vjp = torch.zeros_like(f) if vjp is None else vjp
@@ -177,7 +195,7 @@ class Arithmetic:
 
     def real_dot(self, g: Tensor, f: Tensor) -> Tensor:
         """Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
-        return torch.vdot(g.reshape(-1), f.reshape(-1).to(g.dtype)).real
+        return reference.real_dot(g, f)
 
 
 def position(at: Interval, s: float) -> float:

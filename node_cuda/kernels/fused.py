@@ -22,7 +22,7 @@ from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused_sums import FusedSums
 from node_cuda.kernels.memory import address, has_address, resolved
-from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.reference import ControlLaw, DenseCotangents
 from node_cuda.kernels.sums import Sums
 from node_cuda.kernels.tape import Tape
 from node_cuda.norms import ErrorNorm
@@ -303,6 +303,27 @@ class Fused(Arithmetic):
             pointers = [v.data_ptr() for v, _ in part]
             self.plan.sum(where, out.data_ptr(), _address(out if i else base), pointers, [a for _, a in part])
         return out
+
+    def dense_adjoint(
+        self, polynomials: Polynomials, at: Interval, lam: Tensor, first: int, gradients: Tensor
+    ) -> DenseCotangents:
+        """See `Arithmetic`. One launch, however many outputs; with the current step it finds those that lie in it
+        among all the rows."""
+        if polynomials.native is None or self.acc_dtype != self.dtype:
+            return super().dense_adjoint(polynomials, at, lam, first, gradients)
+        lam, gradients = self.own(lam), self.own(gradients)
+        out = [torch.empty_like(lam) for _ in range(2 + len(polynomials.rows))]
+        self.plan.dense_adjoint(
+            polynomials.native,
+            self.native(at),
+            [x.data_ptr() for x in out],
+            lam.data_ptr(),
+            self.device_times.data_ptr(),
+            gradients.data_ptr(),
+            first,
+            first + len(gradients),
+        )
+        return DenseCotangents(out[0], out[1], out[2:])
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
         """See `Arithmetic`. One launch."""

@@ -52,6 +52,18 @@ class FusedSums(Sums):
         """See `Sums`."""
         self._has_sum = self._has_error = False
 
+    def begin_at_zero(self) -> None:
+        """`begin`, for tensors that come in many passes of the same launches: each adds to what is there."""
+        self.begin()
+        if self._sum:
+            torch._foreach_zero_(self._sum)
+            self._has_sum = True
+
+    @property
+    def of_step(self) -> list[Tensor]:
+        """What was added since the step began."""
+        return self._sum
+
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
@@ -67,6 +79,12 @@ class FusedSums(Sums):
             plan.accumulate(addresses, where, weight, error_weight, self._has_sum if weight else self._has_error)
         self._has_sum = self._has_sum or bool(weight)
         self._has_error = self._has_error or bool(error_weight)
+
+    def add_if_accepted(self, tensors: Sequence[Tensor | None], at: Interval) -> None:
+        """sum_i += x_i, if the device accepted the step. at: the current step. One launch."""
+        plan, given = self._laid_out(tensors)
+        plan.keep(_addresses(given), at.native, self._has_sum)
+        self._has_sum = True
 
     def scaled_errors(self, norm: ErrorNorm) -> list[Tensor]:
         """See `Sums`."""
@@ -104,7 +122,7 @@ class FusedSums(Sums):
     def keep_if_accepted(self, tensors: Sequence[Tensor | None], at: Interval) -> None:
         """Put these in their place, if the device accepted the step. at: the current step. One launch."""
         _, given = self._laid_out(tensors)
-        self._keeper.keep(_addresses(given), at.native)
+        self._keeper.keep(_addresses(given), at.native, False)
 
     def _laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Any, list[Tensor | None]]:
         """The plan, made by the first tensors that come, and these tensors as the buffers lie."""

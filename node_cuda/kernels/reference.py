@@ -197,6 +197,41 @@ def adjoint_stage(base: Tensor | None, x: Sequence[Tensor], row: Sequence[float]
     return _weighted_sum(x, entries, h, like=x[0]).to(x[0].dtype)
 
 
+class DenseCotangents(NamedTuple):
+    """What the outputs in a step give back: of y1 together with what it had, of y0, and of stages, one each."""
+
+    lam: Tensor
+    start: Tensor
+    extra: list[Tensor]
+
+
+def dense_adjoint(
+    lam: Tensor,
+    inner: Sequence[Tensor],
+    of_end: Sequence[float],
+    weights: Sequence[Sequence[float]],
+    last: Sequence[Tensor],
+    h: float,
+) -> DenseCotangents:
+    """The transpose of y0 + P(x_o) (y1 - y0) + h sum_j B_j(x_o) k_j over the outputs o of a step.
+
+    inner: the outputs' gradients g_o, in the order of time; of_end: their P(x_o); weights: for each j their B_j(x_o);
+    last: the gradients of those at the end of the step, which are y1 itself. lam: the cotangent of y1 so far.
+
+        lam + sum_o P(x_o) g_o + sum last,   sum_o (1 - P(x_o)) g_o,   h sum_o B_j(x_o) g_o
+
+    All fresh, of lam's shape and dtype, which is no half precision; zeros where no output lies in the step.  Reads lam
+    and the gradients, writes two tensors and one for each j.
+    """
+    zero = torch.zeros_like(lam)
+    start = adjoint_stage(zero, inner, [1.0 - p for p in of_end], 1.0)
+    extra = [adjoint_stage(zero, inner, row, h) for row in weights]
+    lam = adjoint_stage(lam, inner, of_end, 1.0)
+    for g in last:
+        lam = lam + g
+    return DenseCotangents(lam, start, extra)
+
+
 def accumulate(
     total: list[Tensor], tensors: Sequence[Tensor], weight: float, dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:
@@ -218,3 +253,8 @@ def scaled_sums(error: list[Tensor], theta0: list[Tensor], theta1: list[Tensor],
     torch._foreach_mul_(size, norm.rtol)
     torch._foreach_add_(size, norm.atol)
     return list(torch._foreach_div(error, size))
+
+
+def real_dot(g: Tensor, f: Tensor) -> Tensor:
+    """Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
+    return torch.vdot(g.reshape(-1), f.reshape(-1).to(g.dtype)).real

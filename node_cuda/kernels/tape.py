@@ -9,6 +9,7 @@ from __future__ import annotations
 import struct
 
 import torch
+from torch import Tensor
 
 _LAYOUT = struct.Struct("=4q2i7q2i")  # struct Tape of csrc/tape.h
 _RECORDED = struct.Struct("=4d2q2i")  # struct Recorded
@@ -43,6 +44,16 @@ class Tape:
     def address(self) -> int:
         """Of the struct, in device memory."""
         return self._struct.data_ptr()
+
+    def memory(self, count: int | None) -> list[Tensor]:
+        """The tensors that say what is on it, as far as so many steps need them; None: all."""
+        used = self.capacity if count is None else min(count, self.capacity)
+        return [self._struct, self.places, self._steps[: used * _RECORDED.size]]
+
+    def read(self, count: int) -> list[tuple[float, float, float, int]]:
+        """(t0, t1, h, begins) of the first steps on it. One host read."""
+        content = self._steps[: count * _RECORDED.size].cpu().numpy().tobytes()
+        return [(t0, t1, h, begins) for t0, t1, h, _, _, _, begins, _ in _RECORDED.iter_unpack(content)]
 
 
 def slots_after(steps: int, slots: int) -> dict[int, int]:

@@ -46,37 +46,45 @@ struct CUgraphExec_st {
   std::map<cudaGraphConditionalHandle, Condition> conditions;
 };
 
+struct Capture {
+  CUgraph_st* graph;
+  cudaStream_t origin;
+  bool invalid = false;
+};
+
 struct CUevent_st {
   std::shared_ptr<int64_t> done = std::make_shared<int64_t>(0);
   int64_t recorded = 0;
   cudaStream_t stream = nullptr;
+  std::shared_ptr<Capture> capture;    // recorded in it
+  std::vector<CUgraphNode_st*> after;  // and behind these
 };
 
 namespace {
 
 struct Stream {
   std::deque<shim::Work> queue;
-  CUgraph_st* captured = nullptr;
-  CUgraphNode_st* last = nullptr;
+  std::shared_ptr<Capture> capture;
+  std::vector<CUgraphNode_st*> last;  // what the next node of the capture comes behind
 };
 
 // Everything that is alive. A handle that is none of these is not looked into.
 std::set<CUgraph_st*> graphs;
 std::set<CUgraph_st*> owned_graphs;  // by the user: created or captured
 std::set<CUgraphNode_st*> nodes;
+std::map<cudaGraphConditionalHandle, Condition> conditions;
 std::map<CUgraphExec_st*, std::shared_ptr<CUgraphExec_st>> execs;
 std::set<CUevent_st*> events;
 std::map<void*, size_t> host_memory;
-std::map<cudaGraphConditionalHandle, Condition> conditions;
 std::map<cudaStream_t, Stream> streams;
+std::mutex streams_mutex;
 std::map<void*, shim::Binder> functions;
 CUgraphExec_st* running = nullptr;
 cudaGraphConditionalHandle next_condition = 1;
 
 // Solves on several host threads look for their streams at the same time: a call that waits holds no GIL.
 Stream& stream_of(cudaStream_t stream) {
-  static std::mutex mutex;
-  const std::lock_guard<std::mutex> lock(mutex);
+  const std::lock_guard<std::mutex> lock(streams_mutex);
   return streams[stream];
 }
 
@@ -97,6 +105,23 @@ cudaError_t failed(cudaError_t error) {
   shim::next_error = error;  // until cudaGetLastError is asked
   return error;
 }
+
+// A call that is no work of this stream's capture, and not allowed in it.
+cudaError_t spoil(Stream& s) {
+  if (s.capture->invalid) return failed(cudaErrorStreamCaptureInvalidated);
+  s.capture->invalid = true;
+  return failed(cudaErrorStreamCaptureUnsupported);
+}
+
+// A call that no capture (of the mode that is the default) lets anybody make.
+cudaError_t unseen_by_captures() {
+  const std::lock_guard<std::mutex> lock(streams_mutex);
+  for (auto& [_, stream] : streams)
+    if (stream.capture != nullptr) return spoil(stream);
+  return cudaSuccess;
+}
+#define NO_CAPTURE() \
+  if (const cudaError_t refused = unseen_by_captures(); refused != cudaSuccess) return refused
 
 bool holds(CUgraph_st* graph, const std::set<cudaGraphNodeType>& types) {
   return std::any_of(graph->nodes.begin(), graph->nodes.end(), [&](const auto& node) {
@@ -169,12 +194,43 @@ std::unique_ptr<CUgraphNode_st> node_of(cudaGraphNodeType type) {
   return node;
 }
 
+// The next node of a stream's capture.
+cudaError_t capture(Stream& s, std::unique_ptr<CUgraphNode_st> node) {
+  NEED(!s.capture->invalid, cudaErrorStreamCaptureInvalidated);
+  CUgraphNode_st* added = nullptr;
+  const cudaError_t error = add(&added, s.capture->graph, s.last.data(), s.last.size(), std::move(node));
+  s.last = {added};
+  return error;
+}
+
+// Is a node one of these, or before one of them?
+bool reaches(const std::vector<CUgraphNode_st*>& last, const CUgraphNode_st* node) {
+  return std::any_of(last.begin(), last.end(), [&](auto* each) { return each == node || reaches(each->after, node); });
+}
+
+void also(std::vector<CUgraphNode_st*>* last, CUgraphNode_st* node) {
+  if (std::find(last->begin(), last->end(), node) == last->end()) last->push_back(node);
+}
+
+const char* name_of(cudaGraphNodeType type) {
+  switch (type) {
+    case cudaGraphNodeTypeKernel: return "kernel";
+    case cudaGraphNodeTypeMemcpy: return "memcpy";
+    case cudaGraphNodeTypeMemset: return "memset";
+    case cudaGraphNodeTypeGraph: return "graph";
+    case cudaGraphNodeTypeConditional: return "loop";
+    default: return "another";
+  }
+}
+
 }  // namespace
 
 CUgraph_st::CUgraph_st() { graphs.insert(this); }
 CUgraph_st::~CUgraph_st() {
   graphs.erase(this);
   for (const auto& node : nodes) ::nodes.erase(node.get());
+  for (auto each = conditions.begin(); each != conditions.end();)
+    each = each->second.graph == this ? conditions.erase(each) : std::next(each);
 }
 
 namespace shim {
@@ -183,7 +239,7 @@ void complain(const std::string& what) { complaints += what + "\n"; }
 
 int leaks() {
   size_t queued = 0;
-  for (const auto& [_, stream] : streams) queued += stream.queue.size() + (stream.captured != nullptr);
+  for (const auto& [_, stream] : streams) queued += stream.queue.size() + (stream.capture != nullptr);
   return static_cast<int>(owned_graphs.size() + execs.size() + events.size() + host_memory.size() + queued);
 }
 
@@ -194,13 +250,10 @@ void* know_function(void* function, Binder binder) {
 
 cudaError_t submit(cudaStream_t stream, Work work) {
   Stream& s = stream_of(stream);
-  if (s.captured != nullptr) {
+  if (s.capture != nullptr) {
     auto node = node_of(work.type);
     node->run = std::move(work.run);
-    cudaGraphNode_t added = nullptr;
-    const cudaError_t error = add(&added, s.captured, &s.last, s.last == nullptr ? 0 : 1, std::move(node));
-    s.last = added;
-    return error;
+    return capture(s, std::move(node));
   }
   if (lazy) {
     s.queue.push_back(std::move(work));
@@ -225,6 +278,18 @@ cudaGraphNode_t add_bare_node(cudaGraph_t graph, cudaGraphNodeType type, cudaGra
   return node;
 }
 
+std::string describe(cudaGraph_t graph) {
+  std::string all;
+  std::map<const CUgraphNode_st*, size_t> places;
+  for (const auto& node : graph->nodes) {
+    all += std::string(all.empty() ? "" : ", ") + name_of(node->type);
+    for (const CUgraphNode_st* before : node->after) all += " " + std::to_string(places.at(before));
+    if (node->type == cudaGraphNodeTypeConditional) all += " {" + describe(node->within.get()) + "}";
+    places[node.get()] = places.size();
+  }
+  return all;
+}
+
 }  // namespace shim
 
 // --- streams, events, memory -----------------------------------------------------------------------------------------
@@ -247,7 +312,7 @@ cudaError_t cudaMemsetAsync(void* to, int value, size_t bytes, cudaStream_t stre
 
 cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
   CALL(cudaStreamSynchronize);
-  NEED(stream_of(stream).captured == nullptr, cudaErrorStreamCaptureUnsupported);
+  if (Stream& s = stream_of(stream); s.capture != nullptr) return spoil(s);
   while (shim::progress(stream)) {
   }
   return cudaSuccess;
@@ -255,6 +320,7 @@ cudaError_t cudaStreamSynchronize(cudaStream_t stream) {
 
 cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
   CALL(cudaHostAlloc);
+  NO_CAPTURE();
   *memory = std::malloc(bytes);
   host_memory[*memory] = bytes;
   return cudaSuccess;
@@ -280,14 +346,34 @@ cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned) {
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   CALL(cudaEventRecord);
   NEED(events.count(event), cudaErrorInvalidResourceHandle);
+  Stream& s = stream_of(stream);
+  event->capture = s.capture;
+  if (s.capture != nullptr) {  // no node, but a place to wait for
+    NEED(!s.capture->invalid, cudaErrorStreamCaptureInvalidated);
+    event->after = s.last;
+    return cudaSuccess;
+  }
   event->stream = stream;
   return shim::submit(stream, {cudaGraphNodeTypeEventRecord,
                                [done = event->done, number = ++event->recorded] { *done = number; }, nullptr});
 }
 
+cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
+  CALL(cudaStreamWaitEvent);
+  NEED(events.count(event), cudaErrorInvalidResourceHandle);
+  NEED(flags == 0 && event->capture != nullptr, cudaErrorNotSupported);  // by this shim
+  Stream& s = stream_of(stream);
+  NEED(s.capture == nullptr || s.capture == event->capture, cudaErrorStreamCaptureMerge);
+  s.capture = event->capture;
+  for (CUgraphNode_st* node : event->after) also(&s.last, node);
+  return cudaSuccess;
+}
+
 cudaError_t cudaEventQuery(cudaEvent_t event) {
   CALL(cudaEventQuery);
   NEED(events.count(event), cudaErrorInvalidResourceHandle);
+  NEED(event->capture == nullptr, cudaErrorCapturedEvent);
+  NO_CAPTURE();
   NEED(*event->done == event->recorded, cudaErrorNotReady);
   return cudaSuccess;
 }
@@ -295,6 +381,8 @@ cudaError_t cudaEventQuery(cudaEvent_t event) {
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   CALL(cudaEventSynchronize);
   NEED(events.count(event), cudaErrorInvalidResourceHandle);
+  NEED(event->capture == nullptr, cudaErrorCapturedEvent);
+  NO_CAPTURE();
   while (*event->done != event->recorded)
     if (!shim::progress(event->stream)) {
       complain("an event is waited for that will never come");
@@ -312,20 +400,71 @@ cudaError_t cudaEventDestroy(cudaEvent_t event) {
 
 // --- graphs ----------------------------------------------------------------------------------------------------------
 
-cudaError_t cudaStreamBeginCapture(cudaStream_t stream) {
+cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
+  CALL(cudaStreamBeginCapture);
   Stream& s = stream_of(stream);
-  NEED(s.captured == nullptr, cudaErrorIllegalState);
-  s.captured = new CUgraph_st;
-  s.last = nullptr;
+  NEED(s.capture == nullptr, cudaErrorIllegalState);
+  s.capture = std::make_shared<Capture>(Capture{new CUgraph_st, stream});
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
+  CALL(cudaStreamEndCapture);
+  *graph = nullptr;
+  const std::shared_ptr<Capture> capture = stream_of(stream).capture;
+  NEED(capture != nullptr, cudaErrorIllegalState);
+  NEED(capture->origin == stream, cudaErrorStreamCaptureUnmatched);
+  const std::vector<CUgraphNode_st*> end = stream_of(stream).last;
+  bool joined = true;  // all that the other streams of this capture did last
+  for (auto& [_, other] : streams) {
+    if (other.capture != capture) continue;
+    for (const CUgraphNode_st* node : other.last) joined = joined && reaches(end, node);
+    other.capture = nullptr;
+    other.last.clear();
+  }
+  if (capture->invalid || !joined) {
+    delete capture->graph;
+    return failed(capture->invalid ? cudaErrorStreamCaptureInvalidated : cudaErrorStreamCaptureUnjoined);
+  }
+  *graph = capture->graph;
+  owned_graphs.insert(capture->graph);
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long*,
+                                     cudaGraph_t* graph, const cudaGraphNode_t** last,
+#if CUDART_VERSION >= 13000
+                                     const cudaGraphEdgeData**,
+#endif
+                                     size_t* count) {
+  CALL(cudaStreamGetCaptureInfo);
+  const Stream& s = stream_of(stream);
+  *status = s.capture == nullptr ? cudaStreamCaptureStatusNone
+            : s.capture->invalid ? cudaStreamCaptureStatusInvalidated
+                                 : cudaStreamCaptureStatusActive;
+  // The other answers are of a capture that is in order; without one they may be anything.
+  static CUgraphNode_st* const nothing = reinterpret_cast<CUgraphNode_st*>(8);
+  const bool active = *status == cudaStreamCaptureStatusActive;
+  *graph = active ? s.capture->graph : reinterpret_cast<cudaGraph_t>(8);
+  *last = active ? s.last.data() : &nothing;
+  *count = active ? s.last.size() : 99;
+  return cudaSuccess;
+}
+
+cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t stream, cudaGraphNode_t* last,
+#if CUDART_VERSION >= 13000
+                                                const cudaGraphEdgeData*,
+#endif
+                                                size_t count, unsigned flags) {
+  CALL(cudaStreamUpdateCaptureDependencies);
   Stream& s = stream_of(stream);
-  NEED(s.captured != nullptr, cudaErrorIllegalState);
-  *graph = s.captured;
-  owned_graphs.insert(s.captured);
-  s.captured = nullptr;
+  NEED(s.capture != nullptr, cudaErrorIllegalState);
+  NEED(!s.capture->invalid, cudaErrorStreamCaptureInvalidated);
+  for (size_t i = 0; i < count; ++i)
+    NEED(nodes.count(last[i]) && last[i]->graph == s.capture->graph, cudaErrorInvalidValue);
+  NEED(flags <= cudaStreamSetCaptureDependencies, cudaErrorInvalidValue);
+  if (flags == cudaStreamSetCaptureDependencies) s.last.clear();
+  for (size_t i = 0; i < count; ++i) also(&s.last, last[i]);
   return cudaSuccess;
 }
 
@@ -337,14 +476,22 @@ cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags) {
   return cudaSuccess;
 }
 
+cudaError_t cudaGraphClone(cudaGraph_t* out, cudaGraph_t graph) {
+  CALL(cudaGraphClone);
+  NEED(graphs.count(graph), cudaErrorInvalidValue);
+  NEED(!holds(graph, {cudaGraphNodeTypeConditional, cudaGraphNodeTypeMemAlloc, cudaGraphNodeTypeMemFree}),
+       cudaErrorNotSupported);
+  *out = clone(graph, nullptr).release();
+  owned_graphs.insert(*out);
+  return cudaSuccess;
+}
+
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   CALL(cudaGraphDestroy);
   if (owned_graphs.erase(graph) == 0) {
     complain("a graph is destroyed that is none, or not the caller's");
     return failed(cudaErrorInvalidValue);
   }
-  for (auto each = conditions.begin(); each != conditions.end();)
-    each = each->second.graph == graph ? conditions.erase(each) : std::next(each);
   delete graph;
   return cudaSuccess;
 }
@@ -455,7 +602,12 @@ cudaError_t cudaGraphInstantiate(cudaGraphExec_t* out, cudaGraph_t graph, unsign
 cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   CALL(cudaGraphLaunch);
   NEED(execs.count(exec), cudaErrorInvalidValue);
-  NEED(stream_of(stream).captured == nullptr, cudaErrorStreamCaptureUnsupported);
+  if (Stream& s = stream_of(stream); s.capture != nullptr) {
+    if (holds(exec->graph.get(), {cudaGraphNodeTypeConditional})) return spoil(s);  // it would be in a child
+    auto node = node_of(cudaGraphNodeTypeGraph);
+    node->within = clone(exec->graph.get(), s.capture->graph);
+    return capture(s, std::move(node));
+  }
   const auto launched = [exec = execs[exec]] {
     for (auto& [_, condition] : exec->conditions)
       if (condition.flags == cudaGraphCondAssignDefault) condition.value = condition.default_value;

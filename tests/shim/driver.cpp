@@ -88,6 +88,12 @@ void run(int dtype, int64_t n, int offset) {
                             &where, on));
   check(launch_dense_eval(dtype, n, out.data(), times, 0, 3, y0.data(), y1.data(), 2, 2, k, weights, a, &where, on));
   check(launch_dense_eval(dtype, n, out.data(), times, 1, 2, y0.data(), y1.data(), 0, 2, k, weights, a, &where, on));
+  if (dtype == FLOAT) {
+    Array lam(dtype, n, offset), start(dtype, n, 1), extra(dtype, n, offset);
+    void* const extras[1] = {extra.data()};
+    check(launch_dense_adjoint(dtype, n, lam.data(), start.data(), extras, lam.data(), out.data(), times, 0, 3, 1, 2,
+                               weights, a, &where, on));
+  }
   void* to[1] = {z.data()};
   check(launch_commit(z.bytes, 1, to, k, nullptr, on));
   check(launch_adjoint_stage(dtype, n, z.data(), 2, k, a, &where, on));
@@ -130,8 +136,9 @@ void run_graph(int64_t n) {
   const Where next{&ctl, Interval{}, 0.0};
   const Finish finish{nullptr, &ctl, nullptr, 0, law};
   const Slot start{t, 0.0, 1}, end{t + 1, 1.0, -1};
+  const std::vector<char> start_of_y(y0.data(), y0.data() + y0.bytes);
   check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, 0.5, on));
-  cudaStreamBeginCapture(&stream);
+  cudaStreamBeginCapture(&stream, cudaStreamCaptureModeGlobal);
   check(launch_stage_time(FLOAT, 1, &start, &next, on));
   check(launch_field(FLOAT, n, k1.data(), t, y0.data(), on));
   check(launch_rk_stage(FLOAT, n, z.data(), y0.data(), 1, k, weights, &next, &end, on));
@@ -158,6 +165,20 @@ void run_graph(int64_t n) {
     flag.wait();
     if (flag.read().active || flag.read().status != SUCCESS || flag.read().accepted < 3) std::exit(4);
     cudaGraphExecDestroy(again);
+    cudaGraph_t whole = nullptr;  // as a part of another graph
+    cudaStreamBeginCapture(&stream, cudaStreamCaptureModeGlobal);
+    cudaMemcpyAsync(y0.data(), start_of_y.data(), y0.bytes, cudaMemcpyDeviceToHost, &stream);
+    check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, 0.25, on));
+    append(step, &stream, 0);
+    loop.launch(&stream);
+    cudaStreamEndCapture(&stream, &whole);
+    cudaGraphInstantiate(&again, whole, 0);
+    cudaGraphDestroy(whole);
+    replay(again, 2, &stream, 0);
+    cudaGraphExecDestroy(again);
+    flag.record(&stream);
+    flag.wait();
+    if (flag.read().active || flag.read().status != SUCCESS || flag.read().accepted < 3) std::exit(6);
     flag.record(&stream);
   }
   cudaStreamSynchronize(&stream);

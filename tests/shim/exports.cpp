@@ -31,11 +31,25 @@ const char* shim_complaints() { return shim::complaints.c_str(); }
 void shim_forget_complaints() { shim::complaints.clear(); }
 int shim_last_error() { return cudaGetLastError(); }
 int shim_leaks() { return shim::leaks(); }
-int shim_begin_capture(void* stream) { return cudaStreamBeginCapture(stream); }
+int shim_begin_capture(void* stream) { return cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal); }
 void* shim_end_capture(void* stream) {
   cudaGraph_t graph = nullptr;
   cudaStreamEndCapture(stream, &graph);
   return graph;
+}
+int shim_wait_for(void* stream, void* other) {
+  cudaEvent_t event = nullptr;
+  cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
+  cudaEventRecord(event, other);
+  const int error = cudaStreamWaitEvent(stream, event, 0);
+  cudaEventDestroy(event);
+  return error;
+}
+int shim_synchronize(void* stream) { return cudaStreamSynchronize(stream); }
+const char* shim_describe(void* graph) {
+  static std::string described;
+  described = shim::describe(static_cast<cudaGraph_t>(graph));
+  return described.c_str();
 }
 void* shim_new_graph() {
   cudaGraph_t graph = nullptr;
@@ -57,6 +71,7 @@ void* shim_instantiate(void* graph) {
   cudaGraphInstantiate(&exec, static_cast<cudaGraph_t>(graph), 0);
   return exec;
 }
+int shim_launch(void* exec, void* stream) { return cudaGraphLaunch(static_cast<cudaGraphExec_t>(exec), stream); }
 int shim_destroy_exec(void* exec) { return cudaGraphExecDestroy(static_cast<cudaGraphExec_t>(exec)); }
 int shim_copy(void* to, const void* from, int64_t bytes, void* stream) {
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream);

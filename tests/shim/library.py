@@ -216,6 +216,7 @@ _LAUNCHERS = {
     "initial_norms": (_I, _L, _P, _P, _P, _P, _P, _P, _P),
     "initial_change": (_I, _L, _P, _P, _P, _P, _P, _P, _P, _P, _P),
     "dense_eval": (_I, _L, _P, _P, _L, _L, _P, _P, _I, _I, _P, _P, _P, _P),
+    "dense_adjoint": (_I, _L, _P, _P, _P, _P, _P, _P, _L, _L, _I, _I, _P, _P, _P),
     "commit": (_L, _I, _P, _P, _P),
     "adjoint_stage": (_I, _L, _P, _I, _P, _P, _P),
     "adjoint_finish": (_I, _L, _P, _P, _I, _P),
@@ -425,6 +426,15 @@ class Kernels:
             "dense_eval", code(y0), y0.numel(), ptr(out), ptr(times), first, len(times) if stop is None else stop,
             ptr(y0), ptr(y1), len(weight_rows), degree, pointers, weights, None if end is None else doubles(end),
             byref(where),
+        )  # fmt: skip
+
+    def dense_adjoint(self, out, lam, g, times, weight_rows, where, first=0, stop=None, end=None) -> None:
+        degree = len(weight_rows[0][1]) if weight_rows else len(end or ())
+        weights = doubles([x for _, row in weight_rows for x in row])
+        self.call(
+            "dense_adjoint", code(lam), lam.numel(), ptr(out[0]), ptr(out[1]), array_of_pointers(out[2:]), ptr(lam),
+            ptr(g), ptr(times), first, len(times) if stop is None else stop, len(weight_rows), degree, weights,
+            None if end is None else doubles(end), byref(where),
         )  # fmt: skip
 
     def commit(self, to: Sequence[Tensor], source: Sequence[Tensor], ctl: Tensor | None) -> None:

@@ -1,0 +1,118 @@
+"""What is known before a capture, without a GPU: which fields cannot be recorded. The rest is test_gpu_graphs.py's."""
+
+from __future__ import annotations
+
+import random
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import nn
+
+from node_cuda.kernels.capture import Recorder, Uncapturable, Watch, first_cause
+
+Y = torch.linspace(-1.0, 1.0, 8)
+META = torch.device("meta")
+
+REFUSED = {
+    "a number": lambda y: y * y.sum().item(),
+    "a condition": lambda y: -y if (y > 0).any() else y,
+    "a comparison": lambda y: -y if torch.equal(y, y.abs()) else y,
+    "a mask": lambda y: y + y[y > 0].sum(),
+    "a size": lambda y: y + y.nonzero().sum(),
+    "random numbers": lambda y: y * torch.rand(()),
+    "a generator of its own": lambda y: y * torch.rand((), generator=torch.Generator()),
+    "dropout": nn.functional.dropout,
+}
+FINE = {
+    "arithmetic": lambda y: torch.sin(y) * 2.0 + torch.where(y > 0, y, 0.0),
+    "dropout in evaluation": lambda y: nn.functional.dropout(y, training=False),
+    "a mask that selects nothing to count": lambda y: y.masked_fill(y > 0, 0.0),
+    "a number of the host's": lambda y: y * torch.tensor(2.0),
+    "a gradient": lambda y: torch.autograd.grad(y.sin().sum(), y)[0],
+    "a transform": lambda y: torch.func.vmap(torch.sin)(y.detach()),
+}
+
+
+@pytest.mark.parametrize("field", REFUSED)
+def test_a_field_that_waits_for_the_device_or_draws_is_refused_before_its_capture(field):
+    with pytest.raises(Uncapturable, match=r"^func "), Watch(Y.device):
+        REFUSED[field](Y)
+
+
+@pytest.mark.parametrize("field", FINE)
+def test_other_fields_are_not(field):
+    y = Y.clone().requires_grad_()
+    expected = FINE[field](y)
+    with Watch(Y.device):
+        actual = FINE[field](y)
+    assert torch.equal(actual, expected)
+
+
+@pytest.mark.parametrize(
+    "copy", [lambda x: x.to(META), lambda x: torch.empty_like(x, device=META).copy_(x)], ids=["to", "copy_"]
+)
+def test_copies_between_host_and_device_are_refused(copy):
+    """A graph would copy from where the numbers were, and not those of its time."""
+    with pytest.raises(Uncapturable, match="between the host and the device"), Watch(META):
+        copy(Y)
+    with Watch(META):
+        copy(torch.ones(3, device=META))
+
+
+def warm_up(work) -> None:
+    """`Recorder.warm_up` of a recorder that has no device."""
+    recorder = SimpleNamespace(
+        device=Y.device,
+        _random_states=lambda: [torch.get_rng_state().numpy().tobytes(), random.getstate()],
+        _stream=SimpleNamespace(synchronize=lambda: None),
+    )
+    Recorder.warm_up(recorder, work)  # pyright: ignore[reportArgumentType]
+
+
+def test_random_numbers_that_torch_does_not_see_are_found_by_their_state():
+    with pytest.raises(Uncapturable, match="draws random numbers"):
+        warm_up(lambda: Y * random.random())
+    warm_up(lambda: Y.sin())
+
+
+def test_what_cannot_be_watched_is_left_to_the_capture():
+    """The watching itself may be what fails."""
+    runs = []
+
+    def work():
+        runs.append(torch._C._len_torch_dispatch_stack() > 0)
+        if runs[-1]:
+            raise NotImplementedError("a mode is in the way")
+
+    warm_up(work)
+    assert runs == [False, False, True, False]
+
+
+def test_watching_imports_no_compiler():
+    """Which takes seconds."""
+    code = (
+        "import sys, torch; from node_cuda.kernels.capture import Watch\n"
+        "before = 'torch._dynamo' in sys.modules\n"
+        "with Watch(torch.device('cpu')): torch.ones(3).sin()\n"
+        "assert before or 'torch._dynamo' not in sys.modules"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_the_reason_is_the_error_that_came_first_and_not_one_that_was_handled_before():
+    def fail() -> None:
+        try:
+            raise ValueError("not permitted when stream is capturing.\nMore.")
+        except ValueError as error:
+            raise RuntimeError("a previous error during capture") from error
+
+    try:
+        raise KeyError("of the caller's")
+    except KeyError as handled:
+        with pytest.raises(RuntimeError) as failure:
+            fail()
+        assert first_cause(failure.value, handled) == "not permitted when stream is capturing"

@@ -1,0 +1,181 @@
+"""The discrete adjoint through the shim: what the device records on its way forwards, and the walk back over it."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from problems import F64, MLP, TimedLinear, linspace
+
+from node_cuda import SolveError, Status, graphs, solve
+from node_cuda.gradients import recording, walk_graphs
+from node_cuda.kernels import capture
+
+Y = torch.tensor([0.7, -0.4], dtype=F64)
+
+DISCRETE = {
+    "dopri5": {},
+    "dopri5, accurate": dict(dense="accurate"),
+    "bosh3": dict(jump_t=[0.4]),
+    "tsit5": dict(first_step=2.0),
+    "rk4": dict(step_size=0.13),
+    "rk4, cubic": dict(step_size=0.13, interp="cubic"),
+    "midpoint": dict(step_size=0.2, perturb=True),
+}
+
+
+def discrete(func, flag, *, outputs=5, method="dopri5", options=None, checkpoints=None, timed=False, tol=1e-4):
+    """Gradients of a weighted sum of the outputs, and what they cost."""
+    y0, t = Y.clone().requires_grad_(), linspace(0.0, 1.0, outputs).requires_grad_(timed)
+    s = solve(
+        func,
+        y0,
+        t,
+        method=method.partition(",")[0],
+        gradient="discrete",
+        checkpoints=checkpoints,
+        rtol=tol,
+        atol=tol,
+        options=dict(options or {}, cuda_graph=flag),
+    )
+    weights = torch.arange(1, 1 + s.ys.numel(), dtype=F64).view_as(s.ys)
+    return torch.autograd.grad((weights * s.ys).sum(), [y0, *func.parameters(), *([t] if timed else [])]), s.stats
+
+
+def close(found, expected):
+    """Sums in another order: some hundred roundings of float64."""
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("outputs", [2, 9])
+@pytest.mark.parametrize("method", DISCRETE)
+def test_the_discrete_adjoint_takes_its_steps_back_by_the_device(eager, method, outputs):
+    func = TimedLinear()
+    (expected, host), (found, device) = (
+        discrete(func, flag, method=method, outputs=outputs, options=DISCRETE[method]) for flag in (False, True)
+    )
+    assert (device.loop, device.why) == (device.loop_backward, device.why_backward) == ("eager", None)
+    close(found, expected)
+    assert (device.accepted, device.rejected, device.steps_again) == (host.accepted, host.rejected, 0)
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("checkpoints", [1, 2, 3, 5])
+def test_steps_whose_states_were_given_up_are_taken_again_without_a_look(eager, checkpoints, method):
+    func = TimedLinear()
+    options = dict(max_step=0.07) if method == "dopri5" else dict(step_size=0.07)
+    expected, _ = discrete(func, False, method=method, options=options)
+    found, stats = discrete(func, True, method=method, options=options, checkpoints=checkpoints)
+    assert (stats.loop_backward, stats.checkpoint_slots) == ("replays", checkpoints)
+    assert stats.accepted > checkpoints and stats.steps_again > 0 and stats.peak_checkpoints <= checkpoints
+    close(found, expected)
+
+
+def test_where_the_device_does_not_repeat_steps_the_host_launches_as_many_as_there_were(eager):
+    func = TimedLinear()
+    expected, _ = discrete(func, False)
+    found, stats = discrete(func, graphs.Graphs("batches"))
+    assert (stats.loop, stats.loop_backward, stats.steps_again) == ("batches", "replays", 0)
+    close(found, expected)
+
+
+def test_dL_dt_of_the_flow_is_that_of_the_host(eager):
+    func = TimedLinear()
+    close(discrete(func, True, timed=True)[0], discrete(func, False, timed=True)[0])
+
+
+def test_a_solve_with_more_steps_than_there_was_room_for_makes_room_for_the_next(eager, monkeypatch):
+    monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
+    func, kept = TimedLinear(), graphs.Graphs()
+    options = dict(max_step=0.05)
+    expected, _ = discrete(func, False, options=options)
+    (first, a), (second, b) = (discrete(func, kept, options=options) for _ in range(2))
+    assert a.accepted > 8 and (a.loop_backward, b.loop_backward) == ("replays", "eager")
+    assert a.steps_again > 0 == b.steps_again and b.checkpoint_slots is None
+    close(first, expected)
+    close(second, expected)
+
+
+def test_a_solve_with_more_steps_than_can_be_recorded_is_taken_again_by_the_host(eager, monkeypatch):
+    monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
+    monkeypatch.setattr(recording, "FEWEST_STEPS", 16)
+    func, kept = TimedLinear(), graphs.Graphs()
+    options = dict(max_step=0.05)
+    expected, _ = discrete(func, False, options=options)
+    (first, a), (second, b) = (discrete(func, kept, options=options) for _ in range(2))
+    assert a.loop == "host" and f"it took {a.accepted} steps" in a.why
+    assert b.loop == b.loop_backward == "eager"
+    assert all(torch.equal(x, y) for x, y in zip(first, expected, strict=True))
+    close(second, expected)
+
+
+def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
+    func, kept = MLP(), graphs.Graphs()
+    t = linspace(0.0, 1.0, 4)
+    given = dict(gradient="discrete", rtol=1e-4, atol=1e-4)
+    starts = [(scale * Y).requires_grad_() for scale in (1.0, 0.5, 2.0)]
+    device = sum(solve(func, y0, t, options=dict(cuda_graph=kept), **given).ys.square().sum() for y0 in starts)
+    host = sum(solve(func, y0, t, **given).ys.square().sum() for y0 in starts)
+    close(
+        torch.autograd.grad(device, [*starts, *func.parameters()]),
+        torch.autograd.grad(host, [*starts, *func.parameters()]),
+    )
+    assert kept.count == 2
+
+
+def test_a_second_backward_pass_finds_what_the_first_one_used(eager):
+    func, y0 = MLP(), Y.clone().requires_grad_()
+    for checkpoints in (None, 2):
+        s = solve(
+            func, y0, linspace(0.0, 1.0, 4), gradient="discrete", checkpoints=checkpoints, options=dict(cuda_graph=True)
+        )
+        first, second = (torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()], retain_graph=True) for _ in range(2))
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("checkpoints", [None, 3])
+def test_a_backward_pass_that_cannot_be_captured_is_the_hosts_over_what_the_device_recorded(
+    eager, checkpoints, monkeypatch
+):
+    func = TimedLinear()
+    expected, _ = discrete(func, False, checkpoints=checkpoints, options=dict(max_step=0.1, jump_t=[0.4]))
+
+    def refuse(*_, **__):
+        raise capture.Uncapturable("it is so")
+
+    monkeypatch.setattr(walk_graphs.CapturedWalk, "__init__", refuse)
+    found, stats = discrete(func, True, checkpoints=checkpoints, options=dict(max_step=0.1, jump_t=[0.4]))
+    assert (stats.loop, stats.loop_backward, stats.why_backward) == ("eager", "host", "it is so")
+    close(found, expected)
+
+
+def test_a_deferred_discrete_gradient_is_known_when_it_is_looked_at(eager):
+    func, y0 = MLP(), Y.clone().requires_grad_()
+    options = dict(cuda_graph=True, throw="deferred")
+    for checkpoints in (None, 2):
+        s = solve(
+            func, y0, linspace(0.0, 1.0, 4), gradient="discrete", checkpoints=checkpoints, rtol=1e-6, options=options
+        )
+        found = torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()])
+        if checkpoints is None:
+            assert s.check().status is Status.SUCCESS and s.stats.nfe_backward > 0
+            host = solve(func, y0, linspace(0.0, 1.0, 4), gradient="discrete", rtol=1e-6)
+            close(found, torch.autograd.grad(host.ys.sum(), [y0, *func.parameters()]))
+        else:
+            assert all(g.isnan().all() for g in found)
+            with pytest.raises(SolveError, match="checkpoints"):
+                s.check()
+
+
+@pytest.mark.parametrize(
+    ("why", "given"),
+    [
+        ("carries a stage", dict(method="adaptive_heun")),
+        ("fixed grid", dict(method="rk4", timed=True)),
+    ],
+)
+def test_a_discrete_gradient_that_is_the_hosts_says_why(eager, why, given):
+    func = TimedLinear()
+    found, stats = discrete(func, True, **given)
+    assert stats.loop == "host" and why in stats.why
+    assert all(torch.equal(a, b) for a, b in zip(found, discrete(func, False, **given)[0], strict=True))
