@@ -286,7 +286,7 @@ CHANGES = {
     "a submodule of another type": (Field, lambda f: f.net.__setitem__(1, nn.Sigmoid())),
     "the other of two submodules": (Routed, lambda f: setattr(f, "chosen", f.b)),
     "modules in another order": attribute(
-        lambda: nn.ModuleDict({"twice": Times(2.0), "more": Plus(1.0)}),
+        lambda: nn.ModuleDict({"none": Times(1.0), "nil": Plus(0.0), "twice": Times(2.0), "more": Plus(1.0)}),
         lambda x: functools.reduce(lambda y, m: m(y), x.values(), torch.ones(())),
         lambda f: f.x._modules.update(twice=f.x._modules.pop("twice")),
     ),
