@@ -49,8 +49,9 @@ def dense_adjoint(place: Workplace, outputs: int) -> Launch:
     place, rows = place._replace(dtype=place.acc), DOPRI5.dense.weight_rows
     lam, *out = place.states(3 + len(rows))
     gradients = torch.stack(place.states(outputs))
-    positions = [(i + 1) / (outputs + 1) for i in range(outputs)]
-    times = torch.tensor([T0 + x * H for x in positions], dtype=torch.float64, device=place.device)
+    when = [T0 + (i + 1) / (outputs + 1) * H for i in range(outputs)]
+    positions = [(s - T0) / ((T0 + H) - T0) for s in when]  # with the rounding of these times
+    times = torch.tensor(when, dtype=torch.float64, device=place.device)
     polynomials = numbers([weight for _, row in rows for weight in row])
     kernel = place.bind(
         "dense_adjoint", *place.sized, out[0], out[1], pointers(out[2:]), lam, gradients, times, 0, outputs, len(rows),
