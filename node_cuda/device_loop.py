@@ -203,15 +203,15 @@ class DeviceLoop:
         self.y.copy_(y0)
         if times != self.times:
             self.times = times
-            _upload(self.arithmetic.device_times, times)
+            upload(self.arithmetic.device_times, times)
         if points != self.points:
             assert points is not None
             self.points = points
-            _upload(self.control.points, points)
+            upload(self.control.points, points)
         if stops != self.stops:
             self.stops = stops
             if self.adaptive:
-                _upload(self.control.stops, stops)
+                upload(self.control.stops, stops)
         self.arithmetic.set_tolerances(norm)
 
 
@@ -276,7 +276,7 @@ def _where(condition: Tensor, yes: Sequence[Tensor | None], no: Sequence[Tensor 
     ]
 
 
-def _upload(to: Tensor, values: Sequence[float]) -> None:
+def upload(to: Tensor, values: Sequence[float]) -> None:
     """Numbers to the device; the host does not wait."""
     on_host = torch.tensor(values, dtype=to.dtype)
     to.copy_(on_host.pin_memory() if to.is_cuda else on_host, non_blocking=True)

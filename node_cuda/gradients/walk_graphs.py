@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.captured import Captured
-from node_cuda.device_loop import release, with_field_of_its_own
+from node_cuda.device_loop import release, upload, with_field_of_its_own
 from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.recording import Record
@@ -71,7 +71,7 @@ class CapturedWalk(Captured):
             self.arithmetic = arithmetic
             self.control = arithmetic.grid_control(())
             self.y, self.lam = torch.empty_like(loop.y), torch.zeros_like(loop.y)
-            self.gradients = torch.zeros_like(loop.ys)
+            self.times, self.gradients = problem.times, torch.zeros_like(loop.ys)
             self.reached = Reached(range(len(params)))
             self.params = params
             self.sums = arithmetic.sums(params, with_error=False)
@@ -91,12 +91,15 @@ class CapturedWalk(Captured):
             self.repeat, self.why = self.recorder.repeat(self._step, self.control)
         release(own)
 
-    def run(self, record: Record, grad_ys: Tensor) -> tuple[str, int, int]:
-        """Takes all steps of a record back; nothing is read. Returns (how, evaluations, steps taken again), the
-        numbers as far as the host knows."""
+    def run(self, record: Record, times: tuple[float, ...], grad_ys: Tensor) -> tuple[str, int, int]:
+        """Takes all steps of a record back, from outputs at these times; nothing is read. Returns (how, evaluations,
+        steps taken again), the numbers as far as the host knows."""
         self.owner.follow()
         self.follow()
         record.load()
+        if times != self.times:
+            self.times = times
+            upload(self.arithmetic.device_times, times)
         self.gradients.copy_(grad_ys)
         count = record.count
         if record.complete:
@@ -208,7 +211,7 @@ def walk_by_graphs(
     stats.graph_of = "stage" if found.adjoint.at_once is False else "step"
     used.reach_as(found.reached)
     with record.owner.lock, found.lock:
-        stats.loop_backward, nfe, again = found.run(record, grad_ys)
+        stats.loop_backward, nfe, again = found.run(record, problem.times, grad_ys)
         lam, of_params = found.lam.clone(), found.of_params()
         walked = found.control.succeeded
         if record.count is None:
