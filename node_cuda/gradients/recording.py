@@ -190,7 +190,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
 
 
 def _first_room(problem: Problem) -> int:
-    states = FIRST_BYTES // (problem.y0.numel() * problem.y0.itemsize)
+    states = FIRST_BYTES // max(problem.y0.numel() * problem.y0.itemsize, 1)
     return min(max(states, FEWEST_STATES), MOST_STATES)
 
 
