@@ -50,10 +50,13 @@ class CapturedSolve(Captured):
         return self.loop.ys.clone()
 
 
-def solve_by_graphs(problem: Problem, method: Method, stats: Stats) -> tuple[Tensor, Status] | None:
-    """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why."""
+def solve_by_graphs(
+    problem: Problem, method: Method, stats: Stats, why: str | None = None
+) -> tuple[Tensor, Status] | None:
+    """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why. why: what is known to
+    stand in the way."""
     options = method.options
-    why = _gradient_obstacle(problem) or obstacle(problem, method)
+    why = why or _gradient_obstacle(problem) or obstacle(problem, method)
     points = points_of(problem, method) if why is None else None
     found: CapturedSolve | str = captured_or_why(
         options,
@@ -65,7 +68,8 @@ def solve_by_graphs(problem: Problem, method: Method, stats: Stats) -> tuple[Ten
     if isinstance(found, str):
         stats.why = found
         return None
-    return solve_captured(found, problem, method, stats, points)
+    with found.lock:
+        return solve_captured(found, problem, method, stats, points)
 
 
 def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
@@ -76,7 +80,7 @@ def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
 def solve_captured(
     captured: CapturedSolve, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
 ) -> tuple[Tensor, Status]:
-    """A solve by graphs that are there; its end is looked at, but with throw="deferred"."""
+    """A solve by graphs that are there, whose lock is held; its end is looked at, but with throw="deferred"."""
     options, loop = method.options, captured.loop
     stats.loop, stats.why = captured.repeat.tier, captured.why
     ys = captured.run(problem, points)

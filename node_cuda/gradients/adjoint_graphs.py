@@ -138,14 +138,12 @@ class CapturedAdjoint(Captured):
         return counted
 
 
-def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, *, timed: bool, replaced: bool) -> Found | None:
-    """As `BackwardSolve.run`, or None where that is to do it: then `stats.why_backward` says why.
-
-    replaced: func computes with other tensors than its own.
-    """
+def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, why: str | None, *, timed: bool) -> Found | None:
+    """As `BackwardSolve.run`, or None where that is to do it: then `stats.why_backward` says why. why: what is known
+    to stand in the way."""
     method, problem = backward.method, backward.problem
     options = method.options
-    why = _obstacle(backward, replaced=replaced)
+    why = why or _obstacle(backward)
     points = _points(backward) if why is None and isinstance(options, FixedOptions) else None
     found: CapturedAdjoint | str = captured_or_why(
         options,
@@ -180,10 +178,8 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, *, timed: b
     return adj_t, adj_y0, adj_params
 
 
-def _obstacle(backward: Backward, *, replaced: bool) -> str | None:
+def _obstacle(backward: Backward) -> str | None:
     """Why a backward solve cannot be captured, as far as that is known before."""
-    if replaced:
-        return "func computes with tensors in the place of its own (functional_call, a transform, or hooks)"
     if backward.settings.checks:
         return "check_reconstruction compares on the host"
     if backward.forward.adjoint_callbacks:
