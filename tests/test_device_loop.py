@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import gc
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
@@ -190,6 +192,23 @@ def test_a_field_under_a_transform_is_the_hosts(eager, gradient):
         found.append(torch.func.grad(loss)(weights))
     assert "in the place of its own" in ode.stats.why and "in the place of its own" in ode.stats.why_backward
     assert all(torch.equal(found[0][name], found[1][name]) for name in weights)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_a_deferred_solve_that_nobody_looks_at_keeps_nothing_alive(eager, gradient):
+    options = dict(cuda_graph=True, throw="deferred")
+    y0 = 2.0 * Y.clone().requires_grad_()
+    s = solve(MLP(), y0, linspace(0.0, 1.0, 3), gradient=gradient, rtol=1e-3, atol=1e-3, options=options)
+    s.ys.sum().backward()
+    stats, of_y0, of_stats = s.stats, weakref.ref(y0), weakref.ref(s.stats)
+    gc.disable()
+    try:
+        del s, y0
+        assert of_y0() is None, "it hangs on the user's graph"
+        del stats
+        assert of_stats() is None, "a cycle that only a collection frees"
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

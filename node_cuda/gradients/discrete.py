@@ -103,7 +103,8 @@ class _DiscreteTask(Task):
             return "an event is looked for by the host"
         if self.taped_grid:
             return "dL/dt of a fixed grid is computed by the host"
-        return self.replaced(request.problem) or why_not_recorded(request.problem, request.method, self.parameters.wanted)
+        problem = request.problem
+        return self.replaced(problem) or why_not_recorded(problem, request.method, self.parameters.wanted)
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """See `Task`."""

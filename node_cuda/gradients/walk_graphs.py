@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node_cuda.captured import Captured
+from node_cuda.captured import Account, Captured
 from node_cuda.device_loop import release, upload, with_field_of_its_own
 from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.reached import Reached
@@ -215,7 +215,7 @@ def walk_by_graphs(
         lam, of_params = found.lam.clone(), found.of_params()
         walked = found.control.succeeded
         if record.count is None:
-            found.begun(found.control, stats, _account(found, stats), options)
+            found.begun(found.control, stats, _account(found), options)
     if record.count is not None:
         stats.nfe_backward += nfe
         stats.steps_again += again
@@ -232,10 +232,10 @@ def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tens
         return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
 
 
-def _account(walk: CapturedWalk, stats: Stats) -> Callable[[Reading], SolveError | None]:
+def _account(walk: CapturedWalk) -> Account:
     """What is made of where a walk ended of which nobody knew the length; the forward solve is asked first."""
 
-    def account(now: Reading) -> SolveError | None:
+    def account(now: Reading, stats: Stats) -> SolveError | None:
         status = Status(now.status)
         if status is not Status.SUCCESS:
             return SolveError(status, math.nan, stats)
