@@ -21,8 +21,8 @@ from node_cuda.solution import Pending, Stats
 from node_cuda.status import SolveError, Status
 
 Account = Callable[[Reading, Stats], SolveError | None]
-"""What is made of where a solve ended: it fills in what that cost, and says how it failed, if it did. Keeps neither these
-statistics, which may keep it, nor what the user's graph hangs on."""
+"""What is made of where a solve ended: it fills in what that cost, and says how it failed, if it did. Keeps neither
+these statistics, which may keep it, nor what the user's graph hangs on."""
 
 
 class Captured:

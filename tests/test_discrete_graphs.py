@@ -109,6 +109,16 @@ def test_a_solve_with_more_steps_than_can_be_recorded_is_taken_again_by_the_host
     close(second, expected)
 
 
+def test_room_by_the_free_memory_is_measured_once(eager, monkeypatch):
+    free = iter((8, 7, 6))
+    monkeypatch.setattr(recording, "slots_for", lambda *_: next(free))
+    func, kept = TimedLinear(), graphs.Graphs()
+    for _ in range(3):
+        _, stats = discrete(func, kept, checkpoints="auto", options=dict(max_step=0.05))
+        assert stats.checkpoint_slots == 8
+    assert kept.count == 2, "one forwards and one backwards"
+
+
 def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
     func, kept = MLP(), graphs.Graphs()
     t = linspace(0.0, 1.0, 4)
