@@ -20,8 +20,9 @@ from node_cuda.problem import Problem
 from node_cuda.solution import Pending, Stats
 from node_cuda.status import SolveError, Status
 
-Account = Callable[[Reading], SolveError | None]
-"""What is made of where a solve ended: it fills in what that cost, and says how it failed, if it did."""
+Account = Callable[[Reading, Stats], SolveError | None]
+"""What is made of where a solve ended: it fills in what that cost, and says how it failed, if it did. Keeps neither
+these statistics, which may keep it, nor what the user's graph hangs on."""
 
 
 class Captured:
@@ -62,8 +63,8 @@ class Captured:
         """The solve that was just launched, for the host to look at its end; None: with throw="deferred" whoever asks
         `stats` does that."""
         if options.throw != "deferred":
-            return Run(self, control, None, stats, account)
-        stats.pending.append(Run(self, control, control.state.clone(), stats, account, self._last_stream))
+            return Run(self, control, None, account)
+        stats.pending.append(Run(self, control, control.state.clone(), account, self._last_stream))
         return None
 
     def __del__(self) -> None:
@@ -83,18 +84,17 @@ class Run(Pending):
     captured: Captured
     control: Control
     state: Tensor | None
-    stats: Stats
     account: Account
     stream: Any = None
     _failure: SolveError | None = field(default=None, init=False)
     _ended: bool = field(default=False, init=False)
 
-    def end(self) -> SolveError | None:
+    def end(self, stats: Stats) -> SolveError | None:
         """See `Pending`. One host read."""
         if not self._ended:
             self._ended = True
-            self.stats.host_reads += 1
-            self._failure = self.account(self._reading())
+            stats.host_reads += 1
+            self._failure = self.account(self._reading(), stats)
         return self._failure
 
     def _reading(self) -> Reading:

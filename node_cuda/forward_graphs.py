@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
 
-from node_cuda.captured import Captured, failure_of
+from node_cuda.captured import Account, Captured, failure_of
 from node_cuda.controllers import wrong_at_start
 from node_cuda.device_loop import OutputLoop, release, set_apart
 from node_cuda.graphs import captured_or_why, key_of, obstacle
@@ -50,10 +50,13 @@ class CapturedSolve(Captured):
         return self.loop.ys.clone()
 
 
-def solve_by_graphs(problem: Problem, method: Method, stats: Stats) -> tuple[Tensor, Status] | None:
-    """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why."""
+def solve_by_graphs(
+    problem: Problem, method: Method, stats: Stats, why: str | None = None
+) -> tuple[Tensor, Status] | None:
+    """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why. why: what is known to
+    stand in the way."""
     options = method.options
-    why = _gradient_obstacle(problem) or obstacle(problem, method)
+    why = why or _gradient_obstacle(problem) or obstacle(problem, method)
     points = points_of(problem, method) if why is None else None
     found: CapturedSolve | str = captured_or_why(
         options,
@@ -65,7 +68,8 @@ def solve_by_graphs(problem: Problem, method: Method, stats: Stats) -> tuple[Ten
     if isinstance(found, str):
         stats.why = found
         return None
-    return solve_captured(found, problem, method, stats, points)
+    with found.lock:
+        return solve_captured(found, problem, method, stats, points)
 
 
 def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
@@ -76,42 +80,42 @@ def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
 def solve_captured(
     captured: CapturedSolve, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
 ) -> tuple[Tensor, Status]:
-    """A solve by graphs that are there; its end is looked at, but with throw="deferred"."""
+    """A solve by graphs that are there, whose lock is held; its end is looked at, but with throw="deferred"."""
     options, loop = method.options, captured.loop
     stats.loop, stats.why = captured.repeat.tier, captured.why
     ys = captured.run(problem, points)
-    run = captured.begun(loop.control, stats, _account(problem, loop, ys, stats, options), options)
+    run = captured.begun(loop.control, stats, _account(problem, loop, ys, options), options)
     if run is None:
         return ys, Status.PENDING
-    failure = run.end()
+    failure = run.end(stats)
     if failure is not None and options.raises and loop.adaptive:
         raise failure
     return ys, Status.SUCCESS if failure is None else failure.status
 
 
-def _account(
-    problem: Problem, loop: OutputLoop, ys: Tensor, stats: Stats, options: Common
-) -> Callable[[Reading], SolveError | None]:
+def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) -> Account:
     """What is made of where a solve ended."""
+    direction, times = problem.direction, problem.times
     # A grid judges no step. Now, as ys is the user's from here on.
     finite = None if loop.adaptive else torch.isfinite(ys).reshape(len(ys), -1).all(1)
-    slope = None if options.throw == "deferred" else loop.k1  # the next solve writes over it
+    # The next solve writes over the slope, and y0 would keep the user's graph.
+    began = None if options.throw == "deferred" else (problem.norm, problem.y0, loop.k1)
 
-    def account(now: Reading) -> SolveError | None:
+    def account(now: Reading, stats: Stats) -> SolveError | None:
         stats.nfe = loop.cost(now, stats)
         detail = None
         if now.never_began:
-            if slope is not None:
-                detail = wrong_at_start(problem.norm, problem.y0, slope)
+            if began is not None:
+                detail = wrong_at_start(*began)
             else:
                 detail = "y0 or func(t0, y0) is not finite, or not so in units of atol + rtol * |y0|."
-        failure = failure_of(now, problem.direction, stats, options, detail)
+        failure = failure_of(now, direction, stats, options, detail)
         if failure is None and finite is not None:
             stats.host_reads += 1
             reached: list[bool] = finite.tolist()
             if not reached[-1]:
-                t = problem.times[reached.index(False) - 1]  # as `Solution.check` says it
-                failure = SolveError(Status.NON_FINITE, problem.direction * t, stats)
+                t = times[reached.index(False) - 1]  # as `Solution.check` says it
+                failure = SolveError(Status.NON_FINITE, direction * t, stats)
         return failure
 
     return account

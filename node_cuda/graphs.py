@@ -61,7 +61,7 @@ class Graphs(Generic[C]):
             raise InvalidInput(f"tier must be one of {', '.join(map(repr, TIERS))} or None; got {tier!r}.")
         self.tier = tier
         self.rooms: dict[Any, int] = {}
-        """For how many steps solves of a kind needed room, where they record them."""
+        """For how many steps, or states, solves of a kind are to have room, where they record them."""
         self._entries: list[_Entry] = []
         self._misses = 0
 

@@ -14,8 +14,8 @@ from node_cuda.status import SolveError, Status
 class Pending(Protocol):
     """A solve on the device whose end nobody has looked at."""
 
-    def end(self) -> SolveError | None:
-        """Wait for it, and fill in what it cost: how it failed, if it did."""
+    def end(self, stats: Stats) -> SolveError | None:
+        """Wait for it, and fill in what it cost: how it failed, if it did. stats: those that it is pending in."""
         ...
 
 
@@ -84,7 +84,7 @@ class Solution:
     def check(self) -> Solution:
         """Raise SolveError if the solve failed, or its backward pass as far as it was taken. With
         `options=dict(throw="deferred")` this waits for the device, and fills in stats and status."""
-        failures = [pending.end() for pending in self.stats.pending]
+        failures = [pending.end(self.stats) for pending in self.stats.pending]
         failure = next((f for f in failures if f is not None), None)
         if failure is not None:
             self.status = failure.status

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import gc
 import math
+import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
 from problems import BY_NAME, F64, MLP, PROBLEMS, Counting, TimedLinear, as_tuple, linspace, relative_difference
 
 import node_cuda
-from node_cuda import TABLEAUS, SolveError, Status, graphs, solve
+from node_cuda import TABLEAUS, NeuralODE, SolveError, Status, graphs, solve
 from node_cuda.controllers import Controller
 from node_cuda.status import InvalidInput
 
@@ -138,6 +142,64 @@ def test_gradients_of_a_solve_are_not_written_by_the_next_one(eager):
     assert kept.count == 2  # forwards and backwards
     assert all(torch.equal(a, b) for gradients, copies in found for a, b in zip(gradients, copies, strict=True))
     assert not torch.equal(found[0][0][0], found[1][0][0])
+
+
+def test_threads_take_turns_in_the_memory_of_a_captured_solve(eager):
+    class Slow(MLP):
+        def forward(self, t, y):
+            time.sleep(1e-4)  # another thread's turn
+            return super().forward(t, y)
+
+    func, kept, scales = Slow(), graphs.Graphs(), (1.0, 0.5, 2.0)
+
+    def gradients(scale, gradient, flag):
+        y0 = (scale * Y).requires_grad_()
+        s = solve(
+            func, y0, linspace(0.0, 1.0, 3), gradient=gradient, rtol=1e-3, atol=1e-3, options=dict(cuda_graph=flag)
+        )
+        return torch.autograd.grad(s.ys.square().sum(), [y0, *func.parameters()])
+
+    for gradient in ("adjoint", "discrete"):
+        gradients(1.0, gradient, kept)
+        with ThreadPoolExecutor(len(scales)) as threads:
+            jobs = [threads.submit(gradients, scale, gradient, kept) for scale in scales]
+        for scale, job in zip(scales, jobs, strict=True):
+            for a, b in zip(job.result(), gradients(scale, gradient, False), strict=True):
+                torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+    assert kept.count == 4
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_a_field_under_a_transform_is_the_hosts(eager, gradient):
+    func, found = MLP(), []
+    weights = {name: p.detach() for name, p in func.named_parameters()}
+    for flag in (False, True):
+        ode = NeuralODE(func, gradient=gradient, options=dict(cuda_graph=flag), rtol=1e-4, atol=1e-4)
+
+        def loss(weights, ode=ode):
+            named = {f"func.{name}": x for name, x in weights.items()}
+            return torch.func.functional_call(ode, named, (Y, linspace(0.0, 1.0, 3))).sum()
+
+        found.append(torch.func.grad(loss)(weights))
+    assert "in the place of its own" in ode.stats.why and "in the place of its own" in ode.stats.why_backward
+    assert all(torch.equal(found[0][name], found[1][name]) for name in weights)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_a_deferred_solve_that_nobody_looks_at_keeps_nothing_alive(eager, gradient):
+    options = dict(cuda_graph=True, throw="deferred")
+    y0 = 2.0 * Y.clone().requires_grad_()
+    s = solve(MLP(), y0, linspace(0.0, 1.0, 3), gradient=gradient, rtol=1e-3, atol=1e-3, options=options)
+    s.ys.sum().backward()
+    stats, of_y0, of_stats = s.stats, weakref.ref(y0), weakref.ref(s.stats)
+    gc.disable()
+    try:
+        del s, y0
+        assert of_y0() is None, "it hangs on the user's graph"
+        del stats
+        assert of_stats() is None, "a cycle that only a collection frees"
+    finally:
+        gc.enable()
 
 
 @torch.no_grad()

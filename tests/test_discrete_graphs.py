@@ -109,6 +109,16 @@ def test_a_solve_with_more_steps_than_can_be_recorded_is_taken_again_by_the_host
     close(second, expected)
 
 
+def test_room_by_the_free_memory_is_measured_once(eager, monkeypatch):
+    free = iter((8, 7, 6))
+    monkeypatch.setattr(recording, "slots_for", lambda *_: next(free))
+    func, kept = TimedLinear(), graphs.Graphs()
+    for _ in range(3):
+        _, stats = discrete(func, kept, checkpoints="auto", options=dict(max_step=0.05))
+        assert stats.checkpoint_slots == 8
+    assert kept.count == 2, "one forwards and one backwards"
+
+
 def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
     func, kept = TimedLinear(), graphs.Graphs()
     given = dict(gradient="discrete", rtol=1e-4, atol=1e-4)
@@ -126,6 +136,38 @@ def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
         torch.autograd.grad(host, [*starts, *func.parameters()]),
     )
     assert kept.count == 2
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_a_walk_that_was_captured_serves_outputs_at_other_times(eager, method):
+    func, kept, found = MLP(), graphs.Graphs(), ([], [])
+    for end in (1.0, 0.1, 4.0, 1.0):
+        for flag, gradients in zip((False, kept), found, strict=True):
+            y0 = Y.clone().requires_grad_()
+            s = solve(
+                func, y0, linspace(0.0, end, 5), method=method, gradient="discrete", rtol=1e-4, atol=1e-4,
+                options=dict(cuda_graph=flag),
+            )  # fmt: skip
+            gradients += torch.autograd.grad(s.ys.square().sum(), [y0, *func.parameters()])
+    assert s.stats.loop_backward == "eager" and kept.count == 2
+    close(*found)
+
+
+def test_a_field_that_depends_on_nothing_has_gradients_of_zero(eager):
+    class Constant(MLP):
+        def forward(self, t, y):
+            return torch.ones_like(y)
+
+    (expected, _), (found, stats) = (discrete(Constant(), flag) for flag in (False, True))
+    assert stats.loop_backward == "eager" and not any(g.any() for g in found[1:])
+    close(found, expected)
+
+
+def test_a_state_without_elements_is_the_hosts(eager):
+    y0 = Y.new_empty(0, 2).requires_grad_()
+    s = solve(MLP(), y0, linspace(0.0, 1.0, 3), method="rk4", gradient="discrete", options=dict(cuda_graph=True))
+    s.ys.sum().backward()
+    assert (s.ys.shape, s.stats.why, y0.grad.shape) == ((3, 0, 2), "there is nothing to solve", (0, 2))
 
 
 def test_a_second_backward_pass_finds_what_the_first_one_used(eager):

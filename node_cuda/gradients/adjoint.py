@@ -61,7 +61,7 @@ class _AdjointTask(Task):
         if self.event_fn is not None:
             event_t, ys = backprop.event(request, self.event_fn)
             return ys, float(event_t)
-        ys, self.status = backprop.outputs(request)
+        ys, self.status = backprop.outputs(request, self.replaced(request.problem))
         # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
         return ys, request.problem.direction * request.problem.times[-1]
@@ -100,8 +100,7 @@ class _AdjointTask(Task):
     def _by_graphs(self, backward: Backward, used: Reached, wants_t: bool) -> Found | None:
         if not backward.method.options.cuda_graph:
             return None
-        replaced = backward.forward.func is not self.parameters.func
-        return solve_by_graphs(backward, used, self.stats, timed=wants_t, replaced=replaced)
+        return solve_by_graphs(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
 
 
 def _settings(request: Request, parameters: Parameters) -> Settings:

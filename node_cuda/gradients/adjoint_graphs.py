@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from node_cuda.captured import Captured, failure_of
+from node_cuda.captured import Account, Captured, failure_of
 from node_cuda.device_loop import DeviceLoop, release, with_field_of_its_own
 from node_cuda.gradients.backward_solve import Backward, BackwardSolve, Found
 from node_cuda.gradients.reached import Reached
@@ -87,12 +87,12 @@ class CapturedAdjoint(Captured):
             adj_t[0].copy_(self._dot)
         return adj_t, self.a + grad_ys[0], self.gradient.gradients(copies=True)
 
-    def account(self, stats: Stats, direction: float, *, timed: bool) -> Callable[[Reading], SolveError | None]:
+    def account(self, direction: float, *, timed: bool) -> Account:
         """What is made of where it ended."""
         landings = len(self.loop.times) - 2
         around = self.nfe["begin"] + landings * self.nfe["land"] + timed * self.nfe["end"]
 
-        def account(now: Reading) -> SolveError | None:
+        def account(now: Reading, stats: Stats) -> SolveError | None:
             own = Stats()
             stats.nfe_backward += around - self.loop.first_nfe + self.loop.cost(now, own)
             own.nfe = stats.nfe_backward
@@ -138,14 +138,12 @@ class CapturedAdjoint(Captured):
         return counted
 
 
-def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, *, timed: bool, replaced: bool) -> Found | None:
-    """As `BackwardSolve.run`, or None where that is to do it: then `stats.why_backward` says why.
-
-    replaced: func computes with other tensors than its own.
-    """
+def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, why: str | None, *, timed: bool) -> Found | None:
+    """As `BackwardSolve.run`, or None where that is to do it: then `stats.why_backward` says why. why: what is known
+    to stand in the way."""
     method, problem = backward.method, backward.problem
     options = method.options
-    why = _obstacle(backward, replaced=replaced)
+    why = why or _obstacle(backward)
     points = _points(backward) if why is None and isinstance(options, FixedOptions) else None
     found: CapturedAdjoint | str = captured_or_why(
         options,
@@ -170,8 +168,8 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, *, timed: b
     with found.lock:
         adj_t, adj_y0, adj_params = found.run(backward, points, timed=timed)
         ok = control.succeeded
-        run = found.begun(control, stats, found.account(stats, problem.direction, timed=timed), options)
-        failure = None if run is None else run.end()
+        run = found.begun(control, stats, found.account(problem.direction, timed=timed), options)
+        failure = None if run is None else run.end(stats)
     if failure is not None:
         raise failure
     if run is None:  # nobody knows yet whether these are gradients
@@ -180,10 +178,8 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, *, timed: b
     return adj_t, adj_y0, adj_params
 
 
-def _obstacle(backward: Backward, *, replaced: bool) -> str | None:
+def _obstacle(backward: Backward) -> str | None:
     """Why a backward solve cannot be captured, as far as that is known before."""
-    if replaced:
-        return "func computes with tensors in the place of its own (functional_call, a transform, or hooks)"
     if backward.settings.checks:
         return "check_reconstruction compares on the host"
     if backward.forward.adjoint_callbacks:

@@ -22,14 +22,15 @@ MAX_EVENT_STEPS = 20000
 """How long a fixed grid goes on looking for an event, as in torchdiffeq."""
 
 
-def outputs(request: Request) -> tuple[Tensor, Status]:
-    """y at the problem's times, on the tape where autograd records (scipy's steps are not on any tape)."""
+def outputs(request: Request, why: str | None = None) -> tuple[Tensor, Status]:
+    """y at the problem's times, on the tape where autograd records (scipy's steps are not on any tape). why: what
+    stands in the way of graphs."""
     problem, method = request.problem, request.method
     if isinstance(method.options, ScipyOptions):
         request.stats.why = obstacle(problem, method) if method.options.cuda_graph else None
         return solve_scipy(problem, method.options, request.stats)
     if method.options.cuda_graph:
-        done = solve_by_graphs(problem, method, request.stats)
+        done = solve_by_graphs(problem, method, request.stats, why)
         if done is not None:
             return done
     loop, interpolant = make_loop(problem, method, request.stats)

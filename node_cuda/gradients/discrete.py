@@ -103,7 +103,8 @@ class _DiscreteTask(Task):
             return "an event is looked for by the host"
         if self.taped_grid:
             return "dL/dt of a fixed grid is computed by the host"
-        return why_not_recorded(request.problem, request.method, self.parameters.wanted)
+        problem = request.problem
+        return self.replaced(problem) or why_not_recorded(problem, request.method, self.parameters.wanted)
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """See `Task`."""
@@ -131,10 +132,8 @@ class _DiscreteTask(Task):
         self, record: Record, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, reached: Reached
     ) -> Gradients | None:
         """By a captured walk; None: by the host."""
-        why = None
-        if problem.func is not self.parameters.func:
-            why = "func computes with tensors in the place of its own (functional_call, a transform, or hooks)"
-        elif self.status not in (Status.SUCCESS, Status.PENDING):
+        why = self.replaced(problem)
+        if self.status not in (Status.SUCCESS, Status.PENDING):
             why = "the solve did not reach its end"
         method, params, stats = self._request.method, saved.params, self.stats
         found = walk_by_graphs(record, problem, method, self.form, grad_ys, params, reached, stats, why)

@@ -116,6 +116,12 @@ class Task(ABC):
             problem = _computing_with(func, self._request.problem)
             return self.gradients(problem, saved._replace(params=params), grad_ys, wants_t, wants_grid)
 
+    def replaced(self, problem: Problem) -> str | None:
+        """Why this problem is the host's, if its func is one that computes with other tensors than its own."""
+        if problem.func is self.parameters.func:
+            return None
+        return "func computes with tensors in the place of its own (functional_call, a transform, or hooks)"
+
     def reached(self, problem: Problem) -> Reached:
         """What the backward pass is to find a gradient of, as far as the forward pass knows."""
         used = self._inspection.used(self.parameters.wanted) if self._inspection is not None else ()

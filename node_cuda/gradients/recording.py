@@ -163,7 +163,11 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     known = len(points) - 1 if points is not None else graphs.rooms.get(key, _first_room(problem))
     slots = request.checkpoints if isinstance(request.checkpoints, int) else known
     if request.checkpoints == "auto":
-        slots = min(slots, slots_for(problem.y0.numel() * problem.y0.itemsize, problem.y0.device))
+        # Once: there is less free memory when the first solve has its own, and other rows would be another capture.
+        if ("auto", key) not in graphs.rooms:
+            bytes_a_state = problem.y0.numel() * problem.y0.itemsize
+            graphs.rooms["auto", key] = slots_for(bytes_a_state, problem.y0.device)
+        slots = min(slots, graphs.rooms["auto", key])
     capacity = max(known, FEWEST_STEPS)
     found: CapturedRecording | str = captured_or_why(
         method.options,
@@ -190,7 +194,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
 
 
 def _first_room(problem: Problem) -> int:
-    states = FIRST_BYTES // (problem.y0.numel() * problem.y0.itemsize)
+    states = FIRST_BYTES // max(problem.y0.numel() * problem.y0.itemsize, 1)
     return min(max(states, FEWEST_STATES), MOST_STATES)
 
 

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node_cuda.captured import Captured
+from node_cuda.captured import Account, Captured
 from node_cuda.device_loop import release, upload, with_field_of_its_own
 from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.reached import Reached
@@ -71,7 +71,7 @@ class CapturedWalk(Captured):
             self.arithmetic = arithmetic
             self.control = arithmetic.grid_control(())
             self.y, self.lam = torch.empty_like(loop.y), torch.zeros_like(loop.y)
-            self.gradients = torch.zeros_like(loop.ys)
+            self.times, self.gradients = problem.times, torch.zeros_like(loop.ys)
             self.reached = Reached(range(len(params)))
             self.params = params
             self.sums = arithmetic.sums(params, with_error=False)
@@ -92,9 +92,9 @@ class CapturedWalk(Captured):
             self.repeat, self.why = self.recorder.repeat(self._step, self.control)
         release(own)
 
-    def run(self, record: Record, times: Sequence[float], grad_ys: Tensor) -> tuple[str, int, int]:
-        """Takes all steps of a record back, whose outputs were at these times; nothing is read. Returns (how,
-        evaluations, steps taken again), the numbers as far as the host knows."""
+    def run(self, record: Record, times: tuple[float, ...], grad_ys: Tensor) -> tuple[str, int, int]:
+        """Takes all steps of a record back, from outputs at these times; nothing is read. Returns (how, evaluations,
+        steps taken again), the numbers as far as the host knows."""
         self.owner.follow()
         self.follow()
         record.load()
@@ -216,7 +216,7 @@ def walk_by_graphs(
         lam, of_params = found.lam.clone(), found.of_params()
         walked = found.control.succeeded
         if record.count is None:
-            found.begun(found.control, stats, _account(found, stats), options)
+            found.begun(found.control, stats, _account(found), options)
     if record.count is not None:
         stats.nfe_backward += nfe
         stats.steps_again += again
@@ -233,10 +233,10 @@ def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tens
         return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
 
 
-def _account(walk: CapturedWalk, stats: Stats) -> Callable[[Reading], SolveError | None]:
+def _account(walk: CapturedWalk) -> Account:
     """What is made of where a walk ended of which nobody knew the length; the forward solve is asked first."""
 
-    def account(now: Reading) -> SolveError | None:
+    def account(now: Reading, stats: Stats) -> SolveError | None:
         status = Status(now.status)
         if status is not Status.SUCCESS:
             return SolveError(status, math.nan, stats)

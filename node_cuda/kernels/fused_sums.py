@@ -62,7 +62,7 @@ class FusedSums(Sums):
     @property
     def of_step(self) -> list[Tensor]:
         """What was added since the step began."""
-        return self._sum
+        return self._sum if self._plan is not None else self.total  # of what never came: zeros, all of them
 
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
