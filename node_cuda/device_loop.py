@@ -73,6 +73,8 @@ class DeviceLoop:
         quadrature: DeviceQuadrature | None = None,
         tape: Tape | None = None,
     ) -> None:
+        # What keeps this loop is in the options, and would be kept by it.
+        method = replace(method, options=replace(method.options, cuda_graph=False))
         loop, self.interpolant = make_loop(
             problem,
             method,

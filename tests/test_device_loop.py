@@ -202,6 +202,22 @@ def test_a_deferred_solve_that_nobody_looks_at_keeps_nothing_alive(eager, gradie
         gc.enable()
 
 
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_captured_loops_do_not_keep_what_keeps_them(eager, gradient):
+    kept, y0 = graphs.Graphs(), Y.clone().requires_grad_()
+    solve(
+        MLP(), y0, linspace(0.0, 1.0, 3), gradient=gradient, rtol=1e-3, atol=1e-3, options=dict(cuda_graph=kept)
+    ).ys.sum().backward()
+    assert kept.count == 2
+    of_kept = weakref.ref(kept)
+    gc.disable()
+    try:
+        del kept
+        assert of_kept() is None, "a cycle, with memory of the device in it, that only a collection frees"
+    finally:
+        gc.enable()
+
+
 @torch.no_grad()
 def test_a_captured_solve_serves_again_for_other_states_and_times(eager):
     kept = graphs.Graphs()
