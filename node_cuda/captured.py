@@ -64,7 +64,8 @@ class Captured:
         `stats` does that."""
         if options.throw != "deferred":
             return Run(self, control, None, account)
-        stats.pending.append(Run(self, control, control.state.clone(), account, self._last_stream))
+        replays = capture.capturing(self.device)
+        stats.pending.append(Run(self, control, control.state.clone(), account, self._last_stream, replays))
         return None
 
     def __del__(self) -> None:
@@ -78,7 +79,8 @@ class Captured:
 class Run(Pending):
     """A solve by graphs that may not have ended yet.
 
-    state: a copy of its control's state where it ended, made in `stream`; None: the control has it still.
+    state: a copy of its control's state where it ended, made in `stream`; None: the control has it still. replays: it
+    is part of a graph of the user's, and ends anew with each replay.
     """
 
     captured: Captured
@@ -86,15 +88,20 @@ class Run(Pending):
     state: Tensor | None
     account: Account
     stream: Any = None
+    replays: bool = False
     _failure: SolveError | None = field(default=None, init=False)
     _ended: bool = field(default=False, init=False)
+    _counted: int = field(default=0, init=False)
 
     def end(self, stats: Stats) -> SolveError | None:
         """See `Pending`. One host read."""
-        if not self._ended:
+        if not self._ended or self.replays:
             self._ended = True
             stats.host_reads += 1
+            stats.nfe_backward -= self._counted  # by the replay before
+            before = stats.nfe_backward
             self._failure = self.account(self._reading(), stats)
+            self._counted = stats.nfe_backward - before
         return self._failure
 
     def _reading(self) -> Reading:

@@ -8,6 +8,7 @@ captured is the host loop's, and `Stats.why` says why.
 from __future__ import annotations
 
 import dataclasses
+import threading
 import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
@@ -20,7 +21,7 @@ from torch.nn.utils import parametrize
 
 from node_cuda.fingerprint import Fingerprint, difference, fingerprint, surroundings, without, written
 from node_cuda.kernels.backend import why_plain
-from node_cuda.kernels.capture import TIERS, Uncapturable, capturing
+from node_cuda.kernels.capture import TIERS, Busy, Uncapturable, capturing
 from node_cuda.methods import ADAMS, SCIPY, Method
 from node_cuda.options import Common
 from node_cuda.problem import Problem
@@ -64,6 +65,7 @@ class Graphs(Generic[C]):
         """For how many steps, or states, solves of a kind are to have room, where they record them."""
         self._entries: list[_Entry] = []
         self._misses = 0
+        self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
         return Graphs, (self.tier,)
@@ -77,7 +79,11 @@ class Graphs(Generic[C]):
         return f"Graphs(tier={self.tier!r})"
 
     def get(self, key: Any, func: Any, make: Callable[[], C]) -> C | str:
-        """The captured solve, made where it is needed, or why there is none."""
+        """The captured solve, made where it is needed, or why there is none. One thread after another."""
+        with self._lock:
+            return self._get(key, func, make)
+
+    def _get(self, key: Any, func: Any, make: Callable[[], C]) -> C | str:
         now = fingerprint(func)
         changed = None
         for i, entry in enumerate(self._entries):
@@ -100,6 +106,8 @@ class Graphs(Generic[C]):
         token = _evaluated_once.set(lambda: settled.append(fingerprint(func)))
         try:
             captured = make()
+        except Busy as why:
+            return str(why)
         except Uncapturable as why:
             captured = str(why)
         finally:

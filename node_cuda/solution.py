@@ -83,13 +83,14 @@ class Solution:
 
     def check(self) -> Solution:
         """Raise SolveError if the solve failed, or its backward pass as far as it was taken. With
-        `options=dict(throw="deferred")` this waits for the device, and fills in stats and status."""
+        `options=dict(throw="deferred")` this waits for the device, and fills in stats and status; inside a
+        torch.cuda.graph of the user's those of its last replay."""
         failures = [pending.end(self.stats) for pending in self.stats.pending]
         failure = next((f for f in failures if f is not None), None)
         if failure is not None:
             self.status = failure.status
             raise failure
-        if self.status is Status.PENDING:
+        if self.stats.pending:
             self.status = Status.SUCCESS
         if self.status is not Status.SUCCESS:
             raise SolveError(self.status, self._reached(), self.stats)

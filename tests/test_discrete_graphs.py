@@ -6,9 +6,10 @@ import pytest
 import torch
 from problems import F64, MLP, TimedLinear, linspace
 
-from node_cuda import SolveError, Status, graphs, solve
+from node_cuda import SolveError, Status, device_loop, graphs, solve
 from node_cuda.gradients import recording, walk_graphs
 from node_cuda.kernels import capture
+from node_cuda.status import Unsupported
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 
@@ -226,3 +227,32 @@ def test_a_discrete_gradient_that_is_the_hosts_says_why(eager, why, given):
     found, stats = discrete(func, True, **given)
     assert stats.loop == "host" and why in stats.why
     assert all(torch.equal(a, b) for a, b in zip(found, discrete(func, False, **given)[0], strict=True))
+
+
+def test_a_solve_in_a_graph_of_the_users_is_looked_at_anew_after_each_replay(eager, monkeypatch):
+    monkeypatch.setattr(capture, "capturing", lambda device: True)
+    func, y0 = MLP(), Y.clone().requires_grad_()
+    options = dict(cuda_graph=True, throw="deferred")
+    s = solve(func, y0, linspace(0.0, 1.0, 4), gradient="discrete", options=options)
+    s.ys.sum().backward()
+    forward, backward = s.stats.pending
+    cost = s.check().stats.nfe_backward
+    for run, status in ((forward, Status.MAX_STEPS), (backward, Status.RECORD_FULL)):
+        word = run.state.view(torch.int32)[48:49]  # Ctl.status, as a replay would leave it
+        word.fill_(status.value)
+        with pytest.raises(SolveError) as failure:
+            s.check()
+        assert failure.value.status is s.status is status
+        word.zero_()
+        assert s.check().status is Status.SUCCESS and s.stats.nfe_backward == cost > 0
+
+
+def test_times_that_the_warm_up_did_not_have_are_refused_in_a_capture(eager, monkeypatch):
+    func = MLP()
+    options = dict(cuda_graph=True, throw="deferred")
+    with torch.no_grad():
+        solve(func, Y, linspace(0.0, 1.0, 4), options=options)
+        monkeypatch.setattr(device_loop, "capturing", lambda device: True)
+        solve(func, Y, linspace(0.0, 1.0, 4), options=options)
+        with pytest.raises(Unsupported, match="Warm up with the same t"):
+            solve(func, Y, linspace(0.0, 2.0, 4), options=options)

@@ -135,6 +135,7 @@ class Record:
         """The same for a backward pass by the host, which then need not be loaded. One host read."""
         assert self.count is not None
         with self.owner.lock:
+            self.owner.follow()
             self.load()
             read = self.owner.loop.tape.read(self.count)
             kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}

@@ -198,7 +198,7 @@ def walk_by_graphs(
         why,
         lambda: (
             "walk",
-            id(record.owner),  # alive as long as what this key belongs to
+            record.owner,
             *key_of(problem, method),
             tuple((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params),
         ),
@@ -229,6 +229,7 @@ def walk_by_graphs(
 
 def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tensor], options: Common) -> CapturedWalk:
     with record.owner.lock:
+        record.owner.follow()
         record.load()  # the steps that warm it up are those of this record
         return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
 

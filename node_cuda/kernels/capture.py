@@ -60,6 +60,10 @@ class Uncapturable(RuntimeError):
     """Why work cannot be recorded, as half a sentence."""
 
 
+class Busy(Uncapturable):
+    """It could be another time."""
+
+
 def capturing(device: torch.device) -> bool:
     """What is launched on this device now is recorded, by whomever."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()
@@ -95,7 +99,7 @@ class Recorder:
     def aside(self) -> Iterator[None]:
         """For what is to be recorded: in the recorder's stream, one thread at a time."""
         if not _one_at_a_time.acquire(timeout=LONGEST_WAIT):
-            raise Uncapturable("another thread's capture did not end")
+            raise Busy("another thread's capture did not end")
         # Autocast would keep casts of parameters from one evaluation for the next, beyond the end of a graph.
         kind = self.device.type
         autocast = torch.autocast(
