@@ -9,7 +9,7 @@ from problems import F64, MLP, TimedLinear, linspace
 from node_cuda import SolveError, Status, device_loop, graphs, solve
 from node_cuda.gradients import recording, walk_graphs
 from node_cuda.kernels import capture
-from node_cuda.status import Unsupported
+from node_cuda.status import InvalidField, Unsupported
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 
@@ -256,3 +256,25 @@ def test_times_that_the_warm_up_did_not_have_are_refused_in_a_capture(eager, mon
         solve(func, Y, linspace(0.0, 1.0, 4), options=options)
         with pytest.raises(Unsupported, match="Warm up with the same t"):
             solve(func, Y, linspace(0.0, 2.0, 4), options=options)
+
+
+class Switched(torch.nn.Module):
+    """y' = -w y, or without its parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = torch.nn.Parameter(torch.tensor(1.5, dtype=F64))
+        self.uses_w = True
+
+    def forward(self, t, y):
+        return -(self.w if self.uses_w else 1.5) * y
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_a_parameter_that_the_captured_backward_pass_does_not_reach_is_told_of(eager, gradient):
+    func, y0 = Switched(), Y.clone().requires_grad_()
+    s = solve(func, y0, linspace(0.0, 1.0, 3), gradient=gradient, options=dict(cuda_graph=True))
+    func.uses_w = False
+    with pytest.raises(InvalidField, match="does not use in the backward pass"):
+        s.ys.sum().backward()
+    assert s.stats.loop_backward == "eager"

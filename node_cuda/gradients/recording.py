@@ -96,10 +96,9 @@ class Record:
     """What a solve left for its backward pass. count: its accepted steps; None: nobody looked yet. succeeded: did it
     end well, where nobody looked."""
 
-    def __init__(self, owner: CapturedRecording, problem: Problem, count: int | None) -> None:
+    def __init__(self, owner: CapturedRecording, count: int | None) -> None:
         self.owner = owner
         self.count = count
-        self.direction = problem.direction
         self.succeeded = owner.loop.control.succeeded.clone() if count is None else None
         self._saved: list[Tensor] | None = None
         owner.holder = weakref.ref(self)
@@ -183,7 +182,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     with found.lock:
         ys, status = solve_captured(found, problem, method, stats, points)
         count = None if status is Status.PENDING else stats.accepted
-        record = Record(found, problem, count)
+        record = Record(found, count)
     stats.checkpoint_slots = None if request.checkpoints is None else slots
     if count is not None and count > known:
         graphs.rooms[key] = 2 ** (count - 1).bit_length()  # for the next solve
