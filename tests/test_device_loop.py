@@ -104,6 +104,18 @@ def test_the_adjoint_solves_backwards_by_the_device_to_the_bit(eager, method, ou
         assert stats[0].nfe_backward == stats[1].nfe_backward
 
 
+def test_what_was_captured_for_the_backward_solve_serves_other_times(eager):
+    func, kept = TimedLinear(), graphs.Graphs()
+    for start, end in ((0.0, 1.0), (0.3, 1.1)):
+        found = []
+        for flag in (kept, False):
+            y0, t = Y.clone().requires_grad_(), linspace(start, end, 4).requires_grad_()
+            s = solve(func, y0, t, gradient="adjoint", rtol=1e-4, atol=1e-4, options=dict(cuda_graph=flag))
+            found.append(torch.autograd.grad(s.ys.square().sum(), [y0, t, *func.parameters()]))
+        assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert kept.count == 2
+
+
 def test_options_of_the_backward_solve_alone_leave_who_repeats_the_steps_as_it_is(eager):
     func, y0 = MLP(), Y.clone().requires_grad_()
     s = solve(

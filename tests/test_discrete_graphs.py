@@ -258,6 +258,16 @@ def test_times_that_the_warm_up_did_not_have_are_refused_in_a_capture(eager, mon
             solve(func, Y, linspace(0.0, 2.0, 4), options=options)
 
 
+def test_the_gradient_of_a_deferred_solve_that_failed_is_nan(eager):
+    func, y0 = MLP(), Y.clone().requires_grad_()
+    options = dict(cuda_graph=True, throw="deferred", max_num_steps=2)
+    s = solve(func, y0, linspace(0.0, 9.0, 3), gradient="discrete", rtol=1e-9, atol=1e-9, options=options)
+    found = torch.autograd.grad(s.ys[0].sum(), [y0, *func.parameters()])
+    assert all(g.isnan().all() for g in found)
+    with pytest.raises(SolveError, match="max_num_steps"):
+        s.check()
+
+
 class Switched(torch.nn.Module):
     """y' = -w y, or without its parameter."""
 
