@@ -49,7 +49,7 @@ class CapturedAdjoint(Captured):
                 quadrature=solve.gradient,
             )
             self.y, self.a = backward.parts(self.loop.y)
-            self._first_t = backward.t[0].to(self.y.device, own.time_dtype).clone()
+            self._time_dtype = own.time_dtype
             self._y_there, self._g = torch.empty_like(self.y), torch.empty_like(self.a)
             self._dot = torch.zeros((), dtype=torch.float64, device=self.device)
             self.nfe: dict[str, int] = {"begin": 0, "land": 0, "end": 0}
@@ -69,7 +69,8 @@ class CapturedAdjoint(Captured):
         """See `BackwardSolve.run`; nothing is read, and what is returned is the caller's."""
         self.follow()
         problem, ys, grad_ys = backward.problem, backward.ys, backward.grad_ys
-        adj_t = torch.zeros_like(backward.t) if timed else None
+        # On the device, wherever t is: nothing waits for it.
+        adj_t = torch.zeros(len(ys), dtype=torch.float64, device=self.device) if timed else None
         self.loop.rebind(problem.y0, problem.times, problem.norm, points, problem.times[1:])
         self._g.copy_(grad_ys[-1])
         self._begin.replay()
@@ -82,7 +83,6 @@ class CapturedAdjoint(Captured):
             if m > 1 and self._land is not None:
                 self._land.replay()
         if adj_t is not None and self._end is not None:
-            self._first_t.copy_(backward.t[0])
             self._end.replay()
             adj_t[0].copy_(self._dot)
         return adj_t, self.a + grad_ys[0], self.gradient.gradients(copies=True)
@@ -123,7 +123,8 @@ class CapturedAdjoint(Captured):
     def _rate_at_first(self) -> None:
         """dL/dt_0 = -a(t_0) . f(t_0, y_0)."""
         before = self.field.nfe
-        f = self.field.f_alone(self._first_t, self._y_there)
+        t = (self.arithmetic.device_times[-1] * self.loop.problem.direction).to(self._time_dtype)
+        f = self.field.f_alone(t, self._y_there)
         self._dot.copy_(self.arithmetic.real_dot(self.a, f).neg())
         self.nfe["end"] = self.field.nfe - before
 
@@ -173,9 +174,9 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, why: str | 
     if failure is not None:
         raise failure
     if run is None:  # nobody knows yet whether these are gradients
-        adj_t = None if adj_t is None else torch.where(ok.to(adj_t.device), adj_t, math.nan)
+        adj_t = None if adj_t is None else torch.where(ok, adj_t, math.nan)
         adj_y0, *adj_params = (torch.where(ok, g, math.nan) for g in (adj_y0, *adj_params))
-    return adj_t, adj_y0, adj_params
+    return None if adj_t is None else adj_t.to(backward.t), adj_y0, adj_params
 
 
 def _obstacle(backward: Backward) -> str | None:
