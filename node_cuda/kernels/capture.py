@@ -106,7 +106,7 @@ class Recorder:
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
         )
         try:
-            with self.in_its_stream(), autocast, _normal_tensors():
+            with self.in_its_stream(), autocast:
                 yield
         finally:
             _one_at_a_time.release()
@@ -254,16 +254,6 @@ class Recorded:
             self._graph.instantiate()
             self._exec = self._graph.raw_cuda_graph_exec()
         module.replay(self._exec, times, (stream, device.index))
-
-
-@contextlib.contextmanager
-def _normal_tensors() -> Iterator[None]:
-    """What is made inside serves outside of torch.inference_mode as well."""
-    if not torch.is_inference_mode_enabled():
-        yield
-        return
-    with torch.inference_mode(False), torch.no_grad():
-        yield
 
 
 @contextlib.contextmanager
