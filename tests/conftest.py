@@ -1,6 +1,5 @@
 """Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one."""
 
-import os
 import shutil
 
 import pytest
@@ -40,17 +39,11 @@ def torchdiffeq():
 
 
 @pytest.fixture(scope="session")
-def worker_id():
-    """As pytest-xdist's, also where it is not installed or not used."""
-    return os.environ.get("PYTEST_XDIST_WORKER", "master")
-
-
-@pytest.fixture(scope="session")
-def shim_library(tmp_path_factory, worker_id):
-    """csrc/ behind the shim, compiled once for all tests of a session."""
+def shim_library():
+    """csrc/ behind the shim, compiled once for all test processes."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the kernels with")
-    return library.once_a_session(tmp_path_factory, worker_id, "shim", library.behind_shim)
+    return library.built("shim", library.behind_shim)
 
 
 @pytest.fixture(scope="session")

@@ -42,10 +42,10 @@ LAW = Controller(keep=True).law(5, AdaptiveOptions())
 
 
 @pytest.fixture(scope="session", params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
-def kernels(request, tmp_path_factory, worker_id):
-    """csrc/, compiled once a session."""
+def kernels(request):
+    """csrc/, compiled once."""
     if request.param == "gpu":
-        return Kernels(shim.once_a_session(tmp_path_factory, worker_id, "gpu", shim.compile_for_gpu), "cuda")
+        return Kernels(shim.built("gpu", shim.compile_for_gpu), "cuda")
     return Kernels(request.getfixturevalue("shim_library"))
 
 

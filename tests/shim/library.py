@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import ctypes
 import fcntl
+import hashlib
 import importlib.util
+import platform
 import shutil
 import subprocess
+import sys
 import sysconfig
 from collections.abc import Callable, Sequence
 from ctypes import Structure, byref, c_char_p, c_double, c_int, c_int32, c_int64, c_uint64, c_void_p
@@ -24,6 +27,7 @@ from node_cuda.kernels.tape import Tape
 
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parent.parent / "csrc"
+BUILDS = HERE.parent.parent / "build" / "tests"
 
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 HALF = (torch.float16, torch.bfloat16)
@@ -98,17 +102,23 @@ def compile_for_gpu(folder: Path) -> Path:
     return result
 
 
-def once_a_session(factory, worker_id: str, name: str, make: Callable[[Path], Path]) -> Path:
-    """What `make` builds in a folder of the session, by the first test process that asks for it."""
-    base = factory.getbasetemp()
-    folder = (base if worker_id == "master" else base.parent) / name
-    folder.mkdir(exist_ok=True)
+def built(name: str, make: Callable[[Path], Path]) -> Path:
+    """What `make` builds of csrc/ and the shim, in a folder that is kept as long as neither changes.
+
+    Several test processes may ask at once: one builds, the others wait.
+    """
+    digest = hashlib.sha256(f"{sys.version} {torch.__version__} {platform.platform()}".encode())
+    for path in sorted([*CSRC.iterdir(), *HERE.iterdir()]):
+        if path.is_file():
+            digest.update(path.name.encode() + path.read_bytes())
+    folder = BUILDS / f"{name}-{digest.hexdigest()[:16]}"
+    folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
         done = folder / "done"
         if not done.exists():
-            done.write_text(str(make(folder)))
-        return Path(done.read_text())
+            done.write_text(make(folder).name)
+        return folder / done.read_text()
 
 
 class Interval(Structure):
