@@ -5,12 +5,13 @@
 
 namespace node_cuda {
 
-// The non-zero coefficients of a row and their tensors, by value. S: how many; 0: up to MAX_TERMS, `count` says.
+// The coefficients of a row and their tensors, by value. S: how many; 0: up to MAX_TERMS, `count` says.
 template <int S>
 struct Terms {
   static constexpr int CAPACITY = S > 0 ? S : MAX_TERMS;
   const void* x[CAPACITY];
   double a[CAPACITY];
+  double unit = 1.0;
   int count;
 
   Terms(int count, const void* const* x_, const double* a_) : count(count) {
@@ -18,6 +19,15 @@ struct Terms {
       x[j] = x_[j];
       a[j] = a_ == nullptr ? 1.0 : a_[j];
     }
+  }
+
+  // The same row in units of its first coefficient that is not zero: unit * a. A sum needs its scale only once then.
+  Terms& in_units() {
+    int first = 0;
+    while (first < count && a[first] == 0.0) ++first;
+    if (first < count) unit = a[first];
+    for (int j = 0; j < count; ++j) a[j] /= unit;
+    return *this;
   }
 };
 
@@ -45,6 +55,16 @@ __device__ inline void add_term(Acc<T> (&acc)[N], const void* x, Acc<T> w, int64
   load(static_cast<const T*>(x) + i, value);
 #pragma unroll
   for (int l = 0; l < N; ++l) acc[l] = multiply_add(w, value[l], acc[l]);
+}
+
+// acc = base + scale acc for the N elements from i on; base null: 0. The base comes last, so that one rounding only is
+// of its size: `combine` of kernels/reference.py.
+template <class T, int N>
+__device__ inline void add_to_base(Acc<T> (&acc)[N], Acc<T> scale, const T* base, int64_t i) {
+  Acc<T> start[N] = {};
+  if (base != nullptr) load(base + i, start);
+#pragma unroll
+  for (int l = 0; l < N; ++l) acc[l] = multiply_add(scale, acc[l], start[l]);
 }
 
 // The number next to x, upwards or downwards.

@@ -68,17 +68,14 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
         raw[j] = *reinterpret_cast<const Vec<T, N>*>(static_cast<const T*>(k.x[j]) + i);
 #pragma unroll 1  // several outputs at once would not fit the registers
       for (int o = 0; o < outputs; ++o) {
-        Acc<T> acc[N];
+        Acc<T> acc[N] = {};
         if (at_end[o]) {
           load(y1 + i, acc);
         } else {
-#pragma unroll
-          for (int l = 0; l < N; ++l) acc[l] = to_acc(start.v[l]);
           if (S == 0 && polynomials.has_end) {
-            Acc<T> end[N];
-            load(y1 + i, end);
+            load(y1 + i, acc);
 #pragma unroll
-            for (int l = 0; l < N; ++l) acc[l] = multiply_add(weight[o][terms], end[l] - acc[l], acc[l]);
+            for (int l = 0; l < N; ++l) acc[l] = weight[o][terms] * (acc[l] - to_acc(start.v[l]));
           }
           if constexpr (S > 0) {
 #pragma unroll
@@ -91,6 +88,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #pragma unroll 4
             for (int j = 0; j < terms; ++j) add_term<T, N>(acc, k.x[j], weight[o][j], i);
           }
+#pragma unroll
+          for (int l = 0; l < N; ++l) acc[l] = to_acc(start.v[l]) + acc[l];
         }
         store_row<T, N>(out + (begin + o) * split.n + i, acc);
       }

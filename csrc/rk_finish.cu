@@ -14,12 +14,11 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const double dt = step.at.dt;
   for_each<T>(split, [&](auto width, int64_t i) {
     constexpr int N = decltype(width)::value;
-    Acc<T> acc[N], err[N] = {};
-    load(y0 + i, acc);
+    Acc<T> acc[N] = {}, err[N] = {};
     const auto add = [&](int j) {
       Acc<T> value[N];
       load(static_cast<const T*>(k.x[j]) + i, value);
-      const Acc<T> w = static_cast<Acc<T>>(dt * k.a[j]), v = static_cast<Acc<T>>(dt * e.a[j]);
+      const Acc<T> w = static_cast<Acc<T>>(k.a[j]), v = static_cast<Acc<T>>(dt * e.a[j]);
 #pragma unroll
       for (int l = 0; l < N; ++l) {
         // A stage may count in one of the sums only, and 0 * inf is NaN. The branch is the same for all threads.
@@ -28,14 +27,15 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
       }
     };
     if constexpr (S > 0) {
-      // Two sums of 8 halves, or weights in double, and all the k at once are more than 64 registers.
-      [[maybe_unused]] constexpr int AT_ONCE = sizeof(T) == 2 ? 3 : sizeof(T) == 8 ? 3 : S;
+      // Two sums of 8 halves, or weights in double, or 6 floats and their weights at once are more than 64 registers.
+      [[maybe_unused]] constexpr int AT_ONCE = sizeof(T) == 2 ? 2 : sizeof(T) == 8 ? 3 : S < 6 ? S : 4;
 #pragma unroll AT_ONCE
       for (int j = 0; j < S; ++j) add(j);
     } else {
 #pragma unroll 4
       for (int j = 0; j < k.count; ++j) add(j);
     }
+    add_to_base(acc, static_cast<Acc<T>>(dt * k.unit), y0, i);
     store(y1 + i, acc);
     if (error != nullptr) store(error + i, err);
   });
@@ -58,8 +58,8 @@ extern "C" int launch_rk_finish(int dtype, int64_t n, void* y1, void* error, con
     return dispatch_count(count, [&](auto stages) {
       constexpr int S = decltype(stages)::value;
       return launch("rk_finish", rk_finish_kernel<T, S>, grid_for(split.work()), THREADS, on, split,
-                    static_cast<T*>(y1), static_cast<R*>(error), static_cast<const T*>(y0), Terms<S>(count, k, b),
-                    Terms<S>(count, k, e), *where, slot == nullptr ? Slot{} : *slot);
+                    static_cast<T*>(y1), static_cast<R*>(error), static_cast<const T*>(y0),
+                    Terms<S>(count, k, b).in_units(), Terms<S>(count, k, e), *where, slot == nullptr ? Slot{} : *slot);
     });
   });
   return result == INVALID_VALUE ? refuse("rk_finish") : result;

@@ -10,20 +10,21 @@ __global__ void __launch_bounds__(THREADS)
   Step step;
   if (!read_next(where, &step)) return;
   if (slot.time != nullptr && blockIdx.x == 0 && threadIdx.x == 0) write_time<T>(slot, step);
+  const Acc<T> scale = static_cast<Acc<T>>(step.at.dt * k.unit);
   Acc<T> w[S > 0 ? S : 1];
 #pragma unroll
-  for (int j = 0; j < S; ++j) w[j] = static_cast<Acc<T>>(step.at.dt * k.a[j]);
+  for (int j = 0; j < S; ++j) w[j] = static_cast<Acc<T>>(k.a[j]);
   for_each<T>(split, [&](auto width, int64_t i) {
     constexpr int N = decltype(width)::value;
     Acc<T> acc[N] = {};
-    if (y0 != nullptr) load(y0 + i, acc);
     if constexpr (S > 0) {
 #pragma unroll
       for (int j = 0; j < S; ++j) add_term<T, N>(acc, k.x[j], w[j], i);
     } else {
 #pragma unroll 4
-      for (int j = 0; j < k.count; ++j) add_term<T, N>(acc, k.x[j], static_cast<Acc<T>>(step.at.dt * k.a[j]), i);
+      for (int j = 0; j < k.count; ++j) add_term<T, N>(acc, k.x[j], static_cast<Acc<T>>(k.a[j]), i);
     }
+    add_to_base(acc, scale, y0, i);
     store(z + i, acc);
   });
 }
@@ -40,7 +41,7 @@ int combine(const char* op, int dtype, int64_t n, void* out, const void* base, i
     return dispatch_count(count, [&](auto stages) {
       constexpr int S = decltype(stages)::value;
       return launch(op, rk_stage_kernel<T, S>, grid_for(split.work()), THREADS, on, split, static_cast<T*>(out),
-                    static_cast<const T*>(base), Terms<S>(count, x, a), where, slot);
+                    static_cast<const T*>(base), Terms<S>(count, x, a).in_units(), where, slot);
     });
   });
   return error == INVALID_VALUE ? refuse(op) : error;

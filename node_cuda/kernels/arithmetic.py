@@ -132,10 +132,13 @@ class Arithmetic:
         out: Tensor | None = None,
     ) -> Tensor:
         """y at t0 + x h, 0 <= x <= 1; x a 0-d tensor where the tape must see it."""
+        row: list[tuple[int, float | Tensor]] = [
+            (j, at.dt * reference.polynomial(weights, x)) for j, weights in polynomials.rows
+        ]
         if polynomials.end:
-            y0 = reference.combine(y0, [y1 - y0], [(0, 1.0)], reference.polynomial(polynomials.end, x))
-        row = [(j, reference.polynomial(weights, x)) for j, weights in polynomials.rows]
-        return reference.dense_eval(y0, k, row, at.dt, out)
+            row.append((len(k), reference.polynomial(polynomials.end, x)))
+            k = [*k, y1 - y0]
+        return reference.dense_eval(y0, k, row, 1.0, out)
 
     def dense_outputs(
         self,

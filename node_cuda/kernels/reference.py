@@ -23,23 +23,35 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
-    """y0 + h sum_j a_j k_j, as a fresh tensor of y0's shape and dtype, or written to `out`."""
+    """y0 + h sum_j a_j k_j, as a fresh tensor of y0's shape and dtype, or written to `out`.
+
+    The increment is summed first and y0 is added last, so that one rounding only is of y0's size: with a_0 the first
+    coefficient, y0 + h a_0 (k_0 + sum_j a_j / a_0 k_j), which takes as many operations as adding term by term.
+    """
     if not row:
         return y0.clone() if out is None else out.copy_(y0)
     half = y0.dtype in _HALF
-    acc = y0.float() if half else y0
-    weights: list[tuple[int, Any]] = [(j, h * a) for j, a in row]
-    if isinstance(weights[0][1], Tensor):
-        for j, w in weights:
-            acc = acc + w * k[j]
-    elif torch.is_grad_enabled():
-        for j, w in weights:
-            acc = torch.add(acc, k[j], alpha=w)
+    (first, pivot), *others = row
+    start, sum_ = (y0.float(), k[first].float()) if half else (y0, k[first])
+    if isinstance(h * pivot, Tensor):
+        sum_ = h * pivot * sum_
+        for j, a in others:
+            sum_ = sum_ + h * a * k[j]
+        acc = start + sum_
+    elif torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+        for j, a in others:
+            sum_ = torch.add(sum_, k[j], alpha=a / pivot)
+        acc = torch.add(start, sum_, alpha=h * pivot)
     else:
-        (j, w), *rest = weights
-        acc = torch.add(acc, k[j], alpha=w, out=None if half else out)
-        for j, w in rest:
-            acc.add_(k[j], alpha=w)
+        ours = half  # sum_ is memory that this function made, and may write
+        for j, a in others:
+            if ours:
+                sum_.add_(k[j], alpha=a / pivot)
+            else:
+                sum_ = torch.add(sum_, k[j], alpha=a / pivot)
+                ours = not sum_._is_zerotensor()
+        to = None if half else out if out is not None or not ours else sum_
+        acc = torch.add(start, sum_, alpha=h * pivot, out=to)
     if half:
         acc = acc.to(y0.dtype)
     return acc if out is None or acc is out else out.copy_(acc)
@@ -183,6 +195,9 @@ def polynomial(weights: Sequence[float], x: float | Tensor) -> float | Tensor:
 
 def dense_eval(y0: Tensor, k: Sequence[Tensor], weights: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
     """One output inside the step, y0 + h sum_i B_i(x) k_i, the weights B_i(x) already evaluated; to `out` if given."""
+    if not any(isinstance(w, Tensor) for _, w in weights):
+        # `combine` counts in units of the first weight: take the largest, as some vanish inside the step.
+        weights = sorted((entry for entry in weights if entry[1] != 0.0), key=lambda entry: -abs(entry[1]))
     return combine(y0, k, weights, h, out)
 
 

@@ -148,14 +148,15 @@ class Adams:
         """y1 = y0 + h (beta_0 f(t1, y1) + known), iterated from the predicted y1, and the integrands at its end."""
         (_, beta), *known = row
         combine = self.arithmetic.combine
-        base = combine(y0, [slope.f for slope in slopes], [(j - 1, w) for j, w in known], at.dt)
+        # Without y0, so that one rounding only is of its size.
+        past = combine(torch.zeros_like(y0), [slope.f for slope in slopes], [(j - 1, w) for j, w in known], 1.0)
         integrands: Sequence[Tensor | None] = ()
         for _ in range(self.max_iters):
             if self.quadrature is not None:
                 self.quadrature.wants(True)
             f1 = self.starter.slope_at(at, span, y1, inside=self.inside)
             integrands = self.quadrature.take() if self.quadrature is not None else ()
-            previous, y1 = y1, combine(base, [f1], [(0, beta)], at.dt)
+            previous, y1 = y1, combine(y0, [f1, past], [(0, beta), (1, 1.0)], at.dt)
             if self._converged(y0, previous, y1):
                 return y1, integrands
         warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
