@@ -210,7 +210,6 @@ class _Backwards:
         self.trajectory.begin(problem.y0)
         self.arithmetic = arithmetic_of(problem)
         self.sums = self.arithmetic.sums(self.params, with_error=False)
-        self.sums.begin()
         self.steps_again = 0
         # Small cotangents would vanish in the sum of many in half precision.
         wide = torch.promote_types(ys.dtype, torch.float32)
@@ -279,5 +278,4 @@ class _Backwards:
 
     def of_params(self) -> list[Tensor]:
         """dL/dtheta in the parameters' own dtypes."""
-        self.sums.commit()
         return [g.to(p.dtype) for g, p in zip(self.sums.total, self.params, strict=True)]

@@ -187,6 +187,7 @@ class StepAdjoint:
     def back(self, taken: Taken, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
         """The cotangents in front of a step, from those behind it and from its outputs."""
         form, at, y0 = self.form, taken.at, state.y0
+        self.sums.begin()
         dense = outputs is not None and (outputs.places is None or self.timed or any(x < 1.0 for x in outputs.places))
         stages, k = self._replay(taken, state, outgoing, dense=dense)
         lam, at_start, extra = self._into_stages(at, outgoing.lam, outputs)
@@ -208,6 +209,7 @@ class StepAdjoint:
                 mu[i] = mu_i
             if tau is not None:
                 taus[i] = tau
+        self.commit_sums()
         timed = self._of_time(at, k, kappas, taus, y0, outputs) if self.timed else None
         starts = [*mu.values(), *at_start]
         lam = self.cotangents.adjoint_stage(lam, starts, (1.0,) * len(starts), None) if starts else lam
@@ -326,14 +328,14 @@ class StepAdjoint:
         tau = rest.pop(0) if self.timed else None
         if self.params:
             self.reached.see(rest)
-            self.add_to_sums(rest)
+            self.sums.add(rest, 1.0, 0.0)
         if mu is not None:
             mu = self.cotangents.own(mu if mu.dtype is wide else mu.to(wide))
         return mu, tau
 
-    def add_to_sums(self, gradients: Sequence[Tensor | None]) -> None:
-        """What a vjp gave the parameters."""
-        self.sums.add(gradients, 1.0, 0.0)
+    def commit_sums(self) -> None:
+        """Add what the step gave the parameters to what the steps after it gave."""
+        self.sums.commit()
 
     def _of_time(
         self,

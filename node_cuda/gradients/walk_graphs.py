@@ -42,10 +42,10 @@ class DeviceStepAdjoint(StepAdjoint):
         """See `StepAdjoint`."""
         return self.start, state.y0
 
-    def add_to_sums(self, gradients: Sequence[Tensor | None]) -> None:
+    def commit_sums(self) -> None:
         """See `StepAdjoint`; nothing where there was no step to take back."""
-        assert isinstance(self.sums, FusedSums)
-        self.sums.add_if_accepted(gradients, self.here.at)
+        if isinstance(self.sums, FusedSums):
+            self.sums.commit_if_accepted(self.here.at)
 
 
 class CapturedWalk(Captured):
@@ -107,15 +107,12 @@ class CapturedWalk(Captured):
 
     def of_params(self) -> list[Tensor]:
         """dL/dtheta in the parameters' own dtypes, for the caller to keep."""
-        if not self.params:
-            return []
-        assert isinstance(self.sums, FusedSums)
-        return [g.to(p.dtype, copy=True) for g, p in zip(self.sums.of_step, self.params, strict=True)]
+        return [g.to(p.dtype, copy=True) for g, p in zip(self.sums.total, self.params, strict=True)]
 
     def _begin_walk(self) -> None:
         self.control.start(0.0, 0.0)
         if isinstance(self.sums, FusedSums):
-            self.sums.begin_at_zero()
+            self.sums.restart()
         self.lam.zero_()
         self.control.set_walk(self.tape)
 

@@ -52,18 +52,6 @@ class FusedSums(Sums):
         """See `Sums`."""
         self._has_sum = self._has_error = False
 
-    def begin_at_zero(self) -> None:
-        """`begin`, for tensors that come in many passes of the same launches: each adds to what is there."""
-        self.begin()
-        if self._sum:
-            torch._foreach_zero_(self._sum)
-            self._has_sum = True
-
-    @property
-    def of_step(self) -> list[Tensor]:
-        """What was added since the step began."""
-        return self._sum if self._plan is not None else self.total  # of what never came: zeros, all of them
-
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
@@ -79,12 +67,6 @@ class FusedSums(Sums):
             plan.accumulate(addresses, where, weight, error_weight, self._has_sum if weight else self._has_error)
         self._has_sum = self._has_sum or bool(weight)
         self._has_error = self._has_error or bool(error_weight)
-
-    def add_if_accepted(self, tensors: Sequence[Tensor | None], at: Interval) -> None:
-        """sum_i += x_i, if the device accepted the step. at: the current step. One launch."""
-        plan, given = self._laid_out(tensors)
-        plan.keep(_addresses(given), at.native, self._has_sum)
-        self._has_sum = True
 
     def scaled_errors(self, norm: ErrorNorm) -> list[Tensor]:
         """See `Sums`."""

@@ -9,6 +9,7 @@ a fresh tensor, and only that one is updated in place (out of place while autogr
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -31,27 +32,28 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     if not row:
         return y0.clone() if out is None else out.copy_(y0)
     half = y0.dtype in _HALF
-    (first, pivot), *others = row
-    start, sum_ = (y0.float(), k[first].float()) if half else (y0, k[first])
-    if isinstance(h * pivot, Tensor):
-        sum_ = h * pivot * sum_
+    start = y0.float() if half else y0
+    first, pivot = row[0]
+    scale: Any = h * pivot
+    if isinstance(scale, Tensor):  # on the tape, where a weight may be zero, and is no unit
+        acc = start + h * functools.reduce(torch.add, (a * k[j].to(start.dtype) for j, a in row))
+        return acc.to(y0.dtype) if out is None else out.copy_(acc)
+    sum_ = k[first].float() if half else k[first]
+    others: list[tuple[int, Any]] = [(j, a / pivot) for j, a in row[1:]]
+    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
         for j, a in others:
-            sum_ = sum_ + h * a * k[j]
-        acc = start + sum_
-    elif torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
-        for j, a in others:
-            sum_ = torch.add(sum_, k[j], alpha=a / pivot)
-        acc = torch.add(start, sum_, alpha=h * pivot)
+            sum_ = torch.add(sum_, k[j], alpha=a)
+        acc = torch.add(start, sum_, alpha=scale)
     else:
         ours = half  # sum_ is memory that this function made, and may write
         for j, a in others:
             if ours:
-                sum_.add_(k[j], alpha=a / pivot)
+                sum_.add_(k[j], alpha=a)
             else:
-                sum_ = torch.add(sum_, k[j], alpha=a / pivot)
+                sum_ = torch.add(sum_, k[j], alpha=a)
                 ours = not sum_._is_zerotensor()
         to = None if half else out if out is not None or not ours else sum_
-        acc = torch.add(start, sum_, alpha=h * pivot, out=to)
+        acc = torch.add(start, sum_, alpha=scale, out=to)
     if half:
         acc = acc.to(y0.dtype)
     return acc if out is None or acc is out else out.copy_(acc)
