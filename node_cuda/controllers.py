@@ -246,26 +246,24 @@ class Adaptive:
     def _starting_step(self, t: float, y: Tensor, f0: Tensor) -> float:
         """Hairer, Norsett, Wanner, Solving ODEs I, II.4, with torchdiffeq's constants. One evaluation, three reads."""
         problem = self.problem
-        with torch.no_grad():
-            y, f0 = y.detach(), f0.detach()
-            d0, d1 = kernels.initial_norms(y, f0, problem.norm)
-            self.stats.host_reads += 2
-            if not (math.isfinite(d0) and math.isfinite(d1)):
-                self._explain(t, y, f0)
-            h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
-            f1 = self._probe(t, t + h0, h0, y, f0)
-            d2 = kernels.initial_change(y, f0, f1, problem.norm) / h0
-            self.stats.host_reads += 1
+        d0, d1 = kernels.initial_norms(y.detach(), f0.detach(), problem.norm)
+        self.stats.host_reads += 2
+        if not (math.isfinite(d0) and math.isfinite(d1)):
+            self._explain(t, y, f0)
+        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        f1 = self._probe(t, t + h0, h0, y, f0)
+        d2 = kernels.initial_change(y.detach(), f0.detach(), f1, problem.norm) / h0
+        self.stats.host_reads += 1
         h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / self.order)
         return min(100 * h0, h1) if math.isfinite(h1) else h0
 
     def _probe(self, t0: float, t1: float, h: float, y: Tensor, f0: Tensor) -> Tensor:
-        """The field behind an Euler step."""
+        """The field after an Euler step, without its graph. func sees a state that requires grad where the steps' do."""
         arithmetic = self.arithmetic
         at = arithmetic.interval(t0, t1, h)
         (t,) = arithmetic.slots(at, (1.0,), HERE)
         z = arithmetic.rk_stage(arithmetic.stage(((0, 1.0),), 1.0, HERE), at, y, [f0], t)
-        return arithmetic.own(self.problem.field(t, z))
+        return arithmetic.own(self.problem.field(t, z).detach())
 
     def _explain(self, t: float, y: Tensor, f0: Tensor) -> None:
         """Raise what is wrong at the start, where a scaled norm is not finite."""

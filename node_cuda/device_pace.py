@@ -66,13 +66,11 @@ class DeviceAdaptive(Adaptive):
             self.control.start(t, self._starting_step(t, y, k1) if h is None else float(h))
         else:
             self.control.start(t, None)
-            with torch.no_grad():
-                y, k1 = y.detach(), k1.detach()
-                self.control.initial_norms(y, k1)
-                now = self._read()
-                if now.status:
-                    self._explain(t, y, k1)
-                self.control.initial_change(y, k1, self._probe(t, now.t1, now.h, y, k1))
+            self.control.initial_norms(y, k1)
+            now = self._read()
+            if now.status:
+                self._explain(t, y, k1)
+            self.control.initial_change(y, k1, self._probe(t, now.t1, now.h, y, k1))
         self._read()
 
     def begin(self, t: Tensor, y: Tensor, k1: Tensor) -> None:

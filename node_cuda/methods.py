@@ -74,6 +74,11 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     return Method(name, opt.parse(family, name, options, quiet=quiet), tableau)
 
 
+def reads_tolerances(method: Method) -> bool:
+    """rtol and atol decide something: steps, or when an iteration ends."""
+    return method.adaptive or method.name in (SCIPY, "implicit_adams", "fixed_adams")
+
+
 def supported_callbacks(method: Method) -> frozenset[str]:
     """The callbacks that this method calls."""
     if method.adaptive:

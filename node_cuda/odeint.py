@@ -15,11 +15,14 @@ from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.request import AdjointArguments, Request
 from node_cuda.graphs import Graphs, graphs_of, refuse_in_capture
 from node_cuda.integral import Beside, Integral, event_of, with_integral
-from node_cuda.methods import Method, lookup, supported_callbacks
+from node_cuda.methods import Method, lookup, reads_tolerances, supported_callbacks
 from node_cuda.problem import Problem, combined_event, make_problem
 from node_cuda.regularized import Regularized, refuse_regularized
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import InvalidInput, InvalidType, SolveError, Status, Unsupported
+
+RTOL, ATOL = 1e-7, 1e-9
+"""torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
 
 
 def odeint(
@@ -27,8 +30,8 @@ def odeint(
     y0: State,
     t: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = RTOL,
+    atol: Any = ATOL,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
@@ -61,8 +64,8 @@ def odeint_adjoint(
     y0: State,
     t: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = RTOL,
+    atol: Any = ATOL,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
@@ -113,8 +116,8 @@ def solve(
     y0: State,
     t: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = RTOL,
+    atol: Any = ATOL,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
@@ -158,9 +161,13 @@ def solve(
             f"gradient={gradient!r}, which keeps it. Drop the option."
         )
     of_y = func.func if isinstance(func, Regularized) else func
+    if not (adjoint_method or reads_tolerances(chosen) or chosen.options.check_reconstruction):
+        rtol, atol = _of_a_fixed_grid(rtol, atol, event_fn)
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
     _refuse_callbacks(problem, chosen)
+    if isinstance(adjoint_params, Tensor):
+        adjoint_params = (adjoint_params,)  # its rows are no parameters
     given = AdjointArguments(
         adjoint_rtol, adjoint_atol, adjoint_method, _with_graphs(adjoint_options, func), adjoint_params
     )
@@ -196,8 +203,8 @@ def odeint_dense(
     t0: Tensor,
     t1: Tensor,
     *,
-    rtol: Any = 1e-7,
-    atol: Any = 1e-9,
+    rtol: Any = RTOL,
+    atol: Any = ATOL,
     method: str | None = None,
     options: Mapping[str, Any] | None = None,
 ) -> DenseSolution:
@@ -216,6 +223,16 @@ def odeint_dense(
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm)
     _warn_of_callbacks(problem, chosen)
     return solve_dense(problem, chosen, Stats(host_reads=1))
+
+
+def _of_a_fixed_grid(rtol: Any, atol: Any, event_fn: EventFunc | None) -> tuple[Any, Any]:
+    """rtol and atol, either of which may be None as far as nothing reads it."""
+    if atol is None and event_fn is not None:
+        raise InvalidType(
+            "atol must be a number where there is an event_fn: the event's time is found to within atol. Got None. Use "
+            "atol=1e-6, say."
+        )
+    return RTOL if rtol is None else rtol, ATOL if atol is None else atol
 
 
 def _beside(func: Func, problem: Problem, integral: Any) -> Beside | None:

@@ -95,7 +95,12 @@ class SolveError(RuntimeError, AssertionError):
         self.status = status
         self.t = t
         self.stats = stats
+        self.detail = detail
         super().__init__(f"{status.name} at t = {t:.6g}. {detail}{' ' if detail else ''}{status.sentence} ({stats})")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # By default the message alone would be given to __init__, and a pool of workers would wait for ever.
+        return type(self), (self.status, self.t, self.stats, self.detail), vars(self)
 
 
 def users_level() -> int:
