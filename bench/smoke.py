@@ -35,6 +35,7 @@ DISCRETE_AGREE = 1e-12  # the same of the discrete gradient, by the host and cap
 ROWS = (1, 1001, 32768)  # of 8 numbers: less than a warp, an odd size, many blocks
 TIMES = torch.linspace(0.0, 1.0, 4, dtype=torch.float64)
 LOOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
+TIGHT: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8}
 STEP_COUNTS = (32, 256)
 solve: Any = node_cuda.solve  # of tensors alone
 
@@ -96,8 +97,8 @@ def forward(method: str, device: torch.device) -> str:
     func, y0 = MLPField(8, 16).double(), state(100)
     with torch.no_grad():
         with node_cuda.backend("reference"):
-            expected = solve(func, y0, TIMES, method=method, **LOOSE)
-        actual = solve(func.to(device), y0.to(device), TIMES, method=method, **LOOSE)
+            expected = solve(func, y0, TIMES, method=method, **TIGHT)
+        actual = solve(func.to(device), y0.to(device), TIMES, method=method, **TIGHT)
     if actual.stats.accepted != expected.stats.accepted:
         raise Wrong(f"{actual.stats.accepted} steps, on the CPU {expected.stats.accepted}")
     return f"{actual.stats.accepted} steps, {require_near([actual.ys], [expected.ys], AGREE, 'the solution')}"
@@ -110,7 +111,7 @@ def adjoint(device: torch.device) -> str:
 
     def gradients(on: torch.device) -> list[Tensor]:
         y0, t = state(100).to(on).requires_grad_(), TIMES.to(on).requires_grad_()
-        ys = node_cuda.odeint_adjoint(func.to(on), y0, t, **LOOSE)
+        ys = node_cuda.odeint_adjoint(func.to(on), y0, t, **TIGHT)
         return list(torch.autograd.grad(weighted(ys), (y0, t, *func.parameters())))
 
     with node_cuda.backend("reference"):
@@ -127,9 +128,9 @@ def captured(tier: str, device: torch.device) -> str:
     for rows in ROWS:
         func, y0, kept = Wave().to(device), state(rows).to(device), Graphs(tier)
         with torch.no_grad():
-            host = solve(func, y0, TIMES, **LOOSE)
+            host = solve(func, y0, TIMES, **TIGHT)
             for turn in ("first", "second"):
-                found = solve(func, y0, TIMES, options={"cuda_graph": kept}, **LOOSE)
+                found = solve(func, y0, TIMES, options={"cuda_graph": kept}, **TIGHT)
                 if found.stats.loop != tier:
                     raise Wrong(f'repeated by "{found.stats.loop}": {found.stats.why}')
                 if not torch.equal(found.ys, host.ys):
@@ -151,7 +152,7 @@ def step_times(device: torch.device) -> str:
 
 def backward(gradient: str, pool: bool, device: torch.device) -> str:
     """A captured backward pass has the gradients of the host's loop, while the graph of a former pass is alive."""
-    func, y0 = Wave().to(device), state(1001).to(device).requires_grad_()
+    func, y0 = Wave().to(device), state(ROWS[1]).to(device).requires_grad_()
     with another_stream(device) if pool else contextlib.nullcontext():
 
         def step(**options: Any) -> tuple[Any, list[Tensor]]:
