@@ -83,12 +83,16 @@ def require_near(found: list[Tensor], expected: list[Tensor], allowed: float, wh
 
 
 def report(device: torch.device) -> str:
-    """What `python -m node_cuda` says; the kernels must be what computes."""
-    print(about.report())
+    """What `python -m node_cuda` says: the kernels compute, and their self-check finds nothing."""
+    text = about.report()
+    print(text)
     path = about.live_path()
     if path.name != about.FUSED:
         raise Wrong(f"{path.name}: {path.why}")
-    return path.why
+    checks = [line.removeprefix("self-check").strip() for line in text.splitlines() if line.startswith("self-check")]
+    if bad := [line for line in checks if "disagrees" in line or "not run" in line]:
+        raise Wrong(f"the self-check of {len(bad)} kernels did not pass: {'; '.join(bad)}")
+    return f"{len(checks)} lines of the self-check say nothing bad; {path.why}"
 
 
 def forward(method: str, device: torch.device) -> str:

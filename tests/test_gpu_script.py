@@ -58,7 +58,10 @@ def smoke(bench, eager, shim_module, monkeypatch):
         (smoke, "STEP_COUNTS", (2, 4)),
         (smoke, "another_stream", lambda device: contextlib.nullcontext()),
         (smoke, "users_graph", users_graph),
-        (smoke.about, "_live_path", lambda: smoke.about._fused("it is the shim")),
+        (smoke.about, "live_path", lambda: smoke.about.LivePath(smoke.about.FUSED, "it is the shim", None)),
+        (smoke.about, "report", lambda: "python      3.12\nself-check  rk_stage: passed"),
+        (smoke.machine, "chosen", lambda name: CPU),
+        (smoke.faulthandler, "register", lambda *signal, chain: None),
     ):
         monkeypatch.setattr(owner, name, value)
     return smoke
@@ -96,8 +99,27 @@ def test_smoke_says_what_is_wrong(smoke, shim, monkeypatch):
     assert smoke.checked("while", CPU) == 'FAILED while: repeated by "host": None'
     monkeypatch.setattr(smoke, "users_graph", lambda device: contextlib.nullcontext())
     assert "was not refused" in smoke.checked("users-graph", CPU)
-    monkeypatch.setattr(smoke.about, "_live_path", lambda: smoke.about.LivePath("another", "it is so", None))
+    monkeypatch.setattr(smoke.about, "report", lambda: "self-check  jump: in float32 disagrees: off by 1")
+    line = "FAILED report: the self-check of 1 kernels did not pass: jump: in float32 disagrees: off by 1"
+    assert smoke.checked("report", CPU) == line
+    monkeypatch.setattr(smoke.about, "live_path", lambda: smoke.about.LivePath("another", "it is so", None))
     assert smoke.checked("report", CPU) == "FAILED report: another: it is so"
+
+
+def test_smoke_prints_a_line_a_check_and_ends_with_an_error_if_one_failed(smoke, monkeypatch, capsys):
+    for names, code in ((["rk4", "report"], False), (["users-graph"], True), (["rk5"], 2)):
+        if code is True:
+            monkeypatch.setattr(smoke, "users_graph", lambda device: contextlib.nullcontext())
+        monkeypatch.setattr(sys, "argv", ["smoke.py", *names])
+        with pytest.raises(SystemExit) as ended:
+            smoke.main()
+        assert ended.value.code == code
+        printed = capsys.readouterr()
+        if code == 2:
+            assert "there is no check rk5; there are report, dopri5" in printed.err
+        else:
+            lines = importlib.import_module("gpu_stages").CHECK.findall(printed.out)
+            assert [(outcome, name) for outcome, name, _ in lines] == [("FAILED" if code else "ok", n) for n in names]
 
 
 def test_gpu_sh_makes_every_check_of_smoke_and_no_other(bench, tmp_path):
