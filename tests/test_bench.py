@@ -4,6 +4,7 @@ What only a GPU can measure is tested up to the measurement: the launches of ker
 reports from numbers that are made up here. gpu.sh has test_gpu_script.py.
 """
 
+import contextlib
 import importlib
 import json
 import os
@@ -99,7 +100,9 @@ def test_a_cell_that_failed_is_a_value_in_the_table(report_memory):
         {"library": "node_cuda", "gradient": "backprop", "steps": 8, "peak_mib": 5.0, "seconds": 0.5},
         {"library": "node_cuda", "gradient": "backprop", "steps": 16, "failed": "out of memory"},
     ]
-    assert [row[1] for row in report_memory.memory_rows({"cells": cells})[1:]] == ["5.0 / 0.500", "failed"]
+    cells.append({"library": "node_cuda", "gradient": "backprop", "steps": 32, "peak_mib": 9.0})  # its time was over
+    shown = [row[1] for row in report_memory.memory_rows({"cells": cells})[1:]]
+    assert shown == ["5.0 / 0.500", "failed", "9.0 / not timed"]
 
 
 def memory_cells(growth, library="node_cuda", size=1.0):
@@ -189,6 +192,17 @@ def test_a_copy_without_its_repository_can_be_told_its_commit(bench, monkeypatch
     monkeypatch.setenv("NODE_CUDA_COMMIT", "abc")
     about = machine.describe(torch.device("cpu"))
     assert (about["commit"], about["dirty"]) == ("abc", None)
+
+
+def test_a_checkout_that_is_not_installed_has_its_version(bench, monkeypatch):
+    libraries = bench("libraries")
+
+    def nothing(name):
+        raise libraries.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(libraries.metadata, "version", nothing)
+    assert libraries.version("node_cuda") == importlib.import_module("node_cuda").__version__
+    assert libraries.version("torchdiffeq") is None
 
 
 def test_rounds_are_at_least_three_and_each_begins_with_the_next_contestant(bench):
@@ -506,6 +520,31 @@ def test_device_loop_measures_every_section_and_writes_its_results(bench, any_lo
     assert "RuntimeError: no such loop here." in block and "in the WHILE node beyond what it takes" in block
     assert "| forward | while | 2 | 0 | 3 | 0 | 2 [1, missed] | 1 |" in block
     assert "| adjoint | while | 10 | 4.00 | 60.00 / 62.00 | 0.00 / 0.00 |" in block
+
+
+def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_asked(bench, monkeypatch, tmp_path):
+    device_loop, asked = bench("device_loop"), []
+    monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(device_loop, "measured", lambda *about, **cell: {"failed": "no CUPTI"})
+
+    def measure(case, contestants, promises, against, **_):
+        asked.append((list(contestants), against))
+        return {"case": case.name, "against": against, "by": {}}
+
+    monkeypatch.setattr(device_loop, "measure", measure)
+    for sections in (["calls"], ["training", "solves"], ["solves", "--diffrax"]):
+        monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--out", str(tmp_path), "--only", *sections])
+        with contextlib.suppress(SystemExit):  # of a row that failed
+            device_loop.main()
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert {name: [section for section in device_loop.SECTIONS if found[name][section]] for name in found} == {
+        "device_loop-calls-cpu.json": ["calls"],
+        "device_loop-training-solves-cpu.json": ["training", "solves"],
+        "device_loop-solves-cpu.json": ["solves"],
+    }
+    command = found["device_loop-calls-cpu.json"]["machine"]["command"]
+    assert command.startswith("python bench/") and command.endswith(".py --quick --only calls")
+    assert ["diffrax" in names and "diffrax" in against for names, against in asked] == [False, False, True]
 
 
 def test_a_solve_by_another_loop_than_the_one_that_is_timed_keeps_its_line(bench, monkeypatch):
