@@ -1,16 +1,16 @@
 """Times solves whose steps the device repeats, of a step that was captured once with its field (cuda_graph=True).
 
-1. Whole solves at rtol 1e-6: torchdiffeq, diffrax by jax.jit, our host loop with the kernels, and the device's loop in
-   every way: one launch ("while"), batches of launches, and with nothing read back ("deferred").
-2. A training step, with Adam: torchdiffeq's adjoint, ours by the host, and captured, continuous and discrete.
-3. What a step costs by each loop, as the slope of the time over the number of steps, and what a first call costs.
-4. What a run asks of CUDA between its beginning and its return: launches, copies, waits, by torch.profiler.
-5. What torch's allocator holds for a captured solve, of few and of many steps, and when its owner is gone.
+steps: what a step costs by each loop, as the slope of the time over the number of steps, and what a first call costs.
+training: a step with Adam: torchdiffeq's adjoint, ours by the host, and captured, continuous and discrete.
+solves: whole ones at rtol 1e-6: torchdiffeq, our host loop with the kernels, and the device's loop in every way: one
+launch ("while"), batches of launches, and with nothing read back ("deferred"); with --diffrax, diffrax by jax.jit.
+calls: what a run asks of CUDA between its beginning and its return: launches, copies, waits, by torch.profiler.
+memory: what torch's allocator holds for a captured solve, of few and of many steps, and when its owner is gone.
 
-Values are checked before anything is timed; ratios are those of one round. 4 and 5 are processes of their own. What
-fails keeps its row, which says why.
+Values are checked before anything is timed; ratios are those of one round. Cells of calls and memory are processes.
+What fails keeps its row, which says why. Of some sections alone (--only) the result has their names in its own.
 
-    python bench/device_loop.py [--quick] [--budget SECONDS] [--jobs N] [--out DIRECTORY]
+    python bench/device_loop.py [--quick] [--only SECTION...] [--diffrax] [--budget SECONDS] [--jobs N] [--out FOLDER]
 """
 
 from __future__ import annotations
@@ -41,6 +41,7 @@ from solving import Contestant, Problem, TorchContestant, exact, make_problem
 from tables import gist, show, write_result
 from timing import Spread, interleaved
 
+SECTIONS = ("steps", "training", "solves", "calls", "memory")  # in the order of what they are worth
 Record = dict[str, Any]
 Contestants = Mapping[str, Callable[[Problem], Contestant]]
 
@@ -139,15 +140,12 @@ def main() -> None:
     torch.set_num_threads(arguments.threads)
     quick = arguments.quick
     result: Record = {
-        **program.new_result("device_loop", device),
+        **program.new_result("-".join(["device_loop", *arguments.only]), device),
         "settings": {"method": "dopri5", "rtol": 1e-6, "atol": 1e-6, "loss": "sum of y(t_end)^2 / batch"},
         "complete": False,
-        "solves": [],
-        "training": [],
-        "steps": [],
-        "calls": [],
-        "memory": [],
+        **{section: [] for section in SECTIONS},
     }
+    sections = arguments.only or SECTIONS
 
     def add(section: str, name: str, row: Callable[[], Record]) -> None:
         print(name, file=sys.stderr, flush=True)
@@ -155,25 +153,30 @@ def main() -> None:
         write_result(result, arguments.out)  # each time: a limit may end the program before the last row
 
     measuring = {"device": device, "rounds": 3 if quick else ROUNDS, "budget": arguments.budget}
-    for it, promises in QUICK_SOLVE_CASES if quick else SOLVE_CASES:
-        add("solves", it.name, functools.partial(measure, it, SOLVES, promises, (RIVAL, DIFFRAX, HOST), **measuring))
-    for it, promises in QUICK_TRAINING_CASES if quick else TRAINING_CASES:
+    if "steps" in sections:
+        counts, few = STEPS[:2] if quick else STEPS, measuring | {"rounds": min(measuring["rounds"], STEP_ROUNDS)}
+        for stepping in STEPPINGS[:1] if quick else STEPPINGS:
+            add("steps", stepping.name, functools.partial(measure_steps, stepping, LOOPS_TIMED, counts, **few))
+    if "training" in sections:
         against = (THEIR_ADJOINT, HOST_ADJOINT)
-        add("training", it.name, functools.partial(measure, it, TRAININGS, promises, against, **measuring))
-    measuring["rounds"] = min(measuring["rounds"], STEP_ROUNDS)
-    for stepping in STEPPINGS[:1] if quick else STEPPINGS:
-        row = functools.partial(measure_steps, stepping, LOOPS_TIMED, STEPS[:2] if quick else STEPS, **measuring)
-        add("steps", stepping.name, row)
+        for it, promises in QUICK_TRAINING_CASES if quick else TRAINING_CASES:
+            add("training", it.name, functools.partial(measure, it, TRAININGS, promises, against, **measuring))
+    if "solves" in sections:
+        solvers = {name: each for name, each in SOLVES.items() if name != DIFFRAX or arguments.diffrax}
+        against = (RIVAL, *([DIFFRAX] if arguments.diffrax else []), HOST)
+        for it, promises in QUICK_SOLVE_CASES if quick else SOLVE_CASES:
+            add("solves", it.name, functools.partial(measure, it, solvers, promises, against, **measuring))
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        begun = [(cell, pool.submit(cell.measured, arguments)) for cell in (*CALLS, *MEMORY)]
+        cells = [cell for cell in (*CALLS, *MEMORY) if cell.what in sections]
+        begun = [(cell, pool.submit(cell.measured, arguments)) for cell in cells]
         for cell, row in begun:
             add(cell.what, cell.name, row.result)
     result["complete"] = True
     path = write_result(result, arguments.out)
-    for rows in (*(solve_rows(result, section) for section in ("solves", "training")), steps_rows(result)):
-        show(rows)
-    show(calls_rows(result))
-    show(memory_rows(result))
+    tables = [solve_rows(result, section) for section in ("solves", "training")]
+    for rows in (*tables, steps_rows(result), calls_rows(result), memory_rows(result)):
+        if len(rows) > 1:
+            show(rows)
     print(device_loop_sentences(result))
     print(f"Written: {path}")
     if ours := failures(result):
@@ -186,6 +189,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
     parser.add_argument("--out", type=Path, default=program.RESULTS, help="folder of the JSON")
     parser.add_argument("--quick", action="store_true", help="tiny cases: shows that the program runs")
+    parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", choices=SECTIONS, help=", ".join(SECTIONS))
+    parser.add_argument("--diffrax", action="store_true", help="with diffrax, which is compiled for every case")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
     parser.add_argument("--jobs", type=int, default=1, help="cells of calls and memory at once (default: 1)")
     return parser.parse_args()
@@ -260,6 +265,7 @@ def measure(
         by[name]["promises"] = {
             other: {"target": target, "met": ratios[other].median >= target if other in ratios else None}
             for other, target in others.items()
+            if other in contestants
         }
     return {"case": case.name, "rounds": len(sample), "against": list(against), "by": by}
 

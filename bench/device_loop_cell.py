@@ -1,7 +1,8 @@
 """One cell of device_loop.py, in a process of its own: prints one line of JSON.
 
 calls: what a run asks of CUDA between its beginning and its return, by torch.profiler. The first releases of CUPTI that
-met loops on the GPU crashed now and then (pytorch issue 134308): here that ends a cell and not the benchmark.
+met loops on the GPU crashed now and then (pytorch issue 134308): here that ends a cell and not the benchmark. Calls are
+those of the host; of the kernels in a WHILE node a profiler shows the first iteration only.
 memory: what torch's allocator holds beyond what it held before, with a captured solve and when its owner is gone.
 """
 

@@ -36,8 +36,8 @@ def path(contestant: str) -> contextlib.AbstractContextManager[Any]:
 
 
 def version(library: str) -> str | None:
-    """The installed version, None if there is none."""
+    """The installed version; of ours, where a checkout is used as it is, its own; None if there is none."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:
-        return None
+        return importlib.import_module(OURS).__version__ if library == OURS else None

@@ -33,7 +33,7 @@ def describe(device: torch.device) -> dict[str, Any]:
     changes = git("status", "--porcelain", "--", ".", *WRITTEN_BY_BENCHMARKS)
     return {
         "date": datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "command": " ".join(["python", f"bench/{Path(sys.argv[0]).name}", *without_folder(sys.argv[1:])]),
         "commit": commit,
         "dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
@@ -48,6 +48,14 @@ def describe(device: torch.device) -> dict[str, Any]:
         RIVAL: version(RIVAL),
         **(gpu(device) if device.type == "cuda" else {}),
     }
+
+
+def without_folder(arguments: list[str]) -> list[str]:
+    """Without --out and the folder that it names: where results lie does not change them."""
+    if "--out" not in arguments:
+        return arguments
+    at = arguments.index("--out")
+    return arguments[:at] + arguments[at + 2 :]
 
 
 def gpu(device: torch.device) -> dict[str, Any]:

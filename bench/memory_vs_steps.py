@@ -15,7 +15,6 @@
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -26,6 +25,7 @@ import torch
 from digits import ODENet
 from fresh_process import measured
 from modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, Mode, mode, of_library
+from report_gpu import INCOMPLETE
 from report_memory import NOT_TRAINED, memory_rows, memory_sentence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -75,19 +75,24 @@ def main() -> None:
             )
         task = progress.add_task("memory", total=len(cells))
         done: list[Cell] = []
+        result = {
+            **program.new_result("memory_vs_steps", device),
+            "settings": {"channels": CHANNELS, "batch": arguments.batch, "method": SOLVER_METHOD},
+            "training": training,
+            "cells": done,
+            "sentence": INCOMPLETE,
+        }
         with ThreadPoolExecutor(arguments.jobs) as pool:
             for cell in pool.map(lambda key: measure_memory(key[0], key[1], arguments), cells):
                 done.append(cell)
                 progress.update(task, advance=1, description=f"memory, N={cell['steps']}")
+        write_result(result, arguments.out)  # time on a GPU may be over before the last N
         task = progress.add_task("time", total=len(arguments.steps))
-        measure_times(done, compared, arguments, lambda: progress.advance(task))
+        for n in arguments.steps:
+            measure_times([cell for cell in done if cell["steps"] == n], n, compared, arguments)
+            write_result(result, arguments.out)
+            progress.advance(task)
 
-    result = {
-        **program.new_result("memory_vs_steps", device),
-        "settings": {"channels": CHANNELS, "batch": arguments.batch, "method": SOLVER_METHOD},
-        "training": training,
-        "cells": done,
-    }
     result["sentence"] = memory_sentence(result)
     path = write_result(result, arguments.out)
     written = str(path)
@@ -158,21 +163,18 @@ def measure_memory(by: Mode, steps: int, arguments: argparse.Namespace) -> Cell:
     )
 
 
-def measure_times(
-    cells: list[Cell], compared: list[Mode], arguments: argparse.Namespace, advance: Callable[[], None]
-) -> None:
-    """Adds `seconds` to the cells that had enough memory: the fastest of several, all modes of an N in turn."""
+def measure_times(cells: list[Cell], n: int, compared: list[Mode], arguments: argparse.Namespace) -> None:
+    """Adds `seconds` to the cells of this N that had enough memory: the fastest of several, all modes in turn."""
     setting = Setting(SOLVER_METHOD, CHANNELS, arguments.batch, arguments.device)
     device = torch.device(arguments.device)
     run = {(by.library, by.gradient): training_step(by, setting) for by in compared}
-    for n in arguments.steps:
-        row = [cell for cell in cells if cell["steps"] == n and "failed" not in cell]
-        for _ in range(min(MOST_REPEATS, max(LEAST_REPEATS, REPEAT_STEPS // n))):
-            for cell in row:
-                step = run[cell["library"], cell["gradient"]]
-                took = seconds(lambda step=step, n=n: step(n), device)
-                cell["seconds"] = min(took, cell.get("seconds", took))
-        advance()
+    for _ in range(min(MOST_REPEATS, max(LEAST_REPEATS, REPEAT_STEPS // n))):
+        for cell in cells:
+            if "failed" in cell:
+                continue
+            step = run[cell["library"], cell["gradient"]]
+            took = seconds(lambda step=step: step(n), device)
+            cell["seconds"] = min(took, cell.get("seconds", took))
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Tables and sentences from the JSON of kernels.py, solve.py and gpu.sh."""
+"""Tables and sentences from the JSON of kernels.py and solve.py, and of a stage of gpu.sh."""
 
 from __future__ import annotations
 
@@ -122,9 +122,12 @@ def solve_block(result: Result) -> str:
 
 
 def gpu_rows(result: Result) -> Rows:
-    """A row a stage."""
-    rows = [["stage", "result", "seconds", "note"]]
-    return rows + [[s["stage"], s["result"], str(s["seconds"]), s["note"]] for s in result["stages"]]
+    """A row a check or item, with the tests that failed."""
+    rows = [["check", "came out", "seconds", "said"]]
+    for line in result["lines"]:
+        said = "; ".join([line["detail"], *line["more"]]).replace("|", "/")
+        rows.append([line["name"], line["outcome"], f"{line['seconds']:.0f}", said])
+    return rows
 
 
 def gpu_block(result: Result) -> str:

@@ -99,7 +99,7 @@ def memory_rows(result: Result) -> Rows:
         row = [str(n)]
         for name in lines[0]:
             mib, took, recompute = (line[name].get(n) for line in lines)
-            measured = "failed" if mib is None or took is None else f"{mib:.1f} / {took:.3f}"
+            measured = "failed" if mib is None else f"{mib:.1f} / {'not timed' if took is None else f'{took:.3f}'}"
             row.append(measured if recompute is None else f"{measured} / {recompute:.2f}")
         rows.append(row)
     return rows

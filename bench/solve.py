@@ -1,11 +1,13 @@
-"""Times whole solves by the fused kernels, by plain PyTorch, by torchdiffeq and by diffrax, in turn, at rtol 1e-6.
+"""Times whole solves by the fused kernels, by plain PyTorch and by torchdiffeq, in turn, at rtol 1e-6.
 
 For every case a solve without gradients, and one with the adjoint's backward solve. Each is checked against the exact
 solution first. Evaluations, accepted steps and the achieved error stand beside every time, with the ratio of
 torchdiffeq's time in the same round. A contestant that is missing, fails or is wrong keeps its line, which says why.
 The cases, with what is promised of the kernels, are in cases.py; without a GPU plain PyTorch runs alone for us.
 
-    python bench/solve.py [--quick] [--device cuda] [--threads N] [--budget SECONDS] [--out DIRECTORY]
+With --diffrax diffrax takes part, compiled for every case.
+
+    python bench/solve.py [--quick] [--device cuda] [--diffrax] [--threads N] [--budget SECONDS] [--out DIRECTORY]
 """
 
 # speed.py stays apart: its promises are those of plain PyTorch on a CPU, at torchdiffeq's default tolerances. What
@@ -14,6 +16,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Sequence
 from typing import Any
 
 import program
@@ -35,6 +38,7 @@ def main() -> None:
     device = program.begin(arguments)
     cases = QUICK_SOLVE_CASES if arguments.quick else SOLVE_CASES
     rounds = 3 if arguments.quick else ROUNDS
+    names = [*contestants(device), *([DIFFRAX] if arguments.diffrax else [])]
     rows: list[Record] = []
     result: Record = {
         **program.new_result("solve", device),
@@ -44,7 +48,7 @@ def main() -> None:
     }
     for case in cases:
         print(case.name, file=sys.stderr, flush=True)
-        rows.append(measure(case, device, rounds, arguments.budget))
+        rows.append(measure(case, names, device, rounds, arguments.budget))
         write_result(result, arguments.out)  # each time: time on a GPU may be over before the last row
     result["complete"] = True
     path = write_result(result, arguments.out)
@@ -58,22 +62,23 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = program.parser(__doc__, quick="tiny cases")
+    parser.add_argument("--diffrax", action="store_true", help="with diffrax, which is compiled for every case")
     parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
     return parser.parse_args()
 
 
 def contestants(device: torch.device) -> list[str]:
     """Who takes part: the kernels only where they can."""
-    return [*([FUSED] if device.type == "cuda" else []), REFERENCE, RIVAL, DIFFRAX]
+    return [*([FUSED] if device.type == "cuda" else []), REFERENCE, RIVAL]
 
 
-def measure(case: Case, device: torch.device, rounds: int, budget: float) -> Record:
+def measure(case: Case, names: Sequence[str], device: torch.device, rounds: int, budget: float) -> Record:
     """One row: all checked, then those that are right timed."""
     problem = make_problem(case, device)
     expected = exact(problem)
     by: dict[str, Record] = {}
     running: dict[str, Contestant] = {}
-    for name in contestants(device):
+    for name in names:
         if not installed(name.partition(" ")[0]):
             by[name] = {"failed": "not installed"}
             continue

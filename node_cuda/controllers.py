@@ -258,7 +258,7 @@ class Adaptive:
         return min(100 * h0, h1) if math.isfinite(h1) else h0
 
     def _probe(self, t0: float, t1: float, h: float, y: Tensor, f0: Tensor) -> Tensor:
-        """The field after an Euler step, without its graph. func sees a state that requires grad where the steps' do."""
+        """The field after an Euler step, without its graph. func sees a state like those of the steps."""
         arithmetic = self.arithmetic
         at = arithmetic.interval(t0, t1, h)
         (t,) = arithmetic.slots(at, (1.0,), HERE)

@@ -1,14 +1,14 @@
 """The benchmarks run from end to end at their smallest settings, and their pages are made from their JSON.
 
 What only a GPU can measure is tested up to the measurement: the launches of kernels.py on the CPU behind the shim, the
-reports from numbers that are made up here, gpu.sh with an interpreter that only pretends.
+reports from numbers that are made up here. gpu.sh has test_gpu_script.py.
 """
 
+import contextlib
 import importlib
 import json
 import os
 import re
-import shutil
 import struct
 import subprocess
 import sys
@@ -100,7 +100,9 @@ def test_a_cell_that_failed_is_a_value_in_the_table(report_memory):
         {"library": "node_cuda", "gradient": "backprop", "steps": 8, "peak_mib": 5.0, "seconds": 0.5},
         {"library": "node_cuda", "gradient": "backprop", "steps": 16, "failed": "out of memory"},
     ]
-    assert [row[1] for row in report_memory.memory_rows({"cells": cells})[1:]] == ["5.0 / 0.500", "failed"]
+    cells.append({"library": "node_cuda", "gradient": "backprop", "steps": 32, "peak_mib": 9.0})  # its time was over
+    shown = [row[1] for row in report_memory.memory_rows({"cells": cells})[1:]]
+    assert shown == ["5.0 / 0.500", "failed", "9.0 / not timed"]
 
 
 def memory_cells(growth, library="node_cuda", size=1.0):
@@ -190,6 +192,17 @@ def test_a_copy_without_its_repository_can_be_told_its_commit(bench, monkeypatch
     monkeypatch.setenv("NODE_CUDA_COMMIT", "abc")
     about = machine.describe(torch.device("cpu"))
     assert (about["commit"], about["dirty"]) == ("abc", None)
+
+
+def test_a_checkout_that_is_not_installed_has_its_version(bench, monkeypatch):
+    libraries = bench("libraries")
+
+    def nothing(name):
+        raise libraries.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(libraries.metadata, "version", nothing)
+    assert libraries.version("node_cuda") == importlib.import_module("node_cuda").__version__
+    assert libraries.version("torchdiffeq") is None
 
 
 def test_rounds_are_at_least_three_and_each_begins_with_the_next_contestant(bench):
@@ -386,7 +399,7 @@ def test_solve_runs_without_a_gpu_and_writes_its_results(tmp_path):
         assert ours["accepted"] == theirs["accepted"] > 0
         assert ours["nfe"] == theirs["nfe"] > 0
         assert len(ours["ratio"]) == 3 and "ratio" not in theirs
-        assert "diffrax" in row["by"] and "node_cuda fused" not in row["by"]
+        assert row["by"].keys() == {"node_cuda reference", "torchdiffeq"}
 
 
 def test_the_cheap_field_has_the_solution_that_its_formula_says(bench):
@@ -411,7 +424,8 @@ def test_contestants_that_are_missing_or_wrong_keep_their_lines(bench, monkeypat
 
     monkeypatch.setattr(solving.TorchContestant, "solved", wrong)
     monkeypatch.setattr(solve, "installed", lambda library: library == "node_cuda")
-    row = solve.measure(case, torch.device("cpu"), rounds=3, budget=0.0)
+    names = ["node_cuda reference", "torchdiffeq", "diffrax"]
+    row = solve.measure(case, names, torch.device("cpu"), rounds=3, budget=0.0)
     assert row["by"]["torchdiffeq"] == row["by"]["diffrax"] == {"failed": "not installed"}
     assert "misses the exact solution" in row["by"]["node_cuda reference"]["failed"]
     assert "milliseconds" not in row["by"]["node_cuda reference"]
@@ -492,7 +506,7 @@ def test_device_loop_measures_every_section_and_writes_its_results(bench, any_lo
     assert result["complete"] and result["machine"].keys() >= MACHINE_FIELDS
     (solves,), (training,), (steps,) = (result[section] for section in ("solves", "training", "steps"))
     ours = [f"node_cuda {loop}" for loop in any_loop.LOOPS]
-    assert list(solves["by"]) == ["torchdiffeq", "diffrax", *ours]
+    assert list(solves["by"]) == ["torchdiffeq", *ours]
     for name in ours:
         assert solves["by"][name]["nfe"] == solves["by"]["torchdiffeq"]["nfe"] > 0
         assert len(solves["by"][name]["ratios"]["torchdiffeq"]) == 3
@@ -506,6 +520,31 @@ def test_device_loop_measures_every_section_and_writes_its_results(bench, any_lo
     assert "RuntimeError: no such loop here." in block and "in the WHILE node beyond what it takes" in block
     assert "| forward | while | 2 | 0 | 3 | 0 | 2 [1, missed] | 1 |" in block
     assert "| adjoint | while | 10 | 4.00 | 60.00 / 62.00 | 0.00 / 0.00 |" in block
+
+
+def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_asked(bench, monkeypatch, tmp_path):
+    device_loop, asked = bench("device_loop"), []
+    monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(device_loop, "measured", lambda *about, **cell: {"failed": "no CUPTI"})
+
+    def measure(case, contestants, promises, against, **_):
+        asked.append((list(contestants), against))
+        return {"case": case.name, "against": against, "by": {}}
+
+    monkeypatch.setattr(device_loop, "measure", measure)
+    for sections in (["calls"], ["training", "solves"], ["solves", "--diffrax"]):
+        monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--out", str(tmp_path), "--only", *sections])
+        with contextlib.suppress(SystemExit):  # of a row that failed
+            device_loop.main()
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert {name: [section for section in device_loop.SECTIONS if found[name][section]] for name in found} == {
+        "device_loop-calls-cpu.json": ["calls"],
+        "device_loop-training-solves-cpu.json": ["training", "solves"],
+        "device_loop-solves-cpu.json": ["solves"],
+    }
+    command = found["device_loop-calls-cpu.json"]["machine"]["command"]
+    assert command.startswith("python bench/") and command.endswith(".py --quick --only calls")
+    assert ["diffrax" in names and "diffrax" in against for names, against in asked] == [False, False, True]
 
 
 def test_a_solve_by_another_loop_than_the_one_that_is_timed_keeps_its_line(bench, monkeypatch):
@@ -697,85 +736,3 @@ def test_what_stays_behind_is_growth(bench, tmp_path, report):
     block = report.block("endurance", tmp_path)
     assert "memory grew: adjoint (resident memory)." in block and "+100.0 bytes a solve; 70 would" in block
     assert "| adjoint | 20000 | 0.1 | 0.5 to 1.9 | +100.0 | 6 to 6 | 0.5 to 0.5 |" in block
-
-
-# ---- gpu.sh
-
-PRETENDS = """#!{python}
-import os, sys
-arguments = sys.argv[1:]
-if "torch.cuda.is_available" in " ".join(arguments):
-    print({path!r}, "9.0", "Some GPU", sep="\\n")
-elif "find_spec" in " ".join(arguments):
-    print("rich" if "rich" in arguments else "")
-elif "bench/gpu_record.py" in arguments:
-    os.execv({python!r}, [{python!r}, *arguments])
-else:
-    print("ran", *arguments)
-    sys.exit(3 if "bench/solve.py" in arguments else 0)
-"""
-
-
-def gpu_sh(tmp_path, *stages, **environment):
-    return subprocess.run(
-        [str(BENCH / "gpu.sh"), *stages],
-        capture_output=True,
-        text=True,
-        env={**os.environ, "NODE_CUDA_RESULTS": str(tmp_path / "results"), **environment},
-    )
-
-
-@pytest.fixture
-def interpreter(tmp_path):
-    """A Python that says that there is a GPU, and does nothing."""
-    path = tmp_path / "python"
-    path.write_text(PRETENDS.format(python=sys.executable, path=str(path)))
-    path.chmod(0o755)
-    return str(path)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_gpu_sh_goes_on_after_a_failed_stage_and_records_all(tmp_path, interpreter, report):
-    run = gpu_sh(tmp_path, PYTHON=interpreter)
-    assert run.returncode == 1, run.stderr
-    recorded = json.loads((tmp_path / "results" / "gpu.json").read_text())
-    results = {stage["stage"]: stage["result"] for stage in recorded["stages"]}
-    sanitizers = {"memcheck", "racecheck", "initcheck"}
-    assert {stage: result for stage, result in results.items() if stage not in sanitizers} == {
-        "build": "passed", "tests": "passed", "batches": "passed", "while": "passed", "kernels": "passed",
-        "solve": "failed", "device-loop": "passed", "memory": "skipped", "first-use": "passed",
-        "endurance": "skipped", "gradients": "passed",
-    }  # fmt: skip
-    assert results.keys() >= sanitizers
-    notes = {stage["stage"]: stage["note"] for stage in recorded["stages"]}
-    assert notes["memory"] == "not installed: rich"
-    assert notes["solve"] == "exit status 3: log/solve.txt"
-    assert "--device cuda" in (tmp_path / "results" / "log" / "solve.txt").read_text()
-    assert "| solve | failed |" in report.block("gpu", tmp_path / "results")
-    assert re.search(r"^solve +failed", run.stdout, re.MULTILINE)
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_gpu_sh_runs_the_stages_that_are_named(tmp_path, interpreter):
-    run = gpu_sh(tmp_path, "kernels", PYTHON=interpreter)
-    assert run.returncode == 0, run.stderr
-    assert {path.name for path in (tmp_path / "results" / "log").iterdir()} == {"kernels.txt"}
-    assert not (tmp_path / "results" / "gpu.json").exists()
-
-
-@pytest.mark.skipif(shutil.which("bash") is None, reason="no bash")
-def test_gpu_sh_without_a_gpu_is_a_sentence(tmp_path):
-    run = gpu_sh(tmp_path, PYTHON=sys.executable, CUDA_VISIBLE_DEVICES="")
-    assert run.returncode == 1
-    assert "needs an NVIDIA GPU" in run.stderr
-    assert not (tmp_path / "results").exists()
-
-
-def test_gpu_sh_ends_within_ten_minutes():
-    script = (BENCH / "gpu.sh").read_text()
-    limits = {name: int(seconds) for name, seconds in re.findall(r"\bstage \"?\$?([\w-]+)\"? (\d+) \"", script)}
-    assert limits.keys() == {
-        "build", "tests", "batches", "while", "kernels", "solve", "device-loop", "memory", "tool", "first-use",
-        "endurance", "gradients",
-    }  # fmt: skip
-    assert sum(limits.values()) + 2 * limits["tool"] <= 585

@@ -34,8 +34,6 @@ from node_cuda.status import SolveError, Status
 from node_cuda.steppers.step import Step
 from node_cuda.tableaus import TABLEAUS
 
-pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
-
 THREADS = 256
 REAL = DTYPES[:4]
 LAW = Controller(keep=True).law(5, AdaptiveOptions())
@@ -45,7 +43,7 @@ LAW = Controller(keep=True).law(5, AdaptiveOptions())
 def kernels(request):
     """csrc/, compiled once."""
     if request.param == "gpu":
-        return Kernels(shim.built("gpu", shim.compile_for_gpu), "cuda")
+        return Kernels(shim.for_gpu(), "cuda")
     return Kernels(request.getfixturevalue("shim_library"))
 
 
@@ -867,6 +865,7 @@ SANITIZERS = {
 }
 
 
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
 @pytest.mark.parametrize("sanitizer", SANITIZERS)
 def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
     flags = ("-O0", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DNODE_CUDA_FEW_TYPES")

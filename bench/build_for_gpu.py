@@ -1,0 +1,161 @@
+"""Compiles, on a machine without a GPU, what bench/gpu.sh needs on one that has no time for it.
+
+    python bench/build_for_gpu.py [--python 3.12] [--torch 2.11.0] [--arch 9.0] [--interpreter PATH]
+
+Needs that Python with its headers, a CUDA toolkit of the major version that torch was built with (CUDA_HOME names it),
+and at the first run several GB of disk: torch, from pip, goes into an environment beside the results. Makes the folder
+build/gpu-pyXY-torchX.Y-smXY/carry: the compiled module with its note, for node_cuda/, and the library of kernels that
+the kernel tests call. It checks that both load without a driver, and prints what to carry and what to type there.
+"""
+
+from __future__ import annotations
+
+import argparse
+import functools
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+KERNELS = "kernels.so"  # what NODE_CUDA_TEST_KERNELS names
+PACKAGES = ("setuptools>=77", "ninja", "numpy", "scipy")  # for the build, and to import node_cuda
+ENVIRONMENT_BYTES = 8 * 2**30  # torch with CUDA's libraries, and what pip needs meanwhile
+LIMIT_BYTES = 64 * 2**20  # of what is carried
+
+COMPILE_KERNELS = """
+import sys
+from pathlib import Path
+from shim import library
+library.compile_for_gpu(Path(sys.argv[1]), sys.argv[2])
+"""
+LOAD = """
+import ctypes, importlib.util, sys
+import torch
+module, kernels, arch = sys.argv[1:]
+spec = importlib.util.spec_from_file_location("_C", module)
+loaded = importlib.util.module_from_spec(spec)
+spec.loader.exec_module(loaded)
+info = loaded.build_info()
+if (info["torch"], info["kernels"], info["archs"]) != (str(torch.__version__), True, arch):
+    sys.exit(f"{module} says of itself {info}")
+ctypes.CDLL(kernels).launch_rk_stage
+print(f"Both load with torch {torch.__version__}, which sees {torch.cuda.device_count()} GPUs here.")
+"""
+
+
+def carried(python: str, torch: str, arch: str) -> Path:
+    """The folder of the results, for "3.12", "2.11.0" and "9.0"; of each as many numbers as matter."""
+    major, minor = torch.split(".")[:2]
+    return ROOT / "build" / f"gpu-py{python.replace('.', '')}-torch{major}.{minor}-sm{arch.replace('.', '')}" / "carry"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--python", default="3.12", help="version there (default: 3.12)")
+    parser.add_argument("--torch", default="2.11.0", help="version there (default: 2.11.0)")
+    parser.add_argument("--arch", default="9.0", help="compute capability of the GPU there (default: 9.0)")
+    parser.add_argument("--interpreter", help="this Python (default: pythonX.Y on the PATH, or pyenv's)")
+    arguments = parser.parse_args()
+    begun = time.perf_counter()
+    carry = carried(arguments.python, arguments.torch, arguments.arch)
+    python = environment(carry.parent / "env", arguments)
+    shutil.rmtree(carry, ignore_errors=True)
+    carry.mkdir(parents=True)
+    log = carry.parent / "log.txt"
+    log.unlink(missing_ok=True)
+    folders = ["--build-temp", str(carry.parent / "objects"), "--build-lib", str(carry)]
+    step = functools.partial(run_step, log=log, environment=variables(arguments.arch))
+    step("compile the module", [python, "setup.py", "build_ext", *folders])
+    step("compile the tests' kernels", [python, "-c", COMPILE_KERNELS, carry, arguments.arch])
+    (module,) = (carry / "node_cuda").glob("_C.*.so")
+    print(step("load both", [python, "-c", LOAD, module, carry / KERNELS, arguments.arch]))
+    print(instructions(carry, time.perf_counter() - begun))
+
+
+def environment(folder: Path, arguments: argparse.Namespace) -> Path:
+    """The Python of an environment with that torch; made where it is not there yet."""
+    python = folder / "bin" / "python"
+    ask = "import ninja, numpy, scipy, setuptools, torch; print(torch.__version__.partition('+')[0])"
+    if python.exists() and told(python, "-c", ask) == arguments.torch:
+        return python
+    if (free := shutil.disk_usage(ROOT).free) < ENVIRONMENT_BYTES:
+        raise SystemExit(f"torch needs {ENVIRONMENT_BYTES / 2**30:.0f} GiB of disk, and {free / 2**30:.1f} are free.")
+    subprocess.run([interpreter(arguments), "-m", "venv", "--clear", folder], check=True)
+    install = [python, "-m", "pip", "install", f"torch=={arguments.torch}", *PACKAGES]
+    if subprocess.run(install, check=False).returncode:
+        raise SystemExit(f"pip could not install torch {arguments.torch} for Python {arguments.python}: see above.")
+    return python
+
+
+def interpreter(arguments: argparse.Namespace) -> str:
+    """A Python of the version that was asked for."""
+    pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{arguments.python}.*/bin/python"))
+    given = arguments.interpreter
+    for candidate in [given] if given else [f"python{arguments.python}", *map(str, pyenv)]:
+        if told(candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])") == arguments.python:
+            return candidate
+    where = given or f"python{arguments.python} on the PATH"
+    raise SystemExit(f"Python {arguments.python} is needed, and {where} is none: --interpreter PATH names one.")
+
+
+def told(*command: str | Path) -> str | None:
+    """What a command prints; None if it is not there or fails."""
+    try:
+        run = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    return run.stdout.strip()
+
+
+def variables(arch: str) -> dict[str, str]:
+    """The environment of the compilers, and of what imports this checkout."""
+    home = os.environ.get("CUDA_HOME")
+    return {
+        **os.environ,
+        "NODE_CUDA_BUILD": "cuda",
+        "TORCH_CUDA_ARCH_LIST": arch,
+        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        **({"PATH": os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")])} if home else {}),
+    }
+
+
+def run_step(what: str, command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> str:
+    """Runs a command in the checkout; its last line. What it prints goes into the log; the end where it fails."""
+    print(f"{what} ...", flush=True)
+    run = subprocess.run(
+        list(command), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+    with log.open("a") as file:
+        file.write(run.stdout)
+    lines = run.stdout.splitlines() or [""]
+    if run.returncode:
+        raise SystemExit("\n".join([*lines[-15:], f"Could not {what}: all of it is in {log}."]))
+    return lines[-1]
+
+
+def instructions(carry: Path, seconds: float) -> str:
+    """What was made, what to carry, and what to type."""
+    files = sorted(path for path in carry.rglob("*") if path.is_file())
+    total = sum(path.stat().st_size for path in files)
+    lines = [f"\nMade in {seconds:.0f} s:"]
+    lines += [f"  {path.relative_to(ROOT)}  {path.stat().st_size / 2**20:.2f} MiB" for path in files]
+    if total > LIMIT_BYTES:
+        lines.append(f"  {total / 2**20:.0f} MiB are more than the {LIMIT_BYTES / 2**20:.0f} that fit.")
+    commit = told("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD")
+    if told("git", "-C", ROOT, "status", "--porcelain", "--", ".", ":(exclude)bench/results", ":(exclude)*.md"):
+        lines.append("  There are changes that are not committed: commit them, as the results name the commit.")
+    named = f"NODE_CUDA_COMMIT={commit} " if commit else ""
+    lines += [
+        f"Carry the checkout and {carry.relative_to(ROOT)} ({total / 2**20:.1f} MiB). There, in the checkout:",
+        f"  {named}bench/gpu.sh smoke prove --out FOLDER",
+        f"  {named}bench/gpu.sh measure --out FOLDER",
+    ]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,42 @@
+"""Puts what bench/gpu.sh brought back into bench/results/: the benchmarks' JSON, and gpu-STAGE.json for each stage.
+
+python bench/gpu_unpack.py FOLDER...      # each with a gpu.json; then: python bench/report.py --write
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+from program import RESULTS
+
+
+def unpack(found: dict[str, Any], folder: Path) -> list[Path]:
+    """Writes the files, over those of a former run, and returns their paths."""
+    files = {Path(name).name: result for name, result in found["results"].items()}
+    head = {key: found[key] for key in ("device", "machine")}
+    for stage in dict.fromkeys(line["stage"] for line in found["lines"]):
+        lines = [line for line in found["lines"] if line["stage"] == stage]
+        files[f"gpu-{stage}.json"] = {"benchmark": f"gpu-{stage}", **head, "lines": lines}
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, result in files.items():
+        (folder / name).write_text(json.dumps(result, indent=1) + "\n")
+    return [folder / name for name in files]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    arguments = parser.parse_args()
+    for folder in arguments.folders:
+        if not (folder / "gpu.json").is_file():
+            raise SystemExit(f"There is no gpu.json in {folder}: bench/gpu.sh --out {folder} writes it.")
+        for path in unpack(json.loads((folder / "gpu.json").read_text()), arguments.results):
+            print(path)
+
+
+if __name__ == "__main__":
+    main()
