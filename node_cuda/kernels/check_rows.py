@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
+from itertools import pairwise
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from torch import Tensor
 from node_cuda._typing import Row, Tolerance
 from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
-from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE
+from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import DTYPES, Fused, On
 from node_cuda.kernels.fused_sums import FusedSums
@@ -91,7 +92,9 @@ class Side:
         """The primitives for such a state."""
         norm = ErrorNorm(_RTOL, _ATOL) if norm is None else norm
         if self.on is None:
-            return Arithmetic(y0, direction, norm, times)
+            a = Arithmetic(y0, direction, norm, times)
+            a.clock = Clock(direction, self.dtype.to_real(), self.device)  # just before t1 is a matter of the dtype
+            return a
         assert self.module is not None
         return Fused(self.module, self.on, y0, direction, norm, times)
 
@@ -135,9 +138,7 @@ def _doubles(*values: float) -> Tensor:
 # ----------------------------------------------------------------------------------------------------- times and stages
 def _stage_times(side: Side) -> Iterator[Value]:
     for direction, side_of in ((1.0, JUST_BEFORE), (-1.0, HERE), (1.0, JUST_AFTER)):
-        # The number just before an end is one of the state's dtype: also on the host.
-        y0 = side.take(Case(1, 0)).to(side.dtype)
-        a = side.arithmetic(y0, direction=direction)
+        a = side.arithmetic(side.take(Case(1, 0)), direction=direction)
         for t0 in (_T0, -2.0, 0.0):
             at = a.interval(t0, t0 + _H, _H)
             yield from (t.double() for t in a.times(at, (0.0, 0.5, 1.0), side_of))
@@ -149,9 +150,10 @@ def _rk_stage(side: Side) -> Iterator[Value]:
         a = side.arithmetic(y0, direction=-1.0 if case.shift else 1.0)
         at = a.interval(_T0, _T0 + _H, _H)
         for count in range(10):  # each number of terms up to 7 is a kernel
-            (t,) = a.slots(at, (0.5,), HERE)
-            yield a.rk_stage(a.stage(_row(count), 0.5, HERE), at, y0, k, t)
-            yield t
+            node, side_of = ((0.5, HERE), (0.0, JUST_AFTER))[count % 2]
+            (t,) = a.slots(at, (node,), side_of)
+            yield a.rk_stage(a.stage(_row(count), node, side_of), at, y0, k, t)
+            yield t.double()
 
 
 def _rk_finish(side: Side) -> Iterator[Value]:
@@ -160,11 +162,12 @@ def _rk_finish(side: Side) -> Iterator[Value]:
         a = side.arithmetic(y0, direction=-1.0 if case.shift else 1.0)
         at = a.interval(_T0, _T0 + _H, _H)
         for count in range(1, 10):
-            (t,) = a.slots(at, (1.0,), HERE)
+            side_of = (HERE, JUST_BEFORE)[count % 2]
+            (t,) = a.slots(at, (1.0,), side_of)
             err_row = _row(count, seed=3, without=(2,))
-            y1, error = a.rk_finish(a.last_stage(_row(count, without=(1,)), err_row, 1.0, HERE), at, y0, k, t)
+            y1, error = a.rk_finish(a.last_stage(_row(count, without=(1,)), err_row, 1.0, side_of), at, y0, k, t)
             assert error is not None
-            yield from (y1, error, t)
+            yield from (y1, error, t.double())
         y1, _ = a.rk_finish(a.last_stage(_row(5), None, 1.0, HERE), at, y0, k, None)
         yield y1
 
@@ -252,28 +255,30 @@ def _initial_step(side: Side) -> Iterator[Value]:
 
 
 # --------------------------------------------------------------------------------------------------------- step control
-_JUDGED = (0.5, 3.0, math.nan, 0.1, 0.0, 0.7, 40.0)
+_JUDGED = (
+    (1.0, ControlLaw((0.2, -0.08, 0.04), 0.9, 10.0, 0.2, False, 1e-3, 2.0), (0.5, 3.0, math.nan, 0.1, 0.0, 0.7, 40.0)),
+    (-1.0, ControlLaw((0.25, 0.0, 0.0), 0.8, 5.0, 0.1, True, 1e-3, 2.0), (0.5, 3.0, math.nan, 0.1, 0.0, 0.7, 40.0)),
+    (1.0, ControlLaw((0.2, 0.0, 0.0), 0.9, 10.0, 0.2, False, 0.2, 0.4), (0.0, 40.0, 40.0, 0.5)),
+)
+"""Directions, laws and error ratios: of steps that are good, too large, not finite, without error; the largest and the
+smallest step."""
 
 
 def _step_control(side: Side) -> Iterator[Value]:
-    """Steps judged by given ratios: accepted, rejected, not finite, without error."""
-    for direction, law in (
-        (1.0, ControlLaw((0.2, -0.08, 0.04), 0.9, 10.0, 0.2, False, 1e-3, 2.0)),
-        (-1.0, ControlLaw((0.25, 0.0, 0.0), 0.8, 5.0, 0.1, True, 1e-3, 2.0)),
-    ):
+    for direction, law, ratios in _JUDGED:
         a = side.arithmetic(side.take(Case(1, 0)), direction=direction)
         control = side.control(a, law=law)
         if control is not None:
             start = torch.tensor([_T0], dtype=torch.float64, device=side.device)
             control.start_at(start, _H)
-            for ratio in _JUDGED:
+            for ratio in ratios:
                 control.judge_ratio(torch.tensor([0.0, ratio], dtype=torch.float64, device=side.device))
                 now = control.read()
                 yield _doubles(now.t0, now.t1, now.dt, now.last_t1, now.proposal)
                 yield from (now.accepted, now.rejected, now.attempts, now.accept, now.finite, now.active)
         else:
             t, h, history, good, bad = _T0, _H, (1.0, 1.0), 0, 0
-            for ratio in _JUDGED:
+            for ratio in ratios:
                 end = t + h
                 accept, h, history = reference.step_control(law, h, ratio, history)
                 t, good, bad = (end, good + 1, bad) if accept else (t, good, bad + 1)
@@ -323,29 +328,28 @@ def _landings(side: Side) -> Iterator[Value]:
 def _grid(side: Side) -> Iterator[Value]:
     """From point to point, with a wait at an output."""
     points = (0.0, 0.25, 0.75, 1.0)
-    a = side.arithmetic(side.take(Case(1, 0)), times=(0.0, 0.75, 1.0), direction=-1.0)
-    expected = (
-        ((0.0, 0.25, -0.25), 0, 1, 0),
-        ((0.25, 0.75, -0.5), 1, 1, 0),
-        ((0.75, 0.75, 0.0), 2, 0, 1),
-        ((0.75, 1.0, -0.25), 2, 1, 1),
-        ((1.0, 1.0, 0.0), 3, 0, 1),
-    )
-    if not isinstance(a, Fused):
-        for times, *flags in expected:
-            yield _doubles(*times)
-            yield from flags
-        return
-    control = a.grid_control(points, pauses=True)
-    control.start(0.0, None)
-    for i in range(len(expected)):
-        if i == 3:
-            control.resume()
+    for pause in points[1:3]:
+        a = side.arithmetic(side.take(Case(1, 0)), times=(0.0, pause, 1.0), direction=-1.0)
+        if isinstance(a, Fused):
+            control, paused = a.grid_control(points, pauses=True), 0
+            control.start(0.0, None)
+            for _ in range(len(points) + 1):
+                control.resume() if paused else control.next_of_grid()
+                now = control.read()
+                paused = now.paused
+                yield _doubles(now.t0, now.t1, now.dt)
+                yield from (now.accepted, now.active, now.next_output - now.first_output)
         else:
-            control.next_of_grid()
-        now = control.read()
-        yield _doubles(now.t0, now.t1, now.dt)
-        yield from (now.accepted, now.active, now.next_output - now.first_output)
+            outputs = 0
+            for i, (t0, t1) in enumerate(pairwise(points)):
+                yield _doubles(t0, t1, t0 - t1)
+                yield from (i, 1, outputs)
+                outputs = int(t1 == pause)
+                if outputs:
+                    yield _doubles(pause, pause, 0.0)
+                    yield from (i + 1, 0, 1)
+            yield _doubles(1.0, 1.0, 0.0)
+            yield from (3, 0, 1)
 
 
 def _commit(side: Side) -> Iterator[Value]:
@@ -392,7 +396,7 @@ def _dense_eval(side: Side) -> Iterator[Value]:
         times = _output_times(case)
         a = side.arithmetic(y0, times=times, direction=-1.0)
         at = a.interval(_T0, _T0 + _H, _H)
-        for count, with_end in _INTERPOLANTS:
+        for count, with_end in _INTERPOLANTS[-2 if case.size == 1 else 0 :]:
             out = y0.new_empty((len(times) - 2, case.size))
             a.dense_outputs(_polynomials(a, count, with_end), at, y0, y1, k, 2, out)
             yield out
@@ -446,7 +450,8 @@ def _accumulate(side: Side) -> Iterator[Value]:
         a, sums = _sums_of(side, tensors(), with_error=True)
         at = a.interval(_T0, _T0 + _H, _H)
         norm = ErrorNorm(_RTOL, _ATOL)
-        for weights in (((0.7, 0.3), (-0.4, 0.2)), ((0.5, 0.0), (-0.3, 0.6))):
+        steps = ((0.7, 0.3), (-0.4, 0.2)), ((0.5, 0.0), (-0.3, 0.6))
+        for weights in steps if len(parameters) > 1 else steps[:1]:
             sums.begin()
             for i, (weight, error_weight) in enumerate(weights):
                 given: list[Tensor | None] = [None if (i + j) % 4 == 3 else x for j, x in enumerate(tensors())]
@@ -457,12 +462,19 @@ def _accumulate(side: Side) -> Iterator[Value]:
             yield from sums.scaled_errors(norm)
             sums.commit()
             yield from (x.clone() for x in sums.total)
-    many = [side.exact(CASES[1], side.dtype) for _ in range(450)]  # more than a launch takes
+
+
+def _long_list(side: Side) -> Iterator[Value]:
+    """More tensors than a launch takes."""
+    many = side.exact(Case(450, 0), side.dtype).split(1)
+    if side.on is None:
+        yield 0.7 * torch.cat(many)
+        return
     _, sums = _sums_of(side, many, with_error=False)
     sums.begin()
     sums.add(many, 0.7, 0.0)
     sums.commit()
-    yield torch.stack(sums.total)
+    yield torch.cat(sums.total)
 
 
 def _sums_on_device(side: Side) -> Iterator[Value]:
@@ -612,6 +624,7 @@ ROWS = (
     Primitive("pack_adjoint", _pack_adjoint),
     Primitive("real_dot", _real_dot),
     Primitive("accumulate", _accumulate),
+    Primitive("long_list", _long_list),
     Primitive("sums_on_device", _sums_on_device),
     Primitive("current_step", _current_step),
     Primitive("tape", _tape),
