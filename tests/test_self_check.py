@@ -26,7 +26,7 @@ from node_cuda import Unsupported, odeint, solve
 from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import check_record, check_rows, self_check
 from node_cuda.kernels.check_record import Lost, Record
-from node_cuda.kernels.check_rows import MANY, ROWS, difference
+from node_cuda.kernels.check_rows import ROWS, difference
 from node_cuda.kernels.fused import DTYPES
 
 CPU = torch.device("cpu")
@@ -141,6 +141,21 @@ def wrong_dtype(broken, plan, name, call, args):
     return plan.mistaken(name, args)
 
 
+def no_write_of_current(broken, plan, name, call, args):
+    """The kernel does nothing where the step is the one that the control says."""
+    if not any(x is at for x in args for at in broken.currents):
+        call(*args)
+
+
+def no_second_launch(broken, plan, name, call, args):
+    """Of a list that takes several launches, only the first one comes."""
+    late = [(part[0], _SUMS[part[5]] * part[3]) for part in plan.parts[448:]]
+    saved = [(address, ctypes.string_at(address, size)) for address, size in late]
+    call(*args)
+    for address, old in saved:
+        ctypes.memmove(address, old, len(old))
+
+
 def argument(place: int, change: Callable[[Any], Any]) -> Fault:
     """One argument of the call is another one."""
 
@@ -172,6 +187,7 @@ class Broken:
     def __init__(self, module: ModuleType, where: str, fault: Fault) -> None:
         self._module, self.where, self.fault = module, where, fault
         self.called: set[str] = set()
+        self.currents: list[Any] = []  # what says to a kernel that its step is the control's
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
@@ -204,7 +220,9 @@ class Broken:
 class OfState:
     """A plan, and one beside it that takes the state for another dtype."""
 
-    def __init__(self, broken: Broken, code: int, n: int, size: int, error_size: int, on: Any, direction: float) -> None:
+    def __init__(
+        self, broken: Broken, code: int, n: int, size: int, error_size: int, on: Any, direction: float
+    ) -> None:
         if broken.where == "Plan":
             direction = -direction
         self.broken, self.n, self.size, self.error_size = broken, n, size, error_size
@@ -214,7 +232,9 @@ class OfState:
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)
-        if name.startswith("set_") and name != "set_walk" or name in ("row", "polynomials"):
+        if name == "current":
+            return lambda: self.broken.currents.append(value()) or self.broken.currents[-1]
+        if name in ("set_norm", "set_law", "set_workspace", "row", "polynomials"):
 
             def both(*args: Any) -> Any:
                 getattr(self._other, name)(*args)
@@ -288,7 +308,7 @@ def called(shim_module) -> dict[str, list[check_rows.Primitive]]:
 
 def launches(module: ModuleType) -> Iterator[str]:
     """Every method of the plans and every function that Fused calls, but those that launch nothing."""
-    quiet = {"launches", "bytes", "workspace_size", "set_workspace"}
+    quiet = {"launches", "bytes", "workspace_size", "current"}
     for owner in ("Plan", "SumsPlan"):
         yield from (f"{owner}.{x}" for x in dir(getattr(module, owner)) if not x.startswith("_") and x not in quiet)
     yield from ("pack_adjoint", "jump")
@@ -300,6 +320,7 @@ def test_every_method_of_the_compiled_module_that_solves_call_is_called_by_a_row
 
 OF_STATE = ["rk_stage", "rk_finish", "combine", "sum", "commit", "scaled_error", "dense_eval", "dense_adjoint"]
 NORMS = ["judge", "initial_norms", "initial_change"]
+ON_CURRENT = ["rk_stage", "rk_finish", "sum", "stage_times", "judge", "dense_eval", "dense_adjoint"]
 CONTROL = ["start_control", "start_control_at", "judge_ratio", "next_of_grid", "resume", "read_control"]
 WALK = ["set_walk", "take_back", "taken"]
 SUMS = [f"SumsPlan.{name}" for name in ("accumulate", "keep", "commit", "ratio")]
@@ -354,6 +375,9 @@ FAULTS = [
     *(pytest.param(where, dropped_tail, id=f"dropped tail {where}") for where in (*LARGE, "Plan.stage_times")),
     *(pytest.param(where, missing_block, id=f"missing block {where}") for where in LARGE),
     *(pytest.param(where, wrong_dtype, id=f"wrong dtype {where}") for where in (*TYPED, "Plan.take_back")),
+    *(pytest.param(where, no_write_of_current, id=f"no write of the current step {where}") for where in
+      (*(f"Plan.{name}" for name in ON_CURRENT), "SumsPlan.accumulate", "SumsPlan.keep", "SumsPlan.commit")),
+    pytest.param("SumsPlan.accumulate", no_second_launch, id="no second launch SumsPlan.accumulate"),
     *(pytest.param(where, fault, id=f"coefficient {i} {where}") for i, (where, fault) in enumerate(COEFFICIENTS)),
 ]  # fmt: skip
 
@@ -361,3 +385,347 @@ FAULTS = [
 @pytest.mark.parametrize("where, fault", FAULTS)
 def test_a_kernel_with_a_fault_is_found(shim_module, called, where, fault):
     assert found_by(Broken(shim_module, where, fault), torch.float32, called[where]) is not None
+
+
+OTHERS = [dtype for dtype in DTYPES if dtype != torch.float32]
+QUICK = ("rk_stage", "rk_finish", "combine", "sum", "scaled_error")
+
+
+@pytest.mark.parametrize("dtype", OTHERS, ids=str)
+def test_the_kernels_as_they_are_pass_in_every_dtype_and_those_of_another_dtype_do_not(shim_module, called, dtype):
+    assert found_by(shim_module, dtype, [row for row in ROWS if row.name != "long_list"]) is None
+    faults = [(f"Plan.{name}", wrong_dtype) for name in QUICK]
+    if not dtype.is_complex:  # where times are of the dtype that the state is mistaken for
+        faults.append(("Plan.stage_times", wrong_dtype))
+    faults += [("Plan.row", argument(0, of_row)), ("Plan.commit", missing_block), ("jump", missing_block)]
+    for where, fault in faults:
+        assert found_by(Broken(shim_module, where, fault), dtype, called[where]) is not None, where
+
+
+by_kernels: list[Any] = []  # the arithmetic of solves, without that of checks
+
+
+# ------------------------------------------------------------------ when it runs, and what a solve makes of it
+@pytest.fixture
+def unchecked(shim, monkeypatch, tmp_path) -> Callable[[Any], None]:
+    """A process in which nothing was checked and nothing is remembered, with two quick rows. Calling it exchanges the
+    module; without an argument it only forgets what the process knows."""
+    monkeypatch.setenv(check_record.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(self_check, "ROWS", tuple(row for row in ROWS if row.name in ("stage_times", "combine")))
+
+    def process(module: Any = None) -> None:
+        monkeypatch.setattr(self_check, "_known", {})
+        if module is not None:
+            monkeypatch.setattr(dispatch, "_kernels", lambda device: (module, ON))
+
+    class Counted(dispatch.Fused):
+        def __init__(self, *args: Any) -> None:
+            by_kernels.append(self)
+            super().__init__(*args)
+
+    monkeypatch.setattr(dispatch, "Fused", Counted)
+    process()
+    return process
+
+
+@pytest.fixture
+def wrong(shim_module) -> Broken:
+    return Broken(shim_module, "Plan.combine", argument(0, scaled))
+
+
+def decay(t, y):
+    return -y
+
+
+def run(dtype=torch.float64):
+    return odeint(decay, torch.ones(3, dtype=dtype), torch.linspace(0.0, 1.0, 3), method="dopri5")
+
+
+def takes_kernels(dtype=torch.float64) -> bool:
+    """Are the steps of a solve computed by the kernels?"""
+    by_kernels.clear()
+    run(dtype)
+    return bool(by_kernels)
+
+
+@pytest.fixture
+def checks(monkeypatch) -> list[torch.dtype]:
+    """The dtypes of the checks that ran."""
+    ran = []
+    outcomes = self_check.outcomes
+
+    def spy(module, device, dtype, *rest):
+        ran.append(dtype)
+        return outcomes(module, device, dtype, *rest)
+
+    monkeypatch.setattr(self_check, "outcomes", spy)
+    return ran
+
+
+def test_a_kernel_that_disagrees_is_named_in_one_warning_and_solves_take_plain_pytorch(unchecked, wrong):
+    with node_cuda.backend("reference"):
+        expected = run()
+    unchecked(wrong)
+    with pytest.warns(RuntimeWarning) as caught:
+        assert torch.equal(run(), expected)
+    (warning,) = caught
+    message = str(warning.message)
+    assert "Solves on cpu take plain PyTorch instead of the kernels" in message
+    assert "disagree with plain PyTorch on cpu in float64: combine." in message
+    assert "is right, and rounding allows" in message and "python -m node_cuda" in message
+    assert not takes_kernels()  # and warns no more
+    assert not takes_kernels(torch.float32)  # nor does another dtype trust the same build
+    with node_cuda.backend("fused"), pytest.raises(Unsupported, match="the self-check found kernels that disagree"):
+        run()
+    with torch.no_grad():
+        found = solve(decay, torch.ones(3), torch.linspace(0.0, 1.0, 3), options={"cuda_graph": True})
+    assert found.stats.why is not None and "the self-check found kernels" in found.stats.why
+
+
+def test_kernels_that_cannot_be_called_are_named_with_the_error(unchecked, shim_module):
+    def too_old(broken, plan, name, call, args):
+        raise RuntimeError("node_cuda: stage_time failed: cudaErrorInsufficientDriver\nadvice")
+
+    unchecked(Broken(shim_module, "Plan.stage_times", too_old))
+    message = r"in float64: stage_times\. .* it fails: node_cuda: stage_time failed: cudaErrorInsufficientDriver\. For"
+    with pytest.warns(RuntimeWarning, match=message):
+        run()
+
+
+def test_the_first_solve_of_a_dtype_checks_it_and_later_ones_look_into_a_dict(unchecked, checks, monkeypatch):
+    assert takes_kernels()
+    run(torch.float32)
+    assert checks == [torch.float64, torch.float32]
+    for name in ("Record", "_not_now", "facts", "_lock"):
+        monkeypatch.delattr(self_check, name)
+    assert takes_kernels() and takes_kernels(torch.float32)
+    assert checks == [torch.float64, torch.float32]
+
+
+def test_one_thread_checks_and_the_others_wait_for_it(unchecked, checks):
+    threads = [threading.Thread(target=run) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert checks == [torch.float64]
+
+
+def test_nothing_is_checked_during_a_capture_and_the_next_solve_does_it(unchecked, checks, monkeypatch):
+    with monkeypatch.context() as capture:
+        capture.setattr(self_check, "capturing", lambda device: True)
+        assert not takes_kernels()
+        with node_cuda.backend("fused"), pytest.raises(Unsupported, match="were not yet checked on cpu in float64"):
+            run()
+    assert not checks
+    assert takes_kernels()
+
+
+def test_nothing_is_checked_inside_a_dispatch_mode_or_a_torch_func_transform(unchecked, checks):
+    class Watching(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            return func(*args, **(kwargs or {}))
+
+    with Watching():
+        assert not takes_kernels()
+    torch.func.grad(lambda y: odeint(decay, y, torch.linspace(0.0, 1.0, 2), method="rk4").sum())(torch.ones(3))
+    assert not checks
+    assert takes_kernels()
+
+
+def test_the_check_neither_sees_nor_changes_the_modes_and_random_states_of_the_caller(unchecked, checks, shim_module):
+    torch.manual_seed(3)
+    before = torch.get_rng_state()
+    torch.set_default_dtype(torch.float16)
+    try:
+        with (
+            torch.inference_mode(),
+            torch.device("meta"),
+            torch.autocast("cpu", dtype=torch.bfloat16),
+            torch.autograd.graph.saved_tensors_hooks(lambda x: 1 / 0, lambda x: x),
+        ):
+            assert self_check.obstacle(shim_module, CPU, torch.float32) is None
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert torch.equal(torch.get_rng_state(), before)
+    with torch.enable_grad():
+        assert self_check.obstacle(shim_module, CPU, torch.complex64) is None
+    assert checks == [torch.float32, torch.complex64]
+
+
+def test_a_full_memory_is_no_fault_of_a_kernel_and_the_next_solve_checks_again(unchecked, shim_module, tmp_path):
+    def full(broken, plan, name, call, args):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    unchecked(Broken(shim_module, "Plan.combine", full))
+    assert not takes_kernels()
+    with node_cuda.backend("fused"), pytest.raises(Unsupported, match="had no memory left to check the kernels"):
+        run()
+    assert not list(tmp_path.iterdir())
+    unchecked(shim_module)
+    assert takes_kernels()
+
+
+# ------------------------------------------------------------------ what is remembered
+def test_a_pass_is_remembered_for_the_next_process_and_a_failure_is_not(unchecked, checks, wrong, tmp_path):
+    run()
+    unchecked()
+    assert takes_kernels() and checks == [torch.float64]
+    run(torch.float32)
+    assert checks == [torch.float64, torch.float32]
+    for file in tmp_path.iterdir():
+        file.unlink()
+    for _ in range(2):
+        unchecked(wrong)
+        with pytest.warns(RuntimeWarning):
+            run()
+        assert not list(tmp_path.iterdir())
+    assert len(checks) == 4
+
+
+@pytest.mark.parametrize("changed", ["device", "driver", "torch"])
+def test_another_device_driver_or_torch_is_checked_anew(unchecked, checks, monkeypatch, changed):
+    run()
+    facts = self_check.facts
+    monkeypatch.setattr(self_check, "facts", lambda *args: facts(*args).replace(f"{changed} ", f"{changed} other "))
+    unchecked()
+    run()
+    assert checks == [torch.float64] * 2
+
+
+def test_another_build_is_checked_anew(unchecked, checks, monkeypatch, shim_module, tmp_path):
+    run()
+    library = tmp_path / "other.so"
+    library.write_bytes(Path(shim_module.__file__).read_bytes() + b"0")
+    monkeypatch.setattr(shim_module, "__file__", str(library))
+    unchecked()
+    run()
+    assert checks == [torch.float64] * 2
+
+
+def test_a_damaged_file_is_no_error_and_is_written_anew(unchecked, checks, tmp_path):
+    run()
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    for damaged in (b"", whole[:20], b"\xff" * 99):
+        file.write_bytes(damaged)
+        unchecked()
+        run()
+        assert file.read_bytes() == whole
+    assert len(checks) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_no_error(unchecked, checks, monkeypatch, tmp_path):
+    (tmp_path / "file").write_text("")
+    monkeypatch.setenv(check_record.VARIABLE, str(tmp_path / "file" / "folder"))
+    assert takes_kernels()
+    unchecked()
+    run()
+    assert checks == [torch.float64] * 2
+
+
+def test_checks_are_remembered_where_the_environment_says_else_in_the_users_cache(monkeypatch):
+    monkeypatch.delenv(check_record.VARIABLE, raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
+    assert check_record.folder() == Path("/some/cache/node_cuda")
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert check_record.folder() == Path.home() / ".cache" / "node_cuda"
+    monkeypatch.setenv(check_record.VARIABLE, "/some/folder")
+    assert check_record.folder() == Path("/some/folder")
+
+
+OTHER_PROCESS = """
+import importlib.util, os, sys
+spec = importlib.util.spec_from_file_location("check_record", sys.argv[1])
+record = importlib.util.module_from_spec(spec)
+sys.modules["check_record"] = record
+spec.loader.exec_module(record)
+with record.Record(sys.argv[2]).checking() as now:
+    now.note("combine in float32")
+    print("checking", flush=True)
+    sys.stdin.readline()
+    os._exit(1)
+"""
+
+
+def test_the_entry_of_a_running_process_is_no_death_and_that_of_a_dead_one_is_found(
+    unchecked, checks, shim_module, tmp_path
+):
+    facts = self_check.facts(shim_module, CPU)
+    command = [sys.executable, "-c", OTHER_PROCESS, check_record.__file__, facts]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
+        assert other.stdin is not None and other.stdout is not None
+        assert other.stdout.readline() == "checking\n"
+        assert Record(facts).unfinished() is None
+        run()
+        assert checks == [torch.float64]
+        other.stdin.write("die\n")
+    (entry,) = tmp_path.glob("*.checking")
+    unchecked()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert takes_kernels()  # float64 passed
+        with pytest.raises(RuntimeWarning, match=f"checked combine in float32 did not survive it. .*rm {entry}"):
+            run(torch.float32)
+        assert not takes_kernels(torch.float32)
+    assert checks == [torch.float64]  # and nothing was run
+    entry.unlink()
+    unchecked()
+    assert takes_kernels(torch.float32)
+    assert checks == [torch.float64, torch.float32]
+
+
+def test_an_error_that_ruins_the_device_is_told_and_left_for_the_next_process(
+    unchecked, checks, shim_module, monkeypatch, tmp_path
+):
+    def illegal(broken, plan, name, call, args):
+        raise RuntimeError("CUDA error: an illegal memory access was encountered\nadvice")
+
+    unchecked(Broken(shim_module, "Plan.combine", illegal))
+    with monkeypatch.context() as ruined:
+        ruined.setattr(self_check, "_usable", lambda device: False)
+        with pytest.raises(Lost, match=r"self-check of combine in float64 .* illegal memory access was encountered\. "):
+            run()
+    (entry,) = tmp_path.iterdir()
+    unchecked(shim_module)
+    with pytest.warns(RuntimeWarning, match=f"checked combine in float64 did not survive it. .*rm {entry}"):
+        run()
+    assert checks == [torch.float64]
+
+
+def test_where_files_cannot_be_locked_an_entry_counts_as_a_death_when_it_is_old(monkeypatch, tmp_path):
+    monkeypatch.setenv(check_record.VARIABLE, str(tmp_path))
+    monkeypatch.setattr(check_record, "fcntl", None)
+    record = Record("facts")
+    with record.checking() as checking:
+        checking.note("tape in float16")
+        assert record.unfinished() is None
+        monkeypatch.setattr(check_record, "LONGEST_CHECK", -1.0)
+        found = record.unfinished()
+        assert found is not None and found.what == "tape in float16"
+    assert record.unfinished() is None
+
+
+# ------------------------------------------------------------------ the report
+def test_the_report_has_a_row_for_each_primitive(unchecked, shim_module, wrong, tmp_path):
+    assert self_check.survey(shim_module, CPU) == [
+        ("remembered", f"passed in no dtype, by {tmp_path}"),
+        ("stage_times", "passed"),
+        ("combine", "passed"),
+    ]
+    dtypes = "float32, float64, float16, bfloat16, complex64, complex128"
+    assert self_check.survey(shim_module, CPU)[0] == ("remembered", f"passed in {dtypes}, by {tmp_path}")
+    (_, (_, passed), (_, disagrees)) = self_check.survey(wrong, CPU)
+    assert passed == "passed"
+    assert disagrees.startswith("in float32 disagrees: element ") and "; in float64 disagrees: element " in disagrees
+
+
+def test_the_report_runs_what_can_be_run_and_says_how_to_run_the_rest(unchecked, shim_module, tmp_path):
+    with pytest.raises(Lost), Record(self_check.facts(shim_module, CPU)).checking() as checking:
+        checking.note("combine in float16")
+        raise Lost
+    (entry,) = tmp_path.iterdir()
+    (_, (_, passed), (_, not_run)) = self_check.survey(shim_module, CPU)
+    assert passed == "passed"
+    assert not_run.endswith(f"not run: a process that checked combine in float16 did not survive it; to check it "
+                            f"again: rm {entry}")  # fmt: skip

@@ -129,7 +129,7 @@ class Checking:
                 os.unlink(name)
 
     def note(self, what: str) -> None:
-        """This is checked from now on. It outlives this process; no more is needed, and to wait for the disk is slow."""
+        """This is checked from now on. What is written outlives the process without a wait for the disk."""
         if self._handle >= 0:
             with contextlib.suppress(OSError):
                 os.lseek(self._handle, 0, os.SEEK_SET)

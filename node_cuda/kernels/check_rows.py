@@ -32,7 +32,7 @@ from node_cuda.kernels.tape import Tape
 from node_cuda.norms import ErrorNorm
 
 MANY = 6151
-"""Elements of a large tensor: several blocks of every kernel, two chunks of a sum, and a tail for every vector width."""
+"""Elements of a large tensor: several blocks of every kernel, two chunks of a sum, a tail for every vector width."""
 
 Value = Tensor | float
 """A result. Tensors are equal to a rounding of their dtype, floats to one of the state's; int and bool are equal."""
@@ -102,8 +102,8 @@ class Side:
         """Step control on the device; None on the host."""
         if not isinstance(a, Fused):
             return None
-        rest = dict(max_num_steps=100, landings=(), jumps=frozenset(), stops=(), pauses=False) | given
-        return a.control(law, _ORDER, outputs=outputs, **rest)
+        none: dict[str, Any] = dict(max_num_steps=100, landings=(), jumps=frozenset(), stops=(), pauses=False)
+        return a.control(law, _ORDER, outputs=outputs, **(none | given))
 
 
 _RTOL, _ATOL, _ORDER = 0.3, 0.2, 5
@@ -125,9 +125,14 @@ def _double(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
+def _weights(count: int, seed: int = 0) -> list[float]:
+    """So many coefficients, none of them zero."""
+    return [(-1.0) ** j * (0.3 + 0.1 * ((j + seed) % 7)) for j in range(count)]
+
+
 def _row(count: int, seed: int = 0, without: Sequence[int] = ()) -> Row:
-    """So many coefficients, none of them zero, but for some of the stages."""
-    return [(j, (-1.0) ** j * (0.3 + 0.1 * ((j + seed) % 7))) for j in range(count) if j not in without]
+    """The same as a row of so many stages, but for some of them."""
+    return [(j, weight) for j, weight in enumerate(_weights(count, seed)) if j not in without]
 
 
 def _doubles(*values: float) -> Tensor:
@@ -185,12 +190,12 @@ def _adjoint_stage(side: Side) -> Iterator[Value]:
         base, x = side.take(case), [side.take(case) for _ in range(count)]
         a = side.arithmetic(base, direction=-1.0)
         at = a.interval(_T0, _T0 + _H, _H)
-        row = [0.0, *(w for _, w in _row(count - 1))]
+        row = [0.0, *_weights(count - 1)]
         yield a.adjoint_stage(None, x, row, at)
         yield a.adjoint_stage(base, x[:3], row[:3], None)
 
 
-# ------------------------------------------------------------------------------------------------------ errors and norms
+# ----------------------------------------------------------------------------------------------------- errors and norms
 def _norms(side: Side, case: Case) -> Iterator[ErrorNorm]:
     """Tolerances as numbers, and as tensors for three segments, one of them empty and one without a whole vector."""
     yield ErrorNorm(_RTOL, _ATOL)
@@ -415,7 +420,7 @@ def _dense_adjoint(side: Side) -> Iterator[Value]:
             yield from (found.lam, found.start, *found.extra)
 
 
-# ------------------------------------------------------------------------------------------------- adjoint and parameters
+# ----------------------------------------------------------------------------------------------- adjoint and parameters
 def _pack_adjoint(side: Side) -> Iterator[Value]:
     for case in CASES:
         f, vjp = side.take(case), side.take(case)
@@ -435,7 +440,14 @@ def _sums_of(side: Side, like: Sequence[Tensor], *, with_error: bool) -> tuple[A
     return a, a.sums(like, with_error=with_error)
 
 
-def _parameters() -> Iterator[list[tuple[torch.dtype, Case]]]:
+Parameters = Sequence[tuple[torch.dtype, Case]]
+
+
+def _tensors(side: Side, parameters: Parameters) -> list[Tensor]:
+    return [side.exact(case, dtype) for dtype, case in parameters]
+
+
+def _parameters() -> Iterator[Parameters]:
     """Lists of tensors: of all dtypes and several sizes at once, and each dtype alone."""
     yield [(dtype, case) for dtype in DTYPES for case in (CASES[1], CASES[0], Case(5, 1))]
     yield from ([(dtype, Case(MANY, shift))] for shift, dtype in enumerate(DTYPES))
@@ -443,18 +455,15 @@ def _parameters() -> Iterator[list[tuple[torch.dtype, Case]]]:
 
 def _accumulate(side: Side) -> Iterator[Value]:
     for parameters in _parameters():
-
-        def tensors() -> list[Tensor]:
-            return [side.exact(case, dtype) for dtype, case in parameters]
-
-        a, sums = _sums_of(side, tensors(), with_error=True)
+        a, sums = _sums_of(side, _tensors(side, parameters), with_error=True)
         at = a.interval(_T0, _T0 + _H, _H)
         norm = ErrorNorm(_RTOL, _ATOL)
         steps = ((0.7, 0.3), (-0.4, 0.2)), ((0.5, 0.0), (-0.3, 0.6))
         for weights in steps if len(parameters) > 1 else steps[:1]:
             sums.begin()
             for i, (weight, error_weight) in enumerate(weights):
-                given: list[Tensor | None] = [None if (i + j) % 4 == 3 else x for j, x in enumerate(tensors())]
+                tensors = enumerate(_tensors(side, parameters))
+                given = [None if (i + j) % 4 == 3 else x for j, x in tensors]
                 sums.add(given, weight, error_weight, at if i else None)
             ratio = sums.device_ratio(norm)
             assert ratio is not None
@@ -479,13 +488,9 @@ def _long_list(side: Side) -> Iterator[Value]:
 
 def _sums_on_device(side: Side) -> Iterator[Value]:
     """What a captured loop adds and keeps: if the device accepted the step."""
-    dtypes = [(dtype, case) for dtype in DTYPES for case in (CASES[1], Case(MANY, 0), Case(5, 1))]
-
-    def tensors() -> list[Tensor]:
-        return [side.exact(case, dtype) for dtype, case in dtypes]
-
-    a, sums = _sums_of(side, tensors(), with_error=False)
-    kept, later, added = tensors(), tensors(), tensors()
+    parameters = [(dtype, case) for dtype in DTYPES for case in (CASES[1], Case(MANY, 0), Case(5, 1))]
+    like, kept, later, added = (_tensors(side, parameters) for _ in range(4))
+    a, sums = _sums_of(side, like, with_error=False)
     if not isinstance(sums, FusedSums):
         accepted = [0.5 * x + y for x, y in zip(later, added, strict=True)]
         rejected = [0.5 * x for x in kept]
@@ -512,7 +517,7 @@ def _sums_on_device(side: Side) -> Iterator[Value]:
     yield from (x.clone() for x in sums.total)
 
 
-# ------------------------------------------------------------------------------------------------- the loop on the device
+# ----------------------------------------------------------------------------------------------- the loop on the device
 def _current_step(side: Side) -> Iterator[Value]:
     """Kernels that find their step in the control: a step, its outputs, and nothing more behind the end."""
     case = Case(MANY, 0)
@@ -532,7 +537,7 @@ def _current_step(side: Side) -> Iterator[Value]:
     y1, error = a.rk_finish(a.last_stage(_row(7), _row(6, seed=3), 1.0, HERE), at, y0, k, None)
     assert error is not None
     yield from (y1, error, *a.times(at, (0.0, 1.0), HERE))
-    yield a.adjoint_stage(None, k, [w for _, w in _row(7)], at)
+    yield a.adjoint_stage(None, k, _weights(7), at)
     sums = a.sums([y0], with_error=False)
     sums.add([k[0]], 0.5, 0.0, at)
     yield from sums.of_step if isinstance(sums, FusedSums) else [at.signed * 0.5 * k[0]]

@@ -103,6 +103,15 @@ def installed(capability: Capability | None = None) -> Search:
     return Search(module, f"{build.MODULE} was compiled at installation (CUDA {info['cuda']}, for {info['archs']})")
 
 
+def at_hand(capability: Capability | None) -> Search:
+    """What is installed, or what an earlier first use compiled. Compiles nothing."""
+    found = installed(capability)
+    with contextlib.suppress(build.BuildError):
+        if found.module is None and compilation().finished.is_file():
+            return _search(capability)
+    return found
+
+
 def _noted(setting: str) -> str:
     """What the installation said about itself, in brackets, if it was in this setting."""
     note = build.read_note()

@@ -12,7 +12,7 @@ import functools
 import hashlib
 import threading
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -43,10 +43,6 @@ class Outcome(NamedTuple):
     why: str = ""
 
 
-class _NoMemory(RuntimeError):
-    """The device has no room for the check now."""
-
-
 def obstacle(module: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a solve is not to use the kernels, as half a sentence. The first call for a dtype checks them; later ones
     look into a dict."""
@@ -58,8 +54,10 @@ def obstacle(module: ModuleType, device: torch.device, dtype: torch.dtype) -> st
             if key not in _known:
                 try:
                     _first_use(module, device, dtype)
-                except _NoMemory:
-                    return f"{device} had no memory left to check the kernels, which the first solve does"
+                except Exception as error:
+                    if not _is_full(error):
+                        raise
+                    return f"{device} had no memory left to check the kernels, which is done before they are used"
     return _known[key]
 
 
@@ -82,9 +80,9 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
     if record.passed(_name(dtype)):
         _known[device, dtype] = None
         return
-    unfinished = record.unfinished()
-    if unfinished is None:
-        wrong = [outcome for outcome in outcomes(module, device, dtype, record) if outcome.state != PASSED]
+    died = record.unfinished()
+    if died is None:
+        wrong = [outcome for outcome in outcomes(module, device, dtype, record, None) if outcome.state != PASSED]
         if not wrong:
             _known[device, dtype] = None
             return
@@ -92,8 +90,8 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
         why = f"the self-check found kernels that disagree with plain PyTorch on {device} in {_name(dtype)}: {names}"
         more = f"The first of them: {wrong[0].why}. For all of them: python -m node_cuda"
     else:
-        why = _words(unfinished)
-        more = f"To check it again: rm {unfinished.path}"
+        why = _words(died)
+        more = f"To check it again: rm {died.path}"
     _known.update({(device, of): why for of in DTYPES})
     warnings.warn(
         f"Solves on {device} take plain PyTorch instead of the kernels, because {why}. {more}",
@@ -102,30 +100,45 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
     )
 
 
-def _words(unfinished: Unfinished) -> str:
-    return f"a process that checked {unfinished.what} did not survive it"
+def _words(died: Unfinished) -> str:
+    return f"a process that checked {died.what} did not survive it"
 
 
 def outcomes(
-    module: ModuleType,
-    device: torch.device,
-    dtype: torch.dtype,
-    record: Record,
-    rows: Sequence[Primitive] = ROWS,
+    module: ModuleType, device: torch.device, dtype: torch.dtype, record: Record, died: Unfinished | None
 ) -> list[Outcome]:
-    """Run these rows in this dtype, but for what a process did not survive; remember it if all rows passed. Raises Lost
-    where an error ruins the device for this process: the next process finds what it was."""
-    died = record.unfinished()
+    """Run all rows in this dtype, but for the one that a process did not survive; remember it if all passed. Raises
+    Lost where an error ruins the device for this process: the next process finds what it was."""
 
     def run(on: On) -> list[Outcome]:
         pair = sides(module, on, device, dtype)
-        return [_outcome(row, *pair, checking, died) for row in rows]
+        return [_outcome(row, *pair, checking, died) for row in ROWS]
 
     with record.checking() as checking:
         found = _apart(device, run)
-    if rows is ROWS and all(outcome.state == PASSED for outcome in found):
+    if all(outcome.state == PASSED for outcome in found):
         record.remember(_name(dtype))
     return found
+
+
+def survey(module: ModuleType, device: torch.device) -> list[tuple[str, str]]:
+    """For a report: what is remembered, and what comes of each primitive in all dtypes, checked anew."""
+    record = Record(facts(module, device))
+    known = [_name(dtype) for dtype in DTYPES if record.passed(_name(dtype))]
+    found: dict[str, dict[str, list[str]]] = {row.name: {} for row in ROWS}
+    for dtype in DTYPES:
+        try:
+            of_dtype = outcomes(module, device, dtype, record, record.unfinished())
+        except Exception as error:  # a line of the report, and no failure
+            of_dtype = [Outcome(row.name, NOT_RUN, _gist(error)) for row in ROWS]
+        for name, state, why in of_dtype:
+            found[name].setdefault(f"{state}: {why}" if why else state, []).append(_name(dtype))
+    lines = [("remembered", f"passed in {', '.join(known) or 'no dtype'}, by {record.folder}")]
+    for name, results in found.items():
+        lines.append((name, "; ".join(f"in {', '.join(dtypes)} {result}" for result, dtypes in results.items())))
+        if list(results) == [PASSED]:
+            lines[-1] = (name, PASSED)
+    return lines
 
 
 def _outcome(row: Primitive, device: Side, host: Side, checking: Checking, died: Unfinished | None) -> Outcome:
@@ -137,15 +150,20 @@ def _outcome(row: Primitive, device: Side, host: Side, checking: Checking, died:
         wrong = difference(row, device, host)
     except Exception as error:
         if _is_full(error):
-            raise _NoMemory from error
+            raise
         if not _usable(device.device):
             raise Lost(
                 f"The self-check of {row.name} in {_name(device.dtype)} ended in an error after which this process "
-                f"cannot use {device.device}: {error}. Start it again with NODE_CUDA_BACKEND=reference, to solve in "
-                "plain PyTorch."
+                f"cannot use {device.device}: {_gist(error)}. To solve in plain PyTorch, start it again with "
+                "NODE_CUDA_BACKEND=reference."
             ) from error
-        wrong = f"it fails: {error}"
+        wrong = f"it fails: {_gist(error)}"
     return Outcome(row.name, PASSED) if wrong is None else Outcome(row.name, DISAGREES, wrong)
+
+
+def _gist(error: Exception) -> str:
+    """An error in one line: torch adds paragraphs of advice."""
+    return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
 def _is_full(error: Exception) -> bool:
@@ -185,7 +203,7 @@ def facts(module: ModuleType, device: torch.device) -> str:
     """All that the result of a check depends on: the build, the device, its driver and torch."""
     name, driver = device.type, "none"
     if device.type == "cuda":
-        name, driver = torch.cuda.get_device_name(device), str(torch._C._cuda_getDriverVersion())
+        name, driver = torch.cuda.get_device_name(device), str(torch._C._cuda_getDriverVersion())  # pyright: ignore[reportAttributeAccessIssue]
         with contextlib.suppress(OSError):
             driver += f", {Path('/proc/driver/nvidia/version').read_text().splitlines()[0]}"
     return (
