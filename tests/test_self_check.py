@@ -23,8 +23,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import node_cuda
 from node_cuda import Unsupported, odeint, solve
+from node_cuda import __main__ as environment
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels import check_record, check_rows, self_check
+from node_cuda.kernels import check_record, check_rows, extension, self_check
 from node_cuda.kernels.check_record import Lost, Record
 from node_cuda.kernels.check_rows import ROWS, difference
 from node_cuda.kernels.fused import DTYPES
@@ -147,6 +148,25 @@ def no_write_of_current(broken, plan, name, call, args):
         call(*args)
 
 
+def no_write_of_three_terms(broken, plan, name, call, args):
+    """The kernel for three terms does nothing."""
+    if plan.terms[args[0]] != 3:
+        call(*args)
+
+
+def no_write_of_one(broken, plan, name, call, args):
+    """The kernel does nothing for a single element."""
+    if (args[1] if plan is broken else plan.n) != 1:
+        call(*args)
+
+
+def no_write_unaligned(broken, plan, name, call, args):
+    """The kernel does nothing where it cannot read vectors."""
+    given = [x for group in args for x in (group if isinstance(group, list) else [group])]
+    if not any(isinstance(x, int) and x > 2**20 and x % 16 for x in given):
+        call(*args)
+
+
 def no_second_launch(broken, plan, name, call, args):
     """Of a list that takes several launches, only the first one comes."""
     late = [(part[0], _SUMS[part[5]] * part[3]) for part in plan.parts[448:]]
@@ -227,6 +247,7 @@ class OfState:
             direction = -direction
         self.broken, self.n, self.size, self.error_size = broken, n, size, error_size
         self.real_size = size // 2 if list(DTYPES)[code].is_complex else size
+        self.terms: list[int] = []  # of the rows
         self._real = broken._module.Plan(code, n, size, error_size, on, direction)
         self._other = broken._module.Plan(WRONG_CODE[code], n, size, error_size, on, direction)
 
@@ -237,6 +258,8 @@ class OfState:
         if name in ("set_norm", "set_law", "set_workspace", "row", "polynomials"):
 
             def both(*args: Any) -> Any:
+                if name == "row":
+                    self.terms.append(len(args[0]))
                 getattr(self._other, name)(*args)
                 return value(*args)
 
@@ -325,6 +348,7 @@ CONTROL = ["start_control", "start_control_at", "judge_ratio", "next_of_grid", "
 WALK = ["set_walk", "take_back", "taken"]
 SUMS = [f"SumsPlan.{name}" for name in ("accumulate", "keep", "commit", "ratio")]
 LARGE = [*(f"Plan.{name}" for name in (*OF_STATE, *NORMS)), *SUMS, "pack_adjoint", "jump"]
+NOT_SUMS = [x for x in LARGE if x not in SUMS]
 TYPED = [x for x in LARGE if x != "Plan.commit"] + ["Plan.stage_times"]  # a commit copies bytes
 
 NONE = ctypes.create_string_buffer(8)  # of the landings a jump
@@ -347,7 +371,7 @@ COEFFICIENTS = [
     *(("Plan.set_law", argument(i, scaled)) for i in (0, 1, 2, 3, 6, 7, 8)),
     ("Plan.set_law", argument(0, lambda e: [e[0], e[1] + 0.02, e[2]])),
     *(("Plan.set_law", argument(i, lambda flag: not flag)) for i in (4, 5)),
-    ("Plan.set_law", argument(9, lambda most: most + 1)),
+    ("Plan.set_law", argument(9, lambda most: min(most + 1, 2**63 - 1))),
     *(("Plan.set_law", argument(i, shorter)) for i in (10, 12, 13)),
     ("Plan.set_law", argument(11, lambda is_jump: ctypes.addressof(NONE))),
     ("Plan.judge", argument(3, scaled)),
@@ -377,6 +401,9 @@ FAULTS = [
     *(pytest.param(where, wrong_dtype, id=f"wrong dtype {where}") for where in (*TYPED, "Plan.take_back")),
     *(pytest.param(where, no_write_of_current, id=f"no write of the current step {where}") for where in
       (*(f"Plan.{name}" for name in ON_CURRENT), "SumsPlan.accumulate", "SumsPlan.keep", "SumsPlan.commit")),
+    *(pytest.param(where, no_write_of_one, id=f"no write of one element {where}") for where in NOT_SUMS),
+    *(pytest.param(where, no_write_unaligned, id=f"no write unaligned {where}") for where in NOT_SUMS),
+    pytest.param("Plan.rk_stage", no_write_of_three_terms, id="no write of three terms Plan.rk_stage"),
     pytest.param("SumsPlan.accumulate", no_second_launch, id="no second launch SumsPlan.accumulate"),
     *(pytest.param(where, fault, id=f"coefficient {i} {where}") for i, (where, fault) in enumerate(COEFFICIENTS)),
 ]  # fmt: skip
@@ -388,12 +415,14 @@ def test_a_kernel_with_a_fault_is_found(shim_module, called, where, fault):
 
 
 OTHERS = [dtype for dtype in DTYPES if dtype != torch.float32]
+# The others run lists of all dtypes, whatever the state is.
+OF_DTYPE = [row for row in ROWS if row.name not in ("accumulate", "long_list", "sums_on_device")]
 QUICK = ("rk_stage", "rk_finish", "combine", "sum", "scaled_error")
 
 
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
 def test_the_kernels_as_they_are_pass_in_every_dtype_and_those_of_another_dtype_do_not(shim_module, called, dtype):
-    assert found_by(shim_module, dtype, [row for row in ROWS if row.name != "long_list"]) is None
+    assert found_by(shim_module, dtype, OF_DTYPE) is None
     faults = [(f"Plan.{name}", wrong_dtype) for name in QUICK]
     if not dtype.is_complex:  # where times are of the dtype that the state is mistaken for
         faults.append(("Plan.stage_times", wrong_dtype))
@@ -656,7 +685,7 @@ def test_the_entry_of_a_running_process_is_no_death_and_that_of_a_dead_one_is_fo
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
         assert other.stdin is not None and other.stdout is not None
         assert other.stdout.readline() == "checking\n"
-        assert Record(facts).unfinished() is None
+        assert not Record(facts).unfinished()
         run()
         assert checks == [torch.float64]
         other.stdin.write("die\n")
@@ -699,11 +728,10 @@ def test_where_files_cannot_be_locked_an_entry_counts_as_a_death_when_it_is_old(
     record = Record("facts")
     with record.checking() as checking:
         checking.note("tape in float16")
-        assert record.unfinished() is None
+        assert not record.unfinished()
         monkeypatch.setattr(check_record, "LONGEST_CHECK", -1.0)
-        found = record.unfinished()
-        assert found is not None and found.what == "tape in float16"
-    assert record.unfinished() is None
+        assert [entry.what for entry in record.unfinished()] == ["tape in float16"]
+    assert not record.unfinished()
 
 
 # ------------------------------------------------------------------ the report
@@ -729,3 +757,21 @@ def test_the_report_runs_what_can_be_run_and_says_how_to_run_the_rest(unchecked,
     assert passed == "passed"
     assert not_run.endswith(f"not run: a process that checked combine in float16 did not survive it; to check it "
                             f"again: rm {entry}")  # fmt: skip
+
+
+def test_python_m_node_cuda_prints_the_rows_or_why_there_are_none(shim_module, monkeypatch):
+    live = environment.LivePath(environment.FUSED, "", None)
+    assert environment.checks(environment.LivePath(environment.REFERENCE, "", None)) == [
+        "not run: the kernels are not live"
+    ]
+    (broken,) = environment.checks(live)  # there is no GPU here
+    assert broken.startswith("not run: ")
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    monkeypatch.setattr(extension, "at_hand", lambda capability: extension.Search(shim_module, ""))
+    monkeypatch.setattr(self_check, "survey", lambda module, device: [("rk_stage", "passed"), ("tape", "disagrees: x")])
+    monkeypatch.setattr(environment, "live_path", lambda: live)
+    assert environment.report().splitlines()[-2:] == [
+        "self-check  rk_stage: passed",
+        "self-check  tape: disagrees: x",
+    ]

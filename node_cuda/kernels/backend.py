@@ -28,9 +28,10 @@ _inside: ContextVar[str | None] = ContextVar("node_cuda.backend", default=None)
 def backend(name: str) -> Iterator[None]:
     """Solves that begin inside, and their backward passes, compute their steps this way.
 
-    "auto": by the kernels where the state is on a CUDA device and they can run, else in plain PyTorch. "reference": in
-    plain PyTorch. "fused": by the kernels, or Unsupported with the reason. Outside any such context the environment
-    variable NODE_CUDA_BACKEND decides, by default "auto". Of this thread only. Raises InvalidInput for other names.
+    "auto": by the kernels where the state is on a CUDA device, they can run and passed their self-check, else in plain
+    PyTorch. "reference": in plain PyTorch. "fused": by the kernels, or Unsupported with the reason. Outside any such
+    context the environment variable NODE_CUDA_BACKEND decides, by default "auto". Of this thread only. Raises
+    InvalidInput for other names.
     """
     token = _inside.set(_checked(name, "backend(name)"))
     try:

@@ -79,14 +79,16 @@ class Record:
     def _content(self, dtype: str) -> bytes:
         return f"{self.facts}\nThe kernels passed the self-check in {dtype}.\n".encode()
 
-    def unfinished(self) -> Unfinished | None:
-        """A check of a process that is dead. Those of running processes are not looked at."""
+    def unfinished(self) -> list[Unfinished]:
+        """The checks of processes that are dead: killed by an error of the device, or because a kernel did not end.
+        Those of running processes are left out."""
+        found = []
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.glob(f"{self._key}.*.checking")):
                 with contextlib.suppress(OSError), path.open("rb") as file:
                     if _abandoned(file.fileno()) and path.exists():
-                        return Unfinished(file.read().decode(errors="replace").strip() or UNKNOWN, path)
-        return None
+                        found.append(Unfinished(file.read().decode(errors="replace").strip() or UNKNOWN, path))
+        return found
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[Checking]:

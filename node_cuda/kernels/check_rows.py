@@ -67,7 +67,7 @@ class Side:
         self._taken = 97 * row
 
     def take(self, case: Case) -> Tensor:
-        """Other numbers than any call before gave."""
+        """Other numbers than the calls before gave."""
         start = self._place(len(self.numbers), case)
         return self.numbers[start : start + case.size]
 

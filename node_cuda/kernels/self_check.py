@@ -12,7 +12,7 @@ import functools
 import hashlib
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -81,8 +81,8 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
         _known[device, dtype] = None
         return
     died = record.unfinished()
-    if died is None:
-        wrong = [outcome for outcome in outcomes(module, device, dtype, record, None) if outcome.state != PASSED]
+    if not died:
+        wrong = [outcome for outcome in outcomes(module, device, dtype, record) if outcome.state != PASSED]
         if not wrong:
             _known[device, dtype] = None
             return
@@ -90,8 +90,8 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
         why = f"the self-check found kernels that disagree with plain PyTorch on {device} in {_name(dtype)}: {names}"
         more = f"The first of them: {wrong[0].why}. For all of them: python -m node_cuda"
     else:
-        why = _words(died)
-        more = f"To check it again: rm {died.path}"
+        why = _words(died[0])
+        more = f"To check it again: rm {' '.join(str(entry.path) for entry in died)}"
     _known.update({(device, of): why for of in DTYPES})
     warnings.warn(
         f"Solves on {device} take plain PyTorch instead of the kernels, because {why}. {more}",
@@ -105,10 +105,10 @@ def _words(died: Unfinished) -> str:
 
 
 def outcomes(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, record: Record, died: Unfinished | None
+    module: ModuleType, device: torch.device, dtype: torch.dtype, record: Record, died: Sequence[Unfinished] = ()
 ) -> list[Outcome]:
-    """Run all rows in this dtype, but for the one that a process did not survive; remember it if all passed. Raises
-    Lost where an error ruins the device for this process: the next process finds what it was."""
+    """Run all rows in this dtype, but for those that a process did not survive; remember it if all passed. Raises Lost
+    where an error ruins the device for this process: the next process finds what it was."""
 
     def run(on: On) -> list[Outcome]:
         pair = sides(module, on, device, dtype)
@@ -141,10 +141,11 @@ def survey(module: ModuleType, device: torch.device) -> list[tuple[str, str]]:
     return lines
 
 
-def _outcome(row: Primitive, device: Side, host: Side, checking: Checking, died: Unfinished | None) -> Outcome:
+def _outcome(row: Primitive, device: Side, host: Side, checking: Checking, died: Sequence[Unfinished]) -> Outcome:
     """Run one row."""
-    if died is not None and died.what.split()[0] in (row.name, UNKNOWN):
-        return Outcome(row.name, NOT_RUN, f"{_words(died)}; to check it again: rm {died.path}")
+    for entry in died:
+        if entry.what.split()[0] in (row.name, UNKNOWN):
+            return Outcome(row.name, NOT_RUN, f"{_words(entry)}; to check it again: rm {entry.path}")
     checking.note(f"{row.name} in {_name(device.dtype)}")
     try:
         wrong = difference(row, device, host)
