@@ -51,13 +51,14 @@ def obstacle(module: ModuleType, device: torch.device, dtype: torch.dtype) -> st
         if not_now := _not_now(device):
             return f"the kernels were not yet checked on {device} in {_name(dtype)}, and cannot be {not_now}"
         with _lock:
-            if key not in _known:
-                try:
-                    _first_use(module, device, dtype)
-                except Exception as error:
-                    if not _is_full(error):
-                        raise
-                    return f"{device} had no memory left to check the kernels, which is done before they are used"
+            try:
+                warning = None if key in _known else _first_use(module, device, dtype)
+            except Exception as error:
+                if not _is_full(error):
+                    raise
+                return f"{device} had no memory left to check the kernels, which is done before they are used"
+        if warning is not None:
+            warnings.warn(warning, RuntimeWarning, stacklevel=3)
     return _known[key]
 
 
@@ -74,18 +75,18 @@ def _not_now(device: torch.device) -> str | None:
     return None
 
 
-def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> None:
-    """Find out whether the kernels are right in this dtype; warn if they are not."""
+def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Find out whether the kernels are right in this dtype. What to warn of, if they are not."""
     record = Record(facts(module, device))
     if record.passed(_name(dtype)):
         _known[device, dtype] = None
-        return
+        return None
     died = record.unfinished()
     if not died:
         wrong = [outcome for outcome in outcomes(module, device, dtype, record) if outcome.state != PASSED]
         if not wrong:
             _known[device, dtype] = None
-            return
+            return None
         names = ", ".join(outcome.name for outcome in wrong)
         why = f"the self-check found kernels that disagree with plain PyTorch on {device} in {_name(dtype)}: {names}"
         more = f"The first of them: {wrong[0].why}. For all of them: python -m node_cuda"
@@ -93,11 +94,7 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
         why = _words(died[0])
         more = f"To check it again: rm {' '.join(str(entry.path) for entry in died)}"
     _known.update({(device, of): why for of in DTYPES})
-    warnings.warn(
-        f"Solves on {device} take plain PyTorch instead of the kernels, because {why}. {more}",
-        RuntimeWarning,
-        stacklevel=4,
-    )
+    return f"Solves on {device} take plain PyTorch instead of the kernels, because {why}. {more}"
 
 
 def _words(died: Unfinished) -> str:
