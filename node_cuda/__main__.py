@@ -1,6 +1,7 @@
 """`python -m node_cuda`: what is installed, which devices there are, which path computes the steps, and why.
 
-It reports and decides nothing, and it never fails: what cannot be found out is a line of the report.
+It never fails: what cannot be found out is a line of the report. It decides nothing, but that the self-check of the
+kernels is remembered, as that of a first solve is.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ from typing import NamedTuple
 import torch
 
 from node_cuda._version import __version__
-from node_cuda.kernels import backend, build, extension
+from node_cuda.kernels import backend, build, extension, self_check
 
 REFERENCE = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
 FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"
@@ -82,6 +83,20 @@ def installed(name: str) -> str:
         return "not installed"
 
 
+def checks(path: LivePath) -> list[str]:
+    """A line for each primitive of the kernels, which are checked now; or why they are not."""
+    if path.name != FUSED:
+        return ["not run: the kernels are not live"]
+    try:
+        device = torch.device("cuda", torch.cuda.current_device())
+        found = extension.at_hand(torch.cuda.get_device_capability(device))
+        if found.module is None:
+            return ["not run: the first CUDA solve compiles the kernels, and checks them"]
+        return [f"{name}: {result}" for name, result in self_check.survey(found.module, device)]
+    except Exception as error:  # a line of the report, and no failure
+        return [f"not run: {error}"]
+
+
 def report() -> str:
     """The whole report as text."""
     path = live_path()
@@ -96,6 +111,7 @@ def report() -> str:
     ]
     if path.mend is not None:
         rows.append(("kernels", path.mend))
+    rows += [("self-check", line) for line in checks(path)]
     return "\n".join(f"{key:<12}{value}" for key, value in rows)
 
 

@@ -15,7 +15,6 @@ import warnings
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -27,10 +26,11 @@ from torch.profiler import ProfilerActivity
 import node_cuda
 from node_cuda import odeint, odeint_adjoint, solve
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels import extension
+from node_cuda.kernels import extension, self_check
 from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.check_record import Record
 from node_cuda.kernels.control import Control
-from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.fused import DTYPES, Fused
 from node_cuda.norms import ErrorNorm
 
 pytestmark = [
@@ -478,56 +478,20 @@ def test_the_peak_of_memory_of_the_adjoint_does_not_depend_on_the_number_of_step
 
 
 # ------------------------------------------------------------------ the first use
-def test_the_module_passes_its_trial_on_every_gpu():
-    for device in (CUDA, *(torch.device("cuda", index) for index in range(torch.cuda.device_count()))):
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_kernels_pass_their_self_check_on_every_gpu_in_100_ms(monkeypatch, tmp_path, dtype):
+    monkeypatch.setenv("NODE_CUDA_CACHE", str(tmp_path))
+    for device in (torch.device("cuda", index) for index in range(torch.cuda.device_count())):
         module = extension.kernels(device)
         assert module is not None
-        found = extension.Search(module, "it was found")
-        assert extension._tried(found, torch.cuda.get_device_capability(device), device) is found
-
-
-class BrokenPlan:
-    """Of a module that this machine's driver is too old for."""
-
-    def __init__(self, *args):
-        pass
-
-    def interval(self, t0, t1, h):
-        return None
-
-    def stage_times(self, at, nodes, side, addresses):
-        raise RuntimeError(
-            "node_cuda: stage_time failed: cudaErrorInsufficientDriver: CUDA driver version is insufficient"
-        )
-
-
-class IdlePlan(BrokenPlan):
-    """Of a module whose kernels do nothing."""
-
-    def stage_times(self, at, nodes, side, addresses):
-        pass
-
-
-@pytest.mark.parametrize(
-    "plan, why",
-    [
-        (BrokenPlan, "a first kernel fails on this machine: node_cuda: stage_time failed: cudaErrorInsufficientDriver"),
-        (IdlePlan, "a first kernel computes something wrong on this machine"),
-    ],
-)
-def test_a_module_that_fails_its_trial_is_set_aside_with_a_sentence(monkeypatch, plan, why):
-    monkeypatch.delenv("NODE_CUDA_BUILD", raising=False)
-    monkeypatch.setattr(extension, "_found", {})
-    monkeypatch.setattr(extension, "_search", lambda capability: extension.Search(SimpleNamespace(Plan=plan), ""))
-    y0 = state().to(CUDA)
-    with torch.no_grad(), node_cuda.backend("reference"):
-        expected = odeint(lambda t, y: -y, y0, TIMES)
-    with torch.no_grad(), node_cuda.backend("auto"):
-        with pytest.warns(RuntimeWarning, match=f"CUDA tensors take the pure PyTorch path, because {why}"):
-            assert torch.equal(odeint(lambda t, y: -y, y0, TIMES), expected)
-        assert torch.equal(odeint(lambda t, y: -y, y0, TIMES), expected)  # and warns no more
-    with node_cuda.backend("fused"), pytest.raises(node_cuda.Unsupported, match="no kernels for this device"):
-        odeint(lambda t, y: -y, y0, TIMES)
+        record = Record(self_check.facts(module, device))
+        seconds = []
+        for _ in range(2):  # the first one also loads the kernels
+            start = time.perf_counter()
+            found = self_check.outcomes(module, device, dtype, record)
+            seconds.append(time.perf_counter() - start)
+            assert not [outcome for outcome in found if outcome.state != self_check.PASSED]
+        assert min(seconds) < 0.1, seconds
 
 
 @pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", dict(step_size=0.1))])

@@ -11,7 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from node_cuda.kernels import extension
+from node_cuda.kernels import extension, self_check
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused import DTYPES, Fused, On
 from node_cuda.norms import ErrorNorm
@@ -28,9 +28,10 @@ _inside: ContextVar[str | None] = ContextVar("node_cuda.backend", default=None)
 def backend(name: str) -> Iterator[None]:
     """Solves that begin inside, and their backward passes, compute their steps this way.
 
-    "auto": by the kernels where the state is on a CUDA device and they can run, else in plain PyTorch. "reference": in
-    plain PyTorch. "fused": by the kernels, or Unsupported with the reason. Outside any such context the environment
-    variable NODE_CUDA_BACKEND decides, by default "auto". Of this thread only. Raises InvalidInput for other names.
+    "auto": by the kernels where the state is on a CUDA device, they can run and passed their self-check, else in plain
+    PyTorch. "reference": in plain PyTorch. "fused": by the kernels, or Unsupported with the reason. Outside any such
+    context the environment variable NODE_CUDA_BACKEND decides, by default "auto". Of this thread only. Raises
+    InvalidInput for other names.
     """
     token = _inside.set(_checked(name, "backend(name)"))
     try:
@@ -69,10 +70,12 @@ def why_plain(wanted: str, y0: Tensor) -> str | None:
     """Why the steps of a solve are plain PyTorch's, as half a sentence; None: they are the kernels'."""
     if wanted == "reference":
         return 'the backend is "reference"'
-    obstacle = _obstacle(y0)
-    if obstacle is None and module_for(y0.device) is None:
-        obstacle = "there are no kernels for this device; `python -m node_cuda` says why"
-    return obstacle
+    if (obstacle := _obstacle(y0)) is not None:
+        return obstacle
+    module = module_for(y0.device)
+    if module is None:
+        return "there are no kernels for this device; `python -m node_cuda` says why"
+    return self_check.obstacle(module, y0.device, y0.dtype)
 
 
 def module_for(device: torch.device) -> ModuleType | None:

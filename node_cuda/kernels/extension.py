@@ -52,7 +52,7 @@ def kernels(device: torch.device | int | None = None) -> ModuleType | None:
         with _lock:
             found = _found.get(capability)
             if found is None:
-                found = _found[capability] = _tried(_search(capability), capability, device)
+                found = _found[capability] = _search(capability)
                 if found.module is None and not declined():
                     warnings.warn(
                         f"CUDA tensors take the pure PyTorch path, because {found.why}. "
@@ -61,24 +61,6 @@ def kernels(device: torch.device | int | None = None) -> ModuleType | None:
                         stacklevel=3,
                     )
     return found.module
-
-
-def _tried(found: Search, capability: Capability | None, device: torch.device | int | None) -> Search:
-    """What was found, if a kernel runs: a driver that is too old for the module shows at its first launch only."""
-    if found.module is None or capability is None:
-        return found
-    index = device.index if isinstance(device, torch.device) else device
-    index = torch.cuda.current_device() if index is None else index
-    # What fails up to here is no fault of the kernels: memory that is full, an error of an earlier launch.
-    t = torch.zeros(1, device=f"cuda:{index}")
-    torch.cuda.synchronize(index)
-    try:
-        trial = found.module.Plan(0, 1, 4, 4, (torch.cuda.current_stream(index).cuda_stream, index), 1.0)
-        trial.stage_times(trial.interval(0.0, 1.0, 1.0), (0.5,), 0, [t.data_ptr()])
-        right = t.item() == 0.5
-    except RuntimeError as error:
-        return Search(None, f"a first kernel fails on this machine: {_gist(error)}")
-    return found if right else Search(None, "a first kernel computes something wrong on this machine")
 
 
 def declined() -> bool:
@@ -119,6 +101,15 @@ def installed(capability: Capability | None = None) -> Search:
     if unfit := _unfit(module, capability):
         return Search(None, unfit)
     return Search(module, f"{build.MODULE} was compiled at installation (CUDA {info['cuda']}, for {info['archs']})")
+
+
+def at_hand(capability: Capability | None) -> Search:
+    """What is installed, or what an earlier first use compiled. Compiles nothing."""
+    found = installed(capability)
+    with contextlib.suppress(build.BuildError):
+        if found.module is None and compilation().finished.is_file():
+            return _search(capability)
+    return found
 
 
 def _noted(setting: str) -> str:
