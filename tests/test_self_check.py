@@ -390,8 +390,6 @@ COEFFICIENTS = [
     ("Plan.commit", argument(1, lambda sources: sources[::-1])),
     ("pack_adjoint", argument(4, lambda vjp: 0)),
     ("jump", argument(5, lambda f: f and f + 4)),
-    ("Plan.set_walk", argument(1, lambda last: 1)),
-    ("Plan.taken", argument(1, lambda least: 1)),
 ]  # fmt: skip
 FAULTS = [
     *(pytest.param(where, no_write, id=f"no write {where}") for where in

@@ -492,10 +492,9 @@ def _sums_on_device(side: Side) -> Iterator[Value]:
     like, kept, later, added = (_tensors(side, parameters) for _ in range(4))
     a, sums = _sums_of(side, like, with_error=False)
     if not isinstance(sums, FusedSums):
-        accepted = [0.5 * x + y for x, y in zip(later, added, strict=True)]
-        rejected = [0.5 * x for x in kept]
-        both = [x + y for x, y in zip(rejected, accepted, strict=True)]
-        yield from (*kept, *rejected, *accepted, *accepted, *both)
+        total = [0.5 * x + y for x, y in zip(later, added, strict=True)]
+        yield from (*kept, *(torch.zeros_like(x) for x in kept), *total)
+        yield from (x + 0.5 * y for x, y in zip(total, kept, strict=True))
         return
     assert isinstance(a, Fused)
     control = side.control(a, law=_STEADY)
@@ -504,13 +503,12 @@ def _sums_on_device(side: Side) -> Iterator[Value]:
     yield from (x.clone() for x in memory)
     for ratio in (2.0, 1.0):
         _judged(control, ratio)
-        sums.begin_at_zero()
+        sums.begin()
         sums.keep_if_accepted(later, at)
         sums.add(memory, 0.5, 0.0)
-        sums.add_if_accepted(added, at)
-        yield from (x.clone() for x in sums.of_step)
+        sums.add(added, 1.0, 0.0)
         sums.commit_if_accepted(at)
-    yield from (x.clone() for x in sums.total)
+        yield from (x.clone() for x in sums.total)
     sums.begin()
     sums.add(kept, 0.5, 0.0)
     sums.commit()
@@ -539,8 +537,10 @@ def _current_step(side: Side) -> Iterator[Value]:
     yield from (y1, error, *a.times(at, (0.0, 1.0), HERE))
     yield a.adjoint_stage(None, k, _weights(7), at)
     sums = a.sums([y0], with_error=False)
+    sums.begin()
     sums.add([k[0]], 0.5, 0.0, at)
-    yield from sums.of_step if isinstance(sums, FusedSums) else [at.signed * 0.5 * k[0]]
+    sums.commit()
+    yield from sums.total
     # An error so small that the step is accepted: it is the last one.
     error, last = 0.01 * error, (k[6], 0.01)
     out = torch.full((2, case.size), 0.5, dtype=y0.dtype, device=side.device)
@@ -581,7 +581,7 @@ def _tape(side: Side) -> Iterator[Value]:
             )
             yield from (found.lam, found.start, *found.extra) if by_kernels else ()
         return
-    tape = Tape(side.device, 4, 4, first=0, carries=False)
+    tape = Tape(side.device, 4, first=0, carries=False)
     solve = side.arithmetic(side.take(CASES[1]), times=times)
     control = side.control(solve, law=_STEADY, outputs=True, tape=tape)
     assert control is not None
