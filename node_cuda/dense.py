@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -12,8 +11,8 @@ from torch import Tensor
 from node_cuda._typing import State
 from node_cuda.host_loop import HostLoop
 from node_cuda.interpolation import Interpolant, position
-from node_cuda.methods import Method, make_loop
-from node_cuda.options import AdaptiveOptions, ScipyOptions
+from node_cuda.methods import Method, for_one_output, make_loop
+from node_cuda.options import ScipyOptions
 from node_cuda.problem import Problem
 from node_cuda.scipy_bridge import ScipySolve
 from node_cuda.solution import Stats
@@ -68,18 +67,8 @@ def solve_dense(problem: Problem, method: Method, stats: Stats) -> DenseSolution
         if solve.failure is not None:
             raise solve.failure
         return DenseSolution(problem, lambda s, _: solve.at(s), stats)
-    loop, interpolant = make_loop(problem, _with_good_interpolant(method), stats)
+    loop, interpolant = make_loop(problem, for_one_output(method), stats)
     return DenseSolution(problem, _by_steps(loop, interpolant), stats)
-
-
-def _with_good_interpolant(method: Method) -> Method:
-    """The function is all that is asked for, so it should not be much worse than the steps."""
-    options, tableau = method.options, method.tableau
-    if not isinstance(options, AdaptiveOptions) or tableau is None or tableau.dense is None:
-        return method
-    if tableau.dense.order + 1 >= tableau.order:
-        return method
-    return replace(method, options=replace(options, dense="accurate"))
 
 
 def _by_steps(loop: HostLoop, interpolant: Interpolant) -> At:

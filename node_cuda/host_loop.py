@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -157,11 +157,14 @@ def solve_event(
     loop: HostLoop,
     interpolant: Interpolant,
     event_fn: Callable[[Tensor, Tensor], Tensor],
-    max_steps: int | None = None,
+    max_steps: int | None,
+    search: Interpolant,
+    checks: int,
 ) -> tuple[float, Tensor]:
-    """The user's time and state at which event_fn, of (t, flat state), changes its sign.
+    """The user's time and state at which event_fn, of (t, flat state), changes its sign for the first time.
 
-    The sign is looked at where steps end; the event is then bisected on the interpolant, to within atol of time.
+    The sign is looked at where steps end, and at so many points inside of them (`checks`), by the interpolant `search`,
+    which evaluates nothing; the event is then bisected on `interpolant`, to within atol of time.
     Raises SolveError(NO_EVENT) after max_steps steps.
     """
     problem = loop.problem
@@ -176,6 +179,18 @@ def solve_event(
             raise SolveError(Status.NON_FINITE, problem.direction * s, loop.stats, "event_fn returned NaN.")
         return math.copysign(1.0, value) if value else 0.0
 
+    def inside(step: Step, by: Interpolant, k: Sequence[Tensor], s: float) -> Tensor:
+        with torch.no_grad():
+            return by.evaluate(step, k, position(step, s, problem.direction))
+
+    def looks(step: Step) -> Iterator[tuple[float, Tensor]]:
+        if checks:
+            k = search.prepare(step)
+            for i in range(1, checks + 1):
+                s = step.t0 + i / (checks + 1) * (step.t1 - step.t0)
+                yield s, inside(step, search, k, s)
+        yield step.t1, step.y1
+
     latest = 1e-3 * torch.finfo(problem.time_dtype).max  # a few more steps would overflow t
     start = sign(loop.t, loop.y)
     if start == 0.0:
@@ -183,12 +198,18 @@ def solve_event(
     atol = problem.norm.atol
     tolerance = float(atol.min()) if isinstance(atol, Tensor) else atol
     for count, step in enumerate(loop.steps(), start=1):
-        if sign(step.t1, step.y1) != start:
-            low, high = step.t0, step.t1
-            k = interpolant.prepare(step)
+        low, k = step.t0, None
+        for high, y in looks(step):
+            changed = sign(high, y) != start
+            if changed:
+                k = interpolant.prepare(step) if k is None else k
+                # Inside the step only `search` may have the crossing.
+                changed = high == step.t1 or sign(high, inside(step, interpolant, k, high)) != start
+            if not changed or k is None:
+                low = high
+                continue
             while high - low > tolerance and low < (middle := 0.5 * (low + high)) < high:
-                with torch.no_grad():
-                    y = interpolant.evaluate(step, k, position(step, middle, problem.direction))
+                y = inside(step, interpolant, k, middle)
                 low, high = (middle, high) if sign(middle, y) == start else (low, middle)
             s = 0.5 * (low + high)
             loop.stats.nfe = problem.field.nfe

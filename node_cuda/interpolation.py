@@ -42,8 +42,11 @@ class Interpolant:
 
 
 def dense_of(tableau: Tableau, dense: str) -> DenseOutput:
-    """The interpolant of an adaptive method: its default one, or with dense="accurate" one of the method's order."""
-    chosen = tableau.dense if dense == "default" or tableau.accurate is None else tableau.accurate
+    """The interpolant of an adaptive method: torchdiffeq's, or with dense="accurate" one of the method's order, which is
+    the default where it costs no evaluation."""
+    accurate = tableau.accurate
+    torchdiffeqs = dense == "torchdiffeq" or (dense == "default" and accurate is not None and accurate.extra > 0)
+    chosen = tableau.dense if accurate is None or torchdiffeqs else accurate
     if chosen is None:
         raise InvalidInput(f"method {tableau.name!r} has an embedded error but no interpolant; give it `dense`.")
     return chosen

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from torch import Tensor
 from node_cuda import options as opt
 from node_cuda.controllers import Adaptive, Extra, Grid, Pace
 from node_cuda.device_pace import DeviceAdaptive
-from node_cuda.host_loop import HostLoop
-from node_cuda.interpolation import Interpolant, cubic_hermite, linear, of_method
+from node_cuda.host_loop import HostLoop, solve_event
+from node_cuda.interpolation import Interpolant, cubic_hermite, dense_of, linear, of_method
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.backend import make_arithmetic
 from node_cuda.kernels.fused import Fused
@@ -29,6 +29,8 @@ from node_cuda.tableau import Tableau
 from node_cuda.tableaus import TABLEAUS
 
 DEFAULT = "dopri5"
+MAX_EVENT_STEPS = 20000
+"""How long a fixed grid goes on looking for an event, as in torchdiffeq."""
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 SCIPY = "scipy_solver"
 METHODS = (*TABLEAUS, *ADAMS, SCIPY)
@@ -84,6 +86,17 @@ def supported_callbacks(method: Method) -> frozenset[str]:
     if method.adaptive:
         return frozenset(("callback_step", "callback_accept_step", "callback_reject_step"))
     return frozenset(("callback_step",) if method.name != SCIPY else ())
+
+
+def for_one_output(method: Method) -> Method:
+    """The method for a solve whose only output lies between two steps: by default the interpolant is then the accurate
+    one where torchdiffeq's is two orders below the method's (dopri8)."""
+    options, tableau = method.options, method.tableau
+    if not isinstance(options, opt.AdaptiveOptions) or tableau is None or options.dense != "default":
+        return method
+    if dense_of(tableau, options.dense).order + 1 >= tableau.order:
+        return method
+    return replace(method, options=replace(options, dense="accurate"))
 
 
 def arithmetic_of(problem: Problem) -> Arithmetic:
@@ -151,6 +164,19 @@ def make_loop(
         pace = Grid(problem, points, stats, tensors)
         interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
     return HostLoop(problem, stepper, pace, stats, record=options.record_steps), interpolant
+
+
+def find_event(
+    loop: HostLoop, interpolant: Interpolant, method: Method, event_fn: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, Tensor]:
+    """The time and state of an event; loop, interpolant: those of `make_loop`, endless."""
+    stepper, options = loop.stepper, method.options
+    assert isinstance(stepper, (ExplicitRK, Adams)) and isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
+    if method.adaptive and isinstance(stepper, ExplicitRK):
+        most, search = None, of_method(stepper, stepper.tableau, "default")
+    else:
+        most, search = MAX_EVENT_STEPS, linear(stepper.arithmetic)
+    return solve_event(loop, interpolant, event_fn, most, search, options.event_checks)
 
 
 def _endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[float], Tensor | None]:

@@ -15,7 +15,7 @@ from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.request import AdjointArguments, Request
 from node_cuda.graphs import Graphs, graphs_of, refuse_in_capture
 from node_cuda.integral import Beside, Integral, event_of, with_integral
-from node_cuda.methods import Method, lookup, reads_tolerances, supported_callbacks
+from node_cuda.methods import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
 from node_cuda.problem import Problem, combined_event, make_problem
 from node_cuda.regularized import Regularized, refuse_regularized
 from node_cuda.solution import Solution, Stats
@@ -155,6 +155,8 @@ def solve(
     refuse_in_capture(y0)
     options = _with_graphs(options, func)
     chosen = lookup(method, options)
+    if event_fn is not None:
+        chosen = for_one_output(chosen)
     if chosen.options.check_reconstruction and gradient != "adjoint":
         raise InvalidInput(
             'options["check_reconstruction"] belongs to gradient="adjoint", which rebuilds y backwards; got '

@@ -41,9 +41,11 @@ class Common:
 class AdaptiveOptions(Common):
     """Options of the adaptive Runge-Kutta methods, with torchdiffeq's names and defaults.
 
-    Beyond them: dense ("default" or "accurate") picks the interpolant; controller is "torchdiffeq", "I", "PI", "PID"
-    or a `controllers.Controller`. max_num_steps counts attempts since the last output time. dtype is that of the times
-    that callbacks see; the arithmetic of time is always double.
+    Beyond them: dense picks the interpolant: "accurate" is of the method's order, "torchdiffeq" is torchdiffeq's, and
+    "default" is the accurate one where that costs no evaluation, else torchdiffeq's; controller is "torchdiffeq", "I",
+    "PI", "PID" or a `controllers.Controller`. max_num_steps counts attempts since the last output time. dtype is that
+    of the times that callbacks see; the arithmetic of time is always double. event_checks: look for an event at so many
+    points inside every step as well, on the interpolant.
     """
 
     min_step: float = 0.0
@@ -56,19 +58,21 @@ class AdaptiveOptions(Common):
     dfactor: float = 0.2
     max_num_steps: int = 2**31 - 1
     dtype: torch.dtype = torch.float64
-    dense: Literal["default", "accurate"] = "default"
+    dense: Literal["default", "accurate", "torchdiffeq"] = "default"
     controller: Any = "torchdiffeq"
+    event_checks: int = 0
 
 
 @dataclass(frozen=True)
 class FixedOptions(Common):
     """Options of the fixed-grid methods. interp: "linear" or "cubic"; perturb: evaluate at grid points on the side of
-    the step's inside."""
+    the step's inside. event_checks: as of the adaptive methods, on the chord of the step."""
 
     step_size: float | None = None
     grid_constructor: Callable[[Any, Tensor, Tensor], Tensor] | None = None
     interp: Literal["linear", "cubic"] = "linear"
     perturb: bool = False
+    event_checks: int = 0
 
 
 @dataclass(frozen=True)
@@ -129,6 +133,11 @@ def _check(options: Common) -> None:
         value = getattr(options, name, None)
         if value is not None and not isinstance(value, (int, float)):
             raise InvalidType(f'options["{name}"] must be a number; got {value!r:.60}.')
+    checks = getattr(options, "event_checks", 0)
+    if isinstance(checks, bool) or not isinstance(checks, int) or checks < 0:
+        raise InvalidInput(
+            f'options["event_checks"] must be a number of points inside a step, 0 or more; got {checks!r}. Use 8, say.'
+        )
     if isinstance(options.throw, str) and options.throw != "deferred":
         raise InvalidInput(f'options["throw"] must be True, False or "deferred"; got {options.throw!r}.')
     if options.throw == "deferred" and not options.cuda_graph:
@@ -139,8 +148,10 @@ def _check(options: Common) -> None:
     if options.norm is not None and not callable(options.norm):
         raise InvalidType(f'options["norm"] must be a function of the scaled error; got {options.norm!r:.60}.')
     if isinstance(options, AdaptiveOptions):
-        if options.dense not in ("default", "accurate"):
-            raise InvalidInput(f'options["dense"] must be "default" or "accurate"; got {options.dense!r}.')
+        if options.dense not in ("default", "accurate", "torchdiffeq"):
+            raise InvalidInput(
+                f'options["dense"] must be "default", "accurate" or "torchdiffeq"; got {options.dense!r}.'
+            )
         for name, holds, need in (
             ("first_step", options.first_step is None or 0 < options.first_step < math.inf, "positive and finite"),
             ("safety", 0 < options.safety < math.inf, "positive and finite; torchdiffeq's is 0.9"),

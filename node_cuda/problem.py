@@ -139,8 +139,13 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
     layout = problem.layout
 
     def at(t: Tensor, y: Tensor) -> Tensor:
-        value = event_fn(t, layout.unflatten(y))
-        return value if isinstance(value, Tensor) else torch.as_tensor(value)
+        value = torch.as_tensor(event_fn(t, layout.unflatten(y)))
+        if value.dtype is torch.bool:
+            raise InvalidType(
+                "event_fn must return numbers that change their sign at the event; got torch.bool. Return `y[0] - 1.0`, "
+                "say, in the place of `y[0] > 1.0`."
+            )
+        return value
 
     with torch.no_grad():
         signs = torch.sign(at(problem.t[0].to(problem.time_dtype), problem.y0))

@@ -151,9 +151,10 @@ def test_max_num_steps_suffices_exactly_where_torchdiffeqs_does(torchdiffeq):
 def test_the_last_stage_is_carried_as_in_torchdiffeq(name, torchdiffeq):
     assert TABLEAUS[name].carry_last_stage and not TABLEAUS[name].fsal
     nfe, ends = [], []
-    for library in (odeint, torchdiffeq.odeint):
+    for library, options in ((odeint, dict(dense="torchdiffeq")), (torchdiffeq.odeint, None)):
         func = Counting(lambda t, y: y * torch.cos(t))
-        ends.append(library(func, Y, linspace(0.0, 2.0, 2), method=name, rtol=1e-3, atol=1e-3)[-1])
+        arguments = dict(method=name, rtol=1e-3, atol=1e-3, options=options)
+        ends.append(library(func, Y, linspace(0.0, 2.0, 2), **arguments)[-1])
         nfe.append(func.nfe)
     assert nfe[0] == nfe[1]
     assert relative_difference(*ends) < 1e-12

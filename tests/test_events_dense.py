@@ -229,6 +229,74 @@ def test_a_bouncing_ball_bounces_again_and_again():
     assert grad.isfinite().all() and grad.abs().min() > 0
 
 
+@pytest.mark.parametrize("method", ADAPTIVE)
+@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+def test_the_event_of_a_parabola_is_where_it_is_by_every_adaptive_method(method, reverse):
+    """Steps of a parabola are exact and grow, so that the interpolant alone decides (torchdiffeq issue 199)."""
+    sign = -1.0 if reverse else 1.0
+
+    def parabola(t, y):
+        return torch.stack([sign * y[1], torch.full_like(y[1], -sign)])
+
+    start = torch.tensor([10.0, 1.0], dtype=F64)
+    event_t, _ = odeint_event(
+        parabola, start, T0, event_fn=ground, method=method, rtol=1e-8, atol=1e-8, reverse_time=reverse
+    )
+    assert float(event_t) == pytest.approx(sign * (1.0 + math.sqrt(21.0)), abs=1e-6)
+
+
+def event_of_a_wave(**options):
+    """y = sin(t) falls below -0.9 at pi + asin(0.9) and is above it again 0.9 later; a step of dopri5 is longer."""
+    func = Counting(lambda t, y: torch.stack([y[1], -y[0]]))
+    solution = solve(
+        func, torch.tensor([0.0, 1.0], dtype=F64), torch.tensor([0.0, 1.0], dtype=F64), rtol=1e-6, atol=1e-6,
+        method=options.pop("method", "dopri5"), event_fn=lambda t, y: y[0] + 0.9, options=options,
+    )  # fmt: skip
+    return float(solution.event_t), func.nfe
+
+
+def test_two_crossings_in_one_step_are_found_where_points_inside_are_looked_at():
+    loose = dict(first_step=1.3, min_step=1.3)
+    right = math.pi + math.asin(0.9)
+    missed, _ = event_of_a_wave(**loose)
+    found, nfe = event_of_a_wave(**loose, event_checks=8)
+    assert missed > right + 1.0 and found == pytest.approx(right, abs=0.02)  # as good as such steps are
+    assert nfe == 1 + 6 * 4  # four steps, the points inside of them cost nothing
+
+
+def test_only_the_step_of_an_event_pays_for_the_accurate_interpolant_of_dopri8():
+    accurate, paid = event_of_a_wave(method="dopri8")
+    quartic, free = event_of_a_wave(method="dopri8", dense="torchdiffeq")
+    right = math.pi + math.asin(0.9)
+    assert paid == free + TABLEAUS["dopri8"].accurate.extra
+    assert abs(accurate - right) < 1e-5 < abs(quartic - right)
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
+def test_points_inside_a_step_are_looked_at_in_every_gradient_mode(gradient):
+    options = dict(first_step=1.3, min_step=1.3, event_checks=8)
+    y0 = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
+    solution = solve(
+        lambda t, y: torch.stack([y[1], -y[0]]), y0, torch.tensor([0.0, 1.0], dtype=F64), rtol=1e-6, atol=1e-6,
+        event_fn=lambda t, y: y[0] + 0.9, options=options, gradient=gradient, adjoint_params=(),
+    )  # fmt: skip
+    assert float(solution.event_t) == pytest.approx(math.pi + math.asin(0.9), abs=0.02)
+    (g,) = torch.autograd.grad(solution.ys[-1, 0], y0)
+    t = float(solution.event_t)  # y[0] = y0[0] cos t + y0[1] sin t
+    torch.testing.assert_close(g, torch.tensor([math.cos(t), math.sin(t)], dtype=F64), rtol=0, atol=0.02)
+
+
+@pytest.mark.parametrize("checks", [-1, 2.5, True])
+def test_points_inside_a_step_are_a_whole_number(checks):
+    with pytest.raises(ValueError, match="event_checks"):
+        event_of_a_wave(event_checks=checks)
+
+
+def test_an_event_function_that_returns_a_bool_is_refused():
+    with pytest.raises(TypeError, match="numbers that change their sign"):
+        odeint_event(fall, START, T0, event_fn=lambda t, y: y[0] > 0.0)
+
+
 # ------------------------------------------------------------------ dense output
 Y = torch.tensor([1.0, -2.0], dtype=F64)
 
@@ -340,16 +408,31 @@ def test_dense_output_of_a_complex_state():
     assert relative_difference(y(T0 + 0.5), y0 * torch.exp(torch.tensor(1j, dtype=torch.complex128))) < 1e-5
 
 
-@pytest.mark.parametrize("method", ["dopri8", "bosh3"])
-def test_dense_output_of_a_method_with_a_poor_interpolant_is_its_accurate_one(method):
-    """A method of order 8 with outputs of a quartic, or of order 3 with outputs of order 2, loses two digits there."""
+def test_dense_output_of_dopri8_is_its_accurate_one():
+    """A method of order 8 with outputs of a quartic loses two digits there."""
     t = linspace(0.25, 2.0, 57)
-    arguments = settings(method)
+    arguments = settings("dopri8")
     by_default = relative_difference(odeint(timed, Y, t, **arguments), exact(t))
     arguments["options"] = {**arguments["options"], "dense": "accurate"}
     accurate = relative_difference(odeint(timed, Y, t, **arguments), exact(t))
-    dense_error = relative_difference(dense(method)(t), exact(t))
+    dense_error = relative_difference(dense("dopri8")(t), exact(t))
     assert dense_error == pytest.approx(accurate, rel=1e-3) and accurate < by_default / 3
+
+
+@pytest.mark.parametrize("method", ["bosh3", "adaptive_heun", "fehlberg2"])
+def test_an_accurate_interpolant_that_costs_nothing_is_the_default(method):
+    """The outputs of bosh3 are as good as its steps, and torchdiffeq's are 10,000 times worse; those of the methods of
+    order 2 are not far from their steps here (but see the parabola above)."""
+    t = linspace(0.25, 2.0, 57)
+    errors, nfe = {}, {}
+    for choice in ("default", "accurate", "torchdiffeq"):
+        arguments = settings(method)
+        func = Counting(timed)
+        ys = odeint(func, Y, t, **{**arguments, "options": {**arguments["options"], "dense": choice}})
+        errors[choice], nfe[choice] = relative_difference(ys, exact(t)), func.nfe
+    assert errors["default"] == errors["accurate"] != errors["torchdiffeq"]
+    assert method != "bosh3" or errors["default"] < errors["torchdiffeq"] / 1000
+    assert len(set(nfe.values())) == 1
 
 
 @pytest.mark.gpu

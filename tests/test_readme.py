@@ -82,11 +82,11 @@ def test_a_row_of_the_table_is_what_the_tableau_says(name):
     if not tableau.adaptive:
         assert interpolant == "linear (cubic)"
         return
-    expected = f"order {tableau.dense.order}"
-    if tableau.accurate is not None:
-        extra = f", {tableau.accurate.extra} extra" if tableau.accurate.extra else ""
-        expected += f" (order {tableau.accurate.order}{extra})"
-    assert interpolant == expected
+    accurate = tableau.accurate
+    if accurate is not None and accurate.extra:
+        assert interpolant == f"order {tableau.dense.order} (order {accurate.order}, {accurate.extra} extra)"
+    else:
+        assert interpolant == f"order {accurate.order} (torchdiffeq's: order {tableau.dense.order})"
 
 
 def evaluations_of_one_more_step(name: str) -> int:

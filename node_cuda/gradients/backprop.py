@@ -12,14 +12,11 @@ from node_cuda._typing import EventFunc
 from node_cuda.forward_graphs import solve_by_graphs
 from node_cuda.gradients.request import Request
 from node_cuda.graphs import obstacle
-from node_cuda.host_loop import solve_event, solve_outputs
-from node_cuda.methods import SCIPY, make_loop
+from node_cuda.host_loop import solve_outputs
+from node_cuda.methods import SCIPY, find_event, make_loop
 from node_cuda.options import ScipyOptions
 from node_cuda.scipy_bridge import solve_scipy
 from node_cuda.status import Status, Unsupported
-
-MAX_EVENT_STEPS = 20000
-"""How long a fixed grid goes on looking for an event, as in torchdiffeq."""
 
 
 def outputs(request: Request, why: str | None = None) -> tuple[Tensor, Status]:
@@ -45,5 +42,5 @@ def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     if method.options.cuda_graph:
         request.stats.why = "an event is looked for by the host"
     loop, interpolant = make_loop(problem, method, request.stats, endless=True)
-    at, y = solve_event(loop, interpolant, event_fn, None if method.adaptive else MAX_EVENT_STEPS)
+    at, y = find_event(loop, interpolant, method, event_fn)
     return torch.tensor(at, dtype=problem.t.dtype, device=problem.t.device), torch.stack([problem.y0, y])

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.field import VectorField
-from node_cuda.gradients.backprop import MAX_EVENT_STEPS
 from node_cuda.gradients.checkpoints import slots_for
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
@@ -28,11 +27,11 @@ from node_cuda.gradients.request import Request
 from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint, adaptive_form, grid_form
 from node_cuda.gradients.trajectory import State, Trajectory
 from node_cuda.gradients.walk_graphs import walk_by_graphs
-from node_cuda.host_loop import HostLoop, solve_event, solve_outputs
+from node_cuda.host_loop import HostLoop, solve_outputs
 from node_cuda.interpolation import dense_of
 from node_cuda.kernels.arithmetic import Arithmetic, position
 from node_cuda.kernels.reference import real_dot
-from node_cuda.methods import arithmetic_of, grid_of, make_loop
+from node_cuda.methods import arithmetic_of, find_event, grid_of, make_loop
 from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem import Problem
@@ -94,7 +93,7 @@ class _DiscreteTask(Task):
             ys, self.status = solve_outputs(loop, interpolant, method.options.raises)
             self.times = problem.times
         else:
-            at, y = solve_event(loop, interpolant, self.event_fn, None if method.adaptive else MAX_EVENT_STEPS)
+            at, y = find_event(loop, interpolant, method, self.event_fn)
             ys, self.times = torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at)
         return ys, problem.direction * self.times[-1]
 
