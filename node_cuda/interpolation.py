@@ -42,8 +42,8 @@ class Interpolant:
 
 
 def dense_of(tableau: Tableau, dense: str) -> DenseOutput:
-    """The interpolant of an adaptive method: torchdiffeq's, or with dense="accurate" one of the method's order, which is
-    the default where it costs no evaluation."""
+    """The interpolant of an adaptive method: torchdiffeq's, or with dense="accurate" one of the method's order. The
+    latter is the default where it costs no evaluation."""
     accurate = tableau.accurate
     torchdiffeqs = dense == "torchdiffeq" or (dense == "default" and accurate is not None and accurate.extra > 0)
     chosen = tableau.dense if accurate is None or torchdiffeqs else accurate

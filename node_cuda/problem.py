@@ -142,8 +142,8 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
         value = torch.as_tensor(event_fn(t, layout.unflatten(y)))
         if value.dtype is torch.bool:
             raise InvalidType(
-                "event_fn must return numbers that change their sign at the event; got torch.bool. Return `y[0] - 1.0`, "
-                "say, in the place of `y[0] > 1.0`."
+                "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
+                "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
             )
         return value
 
