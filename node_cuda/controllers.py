@@ -151,7 +151,8 @@ class Adaptive:
         jump_t = times_option("jump_t", options.jump_t, direction, start)
         self.starts_at_jump = start in jump_t
         self.judges = True
-        self._landings = collections.deque(sorted(step_t + jump_t))
+        last = [problem.times[-1]] if problem.bounds is not None and problem.times[-1] not in step_t + jump_t else []
+        self._landings = collections.deque(sorted(step_t + jump_t + last))
         if len(set(self._landings)) < len(self._landings):
             raise ValueError(
                 "`step_t` and `jump_t` must not have any repeated elements between them; got "
@@ -251,6 +252,8 @@ class Adaptive:
         if not (math.isfinite(d0) and math.isfinite(d1)):
             self._explain(t, y, f0)
         h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
+        if problem.bounds is not None:
+            h0 = min(h0, problem.times[-1] - t)
         f1 = self._probe(t, t + h0, h0, y, f0)
         d2 = kernels.initial_change(y.detach(), f0.detach(), f1, problem.norm) / h0
         self.stats.host_reads += 1

@@ -258,7 +258,7 @@ def set_apart(problem: Problem) -> Problem:
 def with_field_of_its_own(problem: Problem) -> Problem:
     """The problem with another field for the same function, which may be released."""
     assert isinstance(problem.field, VectorField)
-    own = VectorField(problem.field.func, problem.layout)
+    own = problem.field_of(problem.field.func)
     # A callback that the method does not call would keep func alive.
     return replace(problem, func=own, field=own, callbacks={}, adjoint_callbacks={})
 

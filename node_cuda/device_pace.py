@@ -62,7 +62,7 @@ class DeviceAdaptive(Adaptive):
         assert k1 is not None
         self._refuse_empty(y)
         h, custom = self.options.first_step, self.problem.norm.custom is not None
-        if h is not None or custom:  # a user's norm is measured on the host
+        if h is not None or custom or self.problem.bounds is not None:  # a user's norm is measured on the host
             self.control.start(t, self._starting_step(t, y, k1) if h is None else float(h))
         else:
             self.control.start(t, None)

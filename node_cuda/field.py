@@ -45,11 +45,13 @@ class VectorField:
 
     nfe: evaluations so far. The first two evaluations (`probes`) tell what the user's function does with memory: one
     that returns the same buffer every time gets its output copied, one that writes into its argument gets a copy of it.
+    bounds: func is asked at no time outside of them.
     """
 
-    def __init__(self, func: Func, layout: Layout) -> None:
+    def __init__(self, func: Func, layout: Layout, bounds: tuple[float, float] | None = None) -> None:
         self.func = func
         self.layout = layout
+        self.bounds = bounds
         self.nfe = 0
         self.probes = 2
         self.copies_output = False  # func returns memory that it writes again
@@ -59,6 +61,8 @@ class VectorField:
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
         """dy/dt at the 0-d tensor t and the state y, which keeps its values."""
         self.nfe += 1
+        if self.bounds is not None:
+            t = t.clamp(*self.bounds)
         if self.nfe <= self.probes:
             return self._probe(t, y)
         if self._copies_input:

@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from node_cuda.captured import Account, Captured, failure_of
 from node_cuda.controllers import wrong_at_start
 from node_cuda.device_loop import OutputLoop, release, set_apart
-from node_cuda.field import VectorField
 from node_cuda.first_run_check import Outcome, Trial, refuted
 from node_cuda.graphs import captured_or_why, key_of, obstacle
 from node_cuda.host_loop import solve_outputs
@@ -102,14 +101,16 @@ def solve_captured(
     if run is None:
         return ys, Status.PENDING
     failure = run.end(stats)
-    if failure is not None and options.raises and loop.adaptive:
-        raise failure
+    if failure is not None and loop.adaptive:
+        if options.raises:
+            raise failure
+        stats.reached = failure.t, loop.y.clone()
     return ys, Status.SUCCESS if failure is None else failure.status
 
 
 def _by_the_host(problem: Problem, method: Method, points: Sequence[float] | None) -> Outcome:
     """The same solve, with another field and statistics of its own."""
-    own, stats = replace(problem, field=VectorField(problem.func, problem.layout), callbacks={}), Stats()
+    own, stats = replace(problem, field=problem.field_of(problem.func), callbacks={}), Stats()
     with torch.no_grad():
         ys, status = solve_outputs(*make_loop(own, method, stats, points=points), False)
     return Outcome(status, [ys], (stats.accepted, stats.rejected))

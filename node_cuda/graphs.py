@@ -167,6 +167,8 @@ def obstacle(problem: Problem, method: Method) -> str | None:
     options = method.options
     if method.name == SCIPY or method.name in ADAMS:
         return f"{method.name} takes no Runge-Kutta steps"
+    if problem.bounds is not None:
+        return "clip=True bounds the times that func sees by numbers of one solve"
     if options.record_steps:
         return "record_steps wants the times of all steps on the host"
     if problem.norm.custom is not None:

@@ -39,6 +39,14 @@ class HostLoop:
 
     def steps(self) -> Iterator[Step]:
         """The accepted steps, one after another, until the pace proposes no more or the caller has enough."""
+        try:
+            yield from self._steps()
+        except SolveError:
+            self.note_reached()
+            raise
+        self.stats.nfe = self.problem.field.nfe
+
+    def _steps(self) -> Iterator[Step]:
         span = (self.problem.t[0], self.problem.t[0]) if self._taped() else None
         self.k1 = self.stepper.first(self.t, self.y, span, self.pace.starts_at_jump)
         self.pace.start(self.t, self.y, self.k1)
@@ -53,7 +61,10 @@ class HostLoop:
                 yield step
             elif self.k1 is None:
                 self.k1 = step.k[0]  # the field at an unchanged start, known by now
-        self.stats.nfe = self.problem.field.nfe
+
+    def note_reached(self) -> None:
+        """The solve failed: tell the statistics how far it came."""
+        self.stats.reached = self.problem.direction * self.t, self.y.detach()
 
     def restart(self, y: Tensor) -> None:
         """Go on from another state at the same time; the field is evaluated there anew."""
@@ -176,6 +187,7 @@ def solve_event(
             value = float(event_fn(t, y))
         if math.isnan(value):
             loop.stats.nfe = problem.field.nfe
+            loop.note_reached()
             raise SolveError(Status.NON_FINITE, problem.direction * s, loop.stats, "event_fn returned NaN.")
         return math.copysign(1.0, value) if value else 0.0
 
@@ -217,5 +229,6 @@ def solve_event(
         if count == max_steps or not abs(step.t1) < latest:
             break
     loop.stats.nfe = problem.field.nfe
+    loop.note_reached()
     detail = f"Reached maximum number of iterations {max_steps}." if max_steps else "No event before the end of time."
     raise SolveError(Status.NO_EVENT, problem.direction * loop.t, loop.stats, detail)

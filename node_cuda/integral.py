@@ -132,7 +132,7 @@ def with_integral(
     extended = replace(
         problem,
         func=func,
-        field=VectorField(func, layout),
+        field=VectorField(func, layout, problem.bounds),
         y0=torch.cat([y0.reshape(-1), y0.new_zeros(field.shape.numel())]),
         layout=layout,
         norm=ErrorNorm(

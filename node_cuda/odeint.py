@@ -16,6 +16,7 @@ from node_cuda.gradients.request import AdjointArguments, Request
 from node_cuda.graphs import Graphs, graphs_of, refuse_in_capture
 from node_cuda.integral import Beside, Integral, event_of, with_integral
 from node_cuda.methods import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
+from node_cuda.options import FixedOptions
 from node_cuda.problem import Problem, combined_event, make_problem
 from node_cuda.regularized import Regularized, refuse_regularized
 from node_cuda.solution import Solution, Stats
@@ -165,7 +166,12 @@ def solve(
     of_y = func.func if isinstance(func, Regularized) else func
     if not (adjoint_method or reads_tolerances(chosen) or chosen.options.check_reconstruction):
         rtol, atol = _of_a_fixed_grid(rtol, atol, event_fn)
-    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm)
+    if event_fn is not None and chosen.options.clip:
+        raise InvalidInput(
+            'options["clip"] keeps func within [t[0], t[-1]], and with an event_fn t[1] only gives the direction of '
+            "time. Drop clip, and take options=dict(max_step=...) for a func that is not known everywhere."
+        )
+    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen))
     _warn_of_callbacks(problem, chosen)
     _refuse_callbacks(problem, chosen)
     if isinstance(adjoint_params, Tensor):
@@ -222,9 +228,14 @@ def odeint_dense(
     if not (isinstance(t0, Tensor) and t0.is_floating_point()):
         t0 = torch.as_tensor(t0, dtype=torch.float64)
     t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])
-    problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm)
+    problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen))
     _warn_of_callbacks(problem, chosen)
     return solve_dense(problem, chosen, Stats(host_reads=1))
+
+
+def _clips(method: Method) -> bool:
+    """func is to be asked between the ends of t only, and the method would not do so by itself."""
+    return method.options.clip and not isinstance(method.options, FixedOptions)
 
 
 def _of_a_fixed_grid(rtol: Any, atol: Any, event_fn: EventFunc | None) -> tuple[Any, Any]:
@@ -252,10 +263,15 @@ def _beside(func: Func, problem: Problem, integral: Any) -> Beside | None:
 def _solution(
     request: Request, beside: Beside | None, ts: Tensor, ys: Tensor, status: Status, event_t: Tensor | None = None
 ) -> Solution:
-    state, integral = request.problem.layout.unflatten(ys, (len(ts),)), None
-    if beside is not None:
-        state, integral = beside.split(state)
-    return Solution(ts, state, request.stats, status, event_t, integral)
+    def as_given(flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[State, Tensor | None]:
+        state = request.problem.layout.unflatten(flat, lead)
+        return (state, None) if beside is None else beside.split(state)
+
+    reached = request.stats.reached
+    if reached is not None:
+        reached = torch.tensor(reached[0], dtype=ts.dtype, device=ts.device), as_given(reached[1])[0]
+    state, integral = as_given(ys, (len(ts),))
+    return Solution(ts, state, request.stats, status, event_t, integral, reached)
 
 
 def _check_checkpoints(checkpoints: int | str | None, gradient: str) -> None:

@@ -13,6 +13,7 @@ from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
 from node_cuda.field import Layout, VectorField
 from node_cuda.kernels import backend
+from node_cuda.kernels.clock import Clock
 from node_cuda.norms import ErrorNorm
 from node_cuda.status import InvalidInput, InvalidState, InvalidType
 
@@ -40,6 +41,7 @@ class Problem:
     user's own tensor of times, where gradients go. norm: what counts as a small error. callbacks: the user's, by
     name, called with (t0, y0, dt); adjoint_callbacks: those of the backward solve, under the same names. backend: which
     path is wanted for the steps (see `node_cuda.backend`), in the backward pass as well, which another thread may run.
+    bounds: the user's times between which func may be asked; None: at all times.
     """
 
     func: Func
@@ -53,6 +55,11 @@ class Problem:
     callbacks: dict[str, Callback]
     adjoint_callbacks: dict[str, Callback]
     backend: str
+    bounds: tuple[float, float] | None = None
+
+    def field_of(self, func: Func) -> VectorField:
+        """A field for this problem from another function."""
+        return VectorField(func, self.layout, self.bounds)
 
     @property
     def time_dtype(self) -> torch.dtype:
@@ -66,8 +73,11 @@ class Problem:
             self.callbacks[name](t0_, self.layout.unflatten(y0), dt)
 
 
-def make_problem(func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: Norm | None = None) -> Problem:
-    """Check the user's input and flatten it. norm: of a tensor, or of a tuple where y0 is one.
+def make_problem(
+    func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: Norm | None = None, *, clip: bool = False
+) -> Problem:
+    """Check the user's input and flatten it. norm: of a tensor, or of a tuple where y0 is one. clip: func is asked
+    between the first and the last time only.
 
     Raises InvalidType, InvalidInput or InvalidState with the mend.
     """
@@ -88,9 +98,10 @@ def make_problem(func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: N
     )
     if _is_zero(error_norm.rtol) and _is_zero(error_norm.atol):
         raise InvalidInput("rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use `rtol=1e-12`, say.")
+    bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
     return Problem(
         func=func,
-        field=VectorField(func, layout),
+        field=VectorField(func, layout, bounds),
         y0=flat,
         t=t,
         times=times,
@@ -100,7 +111,23 @@ def make_problem(func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: N
         callbacks=_callbacks(func, ""),
         adjoint_callbacks=_callbacks(func, "_adjoint"),
         backend=backend.chosen(),
+        bounds=bounds,
     )
+
+
+def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest number of this dtype between the first and the last time, in the user's time."""
+    low, high = sorted((direction * times[0], direction * times[-1]))
+    clock = Clock(1.0, dtype, torch.device("cpu"))
+    least, most = (float(x) for x in clock.tensors((low, high)))
+    least = clock.after(low) if least < low else least
+    most = clock.before(high) if most > high else most
+    if least > most:
+        raise InvalidInput(
+            f'options["clip"] needs a time in {dtype} between the first and the last of t; got none between {low!r} '
+            f"and {high!r}. Use a wider state, `y0.double()`, or drop clip."
+        )
+    return least, most
 
 
 def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:

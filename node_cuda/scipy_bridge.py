@@ -98,7 +98,10 @@ def solve_scipy(problem: Problem, options: ScipyOptions, stats: Stats) -> tuple[
     if len(problem.times) == 1:
         return problem.y0.detach().clone()[None], Status.SUCCESS
     solve = ScipySolve(problem, options, stats)
-    if solve.failure is not None and options.raises:
-        raise solve.failure
+    if solve.failure is not None:
+        if options.raises:
+            raise solve.failure
+        at_start = solve.reached == problem.times[0]
+        stats.reached = problem.direction * solve.reached, problem.y0.detach() if at_start else solve.at(solve.reached)
     ys = torch.stack([problem.y0.detach(), *(solve.at(s) for s in problem.times[1:])])
     return ys, Status.SUCCESS if solve.failure is None else solve.failure.status

@@ -55,10 +55,12 @@ class Stats:
     graph_of: str | None = None
     reconstruction_error: float | None = None
     pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
+    reached: tuple[float, Tensor] | None = field(default=None, repr=False, compare=False)
+    """Of a solve that failed: the time and the flat state, without a gradient, after its last accepted step."""
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy could not wait for: it lies on the device, and is the original's.
-        return {**vars(self), "pending": []}
+        # What a copy could not wait for: it lies on the device, and is the original's. What is large stays here, too.
+        return {**vars(self), "pending": [], "reached": None}
 
     def __str__(self) -> str:
         return f"nfe = {self.nfe}, accepted steps = {self.accepted}, rejected = {self.rejected}"
@@ -72,6 +74,8 @@ class Solution:
     y0 and y(event_t). stats: what it cost. status: how it ended; with throw="deferred" PENDING until `check`. event_t:
     where the event was, a 0-d tensor, or None.
     integral: of what was integrated beside y, from ts[0] to these times, of shape (len(ts), *its shape), or None.
+    failed_after: with `options=dict(throw=False)` the time and the state where the last accepted step of a solve that
+    failed ended, without a gradient; else None.
     """
 
     ts: Tensor
@@ -80,6 +84,19 @@ class Solution:
     status: Status
     event_t: Tensor | None = None
     integral: Tensor | None = None
+    failed_after: tuple[Tensor, State] | None = field(default=None, repr=False)
+
+    @property
+    def t_reached(self) -> Tensor:
+        """The last time that the solve reached, a 0-d tensor: that of the last output, or `failed_after`."""
+        return self.ts[self._last].detach() if self.failed_after is None else self.failed_after[0]
+
+    @property
+    def y_reached(self) -> State:
+        """The state at `t_reached`, like y0."""
+        if self.failed_after is not None:
+            return self.failed_after[1]
+        return tuple(part[self._last] for part in self.ys) if isinstance(self.ys, tuple) else self.ys[self._last]
 
     def check(self) -> Solution:
         """Raise SolveError if the solve failed, or its backward pass as far as it was taken. With
@@ -92,11 +109,14 @@ class Solution:
         if self.stats.pending:
             self.status = Status.SUCCESS
         if self.status is not Status.SUCCESS:
-            raise SolveError(self.status, self._reached(), self.stats)
+            raise SolveError(self.status, float(self.t_reached), self.stats)
         return self
 
-    def _reached(self) -> float:
-        """The last of the times whose y is not NaN."""
+    @property
+    def _last(self) -> int:
+        """The index of the last output, or of a failed solve of the last one that is not NaN."""
+        if self.status is Status.SUCCESS:
+            return len(self.ts) - 1
         parts = self.ys if isinstance(self.ys, tuple) else (self.ys,)
         finite = [bool(all(x[i].isfinite().all() for x in parts)) for i in range(len(self.ts))]
-        return float(self.ts[finite.index(False) - 1 if False in finite else -1])
+        return max(finite.index(False) - 1, 0) if False in finite else len(self.ts) - 1

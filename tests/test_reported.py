@@ -10,7 +10,7 @@ import torch
 from problems import F64
 from torch import nn
 
-from node_cuda import SolveError, odeint, odeint_adjoint, status
+from node_cuda import SolveError, Status, odeint, odeint_adjoint, solve, status
 
 T = torch.tensor([0.0, 1.0], dtype=F64)
 
@@ -91,3 +91,65 @@ def test_adjoint_params_may_be_a_single_tensor():
     odeint_adjoint(lambda t, y: y @ w, y0, T, adjoint_params=w, rtol=1e-8, atol=1e-8)[-1].sum().backward()
     (right,) = torch.autograd.grad((y0 @ torch.matrix_exp(w)).sum(), w)
     torch.testing.assert_close(w.grad, right, rtol=0, atol=1e-5)
+
+
+# ------------------------------------------------------------------ how far a solve came
+def oscillating(t, y):
+    """y = y0 exp(sin(50 t) / 50)."""
+    return torch.cos(50 * t) * y
+
+
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
+@pytest.mark.parametrize("end", [5.0, -5.0], ids=["forwards", "backwards"])
+def test_a_solve_that_used_up_its_steps_says_where_it_was(gradient, end):
+    """torchdiffeq issue 278."""
+    y0, t = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True), torch.tensor([0.0, end], dtype=F64)
+    options = dict(max_num_steps=5, throw=False)
+    s = solve(oscillating, y0, t, options=options, gradient=gradient, adjoint_params=())
+    assert s.status is Status.MAX_STEPS and 0.0 < abs(s.t_reached) < 5.0 and not s.y_reached.requires_grad
+    right = y0.detach() * torch.exp(torch.sin(50 * s.t_reached) / 50)
+    torch.testing.assert_close(s.y_reached, right, rtol=0, atol=1e-4)
+
+
+def test_of_a_tuple_and_an_integral_it_is_the_state_as_it_was_given():
+    y0 = (torch.ones(2, dtype=F64), torch.ones(1, 3, dtype=F64))
+    options = dict(max_num_steps=5, throw=False)
+    s = solve(
+        lambda t, y: tuple(oscillating(t, part) for part in y), y0, 5.0 * T, options=options,
+        integral=lambda t, y, dy: y[0].sum(),
+    )  # fmt: skip
+    assert [part.shape for part in s.y_reached] == [part.shape for part in y0]
+    torch.testing.assert_close(s.y_reached[1][0, :2], s.y_reached[0], rtol=1e-12, atol=0)
+
+
+def test_a_solve_that_reached_its_end_was_there():
+    s = solve(decay, torch.ones(1, dtype=F64), T)
+    assert s.t_reached == 1.0 and torch.equal(s.y_reached, s.ys[-1])
+
+
+def test_a_blow_up_and_an_event_that_never_comes_say_where_they_were():
+    s = solve(lambda t, y: y * y, torch.ones(1, dtype=F64), 2.0 * T, options=dict(throw=False))
+    assert float(s.t_reached) == pytest.approx(1.0, abs=1e-3) and float(s.y_reached) > 1e3
+    s = solve(
+        decay, torch.ones(1, dtype=F64), T, options=dict(throw=False, max_num_steps=7), event_fn=lambda t, y: y + 1.0
+    )
+    assert s.status is Status.MAX_STEPS
+    assert float(s.y_reached) == pytest.approx(math.exp(-float(s.t_reached)), abs=1e-6)
+
+
+@pytest.mark.parametrize("solver", ["RK45", "Radau"])
+def test_scipys_solvers_say_where_they_were(solver):
+    s = solve(
+        lambda t, y: y * y, torch.ones(1, dtype=F64), 2.0 * T, method="scipy_solver", rtol=1e-6, atol=1e-6,
+        options=dict(throw=False, solver=solver),
+    )  # fmt: skip
+    assert s.status is not Status.SUCCESS and float(s.t_reached) == pytest.approx(1.0, abs=1e-2)
+    assert bool(torch.isfinite(s.y_reached).all())
+
+
+def test_a_grid_came_as_far_as_its_outputs_are_finite():
+    def bounded(t, y):
+        return -y if t < 0.5 else y * math.nan
+
+    s = solve(bounded, torch.ones(1), torch.linspace(0, 1, 5), method="euler", options=dict(throw=False))
+    assert s.status is Status.NON_FINITE and s.t_reached == 0.5 and float(s.y_reached) == pytest.approx(0.75**2)

@@ -18,7 +18,6 @@ from torch import Tensor
 
 from node_cuda.captured import Account, Captured, failure_of
 from node_cuda.device_loop import DeviceLoop, release, with_field_of_its_own
-from node_cuda.field import VectorField
 from node_cuda.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.backward_solve import Backward, BackwardSolve, Found
 from node_cuda.gradients.leaves import with_leaves
@@ -199,7 +198,7 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, why: str | 
 def _by_the_host(backward: Backward, *, timed: bool) -> Outcome:
     """The same backward solve, with another field."""
     forward, params = backward.forward, backward.params
-    own = replace(forward, field=VectorField(forward.func, forward.layout))
+    own = replace(forward, field=forward.field_of(forward.func))
     try:
         found = BackwardSolve(backward.apart(own, params), Reached(range(len(params)))).run(timed)
     except SolveError as failure:

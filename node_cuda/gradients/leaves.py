@@ -19,7 +19,6 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._typing import Func
-from node_cuda.field import VectorField
 from node_cuda.gradients.inspection import sources
 from node_cuda.kernels import capture
 from node_cuda.problem import Problem
@@ -36,7 +35,7 @@ def with_leaves(problem: Problem, params: Sequence[Tensor], y: Tensor) -> tuple[
     leaves = [nn.Parameter(p.detach()) for p in params]
     func = _computing_with(leaves, problem, params, y)
     if func is not None:
-        return replace(problem, func=func, field=VectorField(func, problem.layout)), leaves
+        return replace(problem, func=func, field=problem.field_of(func)), leaves
     if capture.override_of_streams() is None:
         raise capture.Uncapturable(
             "func computes with a tensor that it does not have as a parameter of an nn.Module, or not only so, and "
@@ -59,7 +58,7 @@ def _computing_with(
         else:
             func = _replica(func, places, {})
         with torch.enable_grad():
-            out = VectorField(func, problem.layout)(t, y.detach().clone())
+            out = problem.field_of(func)(t, y.detach().clone())
     except Exception:  # no module, or one that has no replicas
         return None
     reached, *_ = sources(out, params, {})

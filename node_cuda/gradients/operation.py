@@ -139,7 +139,7 @@ class Task(ABC):
             sample.stats = Stats(host_reads=1)
             sample.samples = []
             sample._inspects = self._inspects and i == 0
-            own = replace(problem, field=VectorField(problem.func, problem.layout))
+            own = replace(problem, field=problem.field_of(problem.func))
             sample._request = replace(self._request, stats=sample.stats, problem=own)
             self.samples.append(sample)
         return self.samples
@@ -174,7 +174,7 @@ def _transformed() -> bool:
 
 def _computing_with(func: Any, problem: Problem) -> Problem:
     """The problem with this func."""
-    return problem if func is problem.func else replace(problem, func=func, field=VectorField(func, problem.layout))
+    return problem if func is problem.func else replace(problem, func=func, field=problem.field_of(func))
 
 
 class _Solve(torch.autograd.Function):
