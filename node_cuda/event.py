@@ -6,11 +6,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.field import Layout
-from node_cuda.gradients.context import first_derivatives
+from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.odeint import odeint
 from node_cuda.status import InvalidInput, InvalidType
 
@@ -41,86 +41,13 @@ def odeint_event(
     start = t0.reshape(-1)
     step = -1.0 if reverse_time else 1.0
     event_t, ys = odeint_interface(func, y0, torch.cat([start, start.detach() + step]), event_fn=event_fn, **kwargs)
-    is_tuple = isinstance(ys, tuple)
-    parts = ys if is_tuple else (ys,)
-    shapes = tuple(part.shape[1:] for part in parts)
-    layout = Layout(shapes)
-    flat = layout.flatten(tuple(part[-1] for part in parts))
-    crossing = _Crossing(func, event_fn, shapes, is_tuple, start.detach(), tuple(part[0].detach() for part in parts))
-    phi = tuple(p for p in event_fn.parameters() if p.requires_grad) if isinstance(event_fn, nn.Module) else ()
-    event_t, flat = _EventGradient.apply(crossing, event_t, flat, *phi)
-    ends = layout.unflatten(flat)
-    stitched = tuple(torch.cat([part[:-1], end[None]]) for part, end in zip(parts, ends, strict=True))
-    return event_t, stitched if is_tuple else stitched[0]
-
-
-class _Crossing:
-    """The field and the event function at an event, of a flat state."""
-
-    def __init__(
-        self,
-        func: Func,
-        event_fn: EventFunc,
-        shapes: tuple[torch.Size, ...],
-        is_tuple: bool,
-        t0: Tensor,
-        y0: tuple[Tensor, ...],
-    ) -> None:
-        self.func = func
-        self.event_fn = event_fn
-        self.layout = Layout(shapes)
-        self.is_tuple = is_tuple
-        with torch.no_grad():
-            self._signs = torch.sign(self._values(t0[0].to(y0[0].dtype.to_real()), self.layout.flatten(y0)))
-
-    def field(self, t: Tensor, y: Tensor) -> Tensor:
-        """f(t, y), flat; the state is a copy, which func may write into."""
-        out = self.func(t, self._state(y.clone()))
-        return self.layout.flatten(out if self.is_tuple else (out,)).to(y.dtype)
-
-    def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """The element of event_fn that crosses zero here: the least of those that all began positive."""
-        values = self._values(t, y)
-        return values[(values.detach() * self._signs).argmin()]
-
-    def _values(self, t: Tensor, y: Tensor) -> Tensor:
-        value = self.event_fn(t, self._state(y))
-        return value.reshape(-1) if isinstance(value, Tensor) else torch.as_tensor(value).reshape(-1)
-
-    def _state(self, y: Tensor) -> State:
-        parts = self.layout.unflatten(y)
-        return parts if self.is_tuple else parts[0]
-
-
-class _EventGradient(torch.autograd.Function):
-    """The identity on (t*, y(t*)); backwards it adds what moves the event's time."""
-
-    @staticmethod
-    def forward(ctx, crossing, event_t, y, *phi):
-        ctx.crossing = crossing
-        ctx.save_for_backward(event_t, y, *phi)
-        return event_t.clone(), y.clone()
-
-    @staticmethod
-    def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
-        of = (*ctx.saved_tensors[:2], grad_t, grad_y)
-        with torch.no_grad():
-            gradients = _EventGradient.moved(ctx, grad_t, grad_y)
-        return None, *first_derivatives(gradients, "the time of an event", *of)
-
-    @staticmethod
-    def moved(ctx, grad_t, grad_y):
-        """The gradients of t*, y(t*) and phi."""
-        event_t, y, *phi = ctx.saved_tensors
-        t, y = event_t.detach().to(y.dtype.to_real()), y.detach()
-        f = ctx.crossing.field(t, y)
-        with torch.enable_grad():
-            inputs = (t.clone().requires_grad_(True), y.clone().requires_grad_(True), *phi)
-            c = ctx.crossing.condition(*inputs[:2])
-            grads = torch.autograd.grad(c, inputs, allow_unused=True) if c.requires_grad else [None] * len(inputs)
-        dc_dt, dc_dy, *dc_dphi = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))
-        rate = dc_dt + torch.vdot(dc_dy, f).real
-        if not rate.abs() > 0:
-            rate = rate + 1e-12
-        moved = -(grad_t + torch.vdot(grad_y, f).real) / rate
-        return (None, grad_y + moved * dc_dy, *(moved * g for g in dc_dphi))
+    if isinstance(ys, tuple):
+        layout = Layout(tuple(part.shape[1:] for part in ys))
+        first, last = (layout.flatten(tuple(part[i] for part in ys)) for i in (0, -1))
+    else:
+        layout, first, last = Layout(), ys[0], ys[-1]
+    event_t, last = moving(Crossing(func, event_fn, layout, start[0], first), event_t, last, event_fn)
+    ends = layout.unflatten(last)
+    if isinstance(ys, tuple):
+        return event_t, tuple(torch.cat([part[:-1], end[None]]) for part, end in zip(ys, ends, strict=True))
+    return event_t, torch.cat([ys[:-1], last[None]])

@@ -12,6 +12,7 @@ from torch import Tensor
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.dense import DenseSolution, solve_dense
 from node_cuda.gradients import GRADIENTS
+from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.gradients.request import AdjointArguments, Request
 from node_cuda.graphs import Graphs, graphs_of, refuse_in_capture
 from node_cuda.integral import Beside, Integral, event_of, with_integral
@@ -196,6 +197,9 @@ def solve(
     try:
         of_state = event_fn if beside is None else event_of(beside, event_fn)
         event_t, ys = mode.event(request, combined_event(of_state, problem))
+        if gradient != "backprop":  # users of plain odeint call event_t.numpy()
+            crossing = Crossing(problem.func, of_state, problem.layout, t[0], problem.y0)
+            event_t, _ = moving(crossing, event_t, ys[-1], event_fn)
     except SolveError as failure:
         if chosen.options.raises:
             raise

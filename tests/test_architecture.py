@@ -64,6 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.reached",
         "gradients.adjoint_field",
         "gradients.context",
+        "gradients.event_time",
         "gradients.parameters",
         "gradients.inspection",
         "gradients.leaves",

@@ -280,9 +280,9 @@ def test_points_inside_a_step_are_looked_at_in_every_gradient_mode(gradient):
         lambda t, y: torch.stack([y[1], -y[0]]), y0, torch.tensor([0.0, 1.0], dtype=F64), rtol=1e-6, atol=1e-6,
         event_fn=lambda t, y: y[0] + 0.9, options=options, gradient=gradient, adjoint_params=(),
     )  # fmt: skip
-    assert float(solution.event_t) == pytest.approx(math.pi + math.asin(0.9), abs=0.02)
-    (g,) = torch.autograd.grad(solution.ys[-1, 0], y0)
-    t = float(solution.event_t)  # y[0] = y0[0] cos t + y0[1] sin t
+    t = float(solution.event_t.detach())
+    assert t == pytest.approx(math.pi + math.asin(0.9), abs=0.02)
+    (g,) = torch.autograd.grad(solution.ys[-1, 0], y0)  # y[0] = y0[0] cos t + y0[1] sin t
     torch.testing.assert_close(g, torch.tensor([math.cos(t), math.sin(t)], dtype=F64), rtol=0, atol=0.02)
 
 
@@ -295,6 +295,63 @@ def test_points_inside_a_step_are_a_whole_number(checks):
 def test_an_event_function_that_returns_a_bool_is_refused():
     with pytest.raises(TypeError, match="numbers that change their sign"):
         odeint_event(fall, START, T0, event_fn=lambda t, y: y[0] > 0.0)
+
+
+class Growth(nn.Module):
+    """y' = a y, so that y0 = 1 reaches 2 at t* = ln(2) / a."""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Parameter(torch.tensor(0.7, dtype=F64))
+
+    def forward(self, t, y):
+        return tuple(self.a * part for part in y) if isinstance(y, tuple) else self.a * y
+
+
+class Level(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.level = nn.Parameter(torch.tensor(2.0, dtype=F64))
+
+    def forward(self, t, y):
+        return (y[1] if isinstance(y, tuple) else y).reshape(-1)[0] - self.level
+
+
+@pytest.mark.parametrize("state", ["one number", "a matrix", "a tuple"])
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_the_time_of_an_event_of_odeint_adjoint_has_its_gradient(gradient, state):
+    """y(t*) keeps its derivative at the fixed t*, as in torchdiffeq."""
+    func, level = Growth(), Level()
+    one = torch.ones(1, dtype=F64, requires_grad=True)
+    y0 = {"one number": one, "a matrix": one.expand(2, 3), "a tuple": (one.expand(2), one.expand(1, 2))}[state]
+    event_t, y = odeint_adjoint(
+        func, y0, torch.tensor([0.0, 1.0], dtype=F64), event_fn=level, rtol=1e-10, atol=1e-10, gradient=gradient
+    )
+    a, t = 0.7, math.log(2.0) / 0.7
+    found = torch.autograd.grad(event_t, (func.a, level.level, one), retain_graph=True)
+    for g, right in zip(found, (-math.log(2.0) / a**2, 1 / (2 * a), [-1 / a]), strict=True):
+        torch.testing.assert_close(g, torch.tensor(right, dtype=F64), rtol=0, atol=1e-6)
+    end = (y[1] if isinstance(y, tuple) else y)[-1].reshape(-1)[0]
+    assert float(torch.autograd.grad(end, func.a)[0]) == pytest.approx(2.0 * t, abs=1e-6)
+
+
+@pytest.mark.parametrize("interface", [odeint, odeint_adjoint])
+def test_the_movement_of_an_event_is_counted_once_through_odeint_event(interface):
+    func, level = Growth(), Level()
+    event_t, y = odeint_event(
+        func, torch.ones(1, dtype=F64), T0, event_fn=level, odeint_interface=interface, rtol=1e-10, atol=1e-10
+    )
+    (of_t,) = torch.autograd.grad(event_t, func.a, retain_graph=True)
+    of_y = torch.autograd.grad(y[-1].sum(), (func.a, level.level))
+    assert float(of_t) == pytest.approx(-math.log(2.0) / 0.7**2, abs=1e-6)
+    assert float(of_y[0]) == pytest.approx(0.0, abs=1e-6) and float(of_y[1]) == pytest.approx(1.0, abs=1e-6)
+
+
+def test_the_time_of_an_event_of_plain_odeint_has_no_gradient():
+    event_t, _ = odeint(
+        Growth(), torch.ones(1, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64), event_fn=Level(), rtol=1e-6, atol=1e-6
+    )
+    assert not event_t.requires_grad and event_t.numpy() == pytest.approx(math.log(2.0) / 0.7, abs=1e-5)
 
 
 # ------------------------------------------------------------------ dense output

@@ -93,6 +93,19 @@ def test_adjoint_params_may_be_a_single_tensor():
     torch.testing.assert_close(w.grad, right, rtol=0, atol=1e-5)
 
 
+def test_the_adjoint_norm_that_a_solution_shows_returns_a_tensor(torchdiffeq):
+    """torchdiffeq's own norm_tests read it."""
+    p = torch.rand(7, requires_grad=True)
+
+    def value(solver):
+        xs = solver(lambda t, x: x, torch.ones(2, 2), torch.tensor([0.0, 1.0]), adjoint_params=(p,))
+        norm = xs.grad_fn.adjoint_options["norm"]
+        return norm((torch.tensor(0.5), torch.full((4,), 3.0), torch.full((4,), -2.0), torch.full((7,), 4.0)))
+
+    assert isinstance(value(odeint_adjoint), torch.Tensor) and value(odeint_adjoint).shape == ()
+    assert value(odeint_adjoint) == value(torchdiffeq.odeint_adjoint) == 4.0
+
+
 # ------------------------------------------------------------------ how far a solve came
 def oscillating(t, y):
     """y = y0 exp(sin(50 t) / 50)."""

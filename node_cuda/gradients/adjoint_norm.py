@@ -19,7 +19,7 @@ class AdjointNorm:
     """The default norms of the backward solve: rms of y and of a, and with params=True of every parameter's gradient.
 
     user_norm: the user's norm of the forward solve, which then measures y and a. Callable, as torchdiffeq's are, with
-    a tuple (t, y, adj_y, *adj_params) of flat tensors.
+    a tuple (t, y, adj_y, *adj_params) of flat tensors; returns a 0-d tensor, as they do.
     """
 
     def __init__(self, layout: Layout, user_norm: Norm | None, *, params: bool) -> None:
@@ -27,10 +27,10 @@ class AdjointNorm:
         self.user_norm = user_norm
         self.params = params
 
-    def __call__(self, parts: Sequence[Tensor]) -> float:
+    def __call__(self, parts: Sequence[Tensor]) -> Tensor:
         t, y, adj_y, *adj_params = parts
         values = [t.abs(), self._of_state(y), self._of_state(adj_y), rms(adj_params) if self.params else 0.0]
-        return max(float(value) for value in values)
+        return torch.stack([torch.as_tensor(value).detach().to(t).abs() for value in values]).amax()
 
     def _of_state(self, y: Tensor) -> Tensor | float:
         parts = self.layout.unflatten(y)

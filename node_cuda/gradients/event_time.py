@@ -1,0 +1,80 @@
+"""The gradient of an event's time, by the implicit function theorem.
+
+c(t*, y(t*)) = 0, so dt* = -(dc/dy . dy + dc/dphi . dphi) / (dc/dt + dc/dy . f), with dy the change of y at a fixed time
+and phi the parameters of c (Chen, Amos and Nickel 2021, arXiv:2011.03902).
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from node_cuda._typing import EventFunc, Func
+from node_cuda.field import Layout
+from node_cuda.gradients.context import first_derivatives
+from node_cuda.kernels.reference import real_dot
+
+
+def moving(crossing: Crossing, event_t: Tensor, y: Tensor, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
+    """event_t with its gradient, and y(event_t) with the one that it has as the event moves. y: flat, with the gradient
+    that it has at a fixed time. event_fn: whose parameters get a gradient, if it is an nn.Module."""
+    phi = tuple(p for p in event_fn.parameters() if p.requires_grad) if isinstance(event_fn, nn.Module) else ()
+    return _EventGradient.apply(crossing, event_t, y, *phi)
+
+
+class Crossing:
+    """The field and the event function at an event, of a flat state. t0, y0: where the solve began, y0 flat."""
+
+    def __init__(self, func: Func, event_fn: EventFunc, layout: Layout, t0: Tensor, y0: Tensor) -> None:
+        self.func = func
+        self.event_fn = event_fn
+        self.layout = layout
+        with torch.no_grad():
+            self._signs = torch.sign(self._values(t0.detach().to(y0.dtype.to_real()), y0.detach()))
+
+    def field(self, t: Tensor, y: Tensor) -> Tensor:
+        """f(t, y), flat; the state is a copy, which func may write into."""
+        return self.layout.flatten(self.func(t, self.layout.unflatten(y.clone()))).to(y.dtype)
+
+    def condition(self, t: Tensor, y: Tensor) -> Tensor:
+        """The element of event_fn that crosses zero here: the least of those that all began positive."""
+        values = self._values(t, y)
+        return values[(values.detach() * self._signs).argmin()]
+
+    def _values(self, t: Tensor, y: Tensor) -> Tensor:
+        value = self.event_fn(t, self.layout.unflatten(y))
+        return value.reshape(-1) if isinstance(value, Tensor) else torch.as_tensor(value).reshape(-1)
+
+
+class _EventGradient(torch.autograd.Function):
+    """The identity on (t*, y(t*)); backwards it adds what moves the event's time."""
+
+    @staticmethod
+    def forward(ctx, crossing, event_t, y, *phi):
+        ctx.crossing = crossing
+        ctx.save_for_backward(event_t, y, *phi)
+        return event_t.clone(), y.clone()
+
+    @staticmethod
+    def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
+        of = (*ctx.saved_tensors[:2], grad_t, grad_y)
+        with torch.no_grad():
+            gradients = _EventGradient.moved(ctx, grad_t, grad_y)
+        return None, *first_derivatives(gradients, "the time of an event", *of)
+
+    @staticmethod
+    def moved(ctx, grad_t, grad_y):
+        """The gradients of t*, y(t*) and phi."""
+        event_t, y, *phi = ctx.saved_tensors
+        t, y = event_t.detach().to(y.dtype.to_real()), y.detach()
+        f = ctx.crossing.field(t, y)
+        with torch.enable_grad():
+            inputs = (t.clone().requires_grad_(True), y.clone().requires_grad_(True), *phi)
+            c = ctx.crossing.condition(*inputs[:2])
+            grads = torch.autograd.grad(c, inputs, allow_unused=True) if c.requires_grad else [None] * len(inputs)
+        dc_dt, dc_dy, *dc_dphi = (torch.zeros_like(x) if g is None else g for g, x in zip(grads, inputs, strict=True))
+        rate = dc_dt + real_dot(dc_dy, f)
+        if not rate.abs() > 0:
+            rate = rate + 1e-12
+        moved = -(grad_t + real_dot(grad_y, f)) / rate
+        return (None, grad_y + moved * dc_dy, *(moved * g for g in dc_dphi))
