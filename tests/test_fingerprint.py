@@ -23,6 +23,7 @@ from torch.nn.utils import parametrizations, parametrize
 from node_cuda import fingerprint as of_package
 from node_cuda.fingerprint import difference, fingerprint, surroundings, without, written
 
+CPU = torch.device("cpu")
 Y = torch.tensor([0.5, -0.25])
 T = torch.tensor(0.0)
 
@@ -440,26 +441,26 @@ def values(func):
 def test_a_fingerprint_changes_with(change, monkeypatch):
     make, alter = CHANGES[change]
     func = make()
-    first, before = fingerprint(func), values(func)
-    assert difference(first, fingerprint(func)) is None, "an evaluation changed it"
+    first, before = fingerprint(func, CPU), values(func)
+    assert difference(first, fingerprint(func, CPU)) is None, "an evaluation changed it"
     if alter.__code__.co_argcount == 2:
         alter(func, monkeypatch)
     else:
         alter(func)
-    assert difference(first, fingerprint(func)) is not None
+    assert difference(first, fingerprint(func, CPU)) is not None
     now = values(func)
     assert now.dtype != before.dtype or not torch.equal(now, before), "the change makes no difference to the field"
 
 
 def test_of_a_change_the_place_is_told():
     func = Field()
-    first = fingerprint(func)
+    first = fingerprint(func, CPU)
     func.net[2].bias = nn.Parameter(torch.ones(2))
-    assert difference(first, fingerprint(func)) == "net.2.bias"
+    assert difference(first, fingerprint(func, CPU)) == "net.2.bias"
     func = attribute(lambda: types.SimpleNamespace(a=1.0), lambda x: x.a, None)[0]()
-    first = fingerprint(func)
+    first = fingerprint(func, CPU)
     func.x.a = 2.0
-    assert difference(first, fingerprint(func)) == "x.a"
+    assert difference(first, fingerprint(func, CPU)) == "x.a"
 
 
 # ------------------------------------------------------------------ what changes nothing
@@ -502,21 +503,21 @@ SAME = {
 def test_a_fingerprint_does_not_change_with(change, monkeypatch):
     make, alter = SAME[change]
     func = make()
-    first = fingerprint(func)
+    first = fingerprint(func, CPU)
     if alter.__code__.co_argcount == 2:
         alter(func, monkeypatch)
     else:
         alter(func)
-    assert difference(first, fingerprint(func)) is None
+    assert difference(first, fingerprint(func, CPU)) is None
 
 
 def test_objects_that_refer_to_each_other_are_looked_at_once():
     func, other = Field(), types.SimpleNamespace()
     func.other, other.owner, other.itself = [other], [func], other
-    first = fingerprint(func)
-    assert difference(first, fingerprint(func)) is None
+    first = fingerprint(func, CPU)
+    assert difference(first, fingerprint(func, CPU)) is None
     other.scale = 2.0
-    assert difference(first, fingerprint(func)) == "other.0.scale"
+    assert difference(first, fingerprint(func, CPU)) == "other.0.scale"
 
 
 def test_an_object_s_own_equality_is_not_asked():
@@ -530,10 +531,10 @@ def test_an_object_s_own_equality_is_not_asked():
 
     func = Field()
     func.odd, func.many = Odd(), [Odd() for _ in range(of_package.LARGEST + 1)]
-    first = fingerprint(func)
-    assert difference(first, fingerprint(func)) is None
+    first = fingerprint(func, CPU)
+    assert difference(first, fingerprint(func, CPU)) is None
     func.many[3] = Odd()
-    assert difference(first, fingerprint(func)) == "many"
+    assert difference(first, fingerprint(func, CPU)) == "many"
 
 
 def test_another_object_at_the_same_address_is_another_one():
@@ -542,7 +543,7 @@ def test_another_object_at_the_same_address_is_another_one():
     seen = []
     for factor in range(1, 4):
         func.act = eval(f"lambda y: {factor} * y")
-        seen.append(fingerprint(func))
+        seen.append(fingerprint(func, CPU))
     assert difference(seen[0], seen[1]) and difference(seen[1], seen[2]) and difference(seen[0], seen[2])
 
 
@@ -551,7 +552,7 @@ def test_a_fingerprint_keeps_nothing_alive_that_may_be_large():
     func.net[1].register_forward_hook(lambda m, x, out: out)
     func.x, func.many = Options(torch.ones(2)), {i: Slotted() for i in range(1000)}
     gone = [weakref.ref(x) for x in (func, func.net, func.net[0].weight, func.x, func.x.scale)]
-    found = fingerprint(func)
+    found = fingerprint(func, CPU)
     del func
     gc.collect()
     assert found and [x() for x in gone] == [None] * len(gone)
