@@ -43,7 +43,6 @@ void register_graphs(py::module_& m) {
       .def(py::init([](Address ctl, int32_t device) { return std::make_unique<Flag>(at<const Ctl*>(ctl), device); }),
            Released())
       .def("record", [](Flag& flag, Address stream) { flag.record(at<cudaStream_t>(stream)); }, Released())
-      .def("ready", &Flag::ready, Released())
       .def("wait", &Flag::wait, Released())
       .def("read", [](const Flag& flag) {  // struct Ctl, as bytes
         return py::bytes(reinterpret_cast<const char*>(&flag.read()), sizeof(Ctl));
@@ -52,12 +51,6 @@ void register_graphs(py::module_& m) {
       "replay",
       [](Address exec, int64_t times, const Stream& on) {
         replay(at<cudaGraphExec_t>(exec), times, at<cudaStream_t>(on.first), on.second);
-      },
-      Released());
-  m.def(
-      "append",
-      [](Address graph, Address stream, int32_t device) {
-        append(at<cudaGraph_t>(graph), at<cudaStream_t>(stream), device);
       },
       Released());
 }

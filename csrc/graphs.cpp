@@ -5,7 +5,6 @@
 #include <string>
 #include <vector>
 
-#include "capturing.h"
 #include "device_guard.h"
 #include "set_condition.h"
 
@@ -86,32 +85,24 @@ void refuse_old_driver() {
                      (driver == 0 ? "there is none" : "this one is for " + version(driver)));
 }
 
-cudaError_t add_node(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after, size_t count,
-                     cudaGraphNodeParams* parameters) {
-#if CUDART_VERSION >= 13000
-  return cudaGraphAddNode(node, graph, after, nullptr, count, parameters);
-#else
-  return cudaGraphAddNode(node, graph, after, count, parameters);
-#endif
-}
-
-// The loop behind the `count` nodes at `last`. Returns its node, behind which it is over.
-cudaGraphNode_t add_loop(cudaGraph_t graph, const cudaGraphNode_t* last, size_t count, cudaGraph_t step,
-                         const Ctl* ctl) {
+void add_loop(cudaGraph_t graph, cudaGraph_t step, const Ctl* ctl) {
   cudaGraphConditionalHandle goes_on;
   EXPECT(cudaGraphConditionalHandleCreate, &goes_on, graph, 0, cudaGraphCondAssignDefault);
   cudaGraphNode_t before, loop, once, after;
-  expect(add_set_condition(&before, graph, last, count, goes_on, ctl), "cudaGraphAddKernelNode");
+  expect(add_set_condition(&before, graph, nullptr, 0, goes_on, ctl), "cudaGraphAddKernelNode");
   cudaGraphNodeParams condition{};
   condition.type = cudaGraphNodeTypeConditional;
   condition.conditional.handle = goes_on;
   condition.conditional.type = cudaGraphCondTypeWhile;
   condition.conditional.size = 1;
-  expect(add_node(&loop, graph, &before, 1, &condition), "cudaGraphAddNode");
+#if CUDART_VERSION >= 13000
+  EXPECT(cudaGraphAddNode, &loop, graph, &before, nullptr, 1, &condition);
+#else
+  EXPECT(cudaGraphAddNode, &loop, graph, &before, 1, &condition);
+#endif
   const cudaGraph_t body = condition.conditional.phGraph_out[0];
   EXPECT(cudaGraphAddChildGraphNode, &once, body, nullptr, 0, step);
   expect(add_set_condition(&after, body, &once, 1, goes_on, ctl), "cudaGraphAddKernelNode");
-  return loop;
 }
 #endif
 
@@ -122,7 +113,6 @@ WhileGraph::~WhileGraph() {
   // A launch that is still running keeps what it needs.
   if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
   if (graph_ != nullptr) cudaGraphDestroy(graph_);
-  if (step_ != nullptr) cudaGraphDestroy(step_);
 }
 
 #if NODE_CUDA_HAS_WHILE
@@ -131,24 +121,15 @@ WhileGraph::WhileGraph(cudaGraph_t step, const Ctl* ctl, int32_t device) : While
   const DeviceGuard guard(device);
   expect(guard.error(), "cudaSetDevice");
   refuse_what_no_loop_may_hold(step);
-  ctl_ = ctl;
-  EXPECT(cudaGraphClone, &step_, step);
   EXPECT(cudaGraphCreate, &graph_, 0);
-  add_loop(graph_, nullptr, 0, step_, ctl_);
+  add_loop(graph_, step, ctl);
   EXPECT(cudaGraphInstantiate, &exec_, graph_, 0);
 }
 
 void WhileGraph::launch(cudaStream_t stream) const {
   const DeviceGuard guard(device_);
   expect(guard.error(), "cudaSetDevice");
-  const Capturing now = capturing(stream);
-  if (now.graph == nullptr) {
-    EXPECT(cudaGraphLaunch, exec_, stream);
-  } else {
-    // The kernel of set_condition was loaded for the constructor's nodes: to load one may allocate and wait, which a
-    // capture forbids.
-    go_on_behind(add_loop(now.graph, now.last, now.count, step_, ctl_), stream);
-  }
+  EXPECT(cudaGraphLaunch, exec_, stream);
 }
 #else
 WhileGraph::WhileGraph(cudaGraph_t, const Ctl*, int32_t device) : WhileGraph(device) {
@@ -163,19 +144,6 @@ void replay(cudaGraphExec_t exec, int64_t times, cudaStream_t stream, int32_t de
   const DeviceGuard guard(device);
   expect(guard.error(), "cudaSetDevice");
   for (int64_t i = 0; i < times; ++i) EXPECT(cudaGraphLaunch, exec, stream);
-}
-
-void append(cudaGraph_t graph, cudaStream_t stream, int32_t device) {
-  const DeviceGuard guard(device);
-  expect(guard.error(), "cudaSetDevice");
-  const Capturing now = capturing(stream);
-  if (now.graph == nullptr)
-    throw std::runtime_error(
-        "node_cuda: append adds a graph to the one that its stream is being captured into, and this stream is not "
-        "being captured: launch the graph there instead");
-  cudaGraphNode_t node;
-  EXPECT(cudaGraphAddChildGraphNode, &node, now.graph, now.last, now.count, graph);
-  go_on_behind(node, stream);
 }
 
 Flag::Flag(const Ctl* ctl, int32_t device) : Flag(device) {
@@ -196,29 +164,9 @@ Flag::~Flag() {
 void Flag::record(cudaStream_t stream) {
   const DeviceGuard guard(device_);
   expect(guard.error(), "cudaSetDevice");
-  if (capturing(stream).graph != nullptr)
-    throw std::runtime_error(
-        "node_cuda: the state of a solve is not copied to the host in a stream that is being captured: each replay "
-        "would make a copy that nobody waits for. Copy it behind the replay");
   EXPECT(cudaMemcpyAsync, host_, ctl_, sizeof(Ctl), cudaMemcpyDeviceToHost, stream);
   EXPECT(cudaEventRecord, event_, stream);
   state_ = ON_ITS_WAY;
-}
-
-bool Flag::ready() {
-  if (state_ == NEVER) return false;
-  if (state_ == ON_ITS_WAY) {
-    const DeviceGuard guard(device_);
-    expect(guard.error(), "cudaSetDevice");
-    const cudaError_t error = cudaEventQuery(event_);
-    if (error == cudaErrorNotReady) {
-      cudaGetLastError();  // not an error of anybody's
-      return false;
-    }
-    expect(error, "cudaEventQuery");
-    state_ = THERE;
-  }
-  return true;
 }
 
 void Flag::wait() {

@@ -1,6 +1,5 @@
 // A solve without the host in its loop, from the captured graph of one attempted step: WhileGraph repeats it on the GPU
-// in one launch, or as a part of the graph that somebody captures; replay and Flag repeat it from the host, which looks
-// at the end of one batch while the next one runs.
+// in one launch; replay and Flag repeat it from the host, which looks at the end of one batch while the next one runs.
 //
 // Neither Python nor torch. What fails throws: Impossible where this step, driver or build cannot have a loop on the
 // GPU at all (another way of solving can), std::runtime_error for an error of CUDA's.
@@ -23,13 +22,7 @@ class Impossible : public std::runtime_error {
 //
 //     set_condition -> while { step -> set_condition }
 //
-// The step is cloned: its graph may be destroyed afterwards, but not the memory that its nodes work on.
-//
-// Where the stream is being captured, `launch` adds the loop to the graph that it is captured into: a child graph may
-// hold no loop, so it cannot be launched there. The graph of that capture is a copy that works on the step's memory as
-// well: whoever owns that memory (the owner of the step's graph, where the memory is in the pool of its capture) must
-// outlive it, and this object need not. A launch that fails there leaves behind what it had added, since nothing can
-// be taken out of a graph during its capture: end the capture, and do not use its graph.
+// The loop holds a copy of the step: its graph may be destroyed afterwards, but not the memory that its nodes work on.
 class WhileGraph {
  public:
   WhileGraph(cudaGraph_t step, const Ctl* ctl, int32_t device);
@@ -43,18 +36,12 @@ class WhileGraph {
   explicit WhileGraph(int32_t device) : device_(device) {}  // owns, so that what follows may throw
 
   int32_t device_;
-  const Ctl* ctl_ = nullptr;
-  cudaGraph_t step_ = nullptr;
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t exec_ = nullptr;
 };
 
 // The same launch `times` times.
 void replay(cudaGraphExec_t exec, int64_t times, cudaStream_t stream, int32_t device);
-
-// The graph, once, in the one that the stream is being captured into; throws if it is not. A clone: what is said above
-// of the step's memory holds for this graph's.
-void append(cudaGraph_t graph, cudaStream_t stream, int32_t device);
 
 // A copy of ctl in host memory, as it is where the stream has come to the last `record`. With two of them a host that
 // waits for one batch of steps has the next one in the stream already.
@@ -65,10 +52,9 @@ class Flag {
   Flag(const Flag&) = delete;
   Flag& operator=(const Flag&) = delete;
 
-  void record(cudaStream_t stream);  // which is not being captured
-  bool ready();  // never waits
+  void record(cudaStream_t stream);
   void wait();
-  const Ctl& read() const;  // after one of the two said so
+  const Ctl& read() const;  // after `wait`
 
  private:
   enum State { NEVER, ON_ITS_WAY, THERE };

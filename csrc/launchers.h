@@ -112,17 +112,15 @@ int launch_start_control(Ctl* ctl, const Law* law, double direction, const doubl
 int launch_grid_control(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
 // Go on where the loop pauses at an output; points null: by the error.
 int launch_resume(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
-// Where the walk back over a tape begins: at the step `next` (below 0: the last one), whose state lies in `row` (below
-// 0: that of every step in the row of its own number, where it lies while all states are kept). ctl, the walk's own:
-// active if there is a step to take back that is not before `least`; not active, and its status RECORD_FULL, if the
-// tape does not have all steps, or not all of their states where each is to lie in its own row.
-int launch_set_walk(Ctl* ctl, Tape* tape, int64_t next, int64_t row, int64_t least, On on);
-// The step tape->next becomes the current one of the walk's ctl, as good as judged, and the one before it the next;
-// tape->row is the row of its state. time: a 0-d tensor of the real dtype that gets the time of its first stage (null:
-// nothing is written). Does nothing if ctl is not active.
+// Where the walk back over a tape begins: behind the last step. ctl, the walk's own: active if there is a step to take
+// back; not active, and its status RECORD_FULL, if the tape does not have all steps.
+int launch_set_walk(Ctl* ctl, Tape* tape, On on);
+// The step before the one taken back last becomes the current one of the walk's ctl, as good as judged; tape->row is
+// its number. time: a 0-d tensor of the real dtype that gets the time of its first stage (null: nothing is written).
+// Does nothing if ctl is not active.
 int launch_take_back(int dtype, Ctl* ctl, Tape* tape, void* time, On on);
-// The walk goes on: ctl stays active while the step to be taken back next is not before `least`.
-int launch_taken(Ctl* ctl, const Tape* tape, int64_t least, On on);
+// The walk goes on: ctl stays active while there are steps before the one taken back last.
+int launch_taken(Ctl* ctl, const Tape* tape, On on);
 // The one call that waits: ctl as all launches of the stream before leave it, into (pinned) host memory.
 int read_control(Ctl* host, const Ctl* ctl, On on);
 // d0 = |y0 / scale|, d1 = |f0 / scale|, scale = atol + rtol |y0|: into norms[0..1] (may be null), then initial_probe of

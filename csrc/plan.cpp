@@ -237,9 +237,9 @@ class Plan {
   }
 
   // The control is that of a walk back over a tape: launchers.h says what these do.
-  void set_walk(Address tape, int64_t next, int64_t row, int64_t least) {
+  void set_walk(Address tape) {
     declare(0);
-    check(launch_set_walk(ctl_, at<Tape>(tape), next, row, least, on_));
+    check(launch_set_walk(ctl_, at<Tape>(tape), on_));
   }
 
   void take_back(Address tape, Address time) {
@@ -247,9 +247,9 @@ class Plan {
     check(launch_take_back(dtype_, ctl_, at<Tape>(tape), at<void>(time), on_));
   }
 
-  void taken(Address tape, int64_t least) {
+  void taken(Address tape) {
     declare(0);
-    check(launch_taken(ctl_, at<Tape>(tape), least, on_));
+    check(launch_taken(ctl_, at<Tape>(tape), on_));
   }
 
   // Where the solve stands, into host memory. Waits, and lets other threads of Python run meanwhile.

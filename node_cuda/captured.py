@@ -41,8 +41,8 @@ class Captured:
 
     def follow(self) -> None:
         """Let the current stream begin behind the solve before, in whatever stream that was."""
-        if self.device.type != "cuda" or capture.capturing(self.device):
-            return  # who captures a solve with others launches them one after another
+        if self.device.type != "cuda":
+            return
         stream = torch.cuda.current_stream(self.device)
         if self._last_stream is not None and self._last_stream != stream:
             stream.wait_stream(self._last_stream)
@@ -64,8 +64,7 @@ class Captured:
         `stats` does that."""
         if options.throw != "deferred":
             return Run(self, control, None, account)
-        replays = capture.capturing(self.device)
-        stats.pending.append(Run(self, control, control.state.clone(), account, self._last_stream, replays))
+        stats.pending.append(Run(self, control, control.state.clone(), account, self._last_stream))
         return None
 
     def __del__(self) -> None:
@@ -79,8 +78,7 @@ class Captured:
 class Run(Pending):
     """A solve by graphs that may not have ended yet.
 
-    state: a copy of its control's state where it ended, made in `stream`; None: the control has it still. replays: it
-    is part of a graph of the user's, and ends anew with each replay.
+    state: a copy of its control's state where it ended, made in `stream`; None: the control has it still.
     """
 
     captured: Captured
@@ -88,20 +86,15 @@ class Run(Pending):
     state: Tensor | None
     account: Account
     stream: Any = None
-    replays: bool = False
     _failure: SolveError | None = field(default=None, init=False)
     _ended: bool = field(default=False, init=False)
-    _counted: int = field(default=0, init=False)
 
     def end(self, stats: Stats) -> SolveError | None:
-        """See `Pending`. One host read."""
-        if not self._ended or self.replays:
+        """See `Pending`. One host read, the first time."""
+        if not self._ended:
             self._ended = True
             stats.host_reads += 1
-            stats.nfe_backward -= self._counted  # by the replay before
-            before = stats.nfe_backward
             self._failure = self.account(self._reading(), stats)
-            self._counted = stats.nfe_backward - before
         return self._failure
 
     def _reading(self) -> Reading:

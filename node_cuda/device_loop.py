@@ -20,7 +20,6 @@ from torch import Tensor
 from node_cuda.controllers import Extra, Grid
 from node_cuda.device_pace import DeviceAdaptive
 from node_cuda.field import VectorField, share_memory
-from node_cuda.kernels.capture import capturing
 from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.fused import Fused
@@ -31,7 +30,6 @@ from node_cuda.norms import ErrorNorm
 from node_cuda.options import AdaptiveOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import Unsupported
 from node_cuda.steppers.explicit_rk import ExplicitRK
 from node_cuda.steppers.step import Quadrature, Step
 
@@ -281,12 +279,6 @@ def _where(condition: Tensor, yes: Sequence[Tensor | None], no: Sequence[Tensor 
 
 
 def upload(to: Tensor, values: Sequence[float]) -> None:
-    """Numbers to the device; the host does not wait. Raises Unsupported inside a capture, whose replays would find the
-    memory that they were copied from taken."""
-    if capturing(to.device):
-        raise Unsupported(
-            "A solve inside torch.cuda.graph has the times of the one that warmed it up. Warm up with the same t, and "
-            "the same grid."
-        )
+    """Numbers to the device; the host does not wait."""
     on_host = torch.tensor(values, dtype=to.dtype)
     to.copy_(on_host.pin_memory() if to.is_cuda else on_host, non_blocking=True)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
 from types import MethodType
-from typing import Any, Generic, NoReturn, TypeVar
+from typing import Any, Generic, TypeVar
 
 from torch import Tensor
 from torch.nn.utils import parametrize
@@ -145,40 +145,19 @@ def graphs_of(func: Any) -> Graphs[Any]:
 def captured_or_why(
     options: Common, why: str | None, key: Callable[[], Any], problem: Problem, make: Callable[[], C]
 ) -> C | str:
-    """The captured solve of this key, made where it is needed, or why there is none.
-
-    Inside a capture of the user's there is no other way to solve: then raises Unsupported, which says what to do.
-    """
-    inside = capturing(problem.y0.device)
+    """The captured solve of this key, made where it is needed, or why there is none."""
     graphs: Graphs[C] = options.cuda_graph
-    found = why if why is not None else graphs.get(key(), problem.func, _never if inside else make)
-    if inside and isinstance(found, str):
-        raise Unsupported(f"A solve inside torch.cuda.graph must be captured, and this one cannot be: {found}.")
-    return found
+    return why if why is not None else graphs.get(key(), problem.func, make)
 
 
-def refuse_in_capture(y0: Any, t: Any, options: Common) -> None:
-    """Raise Unsupported inside a torch.cuda.graph of the user's if the host has to look at something."""
-    tensors = [x for x in (*(y0 if isinstance(y0, tuple) else (y0,)), t) if isinstance(x, Tensor)]
-    if not any(capturing(x.device) for x in tensors):
-        return
-    if not options.cuda_graph or options.throw != "deferred":
+def refuse_in_capture(y0: Any) -> None:
+    """Raise Unsupported for a state on a stream that the user captures."""
+    parts = y0 if isinstance(y0, tuple) else (y0,)
+    if any(isinstance(part, Tensor) and capturing(part.device) for part in parts):
         raise Unsupported(
-            "A solve inside torch.cuda.graph can tell the host nothing. Take "
-            'options=dict(cuda_graph=True, throw="deferred"), and call `Solution.check()` after a replay.'
+            "A solve and its gradient cannot be part of a torch.cuda.graph: solve outside the graph with "
+            'options=dict(cuda_graph=True, throw="deferred"), which captures the steps itself and waits for nothing.'
         )
-    if isinstance(t, Tensor) and t.is_cuda:
-        raise Unsupported(
-            "Inside torch.cuda.graph the host cannot read t from the device. Make it before the capture, on the CPU: "
-            "`t = t.cpu()`."
-        )
-
-
-def _never() -> NoReturn:
-    raise Unsupported(
-        "A solve inside torch.cuda.graph must have been captured before, and none of this kind was. Warm up: run "
-        "the same training step a few times before you capture it, with the same func, shapes and options."
-    )
 
 
 def obstacle(problem: Problem, method: Method) -> str | None:

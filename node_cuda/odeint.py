@@ -149,9 +149,9 @@ def solve(
     if gradient not in GRADIENTS:
         raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
     _check_checkpoints(checkpoints, gradient)
+    refuse_in_capture(y0)
     options = _with_graphs(options, func)
     chosen = lookup(method, options)
-    refuse_in_capture(y0, t, chosen.options)
     if chosen.options.check_reconstruction and gradient != "adjoint":
         raise InvalidInput(
             'options["check_reconstruction"] belongs to gradient="adjoint", which rebuilds y backwards; got '
@@ -208,8 +208,8 @@ def odeint_dense(
     Raises as `odeint` does, also with options=dict(throw=False): half a function is of no use.
     """
     refuse_regularized(func, "odeint_dense")
+    refuse_in_capture(y0)
     chosen = lookup(method, options)
-    refuse_in_capture(y0, t0, chosen.options)
     if not (isinstance(t0, Tensor) and t0.is_floating_point()):
         t0 = torch.as_tensor(t0, dtype=torch.float64)
     t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])

@@ -29,8 +29,8 @@ class Stats:
 
     loop: who repeats the steps, the "host", or with `options=dict(cuda_graph=True)` the device: in one launch
     ("while"), or in "batches" of launches; why: why it is not a better one. loop_backward, why_backward: the same of
-    the backward pass; with gradient="discrete" also "replays", one launch a step. Of a captured solve nfe counts what
-    the device evaluated. With throw="deferred" what it cost is not known before `Solution.check()`.
+    the backward pass. Of a captured solve nfe counts what the device evaluated. With throw="deferred" what it cost is
+    not known before `Solution.check()`.
 
     Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
     most that were; steps_again: steps that the backward pass took again to get at states that were not kept, besides
@@ -83,8 +83,7 @@ class Solution:
 
     def check(self) -> Solution:
         """Raise SolveError if the solve failed, or its backward pass as far as it was taken. With
-        `options=dict(throw="deferred")` this waits for the device, and fills in stats and status; inside a
-        torch.cuda.graph of the user's those of its last replay."""
+        `options=dict(throw="deferred")` this waits for the device, and fills in stats and status."""
         failures = [pending.end(self.stats) for pending in self.stats.pending]
         failure = next((f for f in failures if f is not None), None)
         if failure is not None:

@@ -43,8 +43,8 @@ class Status(Enum):
     PENDING = 5, "Nobody has looked yet how the solve ended: `Solution.check()` does."
     RECORD_FULL = (
         6,
-        "The solve took more steps than the device had kept states for, so that the backward pass of a deferred solve "
-        "cannot take them back. Pass a larger `checkpoints=...`, or solve with `options=dict(throw=True)`.",
+        "The solve took more steps than there was room to record, so that the backward pass of a deferred solve cannot "
+        "take them back. Solve once with `options=dict(throw=True)`: the next solves then have room.",
     )
 
     def __new__(cls, code: int, sentence: str) -> Self:

@@ -6,10 +6,11 @@ import pytest
 import torch
 from problems import F64, MLP, TimedLinear, linspace
 
-from node_cuda import SolveError, Status, device_loop, graphs, solve
+from node_cuda import SolveError, Status, graphs, solve
+from node_cuda.gradients import discrete as by_the_host
 from node_cuda.gradients import recording, walk_graphs
 from node_cuda.kernels import capture
-from node_cuda.status import InvalidField, Unsupported
+from node_cuda.status import InvalidField
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 
@@ -61,22 +62,33 @@ def test_the_discrete_adjoint_takes_its_steps_back_by_the_device(eager, method, 
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-@pytest.mark.parametrize("checkpoints", [1, 2, 3, 5])
-def test_steps_whose_states_were_given_up_are_taken_again_without_a_look(eager, checkpoints, method):
-    func = TimedLinear()
+@pytest.mark.parametrize("most", ["auto", 5])
+def test_a_solve_with_more_steps_than_states_that_may_be_kept_is_the_host_s(eager, most, method, monkeypatch):
+    for module in (recording, by_the_host):
+        monkeypatch.setattr(module, "slots_for", lambda *_: 5)
+    func, kept = TimedLinear(), graphs.Graphs()
+    given = dict(method=method, checkpoints=most)
     options = dict(max_step=0.07) if method == "dopri5" else dict(step_size=0.07)
-    expected, _ = discrete(func, False, method=method, options=options)
-    found, stats = discrete(func, True, method=method, options=options, checkpoints=checkpoints)
-    assert (stats.loop_backward, stats.checkpoint_slots) == ("replays", checkpoints)
-    assert stats.accepted > checkpoints and stats.steps_again > 0 and stats.peak_checkpoints <= checkpoints
-    close(found, expected)
+    expected, host = discrete(func, False, **given, options=options)
+    known = method == "rk4"  # the number of steps, before
+    for again in (known, True, True):
+        found, stats = discrete(func, kept, **given, options=options)
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+        assert (stats.loop, stats.loop_backward, stats.why_backward) == ("host", "host", stats.why)
+        assert f"{host.accepted} steps" in stats.why and (f"checkpoints={most!r} gives 5 states" in stats.why) is again
+        assert (stats.accepted, stats.steps_again, stats.checkpoint_slots) == (host.accepted, host.steps_again, 5)
+    assert kept.count == (0 if known else 1)
+    few = dict(step_size=0.3) if known else dict(first_step=0.25)
+    _, stats = discrete(func, graphs.Graphs(), **given, options=few, tol=1e-2)
+    assert (stats.loop, stats.loop_backward, stats.checkpoint_slots) == ("eager", "eager", 5), "few steps are captured"
+    assert 1 < stats.peak_checkpoints == stats.accepted <= 5
 
 
 def test_where_the_device_does_not_repeat_steps_the_host_launches_as_many_as_there_were(eager):
     func = TimedLinear()
     expected, _ = discrete(func, False)
     found, stats = discrete(func, graphs.Graphs("batches"))
-    assert (stats.loop, stats.loop_backward, stats.steps_again) == ("batches", "replays", 0)
+    assert (stats.loop, stats.loop_backward, stats.steps_again) == ("batches", "batches", 0)
     close(found, expected)
 
 
@@ -85,38 +97,27 @@ def test_dL_dt_of_the_flow_is_that_of_the_host(eager):
     close(discrete(func, True, timed=True)[0], discrete(func, False, timed=True)[0])
 
 
-def test_a_solve_with_more_steps_than_there_was_room_for_makes_room_for_the_next(eager, monkeypatch):
+@pytest.mark.parametrize("checkpoints", [None, 60])
+def test_a_solve_with_more_steps_than_there_was_room_for_is_taken_again_and_makes_room(eager, checkpoints, monkeypatch):
     monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
     func, kept = TimedLinear(), graphs.Graphs()
     options = dict(max_step=0.05)
-    expected, _ = discrete(func, False, options=options)
-    (first, a), (second, b) = (discrete(func, kept, options=options) for _ in range(2))
-    assert a.accepted > 8 and (a.loop_backward, b.loop_backward) == ("replays", "eager")
-    assert a.steps_again > 0 == b.steps_again and b.checkpoint_slots is None
-    close(first, expected)
-    close(second, expected)
-
-
-def test_a_solve_with_more_steps_than_can_be_recorded_is_taken_again_by_the_host(eager, monkeypatch):
-    monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
-    monkeypatch.setattr(recording, "FEWEST_STEPS", 16)
-    func, kept = TimedLinear(), graphs.Graphs()
-    options = dict(max_step=0.05)
-    expected, _ = discrete(func, False, options=options)
-    (first, a), (second, b) = (discrete(func, kept, options=options) for _ in range(2))
-    assert a.loop == "host" and f"it took {a.accepted} steps" in a.why
-    assert b.loop == b.loop_backward == "eager"
+    expected, host = discrete(func, False, options=options, checkpoints=checkpoints)
+    (first, a), (second, b) = (discrete(func, kept, options=options, checkpoints=checkpoints) for _ in range(2))
+    assert a.loop == "host" and f"it took {a.accepted} steps, and there was room to record 8" in a.why
+    assert (a.accepted, a.rejected) == (host.accepted, host.rejected)
+    assert b.loop == b.loop_backward == "eager" and b.checkpoint_slots == checkpoints
     assert all(torch.equal(x, y) for x, y in zip(first, expected, strict=True))
     close(second, expected)
 
 
 def test_room_by_the_free_memory_is_measured_once(eager, monkeypatch):
-    free = iter((8, 7, 6))
+    free = iter((40, 39, 38))
     monkeypatch.setattr(recording, "slots_for", lambda *_: next(free))
     func, kept = TimedLinear(), graphs.Graphs()
     for _ in range(3):
         _, stats = discrete(func, kept, checkpoints="auto", options=dict(max_step=0.05))
-        assert stats.checkpoint_slots == 8
+        assert (stats.loop, stats.checkpoint_slots) == ("eager", 40)
     assert kept.count == 2, "one forwards and one backwards"
 
 
@@ -173,46 +174,45 @@ def test_a_state_without_elements_is_the_hosts(eager):
 
 def test_a_second_backward_pass_finds_what_the_first_one_used(eager):
     func, y0 = MLP(), Y.clone().requires_grad_()
-    for checkpoints in (None, 2):
-        s = solve(
-            func, y0, linspace(0.0, 1.0, 4), gradient="discrete", checkpoints=checkpoints, options=dict(cuda_graph=True)
-        )
-        first, second = (torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()], retain_graph=True) for _ in range(2))
-        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+    s = solve(func, y0, linspace(0.0, 1.0, 4), gradient="discrete", options=dict(cuda_graph=True))
+    first, second = (torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()], retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-@pytest.mark.parametrize("checkpoints", [None, 3])
-def test_a_backward_pass_that_cannot_be_captured_is_the_hosts_over_what_the_device_recorded(
-    eager, checkpoints, monkeypatch
-):
-    func = TimedLinear()
-    expected, _ = discrete(func, False, checkpoints=checkpoints, options=dict(max_step=0.1, jump_t=[0.4]))
+def test_a_backward_pass_that_cannot_be_captured_is_the_hosts_over_what_the_device_recorded(eager, monkeypatch):
+    func, options = TimedLinear(), dict(max_step=0.1, jump_t=[0.4])
+    expected, host = discrete(func, False, options=options)
 
     def refuse(*_, **__):
         raise capture.Uncapturable("it is so")
 
     monkeypatch.setattr(walk_graphs.CapturedWalk, "__init__", refuse)
-    found, stats = discrete(func, True, checkpoints=checkpoints, options=dict(max_step=0.1, jump_t=[0.4]))
+    found, stats = discrete(func, True, options=options)
     assert (stats.loop, stats.loop_backward, stats.why_backward) == ("eager", "host", "it is so")
+    assert (stats.steps_again, stats.peak_checkpoints) == (host.steps_again, host.peak_checkpoints)
     close(found, expected)
 
 
-def test_a_deferred_discrete_gradient_is_known_when_it_is_looked_at(eager):
-    func, y0 = MLP(), Y.clone().requires_grad_()
-    options = dict(cuda_graph=True, throw="deferred")
-    for checkpoints in (None, 2):
-        s = solve(
-            func, y0, linspace(0.0, 1.0, 4), gradient="discrete", checkpoints=checkpoints, rtol=1e-6, options=options
-        )
-        found = torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()])
-        if checkpoints is None:
-            assert s.check().status is Status.SUCCESS and s.stats.nfe_backward > 0
-            host = solve(func, y0, linspace(0.0, 1.0, 4), gradient="discrete", rtol=1e-6)
-            close(found, torch.autograd.grad(host.ys.sum(), [y0, *func.parameters()]))
-        else:
-            assert all(g.isnan().all() for g in found)
-            with pytest.raises(SolveError, match="checkpoints"):
-                s.check()
+def test_a_deferred_discrete_gradient_is_known_when_it_is_looked_at(eager, monkeypatch):
+    func, y0, kept = MLP(), Y.clone().requires_grad_(), graphs.Graphs()
+    given = dict(gradient="discrete", rtol=1e-6)
+    host = solve(func, y0, linspace(0.0, 1.0, 4), **given)
+    expected = torch.autograd.grad(host.ys.sum(), [y0, *func.parameters()])
+
+    def deferred():
+        s = solve(func, y0, linspace(0.0, 1.0, 4), options=dict(cuda_graph=kept, throw="deferred"), **given)
+        return s, torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()])
+
+    with monkeypatch.context() as patch:
+        patch.setattr(recording, "_first_room", lambda problem: 2)
+        s, found = deferred()
+        assert all(g.isnan().all() for g in found)
+        with pytest.raises(SolveError, match=r"room to record.*Solve once with `options=dict\(throw=True\)`"):
+            s.check()
+        solve(func, y0, linspace(0.0, 1.0, 4), options=dict(cuda_graph=kept), **given)
+        s, found = deferred()
+    assert s.check().status is Status.SUCCESS and s.stats.nfe_backward > 0
+    close(found, expected)
 
 
 @pytest.mark.parametrize(
@@ -227,35 +227,6 @@ def test_a_discrete_gradient_that_is_the_hosts_says_why(eager, why, given):
     found, stats = discrete(func, True, **given)
     assert stats.loop == "host" and why in stats.why
     assert all(torch.equal(a, b) for a, b in zip(found, discrete(func, False, **given)[0], strict=True))
-
-
-def test_a_solve_in_a_graph_of_the_users_is_looked_at_anew_after_each_replay(eager, monkeypatch):
-    monkeypatch.setattr(capture, "capturing", lambda device: True)
-    func, y0 = MLP(), Y.clone().requires_grad_()
-    options = dict(cuda_graph=True, throw="deferred")
-    s = solve(func, y0, linspace(0.0, 1.0, 4), gradient="discrete", options=options)
-    s.ys.sum().backward()
-    forward, backward = s.stats.pending
-    cost = s.check().stats.nfe_backward
-    for run, status in ((forward, Status.MAX_STEPS), (backward, Status.RECORD_FULL)):
-        word = run.state.view(torch.int32)[48:49]  # Ctl.status, as a replay would leave it
-        word.fill_(status.value)
-        with pytest.raises(SolveError) as failure:
-            s.check()
-        assert failure.value.status is s.status is status
-        word.zero_()
-        assert s.check().status is Status.SUCCESS and s.stats.nfe_backward == cost > 0
-
-
-def test_times_that_the_warm_up_did_not_have_are_refused_in_a_capture(eager, monkeypatch):
-    func = MLP()
-    options = dict(cuda_graph=True, throw="deferred")
-    with torch.no_grad():
-        solve(func, Y, linspace(0.0, 1.0, 4), options=options)
-        monkeypatch.setattr(device_loop, "capturing", lambda device: True)
-        solve(func, Y, linspace(0.0, 1.0, 4), options=options)
-        with pytest.raises(Unsupported, match="Warm up with the same t"):
-            solve(func, Y, linspace(0.0, 2.0, 4), options=options)
 
 
 def test_the_gradient_of_a_deferred_solve_that_failed_is_nan(eager):

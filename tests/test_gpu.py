@@ -9,8 +9,6 @@ from __future__ import annotations
 
 import gc
 import json
-import subprocess
-import sys
 import threading
 import time
 import warnings
@@ -530,55 +528,6 @@ def test_a_module_that_fails_its_trial_is_set_aside_with_a_sentence(monkeypatch,
         assert torch.equal(odeint(lambda t, y: -y, y0, TIMES), expected)  # and warns no more
     with node_cuda.backend("fused"), pytest.raises(node_cuda.Unsupported, match="no kernels for this device"):
         odeint(lambda t, y: -y, y0, TIMES)
-
-
-# ------------------------------------------------------------------ CUDA graphs of the user's
-CAPTURE = """
-import os, sys
-import torch
-import node_cuda
-
-func = lambda t, y: torch.sin(y) * torch.cos(3 * t)
-t = torch.linspace(0.0, 1.0, 4, dtype=torch.float64, device=sys.argv[1])
-
-def solution(y0):
-    with torch.no_grad(), node_cuda.backend("fused"):
-        return node_cuda.odeint(func, y0, t, method="rk4", options=dict(step_size=0.125))
-
-y0 = torch.linspace(-1.0, 1.0, 1000, dtype=torch.float64, device="cuda")
-side = torch.cuda.Stream()
-side.wait_stream(torch.cuda.current_stream())
-with torch.cuda.stream(side):
-    solution(y0)
-torch.cuda.synchronize()
-graph = torch.cuda.CUDAGraph()
-try:
-    with torch.cuda.graph(graph):
-        captured = solution(y0)
-except RuntimeError as error:
-    print("refused:", str(error).splitlines()[0])
-else:
-    for start in (0.3, -0.7):
-        y0.fill_(start)
-        graph.replay()
-        torch.cuda.synchronize()
-        expected = solution(y0)
-        assert torch.equal(captured, expected), float((captured - expected).abs().max())
-    print("replayed right")
-sys.stdout.flush()
-os._exit(0)  # what a failed capture leaves behind may keep the interpreter from ending
-"""
-
-
-@pytest.mark.parametrize("times", ["cpu", "cuda"])
-def test_a_captured_solve_on_a_fixed_grid_replays_right_or_is_refused(times):
-    """In a process of its own: a capture that fails leaves torch's allocator and random numbers in a state of their
-    own."""
-    done = subprocess.run(
-        [sys.executable, "-c", CAPTURE, times], cwd=ROOT, capture_output=True, text=True, timeout=120, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.startswith(("refused:", "replayed right")), done.stdout
 
 
 @pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", dict(step_size=0.1))])

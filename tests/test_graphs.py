@@ -20,7 +20,7 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import node_cuda
-from node_cuda import NeuralODE, SolveError, Status, odeint, odeint_adjoint, odeint_dense, solve
+from node_cuda import NeuralODE, SolveError, Status, graphs, odeint, odeint_adjoint, odeint_dense, solve
 from node_cuda.field import VectorField
 from node_cuda.graphs import MOST, PATIENCE, Graphs, graphs_of
 from node_cuda.kernels import backend, capture
@@ -502,6 +502,25 @@ def test_a_deferred_solve_that_the_host_does_has_ended():
 
 
 # ------------------------------------------------------------------ sentences
+def test_a_solve_inside_a_graph_of_the_user_s_is_refused_before_func_is_evaluated(monkeypatch):
+    func, y0 = Counting(Scaled()), Y.clone().requires_grad_()
+    outside = solve(func, y0, T, gradient="adjoint", **LOOSE)
+    before = func.nfe
+    monkeypatch.setattr(graphs, "capturing", lambda device: True)
+    kept = dict(cuda_graph=Graphs(), throw="deferred")
+    for call in (
+        lambda: odeint(func, y0, T, method="rk4"),
+        lambda: solve(func, (y0,), T, options=kept),
+        lambda: NeuralODE(func, options=kept)(y0, T),
+        lambda: node_cuda.compile(func)(y0, T),
+        lambda: odeint_dense(func, y0, 0.0, 1.0),
+        lambda: outside.ys.sum().backward(),
+    ):
+        with pytest.raises(Unsupported, match=r'solve outside the graph with options=.*throw="deferred"'):
+            call()
+    assert func.nfe == before
+
+
 def test_deferred_without_cuda_graph_is_refused():
     for options in (dict(throw="deferred"), dict(throw="deferred", cuda_graph=False)):
         with pytest.raises(

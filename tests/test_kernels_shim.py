@@ -389,7 +389,7 @@ def test_dense_adjoint_reads_the_outputs_of_the_current_step(kernels):
         kernels.dense_adjoint(out, lam, g, times, rows, where, end=end, **those)
         return torch.stack(out)
 
-    tape = Tape(kernels.device, 4, 4, first=0, carries=False)
+    tape = Tape(kernels.device, 4, first=0, carries=False)
     points = torch.tensor([0.0, 0.25, 0.5, 0.9, 1.0], dtype=torch.float64, device=kernels.device)
     law = Law(LAW, outputs=times.tolist(), device=kernels.device, tape=tape)
     solve, walk = kernels.new_ctl(), kernels.new_ctl()

@@ -20,7 +20,6 @@ from torch import Tensor
 import node_cuda
 from node_cuda.controllers import Controller
 from node_cuda.device_loop import OutputLoop, set_apart
-from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.trajectory import Trajectory
 from node_cuda.host_loop import solve_outputs
 from node_cuda.kernels.arithmetic import Arithmetic, Polynomials, position
@@ -28,7 +27,7 @@ from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interv
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.reference import ControlLaw, DenseCotangents, polynomial
-from node_cuda.kernels.tape import Tape, slots_after
+from node_cuda.kernels.tape import Tape
 from node_cuda.methods import arithmetic_of, grid_of, lookup, make_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem import Problem, make_problem
@@ -60,67 +59,38 @@ def grid_solve(kernels: Kernels, tape: Tape, points: Tensor, outputs=(), directi
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 4, 5, 7, 8, 13, 64])
-def test_the_states_kept_are_those_of_checkpoints_at_every_step(kernels, slots):
-    steps = 300
-    tape, ctl = Tape(CPU, 5, slots, first=0, carries=False), kernels.new_ctl()  # too short for them, which is no matter
-    law, points = Law(LAW, tape=tape), torch.arange(steps + 2, dtype=F64)
-    kernels.start_control(ctl, law, 1.0, 0.0, -1.0)
-    kernels.grid_control(ctl, law, points)
-    rows: list[int | None] = [None] * (slots + 1)  # the step whose state lies in each
-    host: Checkpoints[int] = Checkpoints(slots)
-    for i in range(steps):
-        host.offer(i, i)
-        kernels.grid_control(ctl, law, points)
-        rows[int(tape.slot)] = i
-        expected = slots_after(i + 1, slots)
-        assert sorted(expected) == sorted(host._kept)
-        assert [rows[slot] for slot in expected.values()] == list(expected)
-        now, _ = kernels.read_tape(tape)
-        places = tape.places.tolist()
-        assert {place: places.index(place) for place in expected} == expected
-        assert (now.count, now.kept, now.stride) == (i + 1, len(expected), host._stride)
-
-
-def test_the_slots_of_a_long_solve_are_found_quickly():
-    kept = slots_after(10**6, 1000)
-    assert len(kept) == len(set(kept.values())) == math.ceil(10**6 / 1024)
-    assert sorted(kept) == list(range(0, 10**6, 1024))
-
-
 def test_a_tape_without_room_is_refused():
-    for capacity, slots in ((-1, 1), (4, 0)):
-        with pytest.raises(ValueError, match="at least no step and one state"):
-            Tape(CPU, capacity, slots, first=0, carries=True)
+    with pytest.raises(ValueError, match="at least one step; got 0"):
+        Tape(CPU, 0, first=0, carries=True)
 
 
-def test_what_was_not_accepted_goes_to_the_scratch_row(kernels):
-    tape, ctl = Tape(CPU, 8, 4, first=1, carries=True), kernels.new_ctl()
+@pytest.mark.parametrize("capacity", [3, 8])
+def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(kernels, capacity):
+    tape, ctl = Tape(CPU, capacity, first=1, carries=True), kernels.new_ctl()
     law = Law(LAW, outputs=[1.0], tape=tape)
     kernels.start_control(ctl, law, 1.0, 0.0, 0.25)
-    assert tape.slot.item() == 4
+    assert tape.slot.item() == capacity
     rows = []
     for ratio in (BAD, GOOD, BAD, GOOD, GOOD, GOOD, GOOD, GOOD, GOOD):
         kernels.step_control(ctl, law, ratio)
         rows.append((kernels.read(ctl).accept, int(tape.slot)))
     taken = kernels.read(ctl).accepted
-    assert taken < 7 and not kernels.read(ctl).active  # the last ones came behind the end
-    expected = [slot for i in range(taken) for slot in (slots_after(i + 1, 4).get(i, 4),)]
-    assert [row for accept, row in rows if accept] == expected
-    assert {row for accept, row in rows if not accept} == {4}
+    assert 3 < taken < 7 and not kernels.read(ctl).active  # the last ones came behind the end
+    assert [row for accept, row in rows if accept] == [min(i, capacity) for i in range(taken)]
+    assert {row for accept, row in rows if not accept} == {capacity}
     kernels.start_control(ctl, law, 1.0, 0.0, 0.25)
     now, _ = kernels.read_tape(tape)
-    assert (now.count, now.kept, now.stride, now.scan, now.slot, now.jumped) == (0, 0, 1, 0, 4, 0)
+    assert (now.count, now.slot, now.jumped) == (0, capacity, 0)
 
 
 def test_a_step_that_fails_is_not_recorded(kernels):
-    tape, ctl = Tape(CPU, 8, 4, first=0, carries=True), kernels.new_ctl()
+    tape, ctl = Tape(CPU, 8, first=0, carries=True), kernels.new_ctl()
     law = Law(LAW._replace(min_step=0.5), outputs=[1.0], tape=tape)  # so that it is accepted whatever its error
     kernels.start_control(ctl, law, 1.0, 0.0, 0.5)
     kernels.step_control(ctl, law, torch.tensor([math.nan], dtype=F64))
     now, steps = kernels.read_tape(tape)
     assert Status(kernels.read(ctl).status) is Status.NON_FINITE
-    assert (now.count, now.slot, steps) == (0, 4, [])
+    assert (now.count, now.slot, steps) == (0, 8, [])
 
 
 # --- the record of whole solves ----------------------------------------------------------------------------------
@@ -141,22 +111,22 @@ class Solved:
         return self.loop.arithmetic
 
 
-def solved(y0: Tensor, t: Tensor, method: str, options: dict, capacity: int, slots: int) -> Solved:
+def solved(y0: Tensor, t: Tensor, method: str, options: dict, capacity: int) -> Solved:
     parsed = lookup(method, {**options, "throw": False})
     func = TimedLinear(dtype=y0.dtype)
     with torch.no_grad(), node_cuda.backend("fused"):
         problem = make_problem(func, y0, t, 1e-4, 1e-4)
         points = grid_of(problem, parsed.options)[0] if isinstance(parsed.options, FixedOptions) else None
         host, interpolant = make_loop(problem, parsed, Stats(), points=points)
-        trajectory = Trajectory.of(host, host.stepper, slots, None)  # pyright: ignore[reportArgumentType]
+        trajectory = Trajectory.of(host, host.stepper, None, None)  # pyright: ignore[reportArgumentType]
         solve_outputs(host, interpolant, False)
         inside = host.pace.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
-        tape = Tape(CPU, capacity, slots, first=int(inside), carries=parsed.adaptive)
+        tape = Tape(CPU, capacity, first=int(inside), carries=parsed.adaptive)
         own = set_apart(problem)
         fused = arithmetic_of(own)
         assert isinstance(fused, Fused)
         loop = OutputLoop(own, parsed, fused, points=points, tape=tape)
-        states = torch.full((slots + 1, *y0.shape), math.nan, dtype=y0.dtype)
+        states = torch.full((capacity + 1, *y0.shape), math.nan, dtype=y0.dtype)
         loop.begin()
         while loop.control.read().active:
             y = loop.y.clone()
@@ -186,11 +156,10 @@ def begins_of(solved: Solved) -> list[int]:
     return [-1 if taken.carried else taken.side for taken in solved.host.steps]
 
 
-@pytest.mark.parametrize("slots", [3, 200])
 @pytest.mark.parametrize("name", SOLVES)
-def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, name, slots):
+def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, name):
     method, options, t = SOLVES[name]
-    device = solved(torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200, slots)
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200)
     now, steps = shim.read_tape(device.tape)
     expected, times = device.host.steps, device.problem.times
     assert now.count == len(expected) > 3
@@ -208,20 +177,18 @@ def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, name, slots):
         assert step.first_output == reached
         reached = sum(s <= at.t1 for s in times[1:])
         assert step.next_output == reached
-    kept = slots_after(now.count, slots)
-    assert sorted(kept) == sorted(device.host.checkpoints._kept)
     device.host.begin(device.problem.y0)
-    for place, slot in kept.items():
-        assert torch.equal(device.states[slot], device.host.checkpoints._kept[place].y0)
+    for i, state in device.host.checkpoints._kept.items():
+        assert torch.equal(device.states[i], state.y0)
 
 
 def test_steps_beyond_the_capacity_are_counted_and_not_written(shim):
-    device = solved(torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7, 4)
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7)
     now, steps = shim.read_tape(device.tape)
     assert now.count == 20 and len(steps) == 7
     assert [(s.at.t0, s.at.t1) for s in steps] == [(x.at.t0, x.at.t1) for x in device.host.steps[:7]]
     walk = walk_of(device.fused)
-    walk.set_walk(device.tape, 3, 2)
+    walk.set_walk(device.tape)
     state = walk.read()
     assert (state.active, Status(state.status)) == (0, Status.RECORD_FULL)
 
@@ -244,7 +211,7 @@ def walk_of(fused: Fused) -> Control:
 def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, name, dtype):
     method, options, t = SOLVES[name]
     y0 = torch.tensor([0.7, -0.4], dtype=F64).to(dtype)
-    device = solved(y0, t, method, options, 200, 200)
+    device = solved(y0, t, method, options, 200)
     walk, fused, (_, steps) = walk_of(device.fused), device.fused, shim.read_tape(device.tape)
     time = torch.zeros((), dtype=dtype.to_real())
     walk.set_walk(device.tape)
@@ -279,7 +246,7 @@ def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(kernels, dtype,
     time, walk = torch.zeros((), dtype=dtype), kernels.new_ctl()
     kernels.start_control(walk, Law(LAW), direction, 0.0, -1.0)
     for first, carries in ((HERE, False), (JUST_AFTER, False), (JUST_AFTER, True)):
-        tape = Tape(CPU, 6, 6, first=first, carries=carries)
+        tape = Tape(CPU, 6, first=first, carries=carries)
         grid_solve(kernels, tape, points, direction=direction)
         kernels.set_walk(walk, tape)
         for n in reversed(range(6)):
@@ -292,60 +259,33 @@ def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(kernels, dtype,
             assert torch.equal(time, clock.at_nodes(at, (node,), side)[0])
 
 
-def test_a_walk_by_the_host_goes_where_it_is_told(kernels):
-    points, tape = torch.arange(12.0, dtype=F64), Tape(CPU, 11, 3, first=0, carries=False)
-    grid_solve(kernels, tape, points, outputs=[2.5, 11.0])
-    walk = kernels.new_ctl()
-    kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
-    for n, row in ((9, 3), (4, 1), (10, 2)):
-        kernels.set_walk(walk, tape, n, row, n)
-        kernels.take_back(walk, tape)
-        now = kernels.read(walk)
-        assert (now.next.t0, now.next.t1, int(tape.row), now.active) == (n, n + 1.0, row, 1)
-        kernels.taken(walk, tape, n)
-        assert not kernels.read(walk).active
-    kernels.set_walk(walk, tape, 6, 1, 4)  # several steps, with states that the host puts into one row
-    seen = []
-    while kernels.read(walk).active:
-        kernels.take_back(walk, tape)
-        seen.append((kernels.read(walk).next.t0, int(tape.row)))
-        kernels.taken(walk, tape, 4)
-    assert seen == [(6.0, 1), (5.0, 1), (4.0, 1)]
-    for next_, least in ((11, 0), (5, 6)):  # no such step; none that is asked for
-        kernels.set_walk(walk, tape, next_, 0, least)
-        assert (kernels.read(walk).active, kernels.read(walk).status) == (0, 0)
-
-
-@pytest.mark.parametrize("capacity, slots", [(20, 4), (4, 20)])
-def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(kernels, capacity, slots):
-    points, tape = torch.arange(12.0, dtype=F64), Tape(CPU, capacity, slots, first=0, carries=False)
+def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(kernels):
+    points, tape = torch.arange(12.0, dtype=F64), Tape(CPU, 4, first=0, carries=False)
     grid_solve(kernels, tape, points)
     walk, time = kernels.new_ctl(), torch.full((), 7.0, dtype=F64)
     kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
     kernels.set_walk(walk, tape)
-    row = int(tape.row)
     kernels.take_back(walk, tape, time)
     kernels.taken(walk, tape)
     now = kernels.read(walk)
     assert (now.active, now.accept, Status(now.status)) == (0, 0, Status.RECORD_FULL)
-    assert time == 7.0 and int(tape.row) == row == slots
+    assert time == 7.0 and int(tape.row) == 4
     grid_solve(kernels, tape, points[:4])  # the next solve is shorter
     kernels.set_walk(walk, tape)
     assert (kernels.read(walk).active, kernels.read(walk).status) == (1, 0)
 
 
 def test_a_solve_without_a_step_has_nothing_to_take_back(kernels):
-    tape = Tape(CPU, 4, 4, first=0, carries=True)
+    tape = Tape(CPU, 4, first=0, carries=True)
     walk = kernels.new_ctl()
     kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
-    for least in (0, -5):
-        kernels.set_walk(walk, tape, least=least)
-        kernels.take_back(walk, tape)
-        assert (kernels.read(walk).active, kernels.read(walk).status, int(tape.row)) == (0, 0, 4)
+    kernels.set_walk(walk, tape)
+    kernels.take_back(walk, tape)
+    assert (kernels.read(walk).active, kernels.read(walk).status, int(tape.row)) == (0, 0, 0)
 
 
 def test_a_dtype_that_there_is_not_is_refused(kernels):
-    tape, walk = Tape(CPU, 4, 4, first=0, carries=True), kernels.new_ctl()
+    tape, walk = Tape(CPU, 4, first=0, carries=True), kernels.new_ctl()
     with pytest.raises(RuntimeError, match="take_back failed"):
         kernels.call("take_back", 9, walk.data_ptr(), tape.address, None)
 
@@ -353,27 +293,27 @@ def test_a_dtype_that_there_is_not_is_refused(kernels):
 def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_module, kernels):
     graphs = Graphs(shim_library)
     graphs.reset()
-    points, tape = torch.arange(9.0, dtype=F64) / 4, Tape(CPU, 8, 8, first=1, carries=True)
+    points, tape = torch.arange(9.0, dtype=F64) / 4, Tape(CPU, 8, first=1, carries=True)
     grid_solve(kernels, tape, points, outputs=[0.6, 2.0])
     walk, time, rows = kernels.new_ctl(), torch.zeros((), dtype=F64), torch.zeros(2, dtype=torch.int64)
     kernels.start_control(walk, Law(LAW), 1.0, 0.0, -1.0)
     on = library.On(STREAM, DEVICE, 0)
     with graphs.capturing(STREAM) as found:
-        kernels.call("set_walk", walk.data_ptr(), tape.address, -1, -1, 3, on=on)
+        kernels.call("set_walk", walk.data_ptr(), tape.address, on=on)
     with graphs.capturing(STREAM) as bodies:
         kernels.call("take_back", 1, walk.data_ptr(), tape.address, time.data_ptr(), on=on)
         for i in range(2):  # the row of this step becomes the first, and the one before it the second
             source = rows if i == 0 else tape.row
             graphs.lib.shim_copy(rows[1 - i :].data_ptr(), source.data_ptr(), 8, STREAM)
-        kernels.call("taken", walk.data_ptr(), tape.address, 3, on=on)
+        kernels.call("taken", walk.data_ptr(), tape.address, on=on)
     begin = graphs.lib.shim_instantiate(found[0])
     loop = shim_module.WhileGraph(bodies[0], walk.data_ptr(), DEVICE)
     for _ in range(2):
         shim_module.replay(begin, 1, (STREAM, DEVICE))
         loop.launch(STREAM)
         now = kernels.read(walk)
-        assert (now.active, now.next.t0, rows.tolist()) == (0, 0.75, [3, 4])
-        assert time.item() == math.nextafter(0.75, 0.0)
+        assert (now.active, now.next.t0, rows.tolist()) == (0, 0.0, [0, 1])
+        assert time.item() == math.nextafter(0.0, 1.0)
     del loop
     graphs.lib.shim_destroy_exec(begin)
     for graph in (*found, *bodies):
@@ -389,7 +329,7 @@ def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_modu
 def test_the_cotangents_of_a_step_are_those_of_the_host_s_step_to_the_bit(shim, name, dtype):
     """By the step in device memory, by value, and as the discrete adjoint of the host makes them of several sums."""
     method, options, t = SOLVES[name]
-    device = solved(torch.tensor([0.7, -0.4], dtype=F64).to(dtype), t, method, options, 200, 200)
+    device = solved(torch.tensor([0.7, -0.4], dtype=F64).to(dtype), t, method, options, 200)
     host = device.fused
     fused = Fused(host.module, host.on, device.problem.y0, host.direction, host.norm, device.problem.times)
     walk = fused.grid_control((), tape=None)
@@ -416,7 +356,7 @@ def test_the_cotangents_of_a_step_are_those_of_the_host_s_step_to_the_bit(shim, 
 
 
 def test_a_sum_of_no_step_has_the_size_1(shim):
-    fused = solved(torch.ones(2, dtype=F64), T, "rk4", {}, 20, 20).fused
+    fused = solved(torch.ones(2, dtype=F64), T, "rk4", {}, 20).fused
     lam, mu = torch.randn(2, dtype=F64), torch.randn(2, dtype=F64)
     for base, x in ((None, [lam, mu]), (lam, [mu])):
         row = [0.5] * len(x)
@@ -427,7 +367,7 @@ def test_a_sum_of_no_step_has_the_size_1(shim):
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_states_have_plain_cotangents(shim, dtype):
-    device = solved(torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20, 20)
+    device = solved(torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20)
     fused, at = device.fused, device.host.steps[0].at
     lam, g = torch.ones(2, dtype=dtype), torch.ones(1, 2, dtype=dtype)
     found = fused.dense_adjoint(fused.polynomials((), (1.0,)), at, lam, 1, g)

@@ -35,10 +35,9 @@ from node_cuda.tableaus import TABLEAUS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
 
-STREAM, SIDE, DEVICE = 77, 78, 1
+STREAM, DEVICE = 77, 1
 ON = (STREAM, DEVICE)
 INVALID_VALUE, OUT_OF_MEMORY = 1, 2
-STREAM_CAPTURE_UNSUPPORTED, STREAM_CAPTURE_UNJOINED = 900, 904
 
 
 @pytest.fixture(scope="session")
@@ -124,17 +123,6 @@ class Captured:
         fused.plan.commit([self.y0.data_ptr(), self.k1.data_ptr()], [y1.data_ptr(), k[-1].data_ptr()])
         return [times, z, k, y1, error]
 
-    def begin(self, y0: Tensor, first_step: float) -> tuple[Tensor, ...]:
-        """The start as work of the stream, from what y0 is then; returns what must live as long as its graph."""
-        lib = self.shim.lib
-        lib.shim_copy(self.y0.data_ptr(), y0.data_ptr(), y0.nbytes, STREAM)
-        lib.shim_fill(self.ys.data_ptr(), 0xFF, self.ys.nbytes, STREAM)  # NaN
-        lib.shim_copy(self.ys.data_ptr(), self.y0.data_ptr(), y0.nbytes, STREAM)
-        self.control.start_at(self.fused.device_times, first_step)
-        times = self.fused.times(self.fused.current(), [0.0], 0)
-        self.shim.field(self.k1, times[0], self.y0, library.On(STREAM, DEVICE, 0))
-        return times
-
     def by_the_host(self, y0: Tensor | None = None, **options: Any) -> Solution:
         """The same solve by the host's loop, with the same kernels."""
         tol = self.problem.norm.rtol
@@ -157,8 +145,8 @@ def reading(flag: Any) -> Reading:
 
 
 # Calls of the runtime.
-LAUNCHED = ["cudaStreamGetCaptureInfo", "cudaGraphLaunch"]
-RECORDED = ["cudaStreamGetCaptureInfo", "cudaMemcpyAsync", "cudaEventRecord"]
+LAUNCHED = ["cudaGraphLaunch"]
+RECORDED = ["cudaMemcpyAsync", "cudaEventRecord"]
 
 
 # --- a solve in one launch ---------------------------------------------------------------------------------------
@@ -310,7 +298,6 @@ MADE = [
     "cudaGraphGetNodes",
     "cudaGraphGetNodes",
     "cudaGraphNodeGetType",
-    "cudaGraphClone",
     "cudaGraphCreate",
     "cudaGraphConditionalHandleCreate",
     "cudaGraphAddKernelNode",
@@ -336,7 +323,6 @@ def test_a_loop_is_made_launched_and_freed_on_its_device_and_never_under_the_gil
     assert [(call.name, call.device) for call in calls] == [
         ("cudaGraphExecDestroy", DEVICE),
         ("cudaGraphDestroy", DEVICE),
-        ("cudaGraphDestroy", DEVICE),
     ]
     shim.lib.shim_destroy_graph(step)
 
@@ -358,10 +344,9 @@ def test_whichever_call_fails_is_named_and_nothing_is_left_behind(shim, module, 
 def test_a_launch_that_fails_says_so(shim, module):
     ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
     loop = module.WhileGraph(step, ctl.data_ptr(), DEVICE)
-    for name in LAUNCHED:
-        shim.lib.shim_fail_call(name.encode(), 0, OUT_OF_MEMORY)
-        with pytest.raises(RuntimeError, match=f"^node_cuda: {name} failed: "):
-            loop.launch(STREAM)
+    shim.lib.shim_fail_call(b"cudaGraphLaunch", 0, OUT_OF_MEMORY)
+    with pytest.raises(RuntimeError, match=r"^node_cuda: cudaGraphLaunch failed: "):
+        loop.launch(STREAM)
     with pytest.raises(RuntimeError, match="cudaSetDevice failed"):
         module.WhileGraph(step, ctl.data_ptr(), 9)
     assert shim.lib.shim_last_error() == 0
@@ -377,251 +362,6 @@ def test_a_loop_may_go_while_its_launch_is_still_to_come(shim, module):
     del loop
     assert not solve.ys[1].isfinite().any()
     assert solve.control.read().active == 0 and bool(solve.ys.isfinite().all())
-
-
-# --- in a graph that a user captures -----------------------------------------------------------------------------
-
-ADDED = [
-    "cudaStreamGetCaptureInfo",
-    "cudaGraphConditionalHandleCreate",
-    "cudaGraphAddKernelNode",
-    "cudaGraphAddNode",
-    "cudaGraphAddChildGraphNode",
-    "cudaGraphAddKernelNode",
-    "cudaStreamUpdateCaptureDependencies",
-]
-APPENDED = ["cudaStreamGetCaptureInfo", "cudaGraphAddChildGraphNode", "cudaStreamUpdateCaptureDependencies"]
-BODY = "{graph, kernel 0}"
-
-
-def described(shim: Graphs, graph: int) -> str:
-    return shim.lib.shim_describe(graph).decode()
-
-
-class Replayed:
-    """A user's graph, to be replayed."""
-
-    def __init__(self, shim: Graphs, graph: int) -> None:
-        self.lib = shim.lib
-        self.exec = shim.lib.shim_instantiate(graph)
-        assert self.exec, "the graph cannot be instantiated"
-        shim.lib.shim_destroy_graph(graph)
-
-    def replay(self) -> None:
-        assert self.lib.shim_launch(self.exec, STREAM) == 0
-
-    def close(self) -> None:
-        assert self.lib.shim_destroy_exec(self.exec) == 0
-
-
-def test_a_solve_with_work_before_and_after_it_is_a_part_of_the_graph_that_is_captured(shim, module):
-    t, options = torch.tensor([0.0, 0.7, 2.0], dtype=torch.float64), dict(first_step=1.5)
-    solve = Captured(shim, linspace(200), t, **options)
-    loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
-    solve.close()
-    start, ys = linspace(200), torch.zeros_like(solve.ys)
-    with shim.capturing(STREAM) as graphs:
-        held = solve.begin(start, **options)
-        with shim.written() as calls:
-            loop.launch(STREAM)
-        shim.lib.shim_copy(ys.data_ptr(), solve.ys.data_ptr(), ys.nbytes, STREAM)
-    assert [call.name for call in calls] == ADDED
-    assert {(call.device, call.gil) for call in calls} == {(DEVICE, 0)} and shim.lib.shim_device() == 0
-    before = "memcpy, memset 0, memcpy 1, kernel 2, kernel 3, kernel 4"
-    assert described(shim, graphs[0]) == f"{before}, kernel 5, loop 6 {BODY}, memcpy 7"
-    assert held and not ys.any(), "a capture ran something"
-    graph = Replayed(shim, graphs[0])
-    del loop  # the graph has its own copy
-    rejected = 0
-    for seed, factor in enumerate((1.0, 0.4, -0.1, 1.0)):
-        shim.lib.shim_configure(seed, 1)
-        start.copy_(factor * linspace(200))
-        expected = solve.by_the_host(start, **options)
-        graph.replay()
-        state = solve.control.read()
-        assert (state.active, state.accepted, state.rejected) == (0, expected.stats.accepted, expected.stats.rejected)
-        assert torch.equal(ys, expected.ys)
-        rejected += state.rejected
-    assert rejected > 0
-    graph.close()
-
-
-@pytest.mark.parametrize("same", [True, False])
-def test_a_graph_may_have_two_solves_of_which_the_second_begins_where_the_first_ends(shim, module, same):
-    t, options = torch.tensor([0.0, 1.0], dtype=torch.float64), dict(first_step=0.3)
-    solves = [Captured(shim, linspace(33), t, **options) for _ in range(1 if same else 2)]
-    loops = [module.WhileGraph(solve.graph, solve.ctl, DEVICE) for solve in solves]
-    start, between, end = linspace(33), torch.zeros(33).double(), torch.zeros(33).double()
-    held = []
-    with shim.capturing(STREAM) as graphs:
-        for source, target, solve, loop in (
-            (start, between, solves[0], loops[0]),
-            (between, end, solves[-1], loops[-1]),
-        ):
-            held.append(solve.begin(source, **options))
-            loop.launch(STREAM)
-            shim.lib.shim_copy(target.data_ptr(), solve.ys[-1].data_ptr(), target.nbytes, STREAM)
-    types = [name.split()[0] for name in described(shim, graphs[0]).replace(BODY, "").split(", ")]
-    assert types == ["memcpy", "memset", "memcpy", "kernel", "kernel", "kernel", "kernel", "loop", "memcpy"] * 2
-    graph = Replayed(shim, graphs[0])
-    for factor in (1.0, 0.5):
-        start.copy_(factor * linspace(33))
-        graph.replay()
-        first = solves[0].by_the_host(start, **options).ys[-1]
-        assert torch.equal(between, first) and torch.equal(end, solves[0].by_the_host(first, **options).ys[-1])
-    graph.close()
-    for solve in solves:
-        solve.close()
-
-
-def test_a_solve_may_be_in_a_stream_that_joins_the_capture_beside_other_work(shim, module):
-    solve = Captured(shim, linspace(33), torch.tensor([0.0, 1.0], dtype=torch.float64), first_step=0.3)
-    loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
-    solve.close()
-    expected, source, copy = solve.by_the_host(first_step=0.3), torch.arange(4.0), torch.zeros(4)
-    with shim.capturing(STREAM) as graphs:
-        held = solve.begin(solve.problem.y0, 0.3)
-        shim.lib.shim_wait_for(SIDE, STREAM)
-        loop.launch(SIDE)
-        shim.lib.shim_copy(copy.data_ptr(), source.data_ptr(), 16, STREAM)
-        shim.lib.shim_wait_for(STREAM, SIDE)
-        shim.lib.shim_fill(source.data_ptr(), 0, 16, STREAM)
-    assert described(shim, graphs[0]).endswith(f"kernel 4, kernel 5, loop 6 {BODY}, memcpy 5, memset 8 7") and held
-    graph = Replayed(shim, graphs[0])
-    for seed in range(3):
-        shim.lib.shim_configure(seed, 1)
-        source.copy_(torch.arange(4.0))
-        graph.replay()
-        assert torch.equal(solve.ys, expected.ys) and copy[3] == 3 and not source.any()
-    graph.close()
-    with shim.capturing(STREAM) as graphs:
-        shim.lib.shim_wait_for(SIDE, STREAM)
-        loop.launch(SIDE)
-    assert (graphs, shim.lib.shim_last_error()) == ([None], STREAM_CAPTURE_UNJOINED), "a loop is work to be joined"
-
-
-def test_a_capture_may_begin_with_a_loop(shim, module):
-    ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
-    loop = module.WhileGraph(step, ctl.data_ptr(), DEVICE)
-    with shim.capturing(STREAM) as graphs:
-        loop.launch(STREAM)
-        loop.launch(STREAM)
-    assert described(shim, graphs[0]) == f"kernel, loop 0 {BODY}, kernel 1, loop 2 {BODY}"
-    graph = Replayed(shim, graphs[0])
-    graph.replay()
-    with shim.written() as calls:
-        loop.launch(STREAM)
-    assert [call.name for call in calls] == LAUNCHED, "as before"
-    graph.close()
-    shim.lib.shim_destroy_graph(step)
-
-
-def test_a_graph_is_appended_as_a_child(shim, module):
-    source, copy = torch.arange(4.0), torch.zeros(4)
-    with shim.capturing(STREAM) as pieces:
-        shim.lib.shim_copy(copy.data_ptr(), source.data_ptr(), 16, STREAM)
-    with shim.capturing(STREAM) as graphs:
-        shim.lib.shim_fill(source.data_ptr(), 0, 8, STREAM)
-        with shim.written() as calls:
-            module.append(pieces[0], STREAM, DEVICE)
-        shim.lib.shim_fill(source.data_ptr(), 0, 16, STREAM)
-    assert [call.name for call in calls] == APPENDED
-    assert {(call.device, call.gil) for call in calls} == {(DEVICE, 0)}
-    assert described(shim, graphs[0]) == "memset, graph 0, memset 1"
-    shim.lib.shim_destroy_graph(pieces[0])  # the graph has its own copy
-    graph = Replayed(shim, graphs[0])
-    graph.replay()
-    assert copy.tolist() == [0, 0, 2, 3] and not source.any()
-    graph.close()
-
-
-def test_a_graph_is_appended_to_a_capture_only(shim, module):
-    piece = shim.graph("kernel")
-    with shim.written() as calls, pytest.raises(RuntimeError) as refused:
-        module.append(piece, STREAM, DEVICE)
-    assert str(refused.value) == (
-        "node_cuda: append adds a graph to the one that its stream is being captured into, and this stream is not "
-        "being captured: launch the graph there instead"
-    )
-    assert [call.name for call in calls] == APPENDED[:1]
-    loop = shim.graph("conditional")
-    with shim.capturing(STREAM) as graphs, pytest.raises(RuntimeError, match="cudaGraphAddChildGraphNode failed"):
-        module.append(loop, STREAM, DEVICE)  # a child holds no loop
-    with pytest.raises(RuntimeError, match="cudaSetDevice failed"):
-        module.append(piece, STREAM, 9)
-    assert shim.lib.shim_last_error() == 0
-    for graph in (piece, loop, *graphs):
-        shim.lib.shim_destroy_graph(graph)
-
-
-@pytest.mark.parametrize("place", range(len(ADDED)))
-def test_whichever_call_fails_in_a_capture_is_named_and_nothing_but_nodes_is_left_behind(shim, module, place):
-    ctl, step, name = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel"), ADDED[place]
-    loop = module.WhileGraph(step, ctl.data_ptr(), DEVICE)
-    with shim.capturing(STREAM) as graphs:
-        before = shim.lib.shim_leaks()
-        shim.lib.shim_fail_call(name.encode(), ADDED[:place].count(name), OUT_OF_MEMORY)
-        with pytest.raises(RuntimeError, match=f"^node_cuda: {name} failed: "):
-            loop.launch(STREAM)
-        assert (shim.lib.shim_leaks(), shim.lib.shim_last_error(), shim.lib.shim_device()) == (before, 0, 0)
-    with shim.capturing(STREAM) as graphs_after:
-        loop.launch(STREAM)
-    assert described(shim, graphs_after[0]) == f"kernel, loop 0 {BODY}"
-    for graph in (step, *graphs, *graphs_after):
-        shim.lib.shim_destroy_graph(graph)
-
-
-@pytest.mark.parametrize("name", APPENDED)
-def test_an_append_that_fails_says_so(shim, module, name):
-    piece = shim.graph("kernel")
-    with shim.capturing(STREAM) as graphs:
-        shim.lib.shim_fail_call(name.encode(), 0, OUT_OF_MEMORY)
-        with pytest.raises(RuntimeError, match=f"^node_cuda: {name} failed: "):
-            module.append(piece, STREAM, DEVICE)
-    assert (shim.lib.shim_last_error(), shim.lib.shim_device()) == (0, 0)
-    for graph in (piece, *graphs):
-        shim.lib.shim_destroy_graph(graph)
-
-
-def test_a_capture_that_has_failed_gets_nothing_more_and_is_told_from_an_error_of_ours(shim, module):
-    ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
-    loop, flag = module.WhileGraph(step, ctl.data_ptr(), DEVICE), module.Flag(ctl.data_ptr(), DEVICE)
-    with shim.capturing(STREAM) as graphs:
-        assert shim.lib.shim_synchronize(STREAM) == STREAM_CAPTURE_UNSUPPORTED
-        shim.lib.shim_last_error()
-        for refused in (
-            lambda: loop.launch(STREAM),
-            lambda: module.append(step, STREAM, DEVICE),
-            lambda: flag.record(STREAM),
-        ):
-            with shim.written() as calls, pytest.raises(RuntimeError) as why:
-                refused()
-            assert str(why.value) == (
-                "node_cuda: the capture of this stream has failed: an earlier call was one that a capture forbids, or "
-                "another error. End the capture, and look for its first error"
-            )
-            assert [call.name for call in calls] == ["cudaStreamGetCaptureInfo"]
-        assert shim.lib.shim_last_error() == 0
-    assert graphs == [None]
-    shim.lib.shim_last_error()  # of the end of the capture
-    loop.launch(STREAM)
-    shim.lib.shim_destroy_graph(step)
-
-
-def test_a_flag_is_not_recorded_in_a_capture_which_stays_in_order(shim, module):
-    ctl = torch.zeros(208, dtype=torch.uint8)
-    flag = module.Flag(ctl.data_ptr(), DEVICE)
-    with shim.capturing(STREAM) as graphs, pytest.raises(RuntimeError) as refused:
-        flag.record(STREAM)
-    assert str(refused.value) == (
-        "node_cuda: the state of a solve is not copied to the host in a stream that is being captured: each replay "
-        "would make a copy that nobody waits for. Copy it behind the replay"
-    )
-    assert described(shim, graphs[0]) == "" and not flag.ready()
-    flag.record(STREAM)
-    flag.wait()
-    assert flag.read() == bytes(208)
-    shim.lib.shim_destroy_graph(graphs[0])
 
 
 # --- the host repeats the step -----------------------------------------------------------------------------------
@@ -644,7 +384,8 @@ def test_batches_with_flags_are_the_same_solve_and_the_next_batch_is_there_befor
                 continue
             flag = flags[batches % 2]  # of the batch before
             flag.wait()
-            assert not flags[(batches + 1) % 2].ready(), "the GPU has nothing to do while the host looks"
+            with pytest.raises(RuntimeError, match=r"wait\(\) first"):  # else the GPU has nothing to do meanwhile
+                flags[(batches + 1) % 2].read()
             state = reading(flag)
             assert state.accepted + state.rejected > done or not state.active
             done = state.accepted + state.rejected
@@ -663,22 +404,17 @@ def test_batches_with_flags_are_the_same_solve_and_the_next_batch_is_there_befor
     solve.close()
 
 
-def test_a_flag_is_ready_when_its_copy_is_there_and_is_not_read_before(shim, module):
+def test_a_flag_is_read_when_its_copy_was_waited_for_and_not_before(shim, module):
     ctl = torch.arange(208, dtype=torch.uint8)
     flag = module.Flag(ctl.data_ptr(), DEVICE)
-    assert not flag.ready()
     flag.wait()  # for nothing
     with pytest.raises(RuntimeError, match="before it was recorded"):
         flag.read()
     shim.lib.shim_lazy(1)
     flag.record(STREAM)
-    for _ in range(2):
-        assert not flag.ready()
-        with pytest.raises(RuntimeError, match=r"wait\(\) first"):
-            flag.read()
-        assert shim.lib.shim_last_error() == 0, "not to be ready is no error"
-        shim.lib.shim_progress(STREAM)  # the copy, then the event
-    assert flag.ready() and flag.read() == bytes(range(208))
+    with pytest.raises(RuntimeError, match=r"wait\(\) first"):
+        flag.read()
+    flag.wait()
     ctl.zero_()
     assert flag.read() == bytes(range(208))
     with shim.written() as calls:
@@ -688,7 +424,6 @@ def test_a_flag_is_ready_when_its_copy_is_there_and_is_not_read_before(shim, mod
     shim.lib.shim_progress(STREAM)
     shim.lib.shim_progress(STREAM)
     ctl.fill_(1)
-    assert not flag.ready()
     flag.wait()
     assert flag.read() == b"\1" * 208
 
@@ -751,23 +486,10 @@ int main() {
     node_cuda::WhileGraph loop(step, &ctl, 0);
     loop.launch(nullptr);
     std::puts("launched");
-    cudaGraph_t captured = nullptr;
-    cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal);
-    loop.launch(nullptr);
-    cudaStreamEndCapture(nullptr, &captured);
-    std::puts("captured");
-    cudaGraphDestroy(captured);
   } catch (const node_cuda::Impossible& why) {
     std::puts(why.what());
   }
-  if (made != 0) return 0;
-  cudaGraph_t captured = nullptr;
-  cudaStreamBeginCapture(nullptr, cudaStreamCaptureModeGlobal);
-  node_cuda::append(step, nullptr, 0);
-  cudaStreamEndCapture(nullptr, &captured);
-  std::puts("appended");
-  cudaGraphDestroy(captured);
-  cudaGraphDestroy(step);
+  if (made == 0) cudaGraphDestroy(step);
 }
 """
 
@@ -776,7 +498,7 @@ int main() {
     ("version", "said"),
     [
         (12030, "a loop on the GPU needs node_cuda to be compiled with CUDA 12.4 or newer, and it was with 12.3"),
-        (12040, "launched\ncaptured"),  # by functions without edges
+        (12040, "launched"),  # by functions without edges
     ],
 )
 def test_every_toolkit_compiles_it_and_an_old_one_says_what_it_lacks(tmp_path, version, said):
@@ -793,7 +515,7 @@ def test_every_toolkit_compiles_it_and_an_old_one_says_what_it_lacks(tmp_path, v
          str(tmp_path / "main.cpp"), "-o", str(program), "-lpthread"],
         check=True,
     )  # fmt: skip
-    assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == said + "\nappended\n"
+    assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == said + "\n"
 
 
 @pytest.mark.skipif(build.find_toolkit() is None, reason="no CUDA toolkit on this machine")

@@ -8,7 +8,7 @@ the backward pass then takes segment by segment, and each that does not fit by t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Generic, TypeVar
 
 import torch
@@ -70,16 +70,9 @@ class Checkpoints(Generic[State]):
         self.slots = slots
         self.peak = 0
         self._kept: dict[int, State] = {}
-        self._last: tuple[int, State | None] | None = None
+        self._last: tuple[int, State] | None = None
         self._stride = 1
         self._places = frozenset(binomial_places(steps, slots)) if slots and steps else None
-
-    @classmethod
-    def left(cls, kept: Mapping[int, State], steps: int, slots: int) -> Checkpoints[State]:
-        """Those that a solve of so many steps kept by the rule of `offer`, and that it left to others to take back."""
-        self = cls(slots)
-        self._kept, self._last, self.peak = dict(kept), (steps, None), len(kept)
-        return self
 
     @property
     def spent(self) -> bool:
@@ -117,8 +110,7 @@ class Checkpoints(Generic[State]):
         self._last = None
         if self._places is None and self.slots is not None:
             self._kept = {i: self._kept[i] for i in worth_keeping(list(self._kept), stop, self.slots)}
-        if state is not None:
-            back(stop, state)
+        back(stop, state)
         del state
         while self._kept:
             start = max(self._kept)

@@ -23,6 +23,7 @@ from node_cuda.gradients.inspection import Inspection, refuse_hidden
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.request import Request
+from node_cuda.graphs import refuse_in_capture
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, Status, Unsupported
@@ -106,6 +107,7 @@ class Task(ABC):
 
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """The gradients from those of the outputs."""
+        refuse_in_capture(grad_ys)
         # What a transform hands down need not want a gradient; func is then bound to leaves of our own.
         count = len(self.parameters.wanted)
         params = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count])

@@ -1,4 +1,4 @@
-"""The forward solve of the discrete adjoint by graphs: the device records its accepted steps and keeps states.
+"""The forward solve of the discrete adjoint by graphs: the device records its accepted steps and keeps their states.
 
 What it kept lies in the memory of the captured solve. It stays there for the backward pass if no other solve begins
 before; else it is copied first, as many rows as were used.
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -21,7 +22,7 @@ from node_cuda.graphs import Graphs, captured_or_why, key_of, obstacle
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE
 from node_cuda.kernels.fused import Fused, can_sum
-from node_cuda.kernels.tape import Tape, slots_after
+from node_cuda.kernels.tape import Tape
 from node_cuda.methods import Method
 from node_cuda.options import AdaptiveOptions, FixedOptions, times_option
 from node_cuda.problem import Problem
@@ -29,22 +30,19 @@ from node_cuda.status import Status
 from node_cuda.steppers.step import Step
 
 FEWEST_STATES, MOST_STATES, FIRST_BYTES = 64, 1024, 2**23
-"""States that are kept where no solve before told how many steps there are, and nobody asked for a number: as many as
-fit these bytes, within these bounds."""
-
-FEWEST_STEPS = 1024
-"""Steps that can be recorded, at least: 56 bytes each."""
+"""Room for states where no solve before told how many steps there are: for as many as fit these bytes, within these
+bounds."""
 
 
 class RecordingLoop(OutputLoop):
-    """A solve that records its steps. states: a row a slot, and one more, for what is not kept."""
+    """A solve that records its steps. states: a row a step, and one more, for what is not kept."""
 
     def __init__(
         self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None, tape: Tape
     ) -> None:
         super().__init__(problem, method, arithmetic, points=points, tape=tape)
         self.tape = tape
-        self.states = self.y.new_zeros((tape.slots + 1, *self.y.shape))
+        self.states = self.y.new_zeros((tape.capacity + 1, *self.y.shape))
 
     def put_outputs(self, step: Step, outputs: object) -> None:
         """See `DeviceLoop`; and the state that the step began with."""
@@ -53,20 +51,14 @@ class RecordingLoop(OutputLoop):
 
 
 class CapturedRecording(CapturedSolve):
-    """A forward solve that leaves a `Record`. capacity: the steps that can be recorded; slots: the states."""
+    """A forward solve that leaves a `Record`. capacity: the steps that it has room for, with their states."""
 
     loop: RecordingLoop
 
     def __init__(
-        self,
-        problem: Problem,
-        method: Method,
-        points: Sequence[float] | None,
-        tier: str | None,
-        capacity: int,
-        slots: int,
+        self, problem: Problem, method: Method, points: Sequence[float] | None, tier: str | None, capacity: int
     ) -> None:
-        self.room = capacity, slots
+        self.capacity = capacity
         self.holder: weakref.ref[Record] | None = None
         super().__init__(problem, method, points, tier)
 
@@ -75,7 +67,7 @@ class CapturedRecording(CapturedSolve):
     ) -> OutputLoop:
         """See `CapturedSolve`."""
         first, carries = _first_stages(problem, method)
-        tape = Tape(problem.y0.device, *self.room, first=first, carries=carries)
+        tape = Tape(problem.y0.device, self.capacity, first=first, carries=carries)
         return RecordingLoop(problem, method, arithmetic, points, tape)
 
     def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
@@ -103,11 +95,6 @@ class Record:
         self._saved: list[Tensor] | None = None
         owner.holder = weakref.ref(self)
 
-    @property
-    def complete(self) -> bool:
-        """Every state is kept, each in the row of its step's number, as far as the host knows."""
-        return self.count is None or self.count <= self.owner.loop.tape.slots
-
     def save(self) -> None:
         """Copy what the solve left."""
         self._saved = [x.clone() for x in self._memory()]
@@ -124,12 +111,6 @@ class Record:
         self._saved = None
         self.owner.holder = weakref.ref(self)
 
-    def kept(self) -> dict[int, State]:
-        """The states by the number of the step that began with them, once the record is loaded: views."""
-        assert self.count is not None
-        tape, states = self.owner.loop.tape, self.owner.loop.states
-        return {place: State(states[row], None) for place, row in slots_after(self.count, tape.slots).items()}
-
     def trajectory(self, arithmetic: Arithmetic) -> Trajectory:
         """The same for a backward pass by the host, which then need not be loaded. One host read."""
         assert self.count is not None
@@ -137,20 +118,21 @@ class Record:
             self.owner.follow()
             self.load()
             read = self.owner.loop.tape.read(self.count)
-            kept = {i: State(state.y0.clone(), None) for i, state in self.kept().items()}
+            states = self.owner.loop.states[: self.count].clone()
         steps: list[Taken] = []
-        for t0, t1, h, begins in read:
+        checkpoints: Checkpoints[State] = Checkpoints(None)
+        for i, (t0, t1, h, begins) in enumerate(read):
+            checkpoints.offer(i, State(states[i], None))
             at = arithmetic.interval(t0, t1, h)
             if begins < 0:
                 steps.append(Taken(at, True, steps[-1].at, 1.0, JUST_BEFORE))
             else:
                 steps.append(Taken(at, False, at, 0.0, JUST_AFTER if begins else HERE))
-        return Trajectory(steps, Checkpoints.left(kept, self.count, self.owner.loop.tape.slots))
+        return Trajectory(steps, checkpoints)
 
     def _memory(self) -> list[Tensor]:
         loop = self.owner.loop
-        rows = loop.tape.slots if self.count is None else min(self.count, loop.tape.slots)
-        return [*loop.tape.memory(self.count), loop.states[:rows]]
+        return [*loop.tape.memory(self.count), loop.states[: self.count]]
 
 
 def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, Record] | None:
@@ -159,22 +141,19 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     why = why or obstacle(problem, method)
     points = points_of(problem, method) if why is None else None
     graphs: Graphs[CapturedRecording] = method.options.cuda_graph
-    key = () if why is not None else ("discrete", *key_of(problem, method), points and len(points), request.checkpoints)
-    known = len(points) - 1 if points is not None else graphs.rooms.get(key, _first_room(problem))
-    slots = request.checkpoints if isinstance(request.checkpoints, int) else known
-    if request.checkpoints == "auto":
-        # Once: there is less free memory when the first solve has its own, and other rows would be another capture.
-        if ("auto", key) not in graphs.rooms:
-            bytes_a_state = problem.y0.numel() * problem.y0.itemsize
-            graphs.rooms["auto", key] = slots_for(bytes_a_state, problem.y0.device)
-        slots = min(slots, graphs.rooms["auto", key])
-    capacity = max(known, FEWEST_STEPS)
+    key = () if why is not None else ("discrete", *key_of(problem, method), points and len(points))
+    steps = len(points) - 1 if points is not None else graphs.rooms.get(key)
+    most = _most_states(request, graphs, key)
+    if why is None and steps is not None and most is not None and steps > most:
+        why = f"checkpoints={request.checkpoints!r} gives {most} states, and there were {steps} steps"
+    capacity = _first_room(problem) if steps is None else steps if points is not None else _power_of_two(steps)
+    capacity = capacity if most is None else min(capacity, most)
     found: CapturedRecording | str = captured_or_why(
         method.options,
         why,
-        lambda: (*key, capacity, slots),
+        lambda: (*key, capacity),
         problem,
-        lambda: CapturedRecording(problem, method, points, graphs.tier, capacity, slots),
+        lambda: CapturedRecording(problem, method, points, graphs.tier, capacity),
     )
     if isinstance(found, str):
         stats.why = found
@@ -183,14 +162,28 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
         ys, status = solve_captured(found, problem, method, stats, points)
         count = None if status is Status.PENDING else stats.accepted
         record = Record(found, count)
-    stats.checkpoint_slots = None if request.checkpoints is None else slots
-    if count is not None and count > known:
-        graphs.rooms[key] = 2 ** (count - 1).bit_length()  # for the next solve
+    stats.checkpoint_slots = most
     if count is not None and count > capacity:
+        graphs.rooms[key] = count  # for the next solve
         stats.accepted = stats.rejected = 0  # it is solved once more
         stats.loop, stats.why = "host", f"it took {count} steps, and there was room to record {capacity}"
         return None
     return ys, status, record
+
+
+def _most_states(request: Request, graphs: Graphs[CapturedRecording], key: Any) -> int | None:
+    """How many may be kept; None: all. Memory is asked for once, as there is less when the first solve has its own."""
+    if request.checkpoints != "auto" or not key:
+        return request.checkpoints if isinstance(request.checkpoints, int) else None
+    if ("auto", key) not in graphs.rooms:
+        y0 = request.problem.y0
+        graphs.rooms["auto", key] = slots_for(y0.numel() * y0.itemsize, y0.device)
+    return graphs.rooms["auto", key]
+
+
+def _power_of_two(steps: int) -> int:
+    """The next one: room for solves that take a few steps more."""
+    return 2 ** (steps - 1).bit_length()
 
 
 def _first_room(problem: Problem) -> int:

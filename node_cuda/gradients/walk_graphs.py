@@ -2,8 +2,7 @@
 
     begin, take back the last step, take back steps ...
 
-Where every state was kept the device repeats the body by itself. Where some were given up the host, which knows how
-many steps there were, launches bodies in the order of `Checkpoints.reverse`, and reads nothing either.
+Every state is there: where some would have to be given up the solve is the host's, forwards and backwards.
 """
 
 from __future__ import annotations
@@ -11,14 +10,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from node_cuda.captured import Account, Captured
 from node_cuda.device_loop import release, upload, with_field_of_its_own
-from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.recording import Record
 from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint
@@ -33,9 +30,6 @@ from node_cuda.options import Common
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import SolveError, Status
-
-REPLAYS = "replays"
-"""The host launches the bodies one by one."""
 
 
 class DeviceStepAdjoint(StepAdjoint):
@@ -83,18 +77,16 @@ class CapturedWalk(Captured):
             self.times = problem.times
             self._several = len(problem.times) > 2
             self.nfe: dict[str, int] = {}
-            self._begin, self._last, self._step, self._advance = self.record(
+            self._begin, self._last, self._step = self.record(
                 self._begin_walk,
                 self._counted("last", lambda: self._take_back(dense=True)),
                 self._counted("step", lambda: self._take_back(dense=self._several)),
-                self._counted("advance", self._take_forward),
             )
             self.repeat, self.why = self.recorder.repeat(self._step, self.control)
         release(own)
 
-    def run(self, record: Record, times: tuple[float, ...], grad_ys: Tensor) -> tuple[str, int, int]:
-        """Takes all steps of a record back, from outputs at these times; nothing is read. Returns (how, evaluations,
-        steps taken again), the numbers as far as the host knows."""
+    def run(self, record: Record, times: tuple[float, ...], grad_ys: Tensor) -> None:
+        """Takes all steps of a record back, from outputs at these times; nothing is read."""
         self.owner.follow()
         self.follow()
         record.load()
@@ -102,40 +94,15 @@ class CapturedWalk(Captured):
             self.times = times
             upload(self.arithmetic.device_times, times)
         self.gradients.copy_(grad_ys)
-        count = record.count
-        if record.complete:
-            self._begin.replay()
-            self._last.replay()
-            if count is not None and self.repeat.tier == "batches":  # no need to look where the end is
-                self._step.replay(count - 1)
-                return REPLAYS, self.cost(count), 0
+        self._begin.replay()
+        self._last.replay()
+        if record.count is not None and self.repeat.tier == "batches":  # no need to look where the end is
+            self._step.replay(record.count - 1)
+        else:
             self.repeat.run()
-            return self.repeat.tier, 0 if count is None else self.cost(count), 0
-        assert count is not None
-        again = 0
-        moving = self.tape.slots  # the row that holds no kept state
-
-        def launch(graph: Any, n: int, state: State) -> None:
-            self.states[moving].copy_(state.y0)
-            self.control.set_walk(self.tape, n, moving)
-            graph.replay()
-
-        def advance(n: int, state: State) -> State:
-            nonlocal again
-            again += 1
-            launch(self._advance, n, state)
-            return State(self.states[moving].clone(), None)
-
-        def back(n: int, state: State) -> None:
-            launch(self._last if n == count - 1 else self._step, n, state)
-
-        with self.recorder.in_its_stream():  # the control's kernels are launched in that stream
-            self._begin.replay()
-            Checkpoints.left(record.kept(), count, self.tape.slots).reverse(advance, back)
-        return REPLAYS, self.cost(count) + again * self.nfe["advance"], again
 
     def cost(self, count: int) -> int:
-        """How often a walk over so many steps, all of them kept, evaluates the field."""
+        """How often a walk over so many steps evaluates the field."""
         return self.nfe["last"] + (count - 1) * self.nfe["step"]
 
     def of_params(self) -> list[Tensor]:
@@ -158,10 +125,6 @@ class CapturedWalk(Captured):
         lam = self.adjoint.back(self.adjoint.here, state, Cotangent(self.lam), outputs).cotangent.lam
         self.arithmetic.commit([self.lam], [lam])
         self.control.taken(self.tape)
-
-    def _take_forward(self) -> None:
-        state = self._load()
-        self.states[self.tape.slots].copy_(self.adjoint.advance(self.adjoint.here, state, self.adjoint.here).y0)
 
     def _load(self) -> State:
         """The state that the walk's next step began with."""
@@ -212,15 +175,15 @@ def walk_by_graphs(
     stats.graph_of = "stage" if found.adjoint.at_once is False else "step"
     used.reach_as(found.reached)
     with record.owner.lock, found.lock:
-        stats.loop_backward, nfe, again = found.run(record, problem.times, grad_ys)
+        stats.loop_backward = found.repeat.tier
+        found.run(record, problem.times, grad_ys)
         lam, of_params = found.lam.clone(), found.of_params()
         walked = found.control.succeeded
         if record.count is None:
             found.begun(found.control, stats, _account(found), options)
     if record.count is not None:
-        stats.nfe_backward += nfe
-        stats.steps_again += again
-        stats.peak_checkpoints = max(stats.peak_checkpoints, min(record.count, found.tape.slots))
+        stats.nfe_backward += found.cost(record.count)
+        stats.peak_checkpoints = max(stats.peak_checkpoints, record.count)
         return lam, of_params
     assert record.succeeded is not None
     ok = record.succeeded & walked

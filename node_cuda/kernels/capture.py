@@ -22,7 +22,6 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from node_cuda.kernels.control import Control, Reading, reading
-from node_cuda.status import Unsupported
 
 TIERS = ("while", "batches")
 
@@ -239,13 +238,7 @@ class Recorded:
         self._exec: int | None = None
 
     def replay(self, times: int = 1) -> None:
-        """See `Recording`. Torch's own replay minds random numbers, and refuses to be captured; where the current
-        stream is being captured, the work becomes part of that graph."""
-        stream, device, module = self._recorder.current_stream, self._recorder.device, self._recorder.module
-        if self.raw is not None and capturing(device):
-            for _ in range(times):
-                module.append(self.raw, stream, device.index)
-            return
+        """See `Recording`. Torch's own replay minds random numbers, which takes longer."""
         if not hasattr(self._graph, "raw_cuda_graph_exec"):
             for _ in range(times):
                 self._graph.replay()
@@ -253,7 +246,8 @@ class Recorded:
         if self._exec is None:
             self._graph.instantiate()
             self._exec = self._graph.raw_cuda_graph_exec()
-        module.replay(self._exec, times, (stream, device.index))
+        on = self._recorder.current_stream, self._recorder.device.index
+        self._recorder.module.replay(self._exec, times, on)
 
 
 @contextlib.contextmanager
@@ -334,11 +328,6 @@ class Batches:
     def run(self) -> None:
         """See `Repeat`."""
         now, behind = self._looks
-        if capturing(now.device):
-            raise Unsupported(
-                "A solve inside torch.cuda.graph must be repeated by the GPU alone, and this one is repeated by the "
-                "host, in batches; `Solution.stats.why` of a solve outside says why. Capture the rest without it."
-            )
         count = self._first
         self._step.replay(count)
         now.ask()

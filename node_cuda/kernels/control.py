@@ -146,20 +146,18 @@ class Control:
         """Go on where the solve waits at an output."""
         self._plan.resume(_array(self.points))
 
-    def set_walk(self, tape: Tape, next_: int = -1, row: int = -1, least: int = 0) -> None:
-        """Where a walk back over a tape begins, of which this is the control: at the step `next_`, by default the last,
-        with its state in `row`, by default in that of the step's own number. Active if there is a step from `least` on
-        to take back; else with the status RECORD_FULL if the tape does not hold what the walk needs."""
-        self._plan.set_walk(tape.address, next_, row, least)
+    def set_walk(self, tape: Tape) -> None:
+        """Begin a walk back over a tape, of which this is the control, behind the last step. Active if there is a step
+        to take back; with the status RECORD_FULL if the tape does not have all steps."""
+        self._plan.set_walk(tape.address)
 
     def take_back(self, tape: Tape, time: Tensor | None = None) -> None:
-        """Make the walk's next step the current one, `tape.row` the row of its state, and write the time of its first
-        stage."""
+        """Make the walk's next step the current one, `tape.row` its number, and write the time of its first stage."""
         self._plan.take_back(tape.address, 0 if time is None else time.data_ptr())
 
-    def taken(self, tape: Tape, least: int = 0) -> None:
-        """Stay active while the step that the walk takes next is not before `least`."""
-        self._plan.taken(tape.address, least)
+    def taken(self, tape: Tape) -> None:
+        """Stay active while there are steps to take back."""
+        self._plan.taken(tape.address)
 
     @property
     def address(self) -> int:

@@ -48,7 +48,7 @@ struct CUgraphExec_st {
 
 struct Capture {
   CUgraph_st* graph;
-  cudaStream_t origin;
+  CUgraphNode_st* last = nullptr;  // what its next node comes behind
   bool invalid = false;
 };
 
@@ -56,16 +56,13 @@ struct CUevent_st {
   std::shared_ptr<int64_t> done = std::make_shared<int64_t>(0);
   int64_t recorded = 0;
   cudaStream_t stream = nullptr;
-  std::shared_ptr<Capture> capture;    // recorded in it
-  std::vector<CUgraphNode_st*> after;  // and behind these
 };
 
 namespace {
 
 struct Stream {
   std::deque<shim::Work> queue;
-  std::shared_ptr<Capture> capture;
-  std::vector<CUgraphNode_st*> last;  // what the next node of the capture comes behind
+  std::unique_ptr<Capture> capture;
 };
 
 // Everything that is alive. A handle that is none of these is not looked into.
@@ -198,29 +195,10 @@ std::unique_ptr<CUgraphNode_st> node_of(cudaGraphNodeType type) {
 cudaError_t capture(Stream& s, std::unique_ptr<CUgraphNode_st> node) {
   NEED(!s.capture->invalid, cudaErrorStreamCaptureInvalidated);
   CUgraphNode_st* added = nullptr;
-  const cudaError_t error = add(&added, s.capture->graph, s.last.data(), s.last.size(), std::move(node));
-  s.last = {added};
+  const cudaError_t error =
+      add(&added, s.capture->graph, &s.capture->last, s.capture->last != nullptr ? 1 : 0, std::move(node));
+  s.capture->last = added;
   return error;
-}
-
-// Is a node one of these, or before one of them?
-bool reaches(const std::vector<CUgraphNode_st*>& last, const CUgraphNode_st* node) {
-  return std::any_of(last.begin(), last.end(), [&](auto* each) { return each == node || reaches(each->after, node); });
-}
-
-void also(std::vector<CUgraphNode_st*>* last, CUgraphNode_st* node) {
-  if (std::find(last->begin(), last->end(), node) == last->end()) last->push_back(node);
-}
-
-const char* name_of(cudaGraphNodeType type) {
-  switch (type) {
-    case cudaGraphNodeTypeKernel: return "kernel";
-    case cudaGraphNodeTypeMemcpy: return "memcpy";
-    case cudaGraphNodeTypeMemset: return "memset";
-    case cudaGraphNodeTypeGraph: return "graph";
-    case cudaGraphNodeTypeConditional: return "loop";
-    default: return "another";
-  }
 }
 
 }  // namespace
@@ -276,18 +254,6 @@ cudaGraphNode_t add_bare_node(cudaGraph_t graph, cudaGraphNodeType type, cudaGra
   cudaGraphNode_t node = nullptr;
   if (graphs.count(graph)) add(&node, graph, &after, after == nullptr ? 0 : 1, node_of(type));
   return node;
-}
-
-std::string describe(cudaGraph_t graph) {
-  std::string all;
-  std::map<const CUgraphNode_st*, size_t> places;
-  for (const auto& node : graph->nodes) {
-    all += std::string(all.empty() ? "" : ", ") + name_of(node->type);
-    for (const CUgraphNode_st* before : node->after) all += " " + std::to_string(places.at(before));
-    if (node->type == cudaGraphNodeTypeConditional) all += " {" + describe(node->within.get()) + "}";
-    places[node.get()] = places.size();
-  }
-  return all;
 }
 
 }  // namespace shim
@@ -347,41 +313,15 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   CALL(cudaEventRecord);
   NEED(events.count(event), cudaErrorInvalidResourceHandle);
   Stream& s = stream_of(stream);
-  event->capture = s.capture;
-  if (s.capture != nullptr) {  // no node, but a place to wait for
-    NEED(!s.capture->invalid, cudaErrorStreamCaptureInvalidated);
-    event->after = s.last;
-    return cudaSuccess;
-  }
+  if (s.capture != nullptr) return spoil(s);  // by this shim
   event->stream = stream;
   return shim::submit(stream, {cudaGraphNodeTypeEventRecord,
                                [done = event->done, number = ++event->recorded] { *done = number; }, nullptr});
 }
 
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags) {
-  CALL(cudaStreamWaitEvent);
-  NEED(events.count(event), cudaErrorInvalidResourceHandle);
-  NEED(flags == 0 && event->capture != nullptr, cudaErrorNotSupported);  // by this shim
-  Stream& s = stream_of(stream);
-  NEED(s.capture == nullptr || s.capture == event->capture, cudaErrorStreamCaptureMerge);
-  s.capture = event->capture;
-  for (CUgraphNode_st* node : event->after) also(&s.last, node);
-  return cudaSuccess;
-}
-
-cudaError_t cudaEventQuery(cudaEvent_t event) {
-  CALL(cudaEventQuery);
-  NEED(events.count(event), cudaErrorInvalidResourceHandle);
-  NEED(event->capture == nullptr, cudaErrorCapturedEvent);
-  NO_CAPTURE();
-  NEED(*event->done == event->recorded, cudaErrorNotReady);
-  return cudaSuccess;
-}
-
 cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   CALL(cudaEventSynchronize);
   NEED(events.count(event), cudaErrorInvalidResourceHandle);
-  NEED(event->capture == nullptr, cudaErrorCapturedEvent);
   NO_CAPTURE();
   while (*event->done != event->recorded)
     if (!shim::progress(event->stream)) {
@@ -404,67 +344,21 @@ cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode) {
   CALL(cudaStreamBeginCapture);
   Stream& s = stream_of(stream);
   NEED(s.capture == nullptr, cudaErrorIllegalState);
-  s.capture = std::make_shared<Capture>(Capture{new CUgraph_st, stream});
+  s.capture = std::make_unique<Capture>(Capture{new CUgraph_st});
   return cudaSuccess;
 }
 
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   CALL(cudaStreamEndCapture);
   *graph = nullptr;
-  const std::shared_ptr<Capture> capture = stream_of(stream).capture;
+  const std::unique_ptr<Capture> capture = std::move(stream_of(stream).capture);
   NEED(capture != nullptr, cudaErrorIllegalState);
-  NEED(capture->origin == stream, cudaErrorStreamCaptureUnmatched);
-  const std::vector<CUgraphNode_st*> end = stream_of(stream).last;
-  bool joined = true;  // all that the other streams of this capture did last
-  for (auto& [_, other] : streams) {
-    if (other.capture != capture) continue;
-    for (const CUgraphNode_st* node : other.last) joined = joined && reaches(end, node);
-    other.capture = nullptr;
-    other.last.clear();
-  }
-  if (capture->invalid || !joined) {
+  if (capture->invalid) {
     delete capture->graph;
-    return failed(capture->invalid ? cudaErrorStreamCaptureInvalidated : cudaErrorStreamCaptureUnjoined);
+    return failed(cudaErrorStreamCaptureInvalidated);
   }
   *graph = capture->graph;
   owned_graphs.insert(capture->graph);
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long*,
-                                     cudaGraph_t* graph, const cudaGraphNode_t** last,
-#if CUDART_VERSION >= 13000
-                                     const cudaGraphEdgeData**,
-#endif
-                                     size_t* count) {
-  CALL(cudaStreamGetCaptureInfo);
-  const Stream& s = stream_of(stream);
-  *status = s.capture == nullptr ? cudaStreamCaptureStatusNone
-            : s.capture->invalid ? cudaStreamCaptureStatusInvalidated
-                                 : cudaStreamCaptureStatusActive;
-  // The other answers are of a capture that is in order; without one they may be anything.
-  static CUgraphNode_st* const nothing = reinterpret_cast<CUgraphNode_st*>(8);
-  const bool active = *status == cudaStreamCaptureStatusActive;
-  *graph = active ? s.capture->graph : reinterpret_cast<cudaGraph_t>(8);
-  *last = active ? s.last.data() : &nothing;
-  *count = active ? s.last.size() : 99;
-  return cudaSuccess;
-}
-
-cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t stream, cudaGraphNode_t* last,
-#if CUDART_VERSION >= 13000
-                                                const cudaGraphEdgeData*,
-#endif
-                                                size_t count, unsigned flags) {
-  CALL(cudaStreamUpdateCaptureDependencies);
-  Stream& s = stream_of(stream);
-  NEED(s.capture != nullptr, cudaErrorIllegalState);
-  NEED(!s.capture->invalid, cudaErrorStreamCaptureInvalidated);
-  for (size_t i = 0; i < count; ++i)
-    NEED(nodes.count(last[i]) && last[i]->graph == s.capture->graph, cudaErrorInvalidValue);
-  NEED(flags <= cudaStreamSetCaptureDependencies, cudaErrorInvalidValue);
-  if (flags == cudaStreamSetCaptureDependencies) s.last.clear();
-  for (size_t i = 0; i < count; ++i) also(&s.last, last[i]);
   return cudaSuccess;
 }
 
@@ -473,16 +367,6 @@ cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags) {
   NEED(flags == 0, cudaErrorInvalidValue);
   *graph = new CUgraph_st;
   owned_graphs.insert(*graph);
-  return cudaSuccess;
-}
-
-cudaError_t cudaGraphClone(cudaGraph_t* out, cudaGraph_t graph) {
-  CALL(cudaGraphClone);
-  NEED(graphs.count(graph), cudaErrorInvalidValue);
-  NEED(!holds(graph, {cudaGraphNodeTypeConditional, cudaGraphNodeTypeMemAlloc, cudaGraphNodeTypeMemFree}),
-       cudaErrorNotSupported);
-  *out = clone(graph, nullptr).release();
-  owned_graphs.insert(*out);
   return cudaSuccess;
 }
 

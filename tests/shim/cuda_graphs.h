@@ -3,8 +3,7 @@
 // What the real runtime would refuse is refused with its error; what it would leave undefined (a condition that nobody
 // set, host memory freed under a copy, a loop without end) is a complaint, for tests to read. A stream runs its work at
 // once, or, where it is lazy, when somebody waits for it. A captured launch is a node that holds its arguments, and a
-// graph runs in any order that its dependencies leave open (`seed`). A stream joins the capture of another one by an
-// event; what a capture forbids spoils it.
+// graph runs in any order that its dependencies leave open (`seed`). What a capture forbids spoils it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -22,14 +21,9 @@ enum cudaError_t : int {
   cudaErrorInvalidDeviceFunction = 98,
   cudaErrorInvalidResourceHandle = 400,
   cudaErrorIllegalState = 401,
-  cudaErrorNotReady = 600,
   cudaErrorNotSupported = 801,
   cudaErrorStreamCaptureUnsupported = 900,
   cudaErrorStreamCaptureInvalidated = 901,
-  cudaErrorStreamCaptureMerge = 902,
-  cudaErrorStreamCaptureUnmatched = 903,
-  cudaErrorStreamCaptureUnjoined = 904,
-  cudaErrorCapturedEvent = 907,
 };
 enum cudaMemcpyKind { cudaMemcpyDeviceToHost = 2 };
 using cudaStream_t = void*;
@@ -67,12 +61,6 @@ enum cudaGraphNodeType : int {
 enum cudaGraphConditionalHandleFlags { cudaGraphCondAssignDefault = 1 };
 enum cudaGraphConditionalNodeType { cudaGraphCondTypeIf = 0, cudaGraphCondTypeWhile = 1, cudaGraphCondTypeSwitch = 2 };
 enum cudaStreamCaptureMode { cudaStreamCaptureModeGlobal = 0 };
-enum cudaStreamCaptureStatus {
-  cudaStreamCaptureStatusNone = 0,
-  cudaStreamCaptureStatusActive = 1,
-  cudaStreamCaptureStatusInvalidated = 2,
-};
-enum { cudaStreamAddCaptureDependencies = 0, cudaStreamSetCaptureDependencies = 1 };
 enum { cudaHostAllocDefault = 0, cudaEventDisableTiming = 2 };
 
 struct cudaKernelNodeParams {
@@ -108,27 +96,12 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned flags);
 cudaError_t cudaFreeHost(void* memory);
 cudaError_t cudaEventCreateWithFlags(cudaEvent_t* event, unsigned flags);
 cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream);
-cudaError_t cudaStreamWaitEvent(cudaStream_t stream, cudaEvent_t event, unsigned flags);  // of a capture
-cudaError_t cudaEventQuery(cudaEvent_t event);
 cudaError_t cudaEventSynchronize(cudaEvent_t event);
 cudaError_t cudaEventDestroy(cudaEvent_t event);
 
 cudaError_t cudaStreamBeginCapture(cudaStream_t stream, cudaStreamCaptureMode mode);
 cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph);
-#if CUDART_VERSION >= 13000
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
-                                     cudaGraph_t* graph, const cudaGraphNode_t** last, const cudaGraphEdgeData** edges,
-                                     size_t* count);
-cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t stream, cudaGraphNode_t* last,
-                                                const cudaGraphEdgeData* edges, size_t count, unsigned flags);
-#else
-cudaError_t cudaStreamGetCaptureInfo(cudaStream_t stream, cudaStreamCaptureStatus* status, unsigned long long* id,
-                                     cudaGraph_t* graph, const cudaGraphNode_t** last, size_t* count);
-cudaError_t cudaStreamUpdateCaptureDependencies(cudaStream_t stream, cudaGraphNode_t* last, size_t count,
-                                                unsigned flags);
-#endif
 cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags);
-cudaError_t cudaGraphClone(cudaGraph_t* clone, cudaGraph_t graph);
 cudaError_t cudaGraphDestroy(cudaGraph_t graph);
 cudaError_t cudaGraphGetNodes(cudaGraph_t graph, cudaGraphNode_t* nodes, size_t* count);
 cudaError_t cudaGraphNodeGetType(cudaGraphNode_t node, cudaGraphNodeType* type);
@@ -168,7 +141,6 @@ using Binder = std::function<void()> (*)(void* function, void** arguments, unsig
 void* know_function(void* function, Binder binder);
 
 cudaGraphNode_t add_bare_node(cudaGraph_t graph, cudaGraphNodeType type, cudaGraphNode_t after);
-std::string describe(cudaGraph_t graph);  // its nodes, each with the places of those before it, and a loop's body
 bool progress(cudaStream_t stream);     // one work of a lazy stream; false: there is none
 void complain(const std::string& what);
 int leaks();                            // objects that are still there

@@ -136,7 +136,6 @@ void run_graph(int64_t n) {
   const Where next{&ctl, Interval{}, 0.0};
   const Finish finish{nullptr, &ctl, nullptr, 0, law};
   const Slot start{t, 0.0, 1}, end{t + 1, 1.0, -1};
-  const std::vector<char> start_of_y(y0.data(), y0.data() + y0.bytes);
   check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, 0.5, on));
   cudaStreamBeginCapture(&stream, cudaStreamCaptureModeGlobal);
   check(launch_stage_time(FLOAT, 1, &start, &next, on));
@@ -165,20 +164,6 @@ void run_graph(int64_t n) {
     flag.wait();
     if (flag.read().active || flag.read().status != SUCCESS || flag.read().accepted < 3) std::exit(4);
     cudaGraphExecDestroy(again);
-    cudaGraph_t whole = nullptr;  // as a part of another graph
-    cudaStreamBeginCapture(&stream, cudaStreamCaptureModeGlobal);
-    cudaMemcpyAsync(y0.data(), start_of_y.data(), y0.bytes, cudaMemcpyDeviceToHost, &stream);
-    check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, 0.25, on));
-    append(step, &stream, 0);
-    loop.launch(&stream);
-    cudaStreamEndCapture(&stream, &whole);
-    cudaGraphInstantiate(&again, whole, 0);
-    cudaGraphDestroy(whole);
-    replay(again, 2, &stream, 0);
-    cudaGraphExecDestroy(again);
-    flag.record(&stream);
-    flag.wait();
-    if (flag.read().active || flag.read().status != SUCCESS || flag.read().accepted < 3) std::exit(6);
     flag.record(&stream);
   }
   cudaStreamSynchronize(&stream);

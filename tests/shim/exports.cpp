@@ -37,20 +37,6 @@ void* shim_end_capture(void* stream) {
   cudaStreamEndCapture(stream, &graph);
   return graph;
 }
-int shim_wait_for(void* stream, void* other) {
-  cudaEvent_t event = nullptr;
-  cudaEventCreateWithFlags(&event, cudaEventDisableTiming);
-  cudaEventRecord(event, other);
-  const int error = cudaStreamWaitEvent(stream, event, 0);
-  cudaEventDestroy(event);
-  return error;
-}
-int shim_synchronize(void* stream) { return cudaStreamSynchronize(stream); }
-const char* shim_describe(void* graph) {
-  static std::string described;
-  described = shim::describe(static_cast<cudaGraph_t>(graph));
-  return described.c_str();
-}
 void* shim_new_graph() {
   cudaGraph_t graph = nullptr;
   cudaGraphCreate(&graph, 0);

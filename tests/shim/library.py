@@ -164,11 +164,9 @@ class TapeStruct(Structure):
     _fields_ = [
         ("steps", c_void_p),
         ("capacity", c_int64),
-        ("places", c_void_p),
-        ("slots", c_int64),
         *((name, c_int32) for name in ("first", "carries")),
-        *((name, c_int64) for name in ("count", "kept", "stride", "scan", "slot", "next", "row")),
-        *((name, c_int32) for name in ("jumped", "own_rows")),
+        *((name, c_int64) for name in ("count", "slot", "row")),
+        *((name, c_int32) for name in ("jumped", "unused")),
     ]
 
 
@@ -220,9 +218,9 @@ _LAUNCHERS = {
     "start_control": (_P, _P, _D, _P, _D, _D),
     "grid_control": (_P, _P, _P, _L),
     "resume": (_P, _P, _P, _L),
-    "set_walk": (_P, _P, _L, _L, _L),
+    "set_walk": (_P, _P),
     "take_back": (_I, _P, _P, _P),
-    "taken": (_P, _P, _L),
+    "taken": (_P, _P),
     "initial_norms": (_I, _L, _P, _P, _P, _P, _P, _P, _P),
     "initial_change": (_I, _L, _P, _P, _P, _P, _P, _P, _P, _P, _P),
     "dense_eval": (_I, _L, _P, _P, _L, _L, _P, _P, _I, _I, _P, _P, _P, _P),
@@ -396,15 +394,15 @@ class Kernels:
     def grid_control(self, ctl: Tensor, law: Law, points: Tensor) -> None:
         self.call("grid_control", ptr(ctl), byref(law.struct), ptr(points), points.numel())
 
-    def set_walk(self, ctl: Tensor, tape: Tape, next_: int = -1, row: int = -1, least: int = 0) -> None:
-        self.call("set_walk", ptr(ctl), tape.address, next_, row, least)
+    def set_walk(self, ctl: Tensor, tape: Tape) -> None:
+        self.call("set_walk", ptr(ctl), tape.address)
 
     def take_back(self, ctl: Tensor, tape: Tape, time: Tensor | None = None, dtype: torch.dtype | None = None) -> None:
         of = torch.float32 if time is None else time.dtype
         self.call("take_back", DTYPES.index(dtype or of), ptr(ctl), tape.address, ptr(time))
 
-    def taken(self, ctl: Tensor, tape: Tape, least: int = 0) -> None:
-        self.call("taken", ptr(ctl), tape.address, least)
+    def taken(self, ctl: Tensor, tape: Tape) -> None:
+        self.call("taken", ptr(ctl), tape.address)
 
     def initial_norms(self, y0, f0, rtol, atol, sizes=None, ctl=None) -> Tensor:
         segments, keep = (None, None) if sizes is None else self.segments(sizes)

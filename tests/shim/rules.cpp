@@ -55,7 +55,6 @@ int main() {
   cudaGraph_t one = nullptr, other = nullptr, body = nullptr;
   cudaGraphNode_t node = nullptr, second = nullptr, loop = nullptr;
   cudaGraphConditionalHandle condition = 0;
-  cudaGraphNodeType type;
   cudaGraphExec_t exec = nullptr;
   int counted = 0;
   cudaGraphCreate(&one, 0);
@@ -120,88 +119,39 @@ int main() {
   expect_complaint("destroyed that is none");
 
   // Captures.
-  int origin_stream = 0, side_stream = 0;
-  const cudaStream_t origin = &origin_stream, side = &side_stream;
-  const auto begin = [&] { expect(cudaStreamBeginCapture(origin, cudaStreamCaptureModeGlobal) == 0, "a capture"); };
+  int stream_of_capture = 0;
+  const cudaStream_t stream = &stream_of_capture;
+  cudaGraph_t captured = nullptr;
+  const auto begin = [&] { expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) == 0, "a capture"); };
   const auto end = [&](cudaError_t error, const char* what) {
-    cudaGraph_t captured = nullptr;
-    expect(cudaStreamEndCapture(origin, &captured) == error && (captured == nullptr) == (error != 0), what);
-    if (captured != nullptr) cudaGraphDestroy(captured);
+    expect(cudaStreamEndCapture(stream, &captured) == error && (captured == nullptr) == (error != 0), what);
   };
-  cudaStreamCaptureStatus status;
-  cudaGraph_t captured = nullptr, copy = nullptr;
-  const cudaGraphNode_t* last = nullptr;
-  const cudaGraphEdgeData* edges = nullptr;
-  const auto look = [&] { cudaStreamGetCaptureInfo(origin, &status, nullptr, &captured, &last, &edges, &size); };
-  const auto go_on = [&](cudaGraphNode_t behind) {
-    return cudaStreamUpdateCaptureDependencies(origin, &behind, nullptr, 1, cudaStreamSetCaptureDependencies);
-  };
-  cudaGraphCreate(&one, 0);
-  kernel_node(&second, one, {}, count, &counted);
-  look();
-  expect(status == cudaStreamCaptureStatusNone, "no capture");
-  expect(go_on(second) == cudaErrorIllegalState, "a place in no capture");
   begin();
-  expect(cudaStreamBeginCapture(origin, cudaStreamCaptureModeGlobal) != 0, "a capture in a capture");
-  look();
-  expect(status == cudaStreamCaptureStatusActive && size == 0, "an empty capture");
-  cudaMemsetAsync(&counted, 0, sizeof counted, origin);
-  look();
-  expect(size == 1 && cudaGraphNodeGetType(last[0], &type) == 0 && type == cudaGraphNodeTypeMemset, "the last node");
-  expect(go_on(second) == cudaErrorInvalidValue, "a place behind a node of another graph");
-  expect(cudaGraphDestroy(captured) != 0, "a graph that is being captured is not the caller's");
-  expect_complaint("not the caller's");
-  kernel_node(&node, captured, {last[0]}, count, &counted);
-  expect(go_on(node) == 0, "a place behind a node by hand");
-  cudaMemsetAsync(&counted, 0, sizeof counted, origin);
-  expect(shim::describe(captured) == "memset, kernel 0, memset 1", "nodes by hand and captured ones");
-  expect(cudaGraphInstantiate(&exec, one, 0) == 0 && cudaGraphLaunch(exec, origin) == 0, "a launch in a capture");
-  expect(shim::describe(captured) == "memset, kernel 0, memset 1, graph 2", "is a child graph");
-  cudaGraphExecDestroy(exec);
+  expect(cudaStreamBeginCapture(stream, cudaStreamCaptureModeGlobal) != 0, "a capture in a capture");
+  cudaMemsetAsync(&counted, 0, sizeof counted, stream);
   end(cudaSuccess, "the end of a capture");
+  expect(cudaGraphGetNodes(captured, nullptr, &size) == 0 && size == 1, "the memset");
+  cudaGraphDestroy(captured);
   end(cudaErrorIllegalState, "the end of none");
 
   // A loop in a capture.
   cudaGraphCreate(&other, 0);
   cudaGraphConditionalHandleCreate(&condition, other, 0, cudaGraphCondAssignDefault);
   loop_node(&loop, other, condition);
-  expect(cudaGraphClone(&copy, other) != 0, "a copy of a loop");
-  expect(cudaGraphClone(&copy, one) == 0 && shim::describe(copy) == "kernel", "a copy");
   cudaGraphInstantiate(&exec, other, 0);
   begin();
-  expect(cudaGraphLaunch(exec, origin) == cudaErrorStreamCaptureUnsupported, "a loop launched in a capture");
-  look();
-  expect(status == cudaStreamCaptureStatusInvalidated, "which spoils it");
-  expect(cudaMemsetAsync(&counted, 0, sizeof counted, origin) == cudaErrorStreamCaptureInvalidated, "for all others");
+  expect(cudaGraphLaunch(exec, stream) == cudaErrorStreamCaptureUnsupported, "a loop launched in a capture");
+  expect(cudaMemsetAsync(&counted, 0, sizeof counted, stream) == cudaErrorStreamCaptureInvalidated, "which spoils it");
   end(cudaErrorStreamCaptureInvalidated, "and it has no graph");
   cudaGraphExecDestroy(exec);
   begin();
-  expect(cudaStreamSynchronize(origin) == cudaErrorStreamCaptureUnsupported, "a wait for a capture");
+  expect(cudaStreamSynchronize(stream) == cudaErrorStreamCaptureUnsupported, "a wait for a capture");
   end(cudaErrorStreamCaptureInvalidated, "a capture that was waited for");
   void* pinned = nullptr;
   begin();
   expect(cudaHostAlloc(&pinned, 8, 0) == cudaErrorStreamCaptureUnsupported, "an allocation during a capture");
   end(cudaErrorStreamCaptureInvalidated, "a capture during an allocation");
-  for (const cudaGraph_t graph : {one, other, copy}) cudaGraphDestroy(graph);
-
-  // A capture of two streams.
-  cudaEvent_t forked = nullptr, joined = nullptr;
-  cudaEventCreateWithFlags(&forked, 0);
-  cudaEventCreateWithFlags(&joined, 0);
-  for (const bool join : {true, false}) {
-    begin();
-    cudaMemsetAsync(&counted, 0, sizeof counted, origin);
-    cudaEventRecord(forked, origin);
-    expect(cudaStreamWaitEvent(side, forked, 0) == 0, "a stream joins a capture");
-    cudaMemsetAsync(&counted, 0, sizeof counted, side);
-    expect(cudaStreamEndCapture(side, &captured) == cudaErrorStreamCaptureUnmatched, "another stream ends it");
-    cudaEventRecord(joined, side);
-    if (join) cudaStreamWaitEvent(origin, joined, 0);
-    expect(cudaEventQuery(joined) == cudaErrorCapturedEvent, "an event of a capture happens never");
-    end(join ? cudaSuccess : cudaErrorStreamCaptureUnjoined, "all has to be joined");
-  }
-  cudaEventDestroy(forked);
-  cudaEventDestroy(joined);
+  cudaGraphDestroy(other);
   expect(shim::leaks() == 0, "nothing is left of captures");
 
   // Streams.
@@ -213,9 +163,9 @@ int main() {
   cudaMemsetAsync(&counted, 0, sizeof counted, nullptr);
   cudaMemcpyAsync(memory, &counted, sizeof counted, cudaMemcpyDeviceToHost, nullptr);
   cudaEventRecord(event, nullptr);
-  expect(counted != 0 && cudaEventQuery(event) == cudaErrorNotReady, "lazy work is still to come");
+  expect(counted != 0, "lazy work is still to come");
   cudaEventSynchronize(event);
-  expect(counted == 0 && cudaEventQuery(event) == cudaSuccess, "who waits gets it");
+  expect(counted == 0, "who waits gets it");
   cudaMemcpyAsync(memory, &counted, sizeof counted, cudaMemcpyDeviceToHost, nullptr);
   cudaFreeHost(memory);
   expect_complaint("a copy to it is on its way");
