@@ -48,7 +48,7 @@ def difference(a: Fingerprint, b: Fingerprint) -> str | None:
 
 def written(before: Fingerprint, after: Fingerprint) -> frozenset[str]:
     """What is another thing in the second: what func itself writes, if only func ran between them."""
-    return frozenset(name for name in (*before, *after) if before.get(name, _NONE) != after.get(name, _NONE))
+    return frozenset(name for name, _ in before.items() ^ after.items())
 
 
 def without(found: Fingerprint, written: frozenset[str]) -> Fingerprint:
@@ -85,7 +85,6 @@ def surroundings(kind: str) -> tuple[Any, ...]:
     )
 
 
-_NONE = object()
 # Read as torch.backends reads them, which takes ten times as long. Where torch has precisions of float32 by name, it
 # refuses to be asked in the old way for what was set in the new one.
 _PRECISION: Any = getattr(torch._C, "_get_fp32_precision_getter", None)

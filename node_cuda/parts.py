@@ -18,6 +18,7 @@ import functools
 import os
 import random
 import sys
+import threading
 import types
 import weakref
 from collections import deque
@@ -42,8 +43,8 @@ class Unseen(Exception):
 def parts(func: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the values and the tensors that func can reach, by name. Two values are equal if their content is.
 
-    Raises Unseen where there is a state that Python cannot look into, such as that of an iterator or of a scripted
-    module. What func reads in other ways, from a file or the environment, is not found.
+    Raises Unseen where there is something that Python cannot look into, such as the state of a scripted module.
+    What func reads in other ways, from a file or the environment, is not found.
     """
     search = _Search()
     everywhere = {f"torch{key}": vars(of_all_modules)[f"_global{key}"] for key in _HOOKS}
@@ -64,7 +65,7 @@ _BY_IDENTITY_IN = ("_io.", "_thread.", "concurrent.", "io.", "logging.", "multip
 _BY_IDENTITY_IN += ("torch._dynamo.", "torch._ops.", "torch.cuda.", "torch.library.")
 # Python sees an object and not what it computes with, or it computes another number each time.
 _HIDDEN = (torch.jit.ScriptModule, torch._C.ScriptModule, torch._C.ScriptMethod, torch._C.ScriptObject)
-_HIDDEN += (random.Random, np.random.Generator, np.random.RandomState)
+_HIDDEN += (random.Random, np.random.Generator, np.random.RandomState, threading.local)
 # Of nn.Module: looked at in another way, or without effect on what forward computes.
 _OF_MODULES = frozenset((*vars(nn.Module()), "_is_full_backward_hook", "_non_persistent_buffers_set")) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
@@ -130,7 +131,7 @@ class _Search:
             self.add(name, {"()": x()})
         elif isinstance(x, (np.ndarray, np.generic)) and not x.dtype.hasobject:
             self.values[name] = kind, x.dtype.str, x.shape, x.tobytes()
-        elif _is_by_identity(x, kind):
+        elif _is_one_of_a_kind(x, kind):
             self.values[name] = _Same(x, name)
         else:
             self._object(x, kind, name, below)
@@ -214,6 +215,12 @@ class _Search:
         return bool(self._todo)
 
 
+def _is_one_of_a_kind(x: Any, kind: type) -> bool:
+    if kind is types.BuiltinFunctionType and type(x.__self__).__name__ == "PyCapsule":  # a function of an extension
+        return True
+    return isinstance(x, _BY_IDENTITY) or f"{kind.__module__}.".startswith(_BY_IDENTITY_IN)
+
+
 class _Same:
     """Is equal for one object only, also when its address is used again; and never asks it for its own `==`."""
 
@@ -234,12 +241,6 @@ def _unseen(x: Any, name: str) -> Unseen:
     return Unseen(f"func's {name!r} is of {type(x).__module__}.{type(x).__qualname__}, which cannot be looked into")
 
 
-def _is_by_identity(x: Any, kind: type) -> bool:
-    if kind is types.BuiltinFunctionType:  # of an extension; a method of an object is looked into
-        return type(x.__self__).__name__ in ("module", "PyCapsule")
-    return isinstance(x, _BY_IDENTITY) or f"{kind.__module__}.".startswith(_BY_IDENTITY_IN)
-
-
 @functools.lru_cache(maxsize=4096)
 def _slots(cls: type) -> tuple[str, ...]:
     members = ((key, x) for owner in cls.__mro__ if "__slots__" in vars(owner) for key, x in vars(owner).items())
@@ -249,8 +250,7 @@ def _slots(cls: type) -> tuple[str, ...]:
 @functools.lru_cache(maxsize=4096)
 def _has_hidden_state(cls: type) -> bool:
     """Whether its objects hold more than their attributes: it is made in C. (pickle asks the same.)"""
-    offsets = (cls.__dictoffset__, cls.__weakrefoffset__)
-    pointers = len(_slots(cls)) + sum(offset > 0 for offset in offsets)
+    pointers = len(_slots(cls)) + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
     return cls.__itemsize__ > 0 or cls.__basicsize__ > object.__basicsize__ + pointers * np.dtype(np.intp).itemsize
 
 
@@ -267,10 +267,9 @@ def _pickled(x: Any, name: str) -> Any:
 def _is_foreign(module: Any) -> bool:
     """Whether a module is Python's, torch's, numpy's or scipy's: its code, and what the code names, does not change."""
     root = str(module).split(".")[0]
-    if root in ("torch", "numpy", "scipy"):
-        return True
     file = getattr(sys.modules.get(root), "__file__", None)  # a user's file may have the name of one of Python's
-    return root in sys.stdlib_module_names and (file is None or file.startswith(os.path.dirname(os.__file__)))
+    is_python = root in sys.stdlib_module_names and (file is None or file.startswith(os.path.dirname(os.__file__)))
+    return is_python or root in ("torch", "numpy", "scipy")
 
 
 @functools.lru_cache(maxsize=4096)
@@ -281,9 +280,7 @@ def _users_classes(cls: type) -> tuple[type, ...]:
 def _globals(given: Mapping[str, Any], chains: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, Any]]:
     """What is named by a, a.b or a.b.c; of a file of Python only what is named in it."""
     for chain in chains:
-        if chain[0] not in given:
-            continue
-        value, depth = given[chain[0]], 1
+        value, depth = given.get(chain[0]), 1
         while isinstance(value, ModuleType) and depth < len(chain) and not _is_foreign(value.__name__):
             value, depth = getattr(value, chain[depth], None), depth + 1
         is_code = isinstance(value, type) or (isinstance(value, FunctionType) and not value.__closure__)
@@ -294,9 +291,7 @@ def _globals(given: Mapping[str, Any], chains: Iterable[tuple[str, ...]]) -> Ite
 @functools.lru_cache(maxsize=4096)
 def _names_in(code: CodeType) -> tuple[frozenset[str], tuple[tuple[str, ...], ...]]:
     """The names in a function's code, inner functions included: of attributes; of globals, with their attributes."""
-    attributes: set[str] = set()
-    chains: dict[tuple[str, ...], None] = {}
-    codes = [code]
+    attributes, chains, codes = set[str](), dict[tuple[str, ...], None](), [code]
     for inner in codes:
         codes += (x for x in inner.co_consts if isinstance(x, CodeType))
         chain: tuple[str, ...] = ()

@@ -47,6 +47,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "scipy_bridge",
         "methods",
         "device_loop",
+        "parts",
         "fingerprint",
         "graphs",
         "captured",
