@@ -11,7 +11,6 @@ does not go into it.
 
 from __future__ import annotations
 
-import contextlib
 import copyreg
 import dis
 import functools
@@ -137,15 +136,8 @@ class _Search:
             self._object(x, kind, name, below)
 
     def _tensor(self, x: Any, kind: type, name: str) -> None:
-        if x.__dict__:
-            self.add(f"{name}.", x.__dict__)
-        if kind not in _TENSORS:
-            self.values[f"{name}.type()"] = kind
-            self._class(kind, f"{name}.type().")
-            if hasattr(kind, "__tensor_flatten__"):  # it wraps others
-                names, context = x.__tensor_flatten__()
-                self.add(f"{name}.", {**{key: getattr(x, key) for key in names}, "context()": context})
-                return
+        if x.__dict__ or kind not in _TENSORS:
+            self.add(f"{name}.", {"type()": kind, **_attributes(x, kind)})
         if is_lazy(x) or x.layout is not torch.strided or x.is_nested:
             raise Unseen(f"func's {name!r} is a tensor without values yet, or not a dense one")
         self.tensors[name] = x
@@ -164,8 +156,7 @@ class _Search:
 
     def _object(self, x: Any, kind: type, name: str, below: str) -> None:
         self.values[below + "type()"] = kind
-        slots = {key: getattr(x, key) for key in _slots(kind) if hasattr(x, key)}
-        self.add(below, {**slots, **getattr(x, "__dict__", {})})
+        self.add(below, _attributes(x, kind))
         if isinstance(x, (dict, types.MappingProxyType, *_CONTAINERS)):
             self._items(x, name, below)
         elif _has_hidden_state(kind):
@@ -187,10 +178,13 @@ class _Search:
         self.values[below + "code()"] = code
         if function.__defaults__ or function.__kwdefaults__:
             self.add(below, {"defaults()": function.__defaults__, "keywords()": function.__kwdefaults__})
-        self.add(f"{below}__dict__.", function.__dict__)
+        if function.__dict__:
+            self.add(f"{below}__dict__.", function.__dict__)
         for key, cell in zip(code.co_freevars, function.__closure__ or (), strict=True):
-            with contextlib.suppress(ValueError):  # not filled yet
+            try:
                 self.add(below, {key: cell.cell_contents})
+            except ValueError:  # not filled yet
+                continue
         if not _is_foreign(function.__globals__.get("__name__")):
             attributes, chains = _names_in(code)
             self._attributes |= attributes
@@ -208,8 +202,8 @@ class _Search:
         """Add the methods that the code may call, of the classes that were found; say whether there are more."""
         for owner, below in self._classes.items():
             for key, x in vars(owner).items():
-                is_called = key in self._attributes or key[:2] == "__"
-                if is_called and below + key not in self._methods and isinstance(x, _METHODS):
+                is_called = key[:2] == "__" or key in self._attributes
+                if is_called and isinstance(x, _METHODS) and below + key not in self._methods:
                     self._methods.add(below + key)
                     self.add(below, {key: x})
         return bool(self._todo)
@@ -239,6 +233,10 @@ class _Same:
 
 def _unseen(x: Any, name: str) -> Unseen:
     return Unseen(f"func's {name!r} is of {type(x).__module__}.{type(x).__qualname__}, which cannot be looked into")
+
+
+def _attributes(x: Any, kind: type) -> dict[str, Any]:
+    return {**{key: getattr(x, key) for key in _slots(kind) if hasattr(x, key)}, **getattr(x, "__dict__", {})}
 
 
 @functools.lru_cache(maxsize=4096)

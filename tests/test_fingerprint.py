@@ -9,6 +9,8 @@ from __future__ import annotations
 import array
 import collections
 import contextvars
+import ctypes
+import datetime
 import decimal
 import enum
 import functools
@@ -16,6 +18,8 @@ import gc
 import itertools
 import operator
 import random
+import re
+import sys
 import threading
 import types
 import weakref
@@ -26,6 +30,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize
+from torch.testing._internal.two_tensor import TwoTensor
 
 from node_cuda.fingerprint import difference, fingerprint, storage, structure, surroundings, without, written
 from node_cuda.parts import LARGEST, Unseen
@@ -37,6 +42,7 @@ T = torch.tensor(0.0)
 SCALE = 1.0
 TABLE = {"scale": 1.0}
 WEIGHTS = [torch.ones(2), torch.ones(2)]
+BATCHED = torch.func.vmap(nn.Linear(2, 2))
 settings = types.ModuleType("settings_of_a_user")
 settings.scale = 1.0
 
@@ -121,6 +127,10 @@ def by_a_module(t, y):
 
 def by_a_class(t, y):
     return y * Config.scale
+
+
+def by_a_global_net(t, y):
+    return BATCHED(y[None])
 
 
 def with_attributes(t, y):
@@ -221,6 +231,11 @@ class Multiplier:
         return self.factor * y
 
 
+class Divisor(Multiplier):
+    def times(self, y):
+        return y / 2.0
+
+
 def hooked(options):
     func = Field()
     func.options = [options]
@@ -306,6 +321,7 @@ CHANGES = {
         lambda: 0.0, lambda x: torch.copysign(torch.ones(()), torch.tensor(x)), set_x(-0.0)
     ),
     "an int for a float": attribute(lambda: 3, lambda x: 2.0 if isinstance(x, int) else 1.0, set_x(3.0)),
+    "True for 1": attribute(lambda: 1, lambda x: 2.0 if x is True else 1.0, set_x(True)),
     "a buffer replaced": (Field, lambda f: setattr(f, "buffer", 2 * f.buffer)),
     "a parameter replaced": (Field, lambda f: setattr(f.net[0], "weight", nn.Parameter(torch.ones(3, 2)))),
     "another storage of a parameter": (Field, lambda f: setattr(f.net[0].weight, "data", torch.ones(3, 2))),
@@ -364,6 +380,9 @@ CHANGES = {
     "a member of an enum": attribute(lambda: Mode.SLOW, lambda x: x.value, set_x(Mode.FAST)),
     "a slot": attribute(Slotted, lambda x: x.scale, lambda f: setattr(f.x, "scale", 2.0)),
     "a dataclass": attribute(Options, lambda x: x.scale, lambda f: setattr(f.x, "scale", 2.0)),
+    "another class of an object": attribute(
+        lambda: Multiplier(1.0), lambda x: x.times(1.0), lambda f: setattr(f.x, "__class__", Divisor)
+    ),
     "a range": attribute(lambda: range(3), sum, set_x(range(4))),
     "a class attribute of a plain object": attribute(Config, lambda x: x.scale, patched(Config, "scale", 2.0)),
     "a class": attribute(lambda: Config, lambda x: x.scale, patched(Config, "scale", 2.0)),
@@ -397,6 +416,7 @@ CHANGES = {
         lambda: [1.0].__getitem__, lambda x: x(0), lambda f: f.x.__self__.__setitem__(0, 2.0)
     ),
     "the place of an iterator": attribute(lambda: iter([1.0, 2.0]), lambda x: x.__length_hint__(), lambda f: next(f.x)),
+    "a regular expression": attribute(lambda: re.compile("a"), lambda x: len(x.sub("bb", "a")), set_x(re.compile("c"))),
     "a function of torch": attribute(lambda: torch.sin, lambda x: x(torch.ones(())), set_x(torch.cos)),
     "an operation of torch": attribute(
         lambda: torch.ops.aten.sin, lambda x: x(torch.ones(())), set_x(torch.ops.aten.cos)
@@ -420,6 +440,11 @@ CHANGES = {
     ),
     "an imaginary part of a conjugate": attribute(
         lambda: torch.tensor([1 + 1j, 2j]).imag, lambda x: x, lambda f: setattr(f, "x", f.x._base.conj().imag)
+    ),
+    "a tensor inside a tensor": attribute(
+        lambda: TwoTensor(torch.ones(2), torch.ones(2)),
+        lambda x: x.a + 2 * x.b,
+        lambda f: setattr(f.x, "b", torch.zeros(2)),
     ),
     "an attribute of a tensor": attribute(
         lambda: nn.Parameter(torch.ones(2)),
@@ -462,6 +487,14 @@ CHANGES = {
         lambda: (lambda vmapped: lambda t, y: vmapped(y[None]))(torch.func.vmap(nn.Linear(2, 2))),
         lambda f: setattr(f.__closure__[0].cell_contents.__wrapped__, "bias", nn.Parameter(torch.ones(2))),
     ),
+    "a net that vmap wraps, as a global": (
+        lambda: by_a_global_net,
+        lambda f: setattr(BATCHED.__wrapped__, "bias", nn.Parameter(torch.zeros(2))),
+    ),
+    "what a function names that says it is torch's": (
+        lambda: functools.wraps(nn.Linear(2, 2))(lambda t, y: y * SCALE),
+        replaced("SCALE", 2.0),
+    ),
     "weights by functional_call": (
         lambda: functional(nn.Linear(2, 2)),
         lambda f: f.keywords["weights"].update(bias=torch.ones(2)),
@@ -489,6 +522,8 @@ ONLY_STORAGE = {
     "a view of another part",
     "a transposed matrix",
     "a tensor in a global list",
+    "a tensor inside a tensor",
+    "a net that vmap wraps, as a global",
     "a module inside a closure",
     "a net that vmap wraps",
 }
@@ -545,6 +580,19 @@ def test_numbers_on_the_host_are_constants_of_a_kernel_elsewhere():
     assert storage(func, CPU)
     with pytest.raises(Unseen, match=r"'x' is a tensor of 1025 numbers on the CPU: move it to cuda"):
         storage(func, torch.device("cuda"))
+
+
+def test_a_user_s_file_may_have_the_name_of_one_of_python_s(monkeypatch, tmp_path):
+    code = "scale = 1.0\ndef field(t, y):\n    return scale * y\n"
+    (tmp_path / "colorsys.py").write_text(code)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "colorsys", raising=False)
+    import colorsys
+
+    before = structure(colorsys.field)
+    colorsys.scale = 2.0
+    assert difference(before, structure(colorsys.field)) == "scale"
+    del sys.modules["colorsys"]
 
 
 def test_a_backward_pass_of_the_user_is_looked_at(monkeypatch):
@@ -649,6 +697,26 @@ def test_what_cannot_be_looked_into_is_said(name):
     func = closure([UNSEEN[name]()])
     with pytest.raises(Unseen, match=r"^func's 'box\[0\](\.\w+)*' (is|has) "):
         structure(func)
+
+
+def test_a_function_of_an_extension_is_told_by_which_one_it_is():
+    """pybind11 binds its functions to a capsule, which cannot be looked into."""
+
+    class Definition(ctypes.Structure):
+        _fields_ = [
+            ("name", ctypes.c_char_p),
+            ("call", ctypes.c_void_p),
+            ("flags", ctypes.c_int),
+            ("doc", ctypes.c_char_p),
+        ]
+
+    new = ctypes.pythonapi.PyCFunction_NewEx
+    new.restype, new.argtypes = ctypes.py_object, [ctypes.POINTER(Definition), ctypes.py_object, ctypes.c_void_p]
+    box = [new(ctypes.byref(Definition(b"f", None, 8, None)), datetime.datetime_CAPI, None)]
+    before = structure(closure(box))
+    assert structure(closure(box)) == before
+    box[0] = new(ctypes.byref(Definition(b"f", None, 8, None)), datetime.datetime_CAPI, None)
+    assert structure(closure(box)) != before
 
 
 def test_an_object_s_own_equality_is_not_asked():
