@@ -13,6 +13,19 @@ namespace {
 
 constexpr int DRIVER_WITH_WHILE = 12040;
 
+// While it lives this thread may free what it likes, as torch's own destructors may: Python frees objects when it likes,
+// and a capture of anybody's would fail by it.
+class Relaxed {
+ public:
+  Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  ~Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
+  Relaxed(const Relaxed&) = delete;
+  Relaxed& operator=(const Relaxed&) = delete;
+
+ private:
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then that of before
+};
+
 std::string version(int number) {
   return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
 }
@@ -110,6 +123,7 @@ void add_loop(cudaGraph_t graph, cudaGraph_t step, const Ctl* ctl) {
 
 WhileGraph::~WhileGraph() {
   const DeviceGuard guard(device_);
+  const Relaxed relaxed;
   // A launch that is still running keeps what it needs.
   if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
   if (graph_ != nullptr) cudaGraphDestroy(graph_);
@@ -156,6 +170,7 @@ Flag::Flag(const Ctl* ctl, int32_t device) : Flag(device) {
 
 Flag::~Flag() {
   const DeviceGuard guard(device_);
+  const Relaxed relaxed;
   if (state_ == ON_ITS_WAY) cudaEventSynchronize(event_);
   if (event_ != nullptr) cudaEventDestroy(event_);
   if (host_ != nullptr) cudaFreeHost(host_);

@@ -63,6 +63,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.context",
         "gradients.parameters",
         "gradients.inspection",
+        "gradients.leaves",
         "gradients.operation",
         "gradients.reconstruction",
         "gradients.backward_solve",

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from node_cuda.kernels import capture
 from node_cuda.kernels.capture import Recorder, Uncapturable, Watch, first_cause
 
 Y = torch.linspace(-1.0, 1.0, 8)
@@ -101,6 +102,19 @@ def test_watching_imports_no_compiler():
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_the_streams_of_leaves_are_overridden_as_long_as_a_capture_takes(monkeypatch):
+    names = (torch.autograd.graph, "set_override_stale_capture_stream"), (torch._C, "_override_stale_capture_stream")
+    assert hasattr(*names[0]) is hasattr(*names[1])
+    now = []
+    monkeypatch.setattr(*names[0], now.append, raising=False)
+    monkeypatch.setattr(*names[1], lambda: now[-1], raising=False)
+    for before in (False, True):
+        now[:] = [before]
+        with pytest.raises(KeyError), capture._streams_of_leaves_overridden():
+            raise KeyError
+        assert now == [before, True, before]
 
 
 def test_the_reason_is_the_error_that_came_first_and_not_one_that_was_handled_before():

@@ -35,8 +35,6 @@ pytestmark = [
     pytest.mark.gpu,
     # torch says so when the mode is first used.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
-    # Of torch 2.10 and later, where a leaf's gradient comes on another stream than once.
-    pytest.mark.filterwarnings("ignore:The AccumulateGrad node"),
 ]
 
 TIERS = ("while", "batches")

@@ -10,6 +10,7 @@ import copy
 import gc
 import pickle
 import weakref
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -22,6 +23,7 @@ from torch.nn.utils import parametrize
 import node_cuda
 from node_cuda import NeuralODE, SolveError, Status, graphs, odeint, odeint_adjoint, odeint_dense, solve
 from node_cuda.field import VectorField
+from node_cuda.gradients.inspection import sources
 from node_cuda.graphs import MOST, PATIENCE, Graphs, graphs_of
 from node_cuda.kernels import backend, capture
 from node_cuda.kernels.capture import Uncapturable
@@ -645,3 +647,145 @@ def test_on_a_cpu_it_is_the_host_s_and_the_reason_is_told(monkeypatch):
     monkeypatch.setattr(backend, "_has_kernels", lambda device: False)
     stats = run(decay, Graphs()).stats
     assert stats.loop == "host" and "the state is on cpu, and the kernels run on CUDA devices" in stats.why
+
+
+# ------------------------------------------------------------------ leaves of captured backward passes
+class Weighted(nn.Module):
+    """y' = -w b y."""
+
+    def __init__(self):
+        super().__init__()
+        self.w = nn.Parameter(torch.tensor([1.5, 0.5], dtype=F64))
+        self.register_buffer("b", torch.ones(2, dtype=F64))
+
+    def forward(self, t, y):
+        return -self.w * self.b * y
+
+    def rate(self, t, y):
+        return self(t, y) * torch.cos(t)
+
+
+class Tied(Weighted):
+    def __init__(self):
+        super().__init__()
+        self.again = self.w
+        self.frozen = nn.Parameter(torch.full((2,), 2.0, dtype=F64), requires_grad=False)
+
+    def forward(self, t, y):
+        return -self.w * self.again * self.frozen * y
+
+
+class Recurrent(Weighted):
+    """nn.GRU keeps its parameters in a list as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru = nn.GRU(2, 2, dtype=F64)
+
+    def forward(self, t, y):
+        return self.gru(y[None])[0][0] - self.w * y
+
+
+class Hoarding(Weighted):
+    """Keeps its parameter in a list as well."""
+
+    def __init__(self):
+        super().__init__()
+        self.flat = [self.w]
+
+    def forward(self, t, y):
+        return -self.flat[0] * y
+
+
+def parametrized():
+    func = Weighted()
+    parametrize.register_parametrization(func, "w", nn.Softplus())
+    return func
+
+
+def by_a_closure():
+    func = Weighted()
+    return (lambda t, y: func(t, y)), tuple(func.parameters())
+
+
+def by_its_method():
+    func = Weighted()
+    return func.rate, tuple(func.parameters())
+
+
+# What solves, and what is differentiated by; False: func finds its parameters where they cannot be replaced.
+LEAVES = {
+    "a module": (lambda: (Weighted(), None), True),
+    "tied and frozen": (lambda: (Tied(), None), True),
+    "parametrized": (lambda: (parametrized(), None), True),
+    "a method": (by_its_method, True),
+    "a penalty beside": (lambda: (node_cuda.regularized(Weighted(), kinetic=0.1), None), True),
+    "a recurrent net": (lambda: (Recurrent(), None), True),
+    "a function": (by_a_closure, False),
+    "hoarding": (lambda: (Hoarding(), None), False),
+}
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Of each vjp, whether it went through the node that a parameter has in the user's graph. params: these."""
+    found, real = SimpleNamespace(params=(), nodes=[]), torch.autograd.grad
+
+    def spy(outputs, *args, **more):
+        if isinstance(outputs, torch.Tensor):
+            found.nodes.append(bool(sources(outputs, found.params, {})[0]))
+        return real(outputs, *args, **more)
+
+    def gradients(ys, inputs):
+        found.nodes.clear()
+        return real(ys.square().sum(), inputs)
+
+    monkeypatch.setattr(torch.autograd, "grad", spy)
+    found.gradients = gradients
+    return found
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+@pytest.mark.parametrize("case", LEAVES)
+def test_a_captured_backward_pass_goes_through_no_leaf_of_the_user_s_graph(case, gradient, seen, monkeypatch):
+    """Which would have the stream of that graph wait for the capture."""
+    make, replaceable = LEAVES[case]
+    func, named = make()
+    wanted = [p for p in (named or func.parameters()) if p.requires_grad]
+    seen.params = tuple(wanted)
+    given = dict(gradient=gradient, adjoint_params=named, method="bosh3", rtol=1e-2, atol=1e-2)
+
+    def run(flag):
+        y0 = Y.clone().requires_grad_()
+        s = solve(func, y0, T[:3], options=dict(cuda_graph=flag), **given)
+        return s.stats, seen.gradients(s.ys, [y0, *wanted])
+
+    _, expected = run(False)
+    assert all(seen.nodes), "what this test looks for"
+    for override in (None,) if replaceable else (print, None):
+        monkeypatch.setattr(capture, "override_of_streams", lambda override=override: override)
+        stats, found = run(Graphs())
+        assert len(seen.nodes) > 3 and any(seen.nodes) is not replaceable
+        if replaceable or override:
+            assert (stats.loop_backward, stats.why_backward) == ("eager", None)
+        else:
+            assert stats.loop_backward == "host" and "as a parameter of an nn.Module" in stats.why_backward
+        for a, b in zip(found, expected, strict=True):  # some roundings
+            torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_a_captured_backward_pass_computes_with_what_an_optimizer_wrote(gradient):
+    func, kept = Weighted(), Graphs()
+    net = NeuralODE(func, gradient=gradient, options=dict(cuda_graph=kept), **LOOSE)
+    found = []
+    for _ in range(3):
+        for ode in (net, NeuralODE(func, gradient=gradient, **LOOSE)):
+            func.zero_grad()
+            ode(Y, T).square().sum().backward()
+            found.append(func.w.grad)
+        torch.testing.assert_close(found[-1], found[-2], rtol=1e-12, atol=1e-12)
+        with torch.no_grad():
+            func.w.mul_(0.8)
+    assert kept.count == 2 and net.stats.loop_backward == "eager"
+    assert not torch.equal(found[0], found[-1])

@@ -364,6 +364,24 @@ def test_a_loop_may_go_while_its_launch_is_still_to_come(shim, module):
     assert solve.control.read().active == 0 and bool(solve.ys.isfinite().all())
 
 
+@pytest.mark.parametrize("on_its_way", [False, True])
+def test_what_goes_during_a_capture_of_somebody_else_leaves_that_in_order(shim, module, on_its_way):
+    ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
+    loop, flag = module.WhileGraph(step, ctl.data_ptr(), DEVICE), module.Flag(ctl.data_ptr(), DEVICE)
+    shim.lib.shim_destroy_graph(step)
+    shim.lib.shim_lazy(1)
+    if on_its_way:
+        flag.record(STREAM)
+    with shim.capturing(STREAM + 1) as captured:
+        del loop, flag
+    assert captured[0] is not None
+    with shim.capturing(STREAM + 1) as spoiled, pytest.raises(RuntimeError, match="cudaHostAlloc failed"):
+        module.Flag(ctl.data_ptr(), DEVICE)  # the mode of the thread is what it was
+    assert spoiled == [None]
+    shim.lib.shim_last_error()
+    shim.lib.shim_destroy_graph(captured[0])
+
+
 # --- the host repeats the step -----------------------------------------------------------------------------------
 
 

@@ -17,6 +17,7 @@ import torch
 from node_cuda.captured import Account, Captured, failure_of
 from node_cuda.device_loop import DeviceLoop, release, with_field_of_its_own
 from node_cuda.gradients.backward_solve import Backward, BackwardSolve, Found
+from node_cuda.gradients.leaves import with_leaves
 from node_cuda.gradients.reached import Reached
 from node_cuda.graphs import captured_or_why, key_of, obstacle
 from node_cuda.kernels.control import Reading
@@ -34,9 +35,10 @@ class CapturedAdjoint(Captured):
         super().__init__(backward.problem, tier)
         count = len(backward.problem.times)
         with self.recorder.aside(), torch.no_grad():
-            own = with_field_of_its_own(backward.forward)
-            self.reached = Reached(range(len(backward.params)))
-            solve = BackwardSolve(backward.apart(own), self.reached)
+            forward, params = with_leaves(backward.forward, backward.params, backward.ys[-1])
+            own = with_field_of_its_own(forward)
+            self.reached = Reached(range(len(params)))
+            solve = BackwardSolve(backward.apart(own, params), self.reached)
             assert isinstance(solve.arithmetic, Fused)
             self.arithmetic, self.gradient, self.field = solve.arithmetic, solve.gradient, solve.field
             self.loop = DeviceLoop(

@@ -84,10 +84,10 @@ class Backward:
         y, a = z.chunk(2)
         return y.view(self.ys.shape[1:]), a.view(self.ys.shape[1:])
 
-    def apart(self, forward: Problem) -> Backward:
-        """The same with memory for [y, a] of its own, of a forward problem with a field of its own."""
+    def apart(self, forward: Problem, params: Sequence[Tensor]) -> Backward:
+        """The same with memory for [y, a] of its own, of a forward problem with a field and parameters of its own."""
         other = copy.copy(self)
-        other.forward = forward
+        other.forward, other.params = forward, params
         other.problem = replace(self.problem, y0=self.problem.y0.clone())
         return other
 

@@ -97,13 +97,13 @@ class Inspection:
 
     def _warn_of_unnamed(self, out: Any, arguments: tuple[Tensor, ...]) -> None:
         named = (*self.named, *arguments)
-        self._reached, *missing = _sources(out, named, {})
+        self._reached, *missing = sources(out, named, {})
         if not any(missing):
             return
         del missing  # it holds them
         # Again, and no further than to what has a name: a product of a named tensor is known by it.
         known = {id(x): (name, x) for name, x in _names(self.func)}
-        _, held, _ = _sources(out, named, known)
+        _, held, _ = sources(out, named, known)
         if not held:
             return
         words = ", ".join(
@@ -139,7 +139,7 @@ def refuse_hidden(problem: Problem, given: Sequence[Tensor], what: str) -> None:
             level = functorch.maybe_get_level(x)
             here = [n for n in named if functorch.maybe_get_level(n) == level]
             batched = functorch.is_batchedtensor(x)
-            if not here if batched else any(_sources(x, named, {})[1:]):
+            if not here if batched else any(sources(x, named, {})[1:]):
                 raise Unsupported(
                     f"func uses a tensor of a torch.func transform that {what} was not told of, and its gradient would "
                     "be lost. Make func an nn.Module and the tensor one of its parameters, or part of the state y0."
@@ -148,7 +148,7 @@ def refuse_hidden(problem: Problem, given: Sequence[Tensor], what: str) -> None:
             x = functorch.get_unwrapped(x)
 
 
-def _sources(
+def sources(
     out: Any, named: Sequence[Tensor], known: dict[int, tuple[str, Tensor]]
 ) -> tuple[set[int], list[Tensor], list[Tensor]]:
     """What `out` was computed from, as far as it has a gradient: (the ids of the named tensors; others that someone
@@ -251,7 +251,7 @@ def _copied(state: State) -> State:
 
 
 def _references_of_a_leaf() -> int:
-    """Of a tensor that only a graph holds, when it is looked at as `_sources` does."""
+    """Of a tensor that only a graph holds, when it is looked at as `sources` does."""
     with torch.enable_grad():
         made: Any = torch.ones((), requires_grad=True, device="cpu") * 1
     leaf = made.grad_fn.next_functions[0][0].variable

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from node_cuda.captured import Account, Captured
 from node_cuda.device_loop import release, upload, with_field_of_its_own
+from node_cuda.gradients.leaves import with_leaves
 from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.recording import Record
 from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint
@@ -59,6 +60,7 @@ class CapturedWalk(Captured):
         loop = self.owner.loop
         self.tape, self.states = loop.tape, loop.states
         with self.recorder.aside(), torch.no_grad():
+            problem, params = with_leaves(problem, params, loop.y)
             own = with_field_of_its_own(replace(problem, y0=torch.empty_like(loop.y)))
             arithmetic = arithmetic_of(own)
             assert isinstance(arithmetic, Fused)

@@ -153,7 +153,7 @@ class Recorder:
         try:
             # Other threads may do what they like meanwhile.
             capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
-            with _no_collection(), _workspaces_of_its_own(), capture:
+            with _no_collection(), _workspaces_of_its_own(), _streams_of_leaves_overridden(), capture:
                 work()
         except RuntimeError as failure:
             self._mend(graph)
@@ -271,6 +271,27 @@ def _workspaces_of_its_own() -> Iterator[None]:
         yield
     finally:
         torch._C._cuda_clearCublasWorkspaces()
+
+
+def override_of_streams() -> Callable[[bool], None] | None:
+    """Torch's switch, of torch 2.13, for a captured backward pass to take the capture's stream in the place of those
+    that leaves were first used in."""
+    return getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)
+
+
+@contextlib.contextmanager
+def _streams_of_leaves_overridden() -> Iterator[None]:
+    """The switch is one for the process: it is on as long as one capture of ours takes, and then as it was."""
+    override = override_of_streams()
+    if override is None:
+        yield
+        return
+    before: bool = torch._C._override_stale_capture_stream()
+    override(True)
+    try:
+        yield
+    finally:
+        override(before)
 
 
 def first_cause(failure: BaseException, until: BaseException | None = None) -> str:

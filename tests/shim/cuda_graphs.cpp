@@ -78,6 +78,7 @@ std::mutex streams_mutex;
 std::map<void*, shim::Binder> functions;
 CUgraphExec_st* running = nullptr;
 cudaGraphConditionalHandle next_condition = 1;
+thread_local cudaStreamCaptureMode mode_of_thread = cudaStreamCaptureModeGlobal;
 
 // Solves on several host threads look for their streams at the same time: a call that waits holds no GIL.
 Stream& stream_of(cudaStream_t stream) {
@@ -110,8 +111,9 @@ cudaError_t spoil(Stream& s) {
   return failed(cudaErrorStreamCaptureUnsupported);
 }
 
-// A call that no capture (of the mode that is the default) lets anybody make.
+// A call that no capture (of the mode that is the default) lets anybody make, but a thread whose own mode is relaxed.
 cudaError_t unseen_by_captures() {
+  if (mode_of_thread == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   const std::lock_guard<std::mutex> lock(streams_mutex);
   for (auto& [_, stream] : streams)
     if (stream.capture != nullptr) return spoil(stream);
@@ -294,6 +296,7 @@ cudaError_t cudaHostAlloc(void** memory, size_t bytes, unsigned) {
 
 cudaError_t cudaFreeHost(void* memory) {
   CALL(cudaFreeHost);
+  NO_CAPTURE();
   NEED(host_memory.erase(memory) == 1, cudaErrorInvalidValue);
   for (const auto& [_, stream] : streams)
     for (const shim::Work& work : stream.queue)
@@ -359,6 +362,11 @@ cudaError_t cudaStreamEndCapture(cudaStream_t stream, cudaGraph_t* graph) {
   }
   *graph = capture->graph;
   owned_graphs.insert(capture->graph);
+  return cudaSuccess;
+}
+
+cudaError_t cudaThreadExchangeStreamCaptureMode(cudaStreamCaptureMode* mode) {
+  std::swap(*mode, mode_of_thread);
   return cudaSuccess;
 }
 
@@ -505,6 +513,7 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
 
 cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   CALL(cudaGraphExecDestroy);
+  NO_CAPTURE();
   const auto found = execs.find(exec);
   if (found == execs.end()) {
     complain("an executable graph is destroyed that is none");
