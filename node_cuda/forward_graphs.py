@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -10,10 +11,13 @@ from torch import Tensor, nn
 from node_cuda.captured import Account, Captured, failure_of
 from node_cuda.controllers import wrong_at_start
 from node_cuda.device_loop import OutputLoop, release, set_apart
+from node_cuda.field import VectorField
+from node_cuda.first_run_check import Outcome, Trial, refuted
 from node_cuda.graphs import captured_or_why, key_of, obstacle
+from node_cuda.host_loop import solve_outputs
 from node_cuda.kernels.control import Reading
 from node_cuda.kernels.fused import Fused
-from node_cuda.methods import Method, arithmetic_of, grid_of
+from node_cuda.methods import Method, arithmetic_of, grid_of, make_loop
 from node_cuda.options import Common, FixedOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
@@ -79,18 +83,36 @@ def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
 
 def solve_captured(
     captured: CapturedSolve, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
-) -> tuple[Tensor, Status]:
-    """A solve by graphs that are there, whose lock is held; its end is looked at, but with throw="deferred"."""
+) -> tuple[Tensor, Status] | None:
+    """A solve by graphs that are there, whose lock is held; its end is looked at, but with throw="deferred". None where
+    it is the host's, as the first one was not what the host computes."""
     options, loop = method.options, captured.loop
+    trial = Trial("solve", captured.repeat.tier, loop.y)
+    trial.begin(stats)
     stats.loop, stats.why = captured.repeat.tier, captured.why
     ys = captured.run(problem, points)
     run = captured.begun(loop.control, stats, _account(problem, loop, ys, options), options)
+    if trial.due:
+        end = (run or stats.pending[-1]).end(stats)
+        status = Status.SUCCESS if end is None else end.status
+        found = Outcome(status, [ys], (stats.accepted, stats.rejected))
+        if not trial.agrees(stats, found, lambda: _by_the_host(problem, method, points)):
+            stats.why = refuted(captured.device)
+            return None
     if run is None:
         return ys, Status.PENDING
     failure = run.end(stats)
     if failure is not None and options.raises and loop.adaptive:
         raise failure
     return ys, Status.SUCCESS if failure is None else failure.status
+
+
+def _by_the_host(problem: Problem, method: Method, points: Sequence[float] | None) -> Outcome:
+    """The same solve, with another field and statistics of its own."""
+    own, stats = replace(problem, field=VectorField(problem.func, problem.layout), callbacks={}), Stats()
+    with torch.no_grad():
+        ys, status = solve_outputs(*make_loop(own, method, stats, points=points), False)
+    return Outcome(status, [ys], (stats.accepted, stats.rejected))
 
 
 def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) -> Account:

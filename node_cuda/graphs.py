@@ -22,6 +22,7 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from node_cuda.fingerprint import Fingerprint, difference, fingerprint, surroundings, without, written
+from node_cuda.first_run_check import refuted
 from node_cuda.kernels.backend import why_plain
 from node_cuda.kernels.capture import TIERS, Busy, Uncapturable, capturing
 from node_cuda.methods import ADAMS, SCIPY, Method
@@ -153,6 +154,7 @@ def captured_or_why(
 ) -> C | str:
     """The captured solve of this key, made where it is needed, or why there is none."""
     graphs: Graphs[C] = options.cuda_graph
+    why = why if why is not None else refuted(problem.y0.device)
     return why if why is not None else graphs.get(key(), problem.func, problem.y0.device, make)
 
 

@@ -48,6 +48,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "methods",
         "device_loop",
         "parts",
+        "first_run_check",
         "fingerprint",
         "graphs",
         "captured",

@@ -11,11 +11,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
+from torch import Tensor
 
 from node_cuda.captured import Account, Captured, failure_of
 from node_cuda.device_loop import DeviceLoop, release, with_field_of_its_own
+from node_cuda.field import VectorField
+from node_cuda.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.backward_solve import Backward, BackwardSolve, Found
 from node_cuda.gradients.leaves import with_leaves
 from node_cuda.gradients.reached import Reached
@@ -25,7 +29,7 @@ from node_cuda.kernels.fused import Fused, can_sum
 from node_cuda.methods import grid_of
 from node_cuda.options import FixedOptions
 from node_cuda.solution import Stats
-from node_cuda.status import SolveError
+from node_cuda.status import SolveError, Status
 
 
 class CapturedAdjoint(Captured):
@@ -165,20 +169,46 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, why: str | 
     if isinstance(found, str):
         stats.why_backward = found
         return None
+    trial = Trial("backward solve", found.repeat.tier, backward.ys)
+    trial.begin(stats)
     stats.loop_backward, stats.why_backward = found.repeat.tier, found.why
-    used.reach_as(found.reached)
     control = found.loop.control
     with found.lock:
         adj_t, adj_y0, adj_params = found.run(backward, points, timed=timed)
+        adj_t = None if adj_t is None else adj_t.to(backward.t)
         ok = control.succeeded
         run = found.begun(control, stats, found.account(problem.direction, timed=timed), options)
         failure = None if run is None else run.end(stats)
+    if trial.due:
+        end = (run or stats.pending[-1]).end(stats)
+        outcome = _outcome(end, adj_t, adj_y0, adj_params)
+        # Of a deferred solve whose states are NaN already there is nothing to compare.
+        comparable = run is not None or end is None
+        if comparable and not trial.agrees(stats, outcome, lambda: _by_the_host(backward, timed=timed)):
+            stats.why_backward = refuted(found.device)
+            return None
+    used.reach_as(found.reached)
     if failure is not None:
         raise failure
     if run is None:  # nobody knows yet whether these are gradients
         adj_t = None if adj_t is None else torch.where(ok, adj_t, math.nan)
         adj_y0, *adj_params = (torch.where(ok, g, math.nan) for g in (adj_y0, *adj_params))
-    return None if adj_t is None else adj_t.to(backward.t), adj_y0, adj_params
+    return adj_t, adj_y0, adj_params
+
+
+def _by_the_host(backward: Backward, *, timed: bool) -> Outcome:
+    """The same backward solve, with another field."""
+    forward, params = backward.forward, backward.params
+    own = replace(forward, field=VectorField(forward.func, forward.layout))
+    try:
+        found = BackwardSolve(backward.apart(own, params), Reached(range(len(params)))).run(timed)
+    except SolveError as failure:
+        return Outcome(failure.status, ())
+    return _outcome(None, *found)
+
+
+def _outcome(end: SolveError | None, adj_t: Tensor | None, adj_y0: Tensor, adj_params: Sequence[Tensor]) -> Outcome:
+    return Outcome(Status.SUCCESS, [adj_t, adj_y0, *adj_params]) if end is None else Outcome(end.status, ())
 
 
 def _obstacle(backward: Backward) -> str | None:

@@ -159,7 +159,10 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
         stats.why = found
         return None
     with found.lock:
-        ys, status = solve_captured(found, problem, method, stats, points)
+        done = solve_captured(found, problem, method, stats, points)
+        if done is None:
+            return None
+        ys, status = done
         count = None if status is Status.PENDING else stats.accepted
         record = Record(found, count)
     stats.checkpoint_slots = most

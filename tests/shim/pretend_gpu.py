@@ -126,7 +126,7 @@ class _OfTorch:
         return self._mode
 
     def set_sync_debug_mode(self, mode: str | int) -> None:
-        mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)  # pyright: ignore[reportArgumentType, reportCallIssue]
+        mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
         if mode == 2 and self._mode != 2:
             self._watch.__enter__()
         elif mode != 2 and _get_current_dispatch_mode() is self._watch:  # autograd ends it where a backward pass ends
