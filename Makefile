@@ -17,15 +17,18 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test lint types format bench clean
+.PHONY: help install test pretend-gpu lint types format bench clean
 
 help:  ## this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## .venv with torch (kept where there is one already), the package (editable) and all it needs here
 
 test: lint types  ## ruff, pyright, then the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)  # one torch thread a process: the processes already fill the cores
+
+pretend-gpu: $(INSTALLED)  ## tests of the tests: those that need a GPU, on the CPU
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m gpu --pretend-gpu
 
 lint: $(INSTALLED)  ## ruff: mistakes and layout
 	$(PY) -m ruff check .

@@ -13,9 +13,11 @@ import weakref
 from collections.abc import Callable
 from contextvars import ContextVar
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import Any, Generic, TypeVar
 
+import torch
 from torch import Tensor
 from torch.nn.utils import parametrize
 
@@ -25,6 +27,7 @@ from node_cuda.kernels.backend import why_plain
 from node_cuda.kernels.capture import TIERS, Busy, Uncapturable, capturing
 from node_cuda.methods import ADAMS, SCIPY, Method
 from node_cuda.options import Common
+from node_cuda.parts import Unseen
 from node_cuda.problem import Problem
 from node_cuda.status import InvalidInput, Unsupported
 
@@ -79,13 +82,16 @@ class Graphs(Generic[C]):
     def __repr__(self) -> str:
         return f"Graphs(tier={self.tier!r})"
 
-    def get(self, key: Any, func: Any, make: Callable[[], C]) -> C | str:
+    def get(self, key: Any, func: Any, device: torch.device, make: Callable[[], C]) -> C | str:
         """The captured solve, made where it is needed, or why there is none. One thread after another."""
         with self._lock:
-            return self._get(key, func, make)
+            try:
+                return self._get(key, partial(fingerprint, func, device), make)
+            except Unseen as why:
+                return str(why)
 
-    def _get(self, key: Any, func: Any, make: Callable[[], C]) -> C | str:
-        now = fingerprint(func)
+    def _get(self, key: Any, look: Callable[[], Fingerprint], make: Callable[[], C]) -> C | str:
+        now = look()
         changed = None
         for i, entry in enumerate(self._entries):
             if entry.key != key:
@@ -104,7 +110,7 @@ class Graphs(Generic[C]):
                     "or, if it is a tensor, write into it with `copy_`"
                 )
         settled: list[Fingerprint] = []
-        token = _evaluated_once.set(lambda: settled.append(fingerprint(func)))
+        token = _evaluated_once.set(lambda: settled.append(look()))
         try:
             captured = make()
         except Busy as why:
@@ -113,7 +119,7 @@ class Graphs(Generic[C]):
             captured = str(why)
         finally:
             _evaluated_once.reset(token)
-        after = fingerprint(func)
+        after = look()
         # What func wrote in its first evaluation alone it may look up in the others, and is not to change.
         own = written(settled[0] if settled else now, after)
         self._entries = [*self._entries[1 - MOST :], _Entry(key, without(after, own), own, captured)]
@@ -149,7 +155,7 @@ def captured_or_why(
     """The captured solve of this key, made where it is needed, or why there is none."""
     graphs: Graphs[C] = options.cuda_graph
     why = why if why is not None else refuted(problem.y0.device)
-    return why if why is not None else graphs.get(key(), problem.func, make)
+    return why if why is not None else graphs.get(key(), problem.func, problem.y0.device, make)
 
 
 def refuse_in_capture(y0: Any) -> None:

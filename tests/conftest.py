@@ -1,10 +1,13 @@
-"""Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one."""
+"""Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one.
+
+`pytest -m gpu --pretend-gpu` runs them on the CPU (shim/pretend_gpu.py).
+"""
 
 import shutil
 
 import pytest
 import torch
-from shim import library
+from shim import library, pretend_gpu
 from shim.eager import Eager
 
 from node_cuda import first_run_check
@@ -16,13 +19,33 @@ self_check.trust(torch.device("cpu"))  # where the shim runs the kernels: tests/
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
 
 
+def pytest_addoption(parser):
+    parser.addoption("--pretend-gpu", action="store_true", help="run tests marked gpu on the CPU, by the shim")
+
+
+def pytest_configure(config):
+    if config.getoption("pretend_gpu"):
+        pretend_gpu.pretend()
+
+
 def pytest_collection_modifyitems(items):
-    if torch.cuda.is_available():
-        return
-    skip = pytest.mark.skip(reason="no CUDA device on this machine")
+    left_out = {name: why for why, names in pretend_gpu.LEFT_OUT.items() for name in names}
     for item in items:
-        if item.get_closest_marker("gpu"):
-            item.add_marker(skip)
+        if not item.get_closest_marker("gpu"):
+            continue
+        if pretend_gpu.pretending():
+            why = left_out.get(item.originalname)
+        else:
+            why = None if torch.cuda.is_available() else "no CUDA device on this machine"
+        if why is not None:
+            item.add_marker(pytest.mark.skip(reason=why))
+
+
+@pytest.fixture(autouse=True)
+def pretended_gpu(request, monkeypatch):
+    """With --pretend-gpu, where a test needs a GPU: the shim and the CPU."""
+    if pretend_gpu.pretending() and request.node.get_closest_marker("gpu"):
+        pretend_gpu.stand_in(request.getfixturevalue("shim_module"), monkeypatch)
 
 
 @pytest.fixture(autouse=True)

@@ -50,6 +50,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "scipy_bridge",
         "methods",
         "device_loop",
+        "parts",
         "first_run_check",
         "fingerprint",
         "graphs",

@@ -22,6 +22,7 @@ import pytest
 import torch
 from problems import F64, MLP, TimedLinear, as_tuple, linspace
 from shim import library
+from shim.pretend_gpu import CUDA
 from torch import Tensor, nn
 from torch.utils import _pytree
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -76,7 +77,7 @@ class Path:
 
 @pytest.fixture(params=["shim", pytest.param("gpu", marks=pytest.mark.gpu)])
 def path(request, monkeypatch):
-    found = Path(torch.device("cuda" if request.param == "gpu" else "cpu"))
+    found = Path(CUDA if request.param == "gpu" else torch.device("cpu"))
     if request.param == "shim":
         request.getfixturevalue("shim")
     make = Fused.__init__

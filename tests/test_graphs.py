@@ -262,6 +262,30 @@ def test_a_func_that_is_another_one_each_time_is_left_to_the_host_and_told_so():
 
 
 @torch.no_grad()
+def test_a_field_that_cannot_be_looked_into_is_the_host_loop_s_and_says_why():
+    func, kept = Scaled(), Graphs()
+    func.table = list(range(2000))
+    stats = run(func, kept).stats
+    assert (stats.loop, kept.count) == ("host", 0)
+    assert stats.why == "func's 'table' has 2000 items, too many to look through: make it a tensor"
+    del func.table
+    assert run(func, kept).stats.loop != "host" and kept.count == 1
+
+
+@torch.no_grad()
+def test_what_an_evaluation_makes_may_be_what_cannot_be_looked_into():
+    class Once(Scaled):
+        def forward(self, t, y):
+            self.made = (x for x in [1.0])
+            return super().forward(t, y)
+
+    kept = Graphs()
+    for _ in range(2):
+        stats = run(Once(), kept).stats
+        assert (stats.loop, kept.count) == ("host", 0) and "func's 'made' is of builtins.generator" in stats.why
+
+
+@torch.no_grad()
 def test_no_more_are_kept_than_so_many_and_what_was_used_last_stays():
     kept = Graphs()
     run(decay, kept)
@@ -273,8 +297,8 @@ def test_no_more_are_kept_than_so_many_and_what_was_used_last_stays():
     run(decay, kept)
     assert kept.count == MOST
     made = []
-    kept.get("a key", decay, lambda: made.append(1))
-    kept.get("a key", decay, lambda: made.append(2))
+    kept.get("a key", decay, torch.device("cpu"), lambda: made.append(1))
+    kept.get("a key", decay, torch.device("cpu"), lambda: made.append(2))
     assert made == [1] and kept.count == MOST
 
 

@@ -1,0 +1,147 @@
+"""`pytest -m gpu --pretend-gpu`: tests that need a GPU run without one, to find what is wrong in the tests themselves.
+
+CUDA is the CPU; the kernels are those behind the shim; a captured step is Python that runs again (shim/eager.py); and
+the functions of torch.cuda that tests call are the smallest that can stand in for them. What a GPU alone can show is
+not shown: streams do everything at once and in order, and nothing is ever late.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from shim.eager import Eager
+from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
+
+from node_cuda.field import VectorField
+from node_cuda.kernels import backend as dispatch
+from node_cuda.kernels import capture
+
+CUDA = torch.device("cuda")
+"""The device of tests marked gpu; the CPU after `pretend`."""
+
+LEFT_OUT = {
+    "the CPU has kernels as well": ("test_auto_takes_the_kernels_on_cuda",),
+    "there is one device": ("test_a_solve_runs_where_its_state_is_and_leaves_the_current_device_alone",),
+    "the trial is on cuda:0": (
+        "test_the_module_passes_its_trial_on_every_gpu",
+        "test_a_module_that_fails_its_trial_is_set_aside_with_a_sentence",
+    ),
+    "a profiler sees nothing": (
+        "test_a_dopri5_step_is_seven_launches_and_eight_with_an_output_and_one_copy_to_the_host",
+        "test_all_work_of_a_solve_and_its_backward_pass_is_on_the_current_stream",
+        "test_the_profiler_sees_no_synchronisation_in_a_deferred_step",
+    ),
+    "the CPU's allocator does not count": (
+        "test_every_step_allocates_as_often_as_any_other",
+        "test_the_peak_of_memory_of_the_adjoint_does_not_depend_on_the_number_of_steps",
+        "test_memory_does_not_grow_over_fifty_solves_and_comes_back_with_its_owner",
+        "test_a_captured_solve_of_many_steps_takes_no_more_memory_than_one_of_few",
+    ),
+    "nothing is captured": (
+        "test_a_field_whose_capture_fails_is_the_host_loop_s_and_leaves_nothing_behind",
+        "test_a_solve_in_a_graph_of_the_user_s_is_refused_before_anything_is_launched",
+    ),
+}
+"""Why a test can mean nothing on a CPU, and which ones."""
+
+
+def pretend() -> None:
+    """CUDA is the CPU, for all test modules that are imported from now on."""
+    global CUDA
+    CUDA = torch.device("cpu")
+
+
+def pretending() -> bool:
+    """Whether tests marked gpu run on the CPU."""
+    return CUDA.type == "cpu"
+
+
+class Stream:
+    """Is told from others by its number. What is launched in it is done at once."""
+
+    _numbers = itertools.count(1)
+
+    def __init__(self, device: Any = None) -> None:
+        self.cuda_stream = next(self._numbers)
+
+    def synchronize(self) -> None: ...
+
+    def wait_stream(self, stream: Stream) -> None: ...
+
+
+class WhileByDefault(Eager):
+    """A recorder of a machine that has WHILE nodes."""
+
+    def __init__(self, device: torch.device, module: Any, tier: str | None = None) -> None:
+        super().__init__(device, module, tier or "while")
+
+
+class _Synchronising(TorchDispatchMode):
+    """Raises where an operation on a GPU would wait for it."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func in capture._READS:
+            raise RuntimeError("called a synchronizing CUDA operation")
+        return func(*args, **(kwargs or {}))
+
+
+class _OfTorch:
+    """Stand-ins for functions of torch.cuda, by their names there."""
+
+    Stream = Stream
+
+    def __init__(self) -> None:
+        self._default = Stream()
+        self._here = threading.local()
+        self._mode = 0
+        self._watch = _Synchronising()
+
+    def synchronize(self, device: Any = None) -> None: ...
+
+    def empty_cache(self) -> None: ...
+
+    def _sleep(self, cycles: int) -> None: ...
+
+    def default_stream(self, device: Any = None) -> Stream:
+        return self._default
+
+    def current_stream(self, device: Any = None) -> Stream:
+        return getattr(self._here, "stream", self._default)
+
+    @contextlib.contextmanager
+    def stream(self, stream: Stream) -> Iterator[None]:
+        before, self._here.stream = self.current_stream(), stream
+        try:
+            yield
+        finally:
+            self._here.stream = before
+
+    def get_sync_debug_mode(self) -> int:
+        return self._mode
+
+    def set_sync_debug_mode(self, mode: str | int) -> None:
+        mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
+        if mode == 2 and self._mode != 2:
+            self._watch.__enter__()
+        elif mode != 2 and _get_current_dispatch_mode() is self._watch:  # autograd ends it where a backward pass ends
+            self._watch.__exit__(None, None, None)
+        self._mode = mode
+
+
+def stand_in(module: Any, patch: pytest.MonkeyPatch) -> None:
+    """Put the CPU, and the kernels of this module, in the place of a GPU."""
+    cuda = _OfTorch()
+    for name in dir(cuda):
+        if hasattr(torch.cuda, name) and not name.startswith("__"):
+            patch.setattr(torch.cuda, name, getattr(cuda, name))
+    patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
+    patch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
+    patch.setattr(dispatch, "_kernels", lambda device: (module, (cuda.current_stream().cuda_stream, 0)))
+    patch.setattr(capture, "Recorder", WhileByDefault)
+    patch.setattr(VectorField, "release", lambda self: None)  # Eager calls func as long as it lives
