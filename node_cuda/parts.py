@@ -68,11 +68,11 @@ _HIDDEN += (random.Random, np.random.Generator, np.random.RandomState, threading
 # Of nn.Module: looked at in another way, or without effect on what forward computes.
 _OF_MODULES = frozenset((*vars(nn.Module()), "_is_full_backward_hook", "_non_persistent_buffers_set")) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
-# What PyTorch calls without being told a name. Python calls methods with two underscores in this way.
 _METHODS = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
 _NO_DATA = (types.GetSetDescriptorType, types.MemberDescriptorType, *_METHODS)
 _WRAPPERS = (MethodType, functools.partial, *_METHODS[1:])
 _WRAPPED = ("__self__", "__func__", "fget", "fset", "func", "args", "keywords", "__dict__")
+# What PyTorch calls without being told a name, as Python calls methods whose names begin with two underscores.
 _CALLED = ("forward", "backward", "setup_context", "vjp", "jvp")
 
 

@@ -765,6 +765,21 @@ def test_what_func_writes_itself_is_left_out():
     assert written(after, {"gain": 2}) == own, "what is gone was written as well"
 
 
+def test_what_func_puts_into_its_list_and_its_dict_may_become_more():
+    func = Field()
+    func.log, func.cache = [], {}
+    before = fingerprint(func, CPU)
+    func.log.append(0.5)
+    func.cache["a"] = 0.5
+    after = fingerprint(func, CPU)
+    own = written(before, after)
+    func.log.append(0.75)
+    func.cache["b"] = 0.75
+    assert difference(without(after, own), without(fingerprint(func, CPU), own)) is None
+    func.gain = 2.0
+    assert difference(without(after, own), without(fingerprint(func, CPU), own)) == "gain"
+
+
 # ------------------------------------------------------------------ torch's own
 SURROUNDINGS = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
