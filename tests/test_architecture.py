@@ -68,6 +68,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.event_time",
         "gradients.parameters",
         "gradients.inspection",
+        "gradients.autonomy",
         "gradients.leaves",
         "gradients.operation",
         "gradients.reconstruction",

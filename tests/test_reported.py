@@ -106,6 +106,68 @@ def test_the_adjoint_norm_that_a_solution_shows_returns_a_tensor(torchdiffeq):
     assert value(odeint_adjoint) == value(torchdiffeq.odeint_adjoint) == 4.0
 
 
+# ------------------------------------------------------------------ dL/dt0 by the adjoint
+def of_times(func, y0=1.0, span=(0.0, 1.0), solver=odeint_adjoint, **options):
+    """dL/dt0, dL/dt1 and y(t1) for L = y(t1), and how often func was evaluated backwards."""
+    t = torch.tensor(span, dtype=F64, requires_grad=True)
+    y = solver(func, torch.full((1,), y0, dtype=F64), t, rtol=1e-8, atol=1e-8, adjoint_params=(), options=options)
+    (g,) = torch.autograd.grad(y[-1].sum(), t)
+    return g.tolist(), float(y[-1].detach())
+
+
+@pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forwards", "backwards"])
+def test_dt0_of_a_field_without_time_does_not_carry_the_error_of_an_unstable_way_back(span, torchdiffeq):
+    """y is rebuilt backwards with an error that grows by e^20."""
+    sign = span[1] - span[0]
+
+    def contracting(t, y):
+        return -20.0 * sign * torch.tanh(y)
+
+    (of_t0, of_t1), y1 = of_times(contracting, span=span)
+    rate = -20.0 * sign * math.tanh(y1)
+    assert of_t1 == pytest.approx(rate, rel=1e-12) and of_t0 == pytest.approx(-rate, rel=1e-12)
+    theirs, _ = of_times(contracting, span=span, solver=torchdiffeq.odeint_adjoint)
+    assert of_t0 == pytest.approx(theirs[0], rel=1e-6)
+
+
+def number_of_time(t, y):
+    return math.cos(float(t.detach())) * y
+
+
+def table(t, y):
+    return torch.ones_like(y) * [1.0, 3.0][int(t.detach() >= 0.5)]
+
+
+def graph_of_time(t, y):
+    return torch.cos(t) * y
+
+
+@pytest.mark.parametrize(
+    ("func", "options", "of_t0"),
+    [
+        (number_of_time, {}, lambda y1: -y1),  # y1 = y0 exp(sin t1 - sin t0)
+        (graph_of_time, {}, lambda y1: -y1),
+        (table, dict(jump_t=[0.5]), lambda y1: -1.0),
+        (table, {}, lambda y1: -1.0),
+        (lambda t, y: torch.ones_like(y) * (1.0 + float(t.detach() >= 0.9)), dict(jump_t=[0.9]), lambda y1: -1.0),
+    ],
+    ids=["a number", "in the graph", "a table and its jump", "a table", "a jump that no probe sees"],
+)
+def test_dt0_of_a_field_with_time_is_that_of_its_start(func, options, of_t0):
+    (found, _), y1 = of_times(func, **options)
+    assert found == pytest.approx(of_t0(y1), abs=1e-4)
+
+
+def test_dt0_is_asked_for_by_no_evaluation_where_t_wants_no_gradient():
+    def nfe(wants):
+        t = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=wants)
+        s = solve(decay, torch.ones(1, dtype=F64, requires_grad=True), t, gradient="adjoint", adjoint_params=())
+        s.ys[-1].sum().backward()
+        return s.stats.nfe_backward
+
+    assert nfe(True) == nfe(False) + 1 + 3  # f(t0, y0), and three times at one state
+
+
 # ------------------------------------------------------------------ how far a solve came
 def oscillating(t, y):
     """y = y0 exp(sin(50 t) / 50)."""

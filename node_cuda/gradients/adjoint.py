@@ -17,6 +17,7 @@ from node_cuda._typing import EventFunc
 from node_cuda.gradients import backprop
 from node_cuda.gradients.adjoint_graphs import solve_by_graphs
 from node_cuda.gradients.adjoint_norm import chosen_norm
+from node_cuda.gradients.autonomy import ignores_time
 from node_cuda.gradients.backward_solve import Backward, BackwardSolve, Found, Settings
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
@@ -82,11 +83,22 @@ class _AdjointTask(Task):
         found = self._by_graphs(backward, used, wants_t)
         adj_t, adj_y0, adj_params = self._by_the_host(backward, used, wants_t) if found is None else found
         used.check(params)
+        if adj_t is not None and self._is_autonomous(backward):
+            adj_t = torch.cat([-adj_t[1:].sum().reshape(1), adj_t[1:]])
         if adj_t is not None and (event_mode or count < len(t)):
             # The event's time is not where the user put t[1], so only t[0] moves the solution.
             kept = 1 if event_mode else count
             adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
         return Gradients(adj_t, None, adj_y0, adj_params)
+
+    def _is_autonomous(self, backward: Backward) -> bool:
+        """dL/dt0 follows from the other times. Evaluates func, and reads from the device."""
+        if self.settings.jumps or self.status is Status.PENDING or len(backward.t) < 2:
+            return False
+        before = backward.forward.field.nfe
+        found = ignores_time(backward.forward, backward.ys[0], -backward.problem.times[0])
+        self.stats.nfe_backward += backward.forward.field.nfe - before
+        return found
 
     def _by_the_host(self, backward: Backward, used: Reached, wants_t: bool) -> Found:
         solve = BackwardSolve(backward, used)
@@ -133,4 +145,6 @@ def _settings(request: Request, parameters: Parameters) -> Settings:
             ("adjoint_atol", problem.norm.atol, given.atol),
         )
     )
-    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks)
+    both = request.method.options, lookup(method, options, quiet=True).options
+    jumps = any(getattr(x, "jump_t", None) is not None for x in both)
+    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)

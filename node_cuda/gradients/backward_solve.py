@@ -29,13 +29,15 @@ from node_cuda.steppers.step import Step
 @dataclass
 class Settings:
     """How the backward solve is done: its tolerances (of the flat state), its method from the options, and the options
-    as the user sees them in `grad_fn.adjoint_options`, read when it runs. checks: compare what it rebuilds."""
+    as the user sees them in `grad_fn.adjoint_options`, read when it runs. checks: compare what it rebuilds. jumps: the
+    field has discontinuities in time."""
 
     rtol: Tolerance
     atol: Tolerance
     method: Callable[[dict[str, Any]], Method]
     options: dict[str, Any]
     checks: bool
+    jumps: bool
 
 
 Found = tuple[Tensor | None, Tensor, Sequence[Tensor]]
