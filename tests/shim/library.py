@@ -1,4 +1,4 @@
-"""csrc/ as tests use it: compiled with the shim for the CPU, as the module that solves take, or for a GPU."""
+"""csrc/ compiled with the shim for the CPU: the module that solves take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.util
-import os
 import platform
 import shutil
 import subprocess
@@ -24,7 +23,6 @@ CSRC = HERE.parent.parent / "csrc"
 BUILDS = HERE.parent.parent / "build" / "tests"
 
 MODULE = "shim_C"
-PREBUILT = "NODE_CUDA_TEST_KERNELS"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")
 
 
@@ -83,27 +81,6 @@ def import_module(library: Path) -> ModuleType:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
-
-
-def compile_for_gpu(folder: Path, arch: str = "native") -> Path:
-    """csrc/ as a library for the GPU of this machine, or for one of compute capability `arch`, as "9.0"."""
-    compiler = shutil.which("nvcc")
-    assert compiler is not None
-    result = folder / "kernels.so"
-    code = arch if arch == "native" else f"sm_{arch.replace('.', '')}"
-    flags = ["-std=c++17", "-O3", "-fmad=false", f"-arch={code}", "-Xcompiler", "-fPIC", "--shared", "--threads", "4"]
-    subprocess.run([compiler, *flags, *map(str, sources()), "-o", str(result)], check=True)
-    return result
-
-
-def for_gpu() -> Path:
-    """The library that the environment variable PREBUILT names; without it one that is compiled here."""
-    named = os.environ.get(PREBUILT)
-    if named is None:
-        return built("gpu", compile_for_gpu)
-    if not Path(named).is_file():
-        raise FileNotFoundError(f"{PREBUILT}={named} is no file: bench/build_for_gpu.py makes it.")
-    return Path(named)
 
 
 def built(name: str, make: Callable[[Path], Path]) -> Path:
