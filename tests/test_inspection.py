@@ -107,25 +107,9 @@ def closure(w):
     return lambda t, y: torch.tanh(y) * w
 
 
-def of_a_global(w):
-    return lambda t, y: torch.tanh(y) * GLOBAL
-
-
-def with_default(w):
-    return lambda t, y, w=w: torch.tanh(y) * w
-
-
 def of_a_module(w):
     inner = MLP(hidden=4)
     return lambda t, y: inner(t, y)
-
-
-def partial(w):
-    return functools.partial(lambda w, t, y: torch.tanh(y) * w, w)
-
-
-def of_a_keyword(w):
-    return functools.partial(lambda t, y, w: torch.tanh(y) * w, w=w)
 
 
 def of_a_product(w):
@@ -138,36 +122,23 @@ def of_a_view(w):
     return lambda t, y: torch.tanh(y) * made
 
 
-def only_in_the_value(w):
-    """The tensor reaches dy/dt by itself, without y."""
-    return lambda t, y: w.expand(y.shape) + 0 * y
-
-
-def without_y(w):
-    return lambda t, y: w * torch.cos(t)
-
-
-def the_tensor_itself(w):
-    return lambda t, y: w
-
-
 HIDDEN = {
     "closure": (closure, r"\bw\b"),
-    "global": (of_a_global, "GLOBAL"),
-    "default argument": (with_default, None),
+    "global": (lambda w: lambda t, y: torch.tanh(y) * GLOBAL, "GLOBAL"),
+    "default argument": (lambda w: lambda t, y, w=w: torch.tanh(y) * w, None),
     "another module": (of_a_module, "w1"),
     "a module not registered": (lambda w: Other(MLP(hidden=4)), "w1"),
     "attribute": (Kept, "extra"),
     "nested attribute": (Nested, None),
-    "partial": (partial, None),
-    "partial with a keyword": (of_a_keyword, None),
+    "partial": (lambda w: functools.partial(lambda w, t, y: torch.tanh(y) * w, w), None),
+    "partial with a keyword": (lambda w: functools.partial(lambda t, y, w: torch.tanh(y) * w, w=w), None),
     "callable object": (Plain, r"\bw\b"),
     "bound method": (lambda w: Plain(w).method, r"\bw\b"),
     "product": (of_a_product, "made"),
     "view": (of_a_view, "made"),
-    "value only": (only_in_the_value, r"\bw\b"),
-    "without y": (without_y, r"\bw\b"),
-    "the tensor itself": (the_tensor_itself, r"\bw\b"),
+    "value only": (lambda w: lambda t, y: w.expand(y.shape) + 0 * y, r"\bw\b"),
+    "without y": (lambda w: lambda t, y: w * torch.cos(t), r"\bw\b"),
+    "the tensor itself": (lambda w: lambda t, y: w, r"\bw\b"),
 }
 
 
@@ -389,19 +360,6 @@ def named_non_leaf(w):
     return lambda t, y: -y * made, dict(adjoint_params=(made,))
 
 
-def named_leaf(w):
-    return closure(w), dict(adjoint_params=(w,))
-
-
-def view_of_a_named(w):
-    """A view made inside of func of what was named."""
-    return lambda t, y: -y * w[:1] * w.view(2).sum(), dict(adjoint_params=(w,))
-
-
-def detached(w):
-    return lambda t, y: -y * w.detach(), dict(adjoint_params=())
-
-
 def under_no_grad(w):
     def func(t, y):
         with torch.no_grad():
@@ -417,10 +375,6 @@ def frozen(w):
     return func, {}
 
 
-def all_frozen(w):
-    return MLP(hidden=4).requires_grad_(False), {}
-
-
 def made_inside(w):
     def func(t, y):
         inside = torch.ones(2, dtype=F64, requires_grad=True)
@@ -430,8 +384,8 @@ def made_inside(w):
 
 
 class Flow(nn.Module):
-    """A continuous normalizing flow: it differentiates inside, by a leaf of its own or, as torchdiffeq does in its example,
-    by its argument itself."""
+    """A continuous normalizing flow: it differentiates inside, by a leaf of its own or, as in torchdiffeq's example, by
+    its argument itself."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -445,49 +399,30 @@ class Flow(nn.Module):
         return v - 0.1 * trace
 
 
-def flow(w):
-    return Flow(in_place=False), {}
-
-
-def flow_in_place(w):
-    return Flow(in_place=True), {}
-
-
-def gradient_field(w):
+class Descent(nn.Module):
     """dy/dt = -dE/dy of a leaf made inside."""
-    inner = MLP(hidden=4)
 
-    class Descent(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = inner
+    def __init__(self):
+        super().__init__()
+        self.inner = MLP(hidden=4)
 
-        def forward(self, t, y):
-            with torch.enable_grad():
-                x = y if y.requires_grad else y.detach().requires_grad_(True)
-                energy = self.inner(t, x).square().sum()
-                return -torch.autograd.grad(energy, x, create_graph=True)[0]
-
-    return Descent(), {}
+    def forward(self, t, y):
+        with torch.enable_grad():
+            x = y if y.requires_grad else y.detach().requires_grad_(True)
+            energy = self.inner(t, x).square().sum()
+            return -torch.autograd.grad(energy, x, create_graph=True)[0]
 
 
-def compiled(w):
-    return torch.compile(MLP(hidden=4), backend="eager"), {}
+class Sharing(nn.Module):
+    """Uses a submodule that another module owns, too: by what it was given, not by its attribute."""
 
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+        self.evaluate = lambda t, y: inner(t, y)
 
-def shared(w):
-    """A submodule that another module owns, too."""
-    inner = MLP(hidden=4)
-
-    class Owner(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.inner = inner
-
-        def forward(self, t, y):
-            return inner(t, y)
-
-    return Owner(), {}
+    def forward(self, t, y):
+        return self.evaluate(t, y)
 
 
 def lambda_with_parameters(w):
@@ -496,24 +431,21 @@ def lambda_with_parameters(w):
 
 
 SILENT = {
-    made.__name__: made
-    for made in (
-        named_non_leaf,
-        named_leaf,
-        view_of_a_named,
-        detached,
-        under_no_grad,
-        frozen,
-        all_frozen,
-        made_inside,
-        flow,
-        flow_in_place,
-        gradient_field,
-        compiled,
-        shared,
-        lambda_with_parameters,
-        lambda w: (Tied(), {}),
-    )
+    "a named leaf": lambda w: (closure(w), dict(adjoint_params=(w,))),
+    "a named tensor that is no leaf": named_non_leaf,
+    "a view of a named one": lambda w: (lambda t, y: -y * w[:1] * w.view(2).sum(), dict(adjoint_params=(w,))),
+    "detached": lambda w: (lambda t, y: -y * w.detach(), dict(adjoint_params=())),
+    "under no_grad": under_no_grad,
+    "a frozen parameter": frozen,
+    "all frozen": lambda w: (MLP(hidden=4).requires_grad_(False), {}),
+    "made inside": made_inside,
+    "a flow": lambda w: (Flow(in_place=False), {}),
+    "a flow in place": lambda w: (Flow(in_place=True), {}),
+    "a gradient field": lambda w: (Descent(), {}),
+    "compiled": lambda w: (torch.compile(MLP(hidden=4), backend="eager"), {}),
+    "shared": lambda w: (Sharing(MLP(hidden=4)), {}),
+    "a lambda with parameters": lambda_with_parameters,
+    "tied": lambda w: (Tied(), {}),
 }
 
 
