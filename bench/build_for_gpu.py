@@ -4,8 +4,8 @@
 
 Needs that Python with its headers, a CUDA toolkit of the major version that torch was built with (CUDA_HOME names it),
 and at the first run several GB of disk: torch, from pip, goes into an environment beside the results. Makes the folder
-build/gpu-pyXY-torchX.Y-smXY/carry: the compiled module with its note, for node_cuda/, and the library of kernels that
-the kernel tests call. It checks that both load without a driver, and prints what to carry and what to type there.
+build/gpu-pyXY-torchX.Y-smXY/carry: the compiled module with its note, for node_cuda/. It checks that the module loads
+without a driver, and prints what to carry and what to type there.
 """
 
 from __future__ import annotations
@@ -21,29 +21,21 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-KERNELS = "kernels.so"  # what NODE_CUDA_TEST_KERNELS names
 PACKAGES = ("setuptools>=77", "ninja", "numpy", "scipy")  # for the build, and to import node_cuda
 ENVIRONMENT_BYTES = 8 * 2**30  # torch with CUDA's libraries, and what pip needs meanwhile
 LIMIT_BYTES = 64 * 2**20  # of what is carried
 
-COMPILE_KERNELS = """
-import sys
-from pathlib import Path
-from shim import library
-library.compile_for_gpu(Path(sys.argv[1]), sys.argv[2])
-"""
 LOAD = """
-import ctypes, importlib.util, sys
+import importlib.util, sys
 import torch
-module, kernels, arch = sys.argv[1:]
+module, arch = sys.argv[1:]
 spec = importlib.util.spec_from_file_location("_C", module)
 loaded = importlib.util.module_from_spec(spec)
 spec.loader.exec_module(loaded)
 info = loaded.build_info()
 if (info["torch"], info["kernels"], info["archs"]) != (str(torch.__version__), True, arch):
     sys.exit(f"{module} says of itself {info}")
-ctypes.CDLL(kernels).launch_rk_stage
-print(f"Both load with torch {torch.__version__}, which sees {torch.cuda.device_count()} GPUs here.")
+print(f"It loads with torch {torch.__version__}, which sees {torch.cuda.device_count()} GPUs here.")
 """
 
 
@@ -70,9 +62,8 @@ def main() -> None:
     folders = ["--build-temp", str(carry.parent / "objects"), "--build-lib", str(carry)]
     step = functools.partial(run_step, log=log, environment=variables(arguments.arch))
     step("compile the module", [python, "setup.py", "build_ext", *folders])
-    step("compile the tests' kernels", [python, "-c", COMPILE_KERNELS, carry, arguments.arch])
     (module,) = (carry / "node_cuda").glob("_C.*.so")
-    print(step("load both", [python, "-c", LOAD, module, carry / KERNELS, arguments.arch]))
+    print(step("load it", [python, "-c", LOAD, module, arguments.arch]))
     print(instructions(carry, time.perf_counter() - begun))
 
 
@@ -118,7 +109,7 @@ def variables(arch: str) -> dict[str, str]:
         **os.environ,
         "NODE_CUDA_BUILD": "cuda",
         "TORCH_CUDA_ARCH_LIST": arch,
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")]),
+        "PYTHONPATH": str(ROOT),
         **({"PATH": os.pathsep.join([f"{home}/bin", os.environ.get("PATH", "")])} if home else {}),
     }
 

@@ -25,7 +25,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from build_for_gpu import KERNELS, carried
+from build_for_gpu import carried
 from gpu_items import BUDGETS, ROOT, Item, installed, items
 
 OUT = ROOT / "build" / "gpu"
@@ -66,7 +66,7 @@ class Ended(NamedTuple):
 class Session:
     """A call of gpu.sh. work: a folder for this call alone."""
 
-    def __init__(self, out: Path, work: Path, deadline: float, machine: Mapping[str, Any], kernels: Path) -> None:
+    def __init__(self, out: Path, work: Path, deadline: float, machine: Mapping[str, Any]) -> None:
         self.out, self.machine = out, machine
         self.deadline = deadline  # as time.monotonic says it
         self.results, self.logs, self.scratch = (work / name for name in ("results", "logs", "scratch"))
@@ -75,7 +75,6 @@ class Session:
         self.lines: list[Line] = []
         self.environment = {
             **os.environ,
-            "NODE_CUDA_TEST_KERNELS": str(kernels),
             "NODE_CUDA_BUILD": "python",  # nothing is compiled on first use
             "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
             "PYTHONUNBUFFERED": "1",
@@ -231,9 +230,9 @@ def asked(work: Path) -> dict[str, Any]:
     return json.loads(lines[-1])
 
 
-def put_in_place(machine: Mapping[str, Any]) -> Path:
-    """Copies the carried module into the package; the library for the kernel tests. Where anything is missing or was
-    compiled from other sources, the end of the program and a sentence."""
+def put_in_place(machine: Mapping[str, Any]) -> None:
+    """Copies the carried module into the package. Where anything is missing or was compiled from other sources, the
+    end of the program and a sentence."""
     python, torch = ".".join(machine["python"].split(".")[:2]), machine["torch"].partition("+")[0]
     carry = carried(python, torch, machine["capability"])
     again = (
@@ -242,14 +241,13 @@ def put_in_place(machine: Mapping[str, Any]) -> Path:
     )
     modules = sorted((carry / "node_cuda").glob("_C.*.so"))
     note = carry / "node_cuda" / "_build.json"
-    for path in (*(modules or [carry / "node_cuda" / "_C.*.so"]), note, carry / KERNELS):
+    for path in (*(modules or [carry / "node_cuda" / "_C.*.so"]), note):
         if not path.is_file():
             raise SystemExit(f"{shown(path)} is missing. {again}")
     if json.loads(note.read_text()).get("sources") != digest():
         raise SystemExit(f"{shown(carry)} was compiled from other sources than those in csrc/. {again}")
     for path in (*modules, note):
         shutil.copy(path, ROOT / "node_cuda")
-    return carry / KERNELS
 
 
 def shown(path: Path) -> str:
@@ -285,9 +283,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)
         machine = asked(work) | {"command": " ".join(["bench/gpu.sh", *stages])}
-        kernels = put_in_place(machine)
+        put_in_place(machine)
         print(f"{machine['device']}, driver {machine['driver']}, torch {machine['torch']}, commit {machine['commit']}")
-        session = Session(arguments.out.resolve(), work, begun + seconds, machine, kernels)
+        session = Session(arguments.out.resolve(), work, begun + seconds, machine)
         everything = items(session.results, session.scratch, diffrax=arguments.diffrax)
         for stage in stages:
             if stage != "smoke" and "smoke" in stages and not session.good:

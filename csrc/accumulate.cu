@@ -5,9 +5,8 @@
 
 namespace node_cuda {
 
-// The list's tensors of one call, by value or in device memory.
+// The list's tensors of one launch, by value.
 struct Pointers {
-  const void* const* table;
   const void* x[MAX_POINTERS];
 };
 
@@ -64,7 +63,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   }
   const int64_t chunk = first_chunk + blockIdx.x, i = part_of(parts, count, chunk);
   const Part part = parts[i];
-  const void* const x = pointers.table != nullptr ? pointers.table[i] : pointers.x[i];
+  const void* const x = pointers.x[i];
   if (x == nullptr && weights.add) return;
   dispatch_part(part.dtype, [&](auto type) {
     using L = Linear<typename decltype(type)::type>;
@@ -94,16 +93,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 extern "C" int64_t chunks_of(int64_t size) { return chunk_count(size); }
 
 extern "C" int launch_accumulate(const Part* parts, int64_t count, int64_t chunks, const int64_t* host_first_chunks,
-                                 const void* const* x, const void* const* x_table, double weight, double error_weight,
-                                 int add, int when_accepted, const Where* where, On on) {
+                                 const void* const* x, double weight, double error_weight, int add,
+                                 int when_accepted, const Where* where, On on) {
   const Weights weights{weight, error_weight, add};
   Pointers pointers{};
-  pointers.table = x_table;
-  const int64_t at_once = x_table != nullptr ? count : MAX_POINTERS;
-  for (int64_t first = 0; first < count; first += at_once) {
-    const int64_t stop = first + at_once < count ? first + at_once : count;
-    if (x_table == nullptr)
-      for (int64_t i = first; i < stop; ++i) pointers.x[i - first] = x[i];
+  for (int64_t first = 0; first < count; first += MAX_POINTERS) {
+    const int64_t stop = first + MAX_POINTERS < count ? first + MAX_POINTERS : count;
+    for (int64_t i = first; i < stop; ++i) pointers.x[i - first] = x[i];
     const int64_t begin = first == 0 ? 0 : host_first_chunks[first];
     const int64_t end = stop == count ? chunks : host_first_chunks[stop];
     const int error = launch("accumulate", accumulate_kernel, end - begin, THREADS, on, parts + first, stop - first,

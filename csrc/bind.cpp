@@ -78,8 +78,6 @@ void register_launchers(py::module_& m) {
   bind(m, "dense_eval", launch_dense_eval);
   bind(m, "dense_adjoint", launch_dense_adjoint);
   bind(m, "commit", launch_commit);
-  bind(m, "adjoint_stage", launch_adjoint_stage);
-  bind(m, "adjoint_finish", launch_adjoint_finish);
   bind(m, "pack_adjoint", launch_pack_adjoint);
   bind(m, "accumulate", launch_accumulate);
   bind(m, "commit_sums", launch_commit_sums);

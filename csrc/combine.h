@@ -1,4 +1,4 @@
-// Linear combinations of tensors: what rk_stage, rk_finish and the adjoint's stages share.
+// Linear combinations of tensors: what rk_stage, rk_finish and the sums of the adjoint share.
 #pragma once
 #include "launch.h"
 #include "vec.h"

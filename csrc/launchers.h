@@ -19,7 +19,7 @@ constexpr int MAX_TERMS = 20;     // non-zero coefficients in a row
 constexpr int MAX_DEGREE = 8;     // of a dense output's polynomials
 constexpr int MAX_SLOTS = 32;     // times in one launch_stage_time
 constexpr int MAX_COPIES = 8;     // pairs in one launch_commit
-constexpr int MAX_POINTERS = 448; // tensors in one launch of accumulate by host pointers; longer lists take several
+constexpr int MAX_POINTERS = 448; // tensors in one launch of accumulate; longer lists take several
 
 // Where a kernel runs.
 struct On {
@@ -147,19 +147,13 @@ int launch_dense_adjoint(int dtype, int64_t n, void* lam_out, void* start, void*
                          int degree, const double* weights, const double* end_weights, const Where* where, On on);
 // to[i] = from[i] for `bytes` bytes each, if ctl's last step was accepted.
 int launch_commit(int64_t bytes, int count, void* const* to, const void* const* from, const Ctl* ctl, On on);
-// kappa = dt sum_j a_j x_j: x_0 = lam with b_i, then mu_j with a_ji; zero coefficients left out (count 0: kappa = 0).
-int launch_adjoint_stage(int dtype, int64_t n, void* kappa, int count, const void* const* x, const double* a,
-                         const Where* where, On on);
-// out = lam + sum_j mu_j; out may be lam.
-int launch_adjoint_finish(int dtype, int64_t n, void* out, const void* lam, int count, const void* const* mu, On on);
 // row = [f, -vjp], of 2 n elements; vjp null: zeros.
 int launch_pack_adjoint(int dtype, int64_t n, void* row, const void* f, const void* vjp, On on);
 // sum_i (+)= weight dt x_i and error_i (+)= error_weight dt x_i over a list. add 0: =, 1: +=. x: host array of device
-// pointers (null tensors count as zeros), or x_table: the same in device memory. With `when_accepted` and a ctl:
-// only if its last step was accepted, and with dt 1.
+// pointers; null tensors count as zeros. With `when_accepted` and a ctl: only if its last step was accepted, with dt 1.
 int launch_accumulate(const Part* parts, int64_t count, int64_t chunks, const int64_t* host_first_chunks,
-                      const void* const* x, const void* const* x_table, double weight, double error_weight, int add,
-                      int when_accepted, const Where* where, On on);
+                      const void* const* x, double weight, double error_weight, int add, int when_accepted,
+                      const Where* where, On on);
 // total_i += sum_i over the list, if ctl's last step was accepted (null: always).
 int launch_commit_sums(const Part* parts, int64_t count, int64_t chunks, const Ctl* ctl, On on);
 // max over the list of rms error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)).

@@ -372,8 +372,8 @@ class SumsPlan {
   void launch(const py::list& x, const Where& where, double weight, double error_weight, bool add, bool accepted) {
     for (int64_t i = 0; i < count_; ++i) x_[i] = item(x, i);
     launches += (count_ + MAX_POINTERS - 1) / MAX_POINTERS;
-    check(launch_accumulate(parts_, count_, chunks_, first_chunks_.data(), x_.data(), nullptr, weight, error_weight,
-                            add, accepted, &where, on_));
+    check(launch_accumulate(parts_, count_, chunks_, first_chunks_.data(), x_.data(), weight, error_weight, add,
+                            accepted, &where, on_));
   }
 
   const Part* parts_;

@@ -89,7 +89,6 @@ class DeviceAdaptive(Adaptive):
         return None
 
     def propose(self, t: float, y: Tensor) -> Move | None:
-        """See `Adaptive`."""
         now = self.now
         self._notify("callback_step", t, y, now.proposal)
         status = Status(now.status)

@@ -79,7 +79,7 @@ def shim_module(shim_library):
 @pytest.fixture(scope="session")
 def shim_controls(shim_library):
     """The same library, as the tests drive the shim by it."""
-    return library.Kernels(shim_library)
+    return library.Controls(shim_library)
 
 
 @pytest.fixture

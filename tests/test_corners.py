@@ -85,18 +85,6 @@ def test_dense_output_takes_plain_numbers():
     assert odeint_dense(lambda t, y: -y, torch.ones(1), 0, 1)(1) == pytest.approx(float(torch.exp(torch.tensor(-1.0))))
 
 
-def test_what_an_adjoint_callback_keeps_is_never_rewritten():
-    kept, copies = [], []
-
-    class Told(Decay):
-        def callback_step_adjoint(self, t0, y0, dt):
-            kept.append(y0[-1])
-            copies.append(y0[-1].clone())
-
-    odeint_adjoint(Told(), ones(), torch.linspace(0, 1, 4, dtype=F64), method="rk4")[-1].sum().backward()
-    assert len(kept) > 1 and all(torch.equal(a, b) for a, b in zip(kept, copies, strict=True))
-
-
 def test_the_gradient_of_an_event_is_that_of_the_element_that_crossed():
     y0 = torch.tensor([1.0, 1.0], dtype=F64, requires_grad=True)
     event_t, _ = odeint_event(
@@ -243,12 +231,6 @@ def test_constants_that_no_solve_ends_with_are_refused(options):
     (name,) = options
     with pytest.raises((ValueError, TypeError), match=name):
         odeint(lambda t, y: -y, ones(), T, options=options)
-
-
-def test_an_event_that_never_comes_on_an_easy_field_ends_with_its_status():
-    with pytest.raises(SolveError) as caught:
-        odeint(lambda t, y: torch.ones_like(y), torch.zeros(1), T.float(), event_fn=lambda t, y: y[0] + 1)
-    assert caught.value.status is Status.NO_EVENT
 
 
 def test_an_event_function_that_is_nan_is_told_so():

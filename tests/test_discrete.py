@@ -10,13 +10,13 @@ from functools import cache, partial
 
 import pytest
 import torch
-from problems import BY_NAME, F64, MLP, Counting, Parted, TimedLinear, as_tuple, linspace, loss_of, relative_difference
+from problems import F64, MLP, Counting, Parted, TimedLinear, as_tuple, linspace, loss_of, relative_difference
 from tolerances import GLOBAL_ERROR_OVER_RTOL
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from node_cuda import TABLEAUS, MissingGradientWarning, odeint, odeint_adjoint, odeint_event, solve
+from node_cuda import TABLEAUS, odeint, odeint_adjoint, odeint_event, solve
 from node_cuda.gradients import step_adjoint
 from node_cuda.gradients.checkpoints import Checkpoints
 from node_cuda.gradients.free_memory import graph_size
@@ -223,15 +223,6 @@ def test_rejected_steps_leave_no_trace_in_the_gradient(method):
     assert found[0][1].rejected > 0
 
 
-def test_gradients_are_those_of_backprop_for_a_batch_through_a_network():
-    func, y0, t = MLP(dim=3, seed=1, timed=True), leaf(BY_NAME["mlp"].y0), linspace(0.0, 2.0, 8)
-    wanted = [y0, *func.parameters()]
-    truth = torch.autograd.grad(loss_of(odeint(func, y0, t, rtol=1e-5, atol=1e-5)), wanted)
-    ys = odeint_adjoint(func, y0, t, rtol=1e-5, atol=1e-5, gradient="discrete", checkpoints=3)
-    for ours, right in zip(torch.autograd.grad(loss_of(ys), wanted), truth, strict=True):
-        assert relative_difference(ours, right) <= SAME
-
-
 def test_the_gradient_of_some_outputs_only():
     """The cotangent of the others is zero, also where autograd sends none; steps behind the last one give nothing."""
     t = linspace(0.0, 2.0, 5)
@@ -277,19 +268,6 @@ def test_gradients_are_those_of_complex_step_differentiation(method, backwards):
     of_w = torch.tensor([derivative(torch.zeros_like(Y), e) for e in units(W)], dtype=F64).reshape(W.shape)
     assert relative_difference(grads[0], of_y0) <= COMPLEX_STEP
     assert relative_difference(grads[1], of_w) <= COMPLEX_STEP
-
-
-@pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_gradients_are_those_of_finite_differences_in_a_random_direction(method):
-    t, settings = torch.tensor([0.0, 0.1, 0.75, 1.13], dtype=F64), steps_of(method, 0.25)
-    y0, w = leaf(Y), leaf(W)
-    ys = odeint_adjoint(curved(w), y0, t, gradient="discrete", adjoint_params=(w,), **settings)
-    grads = torch.autograd.grad(loss_of(ys), [y0, w])
-    dy, dw, eps = torch.randn(2, dtype=F64), torch.randn(2, 2, dtype=F64), 1e-5
-    ahead, behind = (float(loss_of(odeint(curved(W + s * dw), Y + s * dy, t, **settings))) for s in (eps, -eps))
-    along = float((grads[0] * dy).sum() + (grads[1] * dw).sum())
-    # central differences err by eps^2 times a third derivative, and by 1e-16 / eps
-    assert (ahead - behind) / (2 * eps) == pytest.approx(along, rel=1e-8)
 
 
 # ------------------------------------------------------------------ the gradient of the times
@@ -560,20 +538,6 @@ def test_all_states_are_kept_where_no_number_is_given_and_no_step_is_taken_again
         assert reversal(50, None, count) == (0, 50)
 
 
-@pytest.mark.parametrize("slots", [1, 2, 3, 5])
-def test_a_solve_on_a_grid_takes_the_fewest_steps_again(slots):
-    for steps in (1, 2, 7, 23):
-        y0 = leaf(Y)
-        solution = solve(
-            curved(W), y0, linspace(0.0, 1.0, steps + 1), method="euler", gradient="discrete", checkpoints=slots,
-            adjoint_params=(),
-        )  # fmt: skip
-        assert solution.stats.steps_again == 0
-        torch.autograd.grad(loss_of(solution.ys), y0)
-        assert solution.stats.steps_again == griewank(steps, slots)
-        assert solution.stats.peak_checkpoints <= slots
-
-
 @pytest.mark.parametrize("slots", [1, 3, 4])
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4"])
 def test_gradients_do_not_depend_on_the_number_of_checkpoints(method, slots):
@@ -676,36 +640,6 @@ def test_a_backward_pass_without_retain_graph_ends_it():
         loss.backward()
 
 
-def test_a_second_derivative_is_refused_in_words():
-    func, y0 = MLP(), leaf(Y)
-    ys = odeint_adjoint(func, y0, linspace(0.0, 1.0, 3), gradient="discrete")
-    for wanted in (y0, func.w1):
-        (grad,) = torch.autograd.grad(ys.square().sum(), wanted, create_graph=True)
-        with pytest.raises(NotImplementedError, match="first derivatives only"):
-            grad.square().sum().backward(retain_graph=True)
-
-
-@pytest.mark.parametrize("power", [1, 2], ids=["linear loss", "square loss"])
-def test_a_penalty_on_the_gradient_does_not_lose_its_second_derivative_in_silence(power):
-    """Another term of the same sum, which has a gradient, must not hide that this one has none."""
-    func, y0 = MLP(), leaf(Y)
-    ys = odeint_adjoint(func, y0, linspace(0.0, 1.0, 3), gradient="discrete")
-    (grad,) = torch.autograd.grad(ys.pow(power).sum(), y0, create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(grad.square().sum() + y0.square().sum(), y0)
-
-
-@pytest.mark.parametrize("named", [False, True])
-def test_a_parameter_changed_in_place_between_forward_and_backward_raises(named):
-    func = MLP()
-    params = dict(adjoint_params=tuple(func.parameters())) if named else {}
-    ys = odeint_adjoint(func, Y, linspace(0.0, 1.0, 3), gradient="discrete", **params)
-    with torch.no_grad():
-        func.w2.mul_(2.0)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        ys.sum().backward()
-
-
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_the_state_given_may_be_overwritten_once_the_solve_is_done_or_that_raises(method, checkpoints):
@@ -784,45 +718,6 @@ def test_adjoint_params_may_be_a_generator_and_need_not_be_leaves():
     ys = odeint_adjoint(curved(scaled), Y, t, adjoint_params=(p for p in (scaled,)), gradient="discrete")
     (truth,) = torch.autograd.grad(loss_of(odeint(curved(2 * w), Y, t)), w)
     assert relative_difference(torch.autograd.grad(loss_of(ys), w)[0], truth) <= SAME
-
-
-def test_only_adjoint_params_get_gradients():
-    func = MLP()
-    with pytest.warns(MissingGradientWarning, match="w2 of shape"):
-        ys = odeint_adjoint(func, leaf(Y), linspace(0.0, 1.0, 3), adjoint_params=(func.w1,), gradient="discrete")
-    ys.sum().backward()
-    assert func.w1.grad is not None and func.w2.grad is None
-
-
-def test_solve_gives_the_gradients_of_odeint_adjoint():
-    func, y0, t = MLP(), leaf(Y), linspace(0.0, 1.0, 3)
-    one = torch.autograd.grad(loss_of(odeint_adjoint(func, y0, t, gradient="discrete")), [y0, func.w1])
-    two = torch.autograd.grad(loss_of(solve(func, y0, t, gradient="discrete").ys), [y0, func.w1])
-    assert all(torch.equal(a, b) for a, b in zip(one, two, strict=True))
-
-
-@pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4"])
-def test_a_field_that_writes_into_its_own_buffer_or_its_argument_has_the_same_gradients(method):
-    """Values that a field overwrites at its next evaluation must not be what the backward pass reads."""
-    t = linspace(0.0, 1.0, 5)
-
-    class Buffered(nn.Module):
-        def __init__(self, tidy):
-            super().__init__()
-            self.w, self.tidy, self.buffer = nn.Parameter(W.clone()), tidy, torch.zeros(2, dtype=F64)
-
-        def forward(self, t, y):
-            f = curved(self.w)(t, y)
-            if self.tidy or torch.is_grad_enabled():
-                return f
-            return self.buffer.copy_(f)
-
-    found = []
-    for tidy in (True, False):
-        func, y0 = Buffered(tidy), leaf(Y)
-        ys = odeint_adjoint(func, y0, t, gradient="discrete", checkpoints=2, **asked(method))
-        found.append((ys.detach(), *torch.autograd.grad(loss_of(ys), [y0, func.w])))
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
 
 
 # ------------------------------------------------------------------ graphs that are too large, and half precision

@@ -137,7 +137,7 @@ def stages(bench, monkeypatch, tmp_path):
     printed."""
     stages = bench("gpu_stages")
     monkeypatch.setattr(stages, "asked", lambda work: dict(MACHINE))
-    monkeypatch.setattr(stages, "put_in_place", lambda machine: tmp_path / "kernels.so")
+    monkeypatch.setattr(stages, "put_in_place", lambda machine: None)
     for name, value in (("SAVING", 0.0), ("LEAST", 0.2), ("GIVE_UP", 5.0)):
         monkeypatch.setattr(stages, name, value)
 
@@ -310,11 +310,9 @@ def test_what_was_carried_is_put_into_the_package_if_it_is_whole_and_of_these_so
     note = carry / "node_cuda" / "_build.json"
     for name in ("_C.cpython-312.so", "_build.json"):
         (carry / "node_cuda" / name).write_text('{"sources": "other"}')
-    refused(r"carry/kernels\.so is missing")
-    (carry / "kernels.so").touch()
     refused("carry was compiled from other sources than those in csrc/")
     note.write_text(json.dumps({"sources": extension.build.digest(ROOT / "csrc")}))
-    assert stages.put_in_place(MACHINE) == carry / "kernels.so"
+    stages.put_in_place(MACHINE)
     assert {path.name for path in (root / "node_cuda").glob("_*")} == {"_C.cpython-312.so", "_build.json"}
 
 
@@ -364,16 +362,7 @@ def test_the_build_says_what_to_carry_and_what_to_type(bench, monkeypatch, tmp_p
     monkeypatch.setattr(build, "ROOT", tmp_path)
     monkeypatch.setattr(build, "told", lambda *command: "abc" if "rev-parse" in command else "")
     (tmp_path / "build" / "carry").mkdir(parents=True)
-    (tmp_path / "build" / "carry" / "kernels.so").write_bytes(b"x" * 2**20)
+    (tmp_path / "build" / "carry" / "_C.so").write_bytes(b"x" * 2**20)
     text = build.instructions(tmp_path / "build" / "carry", 60.0)
-    assert "build/carry/kernels.so  1.00 MiB" in text and "Carry the checkout and build/carry (1.0 MiB)." in text
+    assert "build/carry/_C.so  1.00 MiB" in text and "Carry the checkout and build/carry (1.0 MiB)." in text
     assert "  NODE_CUDA_COMMIT=abc bench/gpu.sh smoke prove --out FOLDER" in text and "committed" not in text
-
-
-def test_a_library_of_kernels_that_is_named_is_not_compiled(monkeypatch, tmp_path):
-    library = importlib.import_module("shim.library")
-    monkeypatch.setenv(library.PREBUILT, str(tmp_path / "kernels.so"))
-    with pytest.raises(FileNotFoundError, match=r"NODE_CUDA_TEST_KERNELS=.* is no file: bench/build_for_gpu"):
-        library.for_gpu()
-    (tmp_path / "kernels.so").touch()
-    assert library.for_gpu() == tmp_path / "kernels.so"

@@ -47,12 +47,6 @@ def _dense_adjoint(outputs: int) -> Primitive:
     return Primitive(name, "dense_adjoint", 9 + outputs, prepare, adjoint.plain_dense_adjoint)
 
 
-def _adjoint_stage(terms: int) -> Primitive:
-    prepare = partial(adjoint.adjoint_stage, terms=terms)
-    name = f"adjoint_stage, {terms} terms"
-    return Primitive(name, "adjoint_stage", terms + 1, prepare, adjoint.plain_adjoint_stage)
-
-
 def _accumulate(name: str, sizes: int, with_error: bool) -> Primitive:
     prepare = partial(adjoint.accumulate, with_error=with_error)
     return Primitive(name, "accumulate", sizes, prepare, adjoint.plain_accumulate)
@@ -70,9 +64,6 @@ PRIMITIVES = (
     _dense_adjoint(1),
     _dense_adjoint(16),
     Primitive("commit", "commit", 4, steps.commit, steps.plain_commit),
-    _adjoint_stage(2),
-    _adjoint_stage(5),
-    Primitive("adjoint_finish", "adjoint_finish", 8, adjoint.adjoint_finish, reference.combine),
     Primitive("pack_adjoint", "pack_adjoint", 4, adjoint.pack_adjoint, adjoint.plain_pack_adjoint),
     _accumulate("accumulate", 3, with_error=False),
     _accumulate("accumulate, with error", 5, with_error=True),

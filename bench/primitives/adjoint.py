@@ -14,33 +14,10 @@ from node_cuda.kernels import reference
 from node_cuda.norms import ErrorNorm, rms
 
 from .launching import DTYPES, Launch, Workplace, numbers, packed, pointers
-from .steps import ATOL, DOPRI5, RTOL, T0, H, weights, where
+from .steps import ATOL, DOPRI5, RTOL, T0, H, where
 
 TENSORS = 8
 WEIGHT, ERROR_WEIGHT = 0.3, 0.2
-
-
-def adjoint_stage(place: Workplace, terms: int) -> Launch:
-    """kappa = h sum_j a_j x_j."""
-    kappa, *x = place.states(terms + 1)
-    a = weights(terms)
-    kernel = place.bind("adjoint_stage", *place.sized, kappa, terms, pointers(x), numbers(a), where())
-    return Launch(kernel, (x, a), (*x, kappa), (kappa,))
-
-
-def plain_adjoint_stage(x: Sequence[Tensor], a: Sequence[float]) -> Tensor:
-    """h sum_j a_j x_j; halves are added in float32."""
-    kappa = torch.mul(x[0].to(torch.promote_types(x[0].dtype, torch.float32)), H * a[0])
-    for tensor, weight in zip(x[1:], a[1:], strict=True):
-        kappa.add_(tensor, alpha=H * weight)
-    return kappa.to(x[0].dtype)
-
-
-def adjoint_finish(place: Workplace) -> Launch:
-    """lam + sum_j mu_j over the stages of dopri5 that count."""
-    out, lam, *mu = place.states(DOPRI5.stages + 1)
-    kernel = place.bind("adjoint_finish", *place.sized, out, lam, len(mu), pointers(mu))
-    return Launch(kernel, (lam, mu, [(j, 1.0) for j in range(len(mu))], 1.0), (lam, *mu, out), (out,))
 
 
 def dense_adjoint(place: Workplace, outputs: int) -> Launch:
@@ -119,9 +96,7 @@ def accumulate(place: Workplace, with_error: bool) -> Launch:
     error_weight = ERROR_WEIGHT if with_error else 0.0
     plain_sums = [x.clone() for x in of.sums]
     plain_errors = [x.clone() for x in of.errors] if with_error else []
-    kernel = place.bind(
-        "accumulate", *of.sized, of.first_chunks, pointers(of.x), None, WEIGHT, error_weight, 1, 0, where()
-    )
+    kernel = place.bind("accumulate", *of.sized, of.first_chunks, pointers(of.x), WEIGHT, error_weight, 1, 0, where())
     return Launch(kernel, (plain_sums, plain_errors, of.x, of.dtypes), (*of.x, *written, *written), written, of)
 
 

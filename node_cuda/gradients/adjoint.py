@@ -54,11 +54,9 @@ class _AdjointTask(Task):
 
     @property
     def shown(self) -> dict[str, Any]:
-        """See `Task`."""
         return {"adjoint_options": self.settings.options}
 
     def solve(self, request: Request) -> tuple[Tensor, float]:
-        """See `Task`."""
         if self.event_fn is not None:
             event_t, ys = backprop.event(request, self.event_fn)
             return ys, float(event_t)
@@ -68,7 +66,6 @@ class _AdjointTask(Task):
         return ys, request.problem.direction * request.problem.times[-1]
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        """See `Task`."""
         t, _, ys, at, params = saved
         event_mode = self.event_fn is not None
         times = torch.stack([t[0], at.to(t.dtype)]) if event_mode else t

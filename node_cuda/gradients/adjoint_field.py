@@ -75,15 +75,12 @@ class ParameterGradient:
         return self.sums.total
 
     def begin(self) -> None:
-        """See `Quadrature`."""
         self.sums.begin()
 
     def wants(self, needed: bool) -> None:
-        """See `Quadrature`."""
         self.field.wants(needed)
 
     def take(self) -> Sequence[Tensor | None]:
-        """See `Quadrature`."""
         return self.field.integrands
 
     def add(
@@ -94,11 +91,9 @@ class ParameterGradient:
             self.sums.add(integrands, -weight, -error_weight, at)
 
     def scaled_errors(self) -> list[Tensor]:
-        """See `Extra`."""
         return self.sums.scaled_errors(self.norm)
 
     def device_ratio(self) -> Tensor | None:
-        """See `Extra`."""
         return self.sums.device_ratio(self.norm)
 
     def commit(self) -> None:
@@ -106,21 +101,17 @@ class ParameterGradient:
         self.sums.commit()
 
     def restart(self) -> None:
-        """See `DeviceQuadrature`."""
         if self.field.params:
             self._on_device.restart()
 
     def keep(self, integrands: Sequence[Tensor | None]) -> Kept:
-        """See `DeviceQuadrature`."""
         return self._on_device.keep(integrands) if self.field.params else Kept()
 
     def keep_if_accepted(self, integrands: Sequence[Tensor | None], at: Interval) -> None:
-        """See `DeviceQuadrature`."""
         if self.field.params:
             self._on_device.keep_if_accepted(integrands, at)
 
     def commit_if_accepted(self, at: Interval) -> None:
-        """See `DeviceQuadrature`."""
         if self.field.params:
             self._on_device.commit_if_accepted(at)
 

@@ -331,7 +331,6 @@ class WhileLoop:
         self._step = step
 
     def run(self) -> None:
-        """See `Repeat`."""
         self._graph.launch(self._recorder.current_stream)
 
 
@@ -347,7 +346,6 @@ class Batches:
         self._first = FIRST_BATCH
 
     def run(self) -> None:
-        """See `Repeat`."""
         now, behind = self._looks
         count = self._first
         self._step.replay(count)

@@ -12,9 +12,8 @@ import hashlib
 import os
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import NamedTuple
 
 try:
     import fcntl
@@ -34,15 +33,8 @@ def folder() -> Path:
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "node_cuda"
 
 
-UNKNOWN = "something"
-"""What was checked, where the file does not say it."""
-
-
-class Unfinished(NamedTuple):
-    """A check that a process did not survive. what: the primitive and its dtype."""
-
-    what: str
-    path: Path
+class Lost(RuntimeError):
+    """The device cannot be used any more in this process."""
 
 
 class Record:
@@ -79,77 +71,42 @@ class Record:
     def _content(self, dtype: str) -> bytes:
         return f"{self.facts}\nThe kernels passed the self-check in {dtype}.\n".encode()
 
-    def unfinished(self) -> list[Unfinished]:
-        """The checks of processes that are dead: killed by an error of the device, or because a kernel did not end.
-        Those of running processes are left out."""
+    def unfinished(self) -> list[tuple[str, Path]]:
+        """What dead processes checked, a primitive and its dtype, and the files that say so: an error of the device
+        killed them, or a kernel did not end. What running processes check is left out."""
         found = []
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.glob(f"{self._key}.*.checking")):
                 with contextlib.suppress(OSError), path.open("rb") as file:
-                    if _abandoned(file.fileno()) and path.exists():
-                        found.append(Unfinished(file.read().decode(errors="replace").strip() or UNKNOWN, path))
+                    if _abandoned(file.fileno()) and (what := file.read().decode(errors="replace").strip()):
+                        found.append((what, path))
         return found
 
     @contextlib.contextmanager
-    def checking(self) -> Iterator[Checking]:
-        """While a check runs. Nothing is left of it, unless it ends by `Lost`."""
-        now = Checking(self.folder, self._key)
-        try:
-            yield now
-        except Lost:
-            now.close()
-            raise
-        except BaseException:
-            now.remove()
-            raise
-        now.remove()
-
-
-class Lost(RuntimeError):
-    """The device cannot be used any more in this process."""
-
-
-class Checking:
-    """The file that says what this process checks now."""
-
-    def __init__(self, folder: Path, key: str) -> None:
-        self.path: Path | None = None
-        self._handle = -1
+    def checking(self) -> Iterator[Callable[[str], None]]:
+        """While a check runs: gives a function that writes what is checked from now on, which outlives the process
+        without a wait for the disk. Nothing is left of it, unless the check ends by `Lost`."""
+        handle, name = -1, ""
         with contextlib.suppress(OSError):
-            folder.mkdir(parents=True, exist_ok=True)
-            self._handle, name = tempfile.mkstemp(dir=folder, prefix=f"{key}.", suffix=".tmp")
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, name = tempfile.mkstemp(dir=self.folder, prefix=f"{self._key}.", suffix=".checking")
             if fcntl is not None:
-                with contextlib.suppress(OSError):  # a file system without locks
-                    fcntl.flock(self._handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            # Others see it from now on, and locked.
-            self.path = Path(name).with_suffix(".checking")
-            try:
-                os.replace(name, self.path)
-            except OSError:  # Windows does not rename open files
-                self.close()
-                self.path = None
-                os.unlink(name)
+                fcntl.flock(handle, fcntl.LOCK_EX)  # before anything stands in it; some file systems have no locks
 
-    def note(self, what: str) -> None:
-        """This is checked from now on. What is written outlives the process without a wait for the disk."""
-        if self._handle >= 0:
+        def note(what: str) -> None:
             with contextlib.suppress(OSError):
-                os.lseek(self._handle, 0, os.SEEK_SET)
-                os.write(self._handle, what.ljust(80).encode())
+                os.lseek(handle, 0, os.SEEK_SET)
+                os.write(handle, what.ljust(80).encode())
 
-    def remove(self) -> None:
-        """The check is over."""
-        if self.path is not None:
-            with contextlib.suppress(OSError):
-                self.path.unlink()
-        self.close()
-
-    def close(self) -> None:
-        """Leave the file to be found."""
-        if self._handle >= 0:
-            with contextlib.suppress(OSError):
-                os.close(self._handle)
-            self._handle = -1
+        try:
+            yield note
+        except Lost:
+            name = ""
+            raise
+        finally:
+            for end in (lambda: os.unlink(name), lambda: os.close(handle), lambda: os.unlink(name)):
+                with contextlib.suppress(OSError):  # Windows removes no open file; others see no file without its lock
+                    end()
 
 
 def _abandoned(handle: int) -> bool:

@@ -76,7 +76,6 @@ class Fused(Arithmetic):
     # ------------------------------------------------------------------ time
 
     def interval(self, t0: float, t1: float, h: float, dt: Tensor | None = None) -> Interval:
-        """See `Arithmetic`."""
         signed = self.direction * h
         if dt is not None:
             return Interval(t0, t1, h, signed, dt)
@@ -102,11 +101,9 @@ class Fused(Arithmetic):
     # ------------------------------------------------------------------ stages
 
     def stage(self, row: Row, node: float, side: int) -> Stage:
-        """See `Arithmetic`."""
         return self._prepared(super().stage(row, node, side))
 
     def last_stage(self, b: Row, err_row: Row | None, node: float, side: int) -> Stage:
-        """See `Arithmetic`."""
         return self._prepared(super().last_stage(b, err_row, node, side))
 
     def _prepared(self, stage: Stage) -> Stage:
@@ -245,7 +242,6 @@ class Fused(Arithmetic):
     # ------------------------------------------------------------------ outputs
 
     def polynomials(self, rows: Sequence[tuple[int, tuple[float, ...]]], end: tuple[float, ...] = ()) -> Polynomials:
-        """See `Arithmetic`."""
         plain = super().polynomials(rows, end)
         if plain not in self._polynomials:
             degree = max(len(weights) for weights in (*(weights for _, weights in rows), end))

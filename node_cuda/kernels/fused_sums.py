@@ -49,7 +49,6 @@ class FusedSums(Sums):
         self._has_sum = self._has_error = False
 
     def begin(self) -> None:
-        """See `Sums`."""
         self._has_sum = self._has_error = False
 
     def add(
@@ -69,7 +68,6 @@ class FusedSums(Sums):
         self._has_error = self._has_error or bool(error_weight)
 
     def scaled_errors(self, norm: ErrorNorm) -> list[Tensor]:
-        """See `Sums`."""
         return super().scaled_errors(norm) if self._has_sum and self._has_error else []
 
     def device_ratio(self, norm: ErrorNorm) -> Tensor | None:

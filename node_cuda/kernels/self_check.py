@@ -22,7 +22,7 @@ import torch
 
 from node_cuda._version import __version__
 from node_cuda.kernels.capture import capturing
-from node_cuda.kernels.check_record import UNKNOWN, Checking, Lost, Record, Unfinished
+from node_cuda.kernels.check_record import Lost, Record
 from node_cuda.kernels.check_rows import ROWS, Primitive, Side, difference, sides
 from node_cuda.kernels.fused import DTYPES, On
 
@@ -91,27 +91,27 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
         why = f"the self-check found kernels that disagree with plain PyTorch on {device} in {_name(dtype)}: {names}"
         more = f"The first of them: {wrong[0].why}. For all of them: python -m node_cuda"
     else:
-        why = _words(died[0])
-        more = f"To check it again: rm {' '.join(str(entry.path) for entry in died)}"
+        why = _death(died[0][0])
+        more = f"To check it again: rm {' '.join(str(path) for _, path in died)}"
     _known.update({(device, of): why for of in DTYPES})
     return f"Solves on {device} take plain PyTorch instead of the kernels, because {why}. {more}"
 
 
-def _words(died: Unfinished) -> str:
-    return f"a process that checked {died.what} did not survive it"
+def _death(what: str) -> str:
+    return f"a process that checked {what} did not survive it"
 
 
 def outcomes(
-    module: ModuleType, device: torch.device, dtype: torch.dtype, record: Record, died: Sequence[Unfinished] = ()
+    module: ModuleType, device: torch.device, dtype: torch.dtype, record: Record, died: Sequence[tuple[str, Path]] = ()
 ) -> list[Outcome]:
     """Run all rows in this dtype, but for those that a process did not survive; remember it if all passed. Raises Lost
     where an error ruins the device for this process: the next process finds what it was."""
 
     def run(on: On) -> list[Outcome]:
         pair = sides(module, on, device, dtype)
-        return [_outcome(row, *pair, checking, died) for row in ROWS]
+        return [_outcome(row, *pair, note, died) for row in ROWS]
 
-    with record.checking() as checking:
+    with record.checking() as note:
         found = _apart(device, run)
     if all(outcome.state == PASSED for outcome in found):
         record.remember(_name(dtype))
@@ -138,12 +138,14 @@ def survey(module: ModuleType, device: torch.device) -> list[tuple[str, str]]:
     return lines
 
 
-def _outcome(row: Primitive, device: Side, host: Side, checking: Checking, died: Sequence[Unfinished]) -> Outcome:
+def _outcome(
+    row: Primitive, device: Side, host: Side, note: Callable[[str], None], died: Sequence[tuple[str, Path]]
+) -> Outcome:
     """Run one row."""
-    for entry in died:
-        if entry.what.split()[0] in (row.name, UNKNOWN):
-            return Outcome(row.name, NOT_RUN, f"{_words(entry)}; to check it again: rm {entry.path}")
-    checking.note(f"{row.name} in {_name(device.dtype)}")
+    for what, path in died:
+        if what.split()[0] == row.name:
+            return Outcome(row.name, NOT_RUN, f"{_death(what)}; to check it again: rm {path}")
+    note(f"{row.name} in {_name(device.dtype)}")
     try:
         wrong = difference(row, device, host)
     except Exception as error:

@@ -96,8 +96,6 @@ void run(int dtype, int64_t n, int offset) {
   }
   void* to[1] = {z.data()};
   check(launch_commit(z.bytes, 1, to, k, nullptr, on));
-  check(launch_adjoint_stage(dtype, n, z.data(), 2, k, a, &where, on));
-  check(launch_adjoint_finish(dtype, n, z.data(), z.data(), 2, k, on));
   check(launch_pack_adjoint(dtype, n, row.data(), y0.data(), y1.data(), on));
   check(launch_jump(dtype, n, z.data(), y0.data(), y1.data(), norms, workspace.data(), on));
 
@@ -109,7 +107,7 @@ void run(int dtype, int64_t n, int offset) {
   const void* x[2] = {k1.data(), nullptr};
   std::vector<char> sums(sums_workspace(chunks));
   for (int add = 0; add < 2; ++add)
-    check(launch_accumulate(parts, 2, chunks, first, x, nullptr, 0.5, 0.25, add, 0, &where, on));
+    check(launch_accumulate(parts, 2, chunks, first, x, 0.5, 0.25, add, 0, &where, on));
   finish.ctl = nullptr;
   check(launch_sums_ratio(parts, 2, chunks, 1e-2, 1e-2, sums.data(), nullptr, &finish, on));
   check(launch_commit_sums(parts, 2, chunks, nullptr, on));

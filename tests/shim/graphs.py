@@ -9,8 +9,10 @@ from ctypes import CDLL, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
-from shim.library import On, code
+from shim.library import On
 from torch import Tensor
+
+from node_cuda.kernels.fused import DTYPES
 
 NODE_TYPES = {
     "kernel": 0x00,
@@ -74,7 +76,7 @@ class Graphs:
 
     def field(self, f: Tensor, t: Tensor, y: Tensor, on: On) -> None:
         """f = 3 cos(4 t) y - y^2, by a kernel."""
-        assert self.lib.shim_field(code(y), y.numel(), f.data_ptr(), t.data_ptr(), y.data_ptr(), on) == 0
+        assert self.lib.shim_field(DTYPES[y.dtype], y.numel(), f.data_ptr(), t.data_ptr(), y.data_ptr(), on) == 0
 
     @contextmanager
     def capturing(self, stream: int) -> Iterator[list[int]]:
