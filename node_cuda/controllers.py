@@ -15,6 +15,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from node_cuda.derivatives import recorded, refuse_batched
 from node_cuda.kernels import reference as kernels
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.clock import HERE
@@ -166,7 +167,7 @@ class Adaptive:
         self._carried = 0.0
         self._finite = True
         # Only the first step moves with t[0]; the ends of later ones are the solver's choice, and stay.
-        self._taped = torch.is_grad_enabled() and problem.t.requires_grad
+        self._taped = recorded(problem.t)
 
     def fresh(self) -> None:
         """Begin to count attempts anew."""
@@ -176,6 +177,7 @@ class Adaptive:
         """The first step size: the user's, or by Hairer's rule at the cost of one evaluation."""
         assert k1 is not None
         self._refuse_empty(y)
+        refuse_batched(y, k1)
         h = self.options.first_step
         self.h = float(h) if h is not None else self._starting_step(t, y, k1)
         self.h = min(max(self.h, self.law.min_step), self.law.max_step)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import State
+from node_cuda.derivatives import recorded
 from node_cuda.host_loop import HostLoop
 from node_cuda.interpolation import Interpolant, position
 from node_cuda.methods import Method, for_one_output, make_loop
@@ -37,7 +38,7 @@ class DenseSolution:
         """y(t_eval). Raises InvalidInput for a time outside the solve."""
         problem = self._problem
         t = t_eval if isinstance(t_eval, Tensor) else torch.as_tensor(t_eval, dtype=torch.float64)
-        on_tape = t.requires_grad and torch.is_grad_enabled()
+        on_tape = recorded(t)
         flat = t.reshape(-1)
         ys = [
             self._at(self._inside(value, t.dtype), flat[i] if on_tape else None)

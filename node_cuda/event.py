@@ -11,6 +11,7 @@ from torch import Tensor
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.field import Layout
 from node_cuda.gradients.event_time import Crossing, moving
+from node_cuda.gradients.operation import refuse_transforms
 from node_cuda.odeint import odeint
 from node_cuda.status import InvalidInput, InvalidType
 
@@ -34,6 +35,7 @@ def odeint_event(
     function theorem: c(t*, y(t*)) = 0, so dt* = -(dc/dy . dy + dc/dphi . dphi) / (dc/dt + dc/dy . f)
     (Chen, Amos and Nickel 2021, arXiv:2011.03902).
     """
+    refuse_transforms("odeint_event")
     if not isinstance(t0, Tensor):
         raise InvalidType(f"t0 must be a torch.Tensor; got a {type(t0).__name__}. Use `torch.tensor({t0!r})`.")
     if t0.numel() != 1:

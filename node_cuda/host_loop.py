@@ -15,10 +15,11 @@ import torch
 from torch import Tensor
 
 from node_cuda.controllers import Pace
+from node_cuda.derivatives import batched, recorded, transformed
 from node_cuda.interpolation import Interpolant, position
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import SolveError, Status
+from node_cuda.status import SolveError, Status, Unsupported
 from node_cuda.steppers.step import Step, Stepper
 
 
@@ -71,7 +72,7 @@ class HostLoop:
         self.y, self.k1 = y, None
 
     def _taped(self) -> bool:
-        return torch.is_grad_enabled() and self.problem.t.requires_grad
+        return recorded(self.problem.t)
 
 
 def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tuple[Tensor, Status]:
@@ -99,7 +100,7 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
     loop.stats.nfe = problem.field.nfe
     ys = outputs.stacked()
     # A fixed grid judges no step: as in torchdiffeq its NaN is returned, but the status says so.
-    if status is Status.SUCCESS and len(ys) > 1 and not loop.pace.judges:
+    if status is Status.SUCCESS and len(ys) > 1 and not loop.pace.judges and not batched(ys):
         loop.stats.host_reads += 1
         if not bool(torch.isfinite(ys[-1]).all()):
             status = Status.NON_FINITE
@@ -109,13 +110,15 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
 class _Outputs:
     """y at the problem's times, filled as steps reach them: into one tensor, or as a list while autograd records.
 
-    A list, because writing into one tensor would cost autograd a copy of it for every output.
+    A list, because writing into one tensor would cost autograd a copy of it for every output, and transforms of
+    torch.func do not let each tensor be written into.
     """
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem
         self.count = 1
-        self._list: list[Tensor] | None = [problem.y0] if torch.is_grad_enabled() else None
+        in_list = torch.is_grad_enabled() or transformed()
+        self._list: list[Tensor] | None = [problem.y0] if in_list else None
         y0 = problem.y0
         self._slab = y0 if self._list else y0.new_empty((len(problem.times), *y0.shape))
         if self._list is None:
@@ -141,8 +144,8 @@ class _Outputs:
             self._list.extend(rows.unbind())
 
     def _taped(self, step: Step, k: list[Tensor]) -> bool:
-        """Autograd records outputs of this step."""
-        return self.problem.t.requires_grad or any(x.requires_grad for x in (step.y0, step.y1, *k))
+        """Autograd, forward mode or a transform records outputs of this step."""
+        return transformed() or self.problem.t.requires_grad or any(x.requires_grad for x in (step.y0, step.y1, *k))
 
     def fill_missing(self) -> None:
         """NaN in what was not reached."""
@@ -158,7 +161,7 @@ class _Outputs:
 
 def output_at(step: Step, k: list[Tensor], interpolant: Interpolant, problem: Problem, i: int) -> Tensor:
     """The i-th output, which lies in this step, on the tape."""
-    t = problem.t[i] if problem.t.requires_grad else None
+    t = problem.t[i] if recorded(problem.t) else None
     if t is None and problem.times[i] == step.t1:
         return step.y1
     return interpolant.evaluate(step, k, position(step, problem.times[i], problem.direction, t))
@@ -184,7 +187,10 @@ def solve_event(
         t = torch.tensor(problem.direction * s, dtype=problem.time_dtype, device=y.device)
         loop.stats.host_reads += 1
         with torch.no_grad():
-            value = float(event_fn(t, y))
+            value = event_fn(t, y)
+        if batched(value):
+            raise Unsupported("An event cannot be looked for under torch.func.vmap. Solve for each sample outside.")
+        value = float(value)
         if math.isnan(value):
             loop.stats.nfe = problem.field.nfe
             loop.note_reached()

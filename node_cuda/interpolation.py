@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from node_cuda.derivatives import forward_mode
 from node_cuda.kernels.arithmetic import Arithmetic, Polynomials
 from node_cuda.kernels.arithmetic import position as place
 from node_cuda.status import InvalidInput
@@ -84,7 +85,7 @@ def cubic_hermite(arithmetic: Arithmetic, stepper: Stepper) -> Interpolant:
 
 def position(step: Step, s: float, direction: float, t: Tensor | None = None) -> float | Tensor:
     """x in [0, 1] of the solver time s in a step; a 0-d tensor if t, the same time as the user's, is on the tape."""
-    if t is None and not (step.span is not None and torch.is_grad_enabled()):
+    if t is None and not (step.span is not None and (torch.is_grad_enabled() or forward_mode())):
         return place(step.at, s)
     if t is None:
         # The ends of the step are on the tape, and the time asked for stays where it is.

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from node_cuda import options as opt
 from node_cuda.controllers import Adaptive, Extra, Grid, Pace
+from node_cuda.derivatives import recorded
 from node_cuda.device_pace import DeviceAdaptive
 from node_cuda.host_loop import HostLoop, solve_event
 from node_cuda.interpolation import Interpolant, cubic_hermite, dense_of, linear, of_method
@@ -187,8 +188,7 @@ def _endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable
             "Use options=dict(step_size=0.01), say."
         )
     start, step = problem.times[0], options.step_size
-    on_tape = torch.is_grad_enabled() and problem.t.requires_grad
-    return (start + i * step for i in itertools.count()), problem.t[:1] if on_tape else None
+    return (start + i * step for i in itertools.count()), problem.t[:1] if recorded(problem.t) else None
 
 
 def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Tensor | None]:
@@ -210,7 +210,7 @@ def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], T
     points = [problem.direction * value for value in grid.detach().double().tolist()]
     if any(not a < b for a, b in itertools.pairwise(points)):
         raise InvalidInput(f"grid_constructor must return strictly monotonic times in the direction of t; got {grid}.")
-    return points, grid if torch.is_grad_enabled() and t.requires_grad else None
+    return points, grid if recorded(t) else None
 
 
 def _uniform_grid(t: Tensor, step: float) -> Tensor:

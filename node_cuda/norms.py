@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Tolerance
+from node_cuda.derivatives import forward_mode
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -67,6 +68,8 @@ class ErrorNorm:
 
     def __call__(self, scaled: Tensor, also: Sequence[Tensor] = ()) -> float:
         """The norm of an already scaled error, and of further scaled ones. One host read."""
+        if forward_mode():  # a step is a choice, of which no tangent is wanted
+            scaled, also = scaled.detach(), [x.detach() for x in also]
         if self.custom is not None:
             return abs(float(self.custom(scaled, also)))
         segments = (scaled,) if self.sizes is None else scaled.split(self.sizes)

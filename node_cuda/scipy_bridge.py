@@ -6,9 +6,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from scipy.integrate import solve_ivp
 from torch import Tensor
 
+from node_cuda.derivatives import in_transform
 from node_cuda.kernels.clock import Clock
 from node_cuda.options import ScipyOptions
 from node_cuda.problem import Problem
@@ -30,6 +30,9 @@ class ScipySolve:
     """One call of solve_ivp from the problem's first time to its last, complex and flattened states included."""
 
     def __init__(self, problem: Problem, options: ScipyOptions, stats: Stats) -> None:
+        from scipy.integrate import solve_ivp  # half of what importing this package would take
+
+        _refuse_transforms(problem.t, problem.y0)
         self.problem = problem
         self.clock = Clock(problem.direction, problem.time_dtype, problem.y0.device)
         limits: dict[str, Any] = {"max_step": options.max_step}
@@ -78,6 +81,7 @@ class ScipySolve:
         state = torch.tensor(y).to(self.problem.y0).reshape(self.problem.y0.shape)
         with torch.no_grad():
             f = self.problem.field(self.clock.tensors([s])[0], state)
+        _refuse_transforms(f)
         if not bool(torch.isfinite(f).all()):
             raise _NotFinite(s)
         return self.problem.direction * self._to_numpy(f)
@@ -91,6 +95,14 @@ class ScipySolve:
         if not isinstance(tolerance, Tensor):
             return tolerance
         return self._to_numpy(tolerance.expand(self.problem.y0.shape))
+
+
+def _refuse_transforms(*tensors: Tensor) -> None:
+    if any(map(in_transform, tensors)):
+        raise Unsupported(
+            "scipy computes with numbers, which no transform of torch.func and no forward mode sees; got a tensor of "
+            'one. Use `odeint_adjoint` for grad, vjp, jacrev and vmap; for jvp and jacfwd `odeint`, method="dopri5".'
+        )
 
 
 def solve_scipy(problem: Problem, options: ScipyOptions, stats: Stats) -> tuple[Tensor, Status]:

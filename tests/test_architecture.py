@@ -14,7 +14,7 @@ PACKAGE = ROOT / "node_cuda"
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_typing", "status"),
+    ("_version", "_typing", "status", "derivatives"),
     ("tableau", "tableaus", "norms"),
     (
         "kernels.reference",

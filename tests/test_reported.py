@@ -10,7 +10,7 @@ import torch
 from problems import F64
 from torch import nn
 
-from node_cuda import SolveError, Status, odeint, odeint_adjoint, solve, status
+from node_cuda import SolveError, Status, Unsupported, odeint, odeint_adjoint, solve, status
 
 T = torch.tensor([0.0, 1.0], dtype=F64)
 
@@ -228,3 +228,24 @@ def test_a_grid_came_as_far_as_its_outputs_are_finite():
 
     s = solve(bounded, torch.ones(1), torch.linspace(0, 1, 5), method="euler", options=dict(throw=False))
     assert s.status is Status.NON_FINITE and s.t_reached == 0.5 and float(s.y_reached) == pytest.approx(0.75**2)
+
+
+# ------------------------------------------------------------------ transforms
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, of jvp
+@pytest.mark.parametrize("recording", [True, False])
+def test_forward_mode_goes_through_a_field_whose_parameters_want_gradients(recording):
+    """y' = w y: the derivative of y(1) in the direction v is expm(w) v."""
+    w = nn.Parameter(torch.tensor([[0.0, 1.0], [-1.0, 0.3]], dtype=F64))
+    y0, v = torch.tensor([0.3, -0.2], dtype=F64), torch.ones(2, dtype=F64)
+    with torch.set_grad_enabled(recording):
+        _, tangent = torch.func.jvp(lambda y: odeint(lambda t, y: w @ y, y, T, rtol=1e-8, atol=1e-8)[-1], (y0,), (v,))
+    torch.testing.assert_close(tangent.detach(), torch.matrix_exp(w.detach()) @ v, rtol=0, atol=1e-6)
+
+
+def test_vmap_over_odeint_names_the_way_out():
+    """torchdiffeq issues 217 and 282; `odeint_adjoint` gives exp(-1) for each sample."""
+    samples = torch.ones(3, 2, dtype=F64)
+    with pytest.raises(Unsupported, match="odeint_adjoint"):
+        torch.func.vmap(lambda y: odeint(decay, y, T)[-1])(samples)
+    y = torch.func.vmap(lambda y: odeint_adjoint(decay, y, T, adjoint_params=())[-1])(samples)
+    torch.testing.assert_close(y, torch.full_like(y, math.exp(-1)), rtol=0, atol=1e-6)

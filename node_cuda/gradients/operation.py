@@ -17,6 +17,7 @@ from typing import Any, ClassVar, NamedTuple
 import torch
 from torch import Tensor
 
+from node_cuda.derivatives import transformed
 from node_cuda.field import VectorField
 from node_cuda.gradients.context import autocast_state, refuse_second_derivative
 from node_cuda.gradients.inspection import Inspection, refuse_hidden
@@ -84,7 +85,7 @@ class Task(ABC):
         """(y at the outputs, the time of the last one, which has no gradient), on the tape."""
         problem = self._request.problem
         given = (*self.parameters.wanted, *self.parameters.carried)
-        if _transformed():
+        if transformed():
             refuse_hidden(problem, given, self.what)
         return _Solve.apply(self, problem.t, grid, problem.y0, *given)
 
@@ -162,14 +163,8 @@ class Task(ABC):
 
 def refuse_transforms(what: str) -> None:
     """Raises Unsupported inside a transform of torch.func."""
-    if _transformed():
+    if transformed():
         raise Unsupported(f"{what} cannot be transformed by torch.func. Solve outside the transform.")
-
-
-def _transformed() -> bool:
-    """A transform of torch.func, or forward mode, is at work."""
-    known: Any = torch._C
-    return known._functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def _computing_with(func: Any, problem: Problem) -> Problem:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Row
+from node_cuda.derivatives import transformed
 from node_cuda.norms import ErrorNorm
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -40,7 +41,7 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
         return acc.to(y0.dtype) if out is None else out.copy_(acc)
     sum_ = k[first].float() if half else k[first]
     others: list[tuple[int, Any]] = [(j, a / pivot) for j, a in row[1:]]
-    if torch.is_grad_enabled() or torch.autograd.forward_ad._current_level >= 0:
+    if torch.is_grad_enabled() or transformed():
         for j, a in others:
             sum_ = torch.add(sum_, k[j], alpha=a)
         acc = torch.add(start, sum_, alpha=scale)

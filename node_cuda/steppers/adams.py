@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Row
+from node_cuda.derivatives import refuse_batched
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.clock import Interval
 from node_cuda.options import AdamsOptions
@@ -166,6 +167,7 @@ class Adams:
     def _converged(self, y0: Tensor, previous: Tensor, y1: Tensor) -> bool:
         """Every element of the increment has settled to within atol + rtol |increment|. One host read."""
         self.stats.host_reads += 1
+        refuse_batched(y0, y1)
         with torch.no_grad():
             a, b = previous - y0, y1 - y0
             scale = self.problem.norm.scale(torch.maximum(a.abs(), b.abs()))
