@@ -42,7 +42,7 @@ class DenseSolution:
         flat = t.reshape(-1)
         ys = [
             self._at(self._inside(value, t.dtype), flat[i] if on_tape else None)
-            for i, value in enumerate(flat.detach().double().tolist())
+            for i, value in enumerate(flat.detach().cpu().double().tolist())
         ]
         stacked = torch.stack(ys) if ys else problem.y0.new_empty((0, *problem.y0.shape))
         return problem.layout.unflatten(stacked.reshape(*t.shape, *problem.y0.shape), t.shape)

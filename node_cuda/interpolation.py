@@ -89,7 +89,8 @@ def position(step: Step, s: float, direction: float, t: Tensor | None = None) ->
         return place(step.at, s)
     if t is None:
         # The ends of the step are on the tape, and the time asked for stays where it is.
-        t = torch.tensor(direction * s, dtype=torch.float64, device=step.y0.device)
-    start = step.span[0] if step.span is not None else torch.tensor(direction * step.t0, dtype=t.dtype, device=t.device)
-    stop = step.span[1] if step.span is not None else torch.tensor(direction * step.t1, dtype=t.dtype, device=t.device)
-    return ((t - start) / (stop - start)).to(step.y0.device, step.y0.dtype.to_real())
+        t = torch.tensor(direction * s, dtype=torch.float64, device="cpu")
+    # On the host: not every device has doubles.
+    ends = torch.tensor([direction * step.t0, direction * step.t1], dtype=t.dtype, device="cpu")
+    start, stop = ends if step.span is None else (end.cpu() for end in step.span)
+    return ((t.cpu() - start) / (stop - start)).to(step.y0.device, step.y0.dtype.to_real())

@@ -207,7 +207,7 @@ def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], T
         grid = _uniform_grid(t, options.step_size * problem.direction)
     else:
         grid = t
-    points = [problem.direction * value for value in grid.detach().double().tolist()]
+    points = [problem.direction * value for value in grid.detach().cpu().double().tolist()]
     if any(not a < b for a, b in itertools.pairwise(points)):
         raise InvalidInput(f"grid_constructor must return strictly monotonic times in the direction of t; got {grid}.")
     return points, grid if recorded(t) else None
@@ -217,7 +217,7 @@ def _uniform_grid(t: Tensor, step: float) -> Tensor:
     """t[0], t[0] + step, ..., and t[-1] as the last point, in double; as many points as torchdiffeq has."""
     first, last = t[0].detach().cpu(), t[-1].detach().cpu()
     steps = int(torch.ceil((last - first) / step + 1).item()) - 1
-    t = t.double()
+    t = t.cpu().double()  # not every device has doubles
     inner = torch.arange(0, max(steps, 1), dtype=t.dtype, device=t.device) * step + t[0]
     # Rounding may put the last of the inner points on the end itself.
     inner = inner[: max(int(((t[-1].detach() - inner.detach()) * step > 0).sum()), 1)]

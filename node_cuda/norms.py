@@ -28,8 +28,9 @@ def rms(tensors: Sequence[Tensor]) -> float:
         return 0.0
     if len(tensors) == 1:
         return _norm(tensors[0]).item() / math.sqrt(tensors[0].numel())
-    norms = torch.stack([_norm(x).double() for x in tensors]) if _mixed(tensors) else torch._foreach_norm(tensors)
-    values = torch.stack(list(norms)).tolist()
+    norms = [_norm(x) for x in tensors] if _mixed(tensors) else torch._foreach_norm(tensors)
+    widest = max((x.dtype for x in norms), key=lambda dtype: dtype.itemsize)
+    values = torch.stack([x.to(widest) for x in norms]).tolist()
     values = [v / math.sqrt(x.numel()) for v, x in zip(values, tensors, strict=True)]
     return math.nan if any(map(math.isnan, values)) else max(values)
 

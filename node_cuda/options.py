@@ -124,7 +124,8 @@ def times_option(name: str, values: Any, direction: float, start: float) -> list
     """step_t or jump_t (tensor, list or None, in the user's time) as ascending solver times from `start` on."""
     if values is None:
         return []
-    flat = torch.as_tensor(values, dtype=torch.float64).detach().reshape(-1).tolist()
+    on_host = values.detach().cpu() if isinstance(values, Tensor) else values
+    flat = torch.as_tensor(on_host, dtype=torch.float64).reshape(-1).tolist()
     if not all(map(math.isfinite, flat)):
         raise InvalidInput(f"options[{name!r}] must be finite times; got {flat}.")
     return sorted(s for s in (direction * value for value in flat) if s >= start)

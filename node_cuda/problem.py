@@ -20,6 +20,9 @@ from node_cuda.status import InvalidInput, InvalidState, InvalidType
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
+NO_DOUBLES = ("mps",)
+"""Kinds of devices without float64: the double times that callbacks get lie on the host there."""
+
 Callback = Callable[[Tensor, Any, Tensor], Any]
 
 
@@ -69,7 +72,8 @@ class Problem:
     def callback(self, name: str, t0: float, y0: Tensor, h: float, dtype: torch.dtype) -> None:
         """Call the user's callback, if there is one, with t0 and dt as 0-d tensors (made only then)."""
         if name in self.callbacks:
-            t0_, dt = torch.tensor([self.direction * t0, h], dtype=dtype, device=y0.device).unbind()
+            device = "cpu" if y0.device.type in NO_DOUBLES else y0.device
+            t0_, dt = torch.tensor([self.direction * t0, h], dtype=dtype, device=device).unbind()
             self.callbacks[name](t0_, self.layout.unflatten(y0), dt)
 
 
@@ -142,7 +146,7 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
             "Use `torch.linspace(t0, t1, n)`."
         )
     try:
-        values: list[float] = t.detach().double().tolist()
+        values: list[float] = t.detach().cpu().double().tolist()
     except RuntimeError as failure:
         raise InvalidInput(
             "t must be numbers that the host can read, the same for all samples of a vmap; got a tensor without data "

@@ -373,12 +373,14 @@ def test_the_gradient_of_an_event_is_that_of_backprop(settings, named, checkpoin
 
 
 def test_of_an_event_only_the_start_of_time_has_a_gradient_through_the_state():
-    """y' = -y: dy(t*)/dt_0 = y(t*) while t* stays; t[1] only told the direction, and t* has no gradient here."""
+    """y' = -y: dy(t*)/dt_0 = y(t*) while t* stays; t[1] only told the direction. t* moves with t_0."""
     t, y0 = leaf(linspace(0.0, 1.0, 2)), leaf(Y.abs())
     event_t, ys = odeint_adjoint(
         lambda t, y: -y, y0, t, event_fn=lambda t, y: y[0] - 0.2, gradient="discrete", adjoint_params=()
     )
-    assert not event_t.requires_grad
+    torch.testing.assert_close(
+        torch.autograd.grad(event_t, t, retain_graph=True)[0], torch.tensor([1.0, 0.0], dtype=F64), rtol=0, atol=1e-6
+    )
     (grad,) = torch.autograd.grad(ys[1].sum(), t)
     assert grad[1] == 0
     assert float(grad[0]) == pytest.approx(float(ys[1].detach().sum()), rel=GLOBAL_ERROR_OVER_RTOL * 1e-7)

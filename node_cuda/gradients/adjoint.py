@@ -38,7 +38,7 @@ def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
     refuse_transforms("An event")
     ys, at = _AdjointTask(request, event_fn)()
-    return at.to(request.problem.t.dtype), ys
+    return at.to(request.problem.t), ys
 
 
 class _AdjointTask(Task):
@@ -68,11 +68,11 @@ class _AdjointTask(Task):
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         t, _, ys, at, params = saved
         event_mode = self.event_fn is not None
-        times = torch.stack([t[0], at.to(t.dtype)]) if event_mode else t
+        times = torch.stack([t[0], at.to(t)]) if event_mode else t
         # What a failed solve did not reach is NaN, and nothing flows back from it.
         failed = not event_mode and self.failed
         count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
-        solver_times = [problem.direction * s for s in times.double().tolist()] if event_mode else problem.times
+        solver_times = [problem.direction * s for s in times.cpu().double().tolist()] if event_mode else problem.times
         backward = Backward(
             problem, self.settings, times[:count], solver_times[:count], ys[:count], grad_ys[:count], params
         )

@@ -25,7 +25,7 @@ from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.recording import Record, solve_recorded, why_not_recorded
 from node_cuda.gradients.request import Request
-from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint, adaptive_form, grid_form
+from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint, adaptive_form, grid_form, of_times
 from node_cuda.gradients.trajectory import State, Trajectory
 from node_cuda.gradients.walk_graphs import walk_by_graphs
 from node_cuda.host_loop import HostLoop, solve_outputs
@@ -53,7 +53,7 @@ def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """The event's time (no gradient), and y0 and y there; their gradient by the discrete adjoint."""
     refuse_transforms("An event")
     ys, at = _DiscreteTask(request, event_fn, None)()
-    return at.to(request.problem.t.dtype), ys
+    return at.to(request.problem.t), ys
 
 
 class _DiscreteTask(Task):
@@ -175,7 +175,7 @@ class _DiscreteTask(Task):
         lam, of_params = found
         adj_t = None
         if wants_t:
-            adj_t = saved.ys.new_zeros(len(saved.t), dtype=torch.float64)
+            adj_t = saved.ys.new_zeros(len(saved.t), dtype=of_times(saved.ys.dtype))
             by_the_flow(adj_t, range(len(adj_t)), problem, saved.ys, grad_ys, lam, real_dot)
             stats.nfe_backward += len(adj_t)
             adj_t = adj_t.to(saved.t)
@@ -268,9 +268,10 @@ class _Backwards:
         """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
         steps, times = self.trajectory.steps, self.times[: self.reached]
         exact = self.grid is not None
-        # In double, and on the state's device, wherever t is: a step waits for nothing.
-        adj_t = self.ys.new_zeros(len(t), dtype=torch.float64) if wants_t else None
-        adj_grid = None if self.grid is None else self.ys.new_zeros(len(self.grid), dtype=torch.float64)
+        # On the state's device, wherever t is: a step waits for nothing.
+        dtype = of_times(self.ys.dtype)
+        adj_t = self.ys.new_zeros(len(t), dtype=dtype) if wants_t else None
+        adj_grid = None if self.grid is None else self.ys.new_zeros(len(self.grid), dtype=dtype)
         flowing = Cotangent(torch.zeros_like(self.grad_ys[0]))
         stop = len(times)
 

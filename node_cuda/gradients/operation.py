@@ -104,7 +104,7 @@ class Task(ABC):
         if self._inspection is not None:
             self._inspection.leave()
         self._let_go(problem)
-        return ys, torch.tensor(at, dtype=torch.float64, device=t.device)
+        return ys, torch.tensor(at, dtype=torch.float64, device="cpu")
 
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """The gradients from those of the outputs."""

@@ -348,10 +348,10 @@ class StepAdjoint:
     ) -> TimeCotangent:
         """Every kappa_i is h times what multiplies k_i, and every stage's time is t0 + c_i h."""
         dot, form = self.cotangents.real_dot, self.form
-        zero = torch.zeros((), dtype=torch.float64, device=y0.device)
-        size = sum((dot(kappa, k[i]).double() / at.signed for i, kappa in kappas.items()), zero)
-        size = sum((tau.double() * form.nodes[i] for i, tau in taus.items()), size)
-        result = TimeCotangent(size, sum((tau.double() for tau in taus.values()), zero))
+        zero = torch.zeros((), dtype=of_times(y0.dtype), device=y0.device)
+        size = sum((dot(kappa, k[i]).to(zero) / at.signed for i, kappa in kappas.items()), zero)
+        size = sum((tau.to(zero) * form.nodes[i] for i, tau in taus.items()), size)
+        result = TimeCotangent(size, sum((tau.to(zero) for tau in taus.values()), zero))
         if outputs is None or outputs.places is None:
             return result
         y1 = self._end(at, y0, k)
@@ -359,8 +359,13 @@ class StepAdjoint:
             slope = (y1 - y0) * _derivative(form.end, x)
             for j, weights in form.dense:
                 slope = slope + k[j] * (at.signed * _derivative(weights, x))
-            result.places.append(dot(g, slope).double())
+            result.places.append(dot(g, slope).to(zero))
         return result
+
+
+def of_times(dtype: torch.dtype) -> torch.dtype:
+    """Of dL/dt while it is added up: as wide as the state, and at least float32. Not every device has doubles."""
+    return torch.promote_types(dtype.to_real(), torch.float32)
 
 
 def _derivative(weights: Sequence[float], x: float) -> float:

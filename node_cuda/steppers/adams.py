@@ -176,8 +176,8 @@ class Adams:
 
 def _node(slope: Slope, newest: Slope, at: Interval) -> Number | Tensor:
     """(t - t0) / h of a slope: a whole number where the grid is uniform but for rounding, a tensor on the tape."""
-    if slope.span is not None and newest.span is not None:
-        return (slope.span[0] - newest.span[0]) / at.dt
+    if slope.span is not None and newest.span is not None and isinstance(at.dt, Tensor):
+        return (slope.span[0] - newest.span[0]).to(at.dt) / at.dt
     x = (slope.t - newest.t) / at.h
     return round(x) if abs(x - round(x)) < 1e-6 else x
 
