@@ -154,10 +154,7 @@ def output_at(step: Step, k: list[Tensor], interpolant: Interpolant, problem: Pr
 
 
 def solve_event(
-    loop: HostLoop,
-    interpolant: Interpolant,
-    event_fn: Callable[[Tensor, Tensor], Tensor],
-    max_steps: int | None = None,
+    loop: HostLoop, interpolant: Interpolant, event_fn: Callable[[Tensor, Tensor], Tensor], max_steps: int | None = None
 ) -> tuple[float, Tensor]:
     """The user's time and state at which event_fn, of (t, flat state), changes its sign.
 

@@ -178,13 +178,16 @@ def test_the_same_bits_in_any_order_of_the_blocks_at_any_alignment_and_in_a_work
             control.start(0.0, None)
             control.initial_norms(y0, y1)
             control.initial_change(y0, y1, last)
-            begun = control.read()
+            begun, sums = control.read(), a.sums([y0, y1], with_error=True)
             a.judge(unit(a), error, (last, 0.3), y0, y1, None)
+            sums.begin()
+            sums.add([last, error], 0.5, 0.25)
             found = (
                 a.real_dot(y0, y1).item(),
                 a.combine(y0, [y1, last], [(0, 0.1), (1, 0.2)], 0.1).double().sum().item(),
             )
-            seen.add((begun.norm_0, begun.norm_1, begun.proposal, control.read().ratio, *found))
+            of_sums = sums.device_ratio(ErrorNorm(1e-3, 1e-3)).item()
+            seen.add((begun.norm_0, begun.norm_1, begun.proposal, control.read().ratio, of_sums, *found))
     assert len(seen) == 1
 
 

@@ -598,17 +598,6 @@ def test_a_solve_inside_a_field():
     assert relative_difference(ys[-1], Y * math.exp(-rate)) < 1e-4
 
 
-def test_a_field_that_takes_its_own_gradient():
-    def func(t, y):
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            return -torch.autograd.grad((y**2 / 2).sum(), y)[0]
-
-    with torch.no_grad():
-        ys = odeint(func, Y, linspace(0.0, 1.0, 2))
-    assert relative_difference(ys[-1], Y * math.exp(-1)) < 1e-6
-
-
 def test_a_zero_field_takes_few_steps():
     solution = solve(lambda t, y: torch.zeros_like(y), Y, linspace(0.0, 100.0, 2))
     assert torch.equal(solution.ys[-1], Y)
@@ -624,19 +613,3 @@ def test_very_long_and_very_short_intervals():
     for scale in (1e-12, 1e12):
         ys = odeint(lambda t, y, scale=scale: -y / scale, Y, linspace(0.0, 1.0, 2) * scale)
         assert relative_difference(ys[-1], Y * math.exp(-1)) < 1e-5
-
-
-@pytest.mark.gpu
-@pytest.mark.parametrize("name", [problem.name for problem in PROBLEMS])
-def test_a_gpu_gives_the_cpus_solution(name):
-    problem = BY_NAME[name]
-    func, device = problem.make(), torch.device("cuda")
-    here = odeint(func, problem.y0, problem.t, rtol=1e-6, atol=1e-8)
-    y0 = tuple(part.to(device) for part in as_tuple(problem.y0))
-    if name == "linear":
-        pytest.skip("its matrix lives on the CPU")
-    if isinstance(func, nn.Module):
-        func = func.to(device)
-    there = odeint(func, y0 if isinstance(problem.y0, tuple) else y0[0], problem.t.to(device), rtol=1e-6, atol=1e-8)
-    there = tuple(part.cpu() for part in there) if isinstance(there, tuple) else there.cpu()
-    assert relative_difference(there, here) < 1e-9

@@ -14,14 +14,7 @@ from problems import F64, MLP, Counting, linspace, loss_of, relative_difference
 from torch import nn
 from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
-from node_cuda import (
-    MissingGradientWarning,
-    NeuralODE,
-    odeint,
-    odeint_adjoint,
-    odeint_event,
-    solve,
-)
+from node_cuda import MissingGradientWarning, NeuralODE, odeint, odeint_adjoint, odeint_event, solve
 
 MODES = ("adjoint", "discrete")
 both = pytest.mark.parametrize("mode", MODES)
@@ -560,17 +553,6 @@ def test_the_gradient_through_vmap_is_the_sum_over_samples(mode):
     loop = [by_autograd(net, params, y0)[1:] for y0 in BATCH]
     summed = {n: sum(row[0][n] for row in loop) for n in params}
     assert_near(ours, (summed, torch.stack([row[1] for row in loop])), SAME)
-
-
-@both
-def test_plain_autograd_around_vmap_reaches_the_parameters_and_the_states(mode):
-    net, states = Net(mode), leaf(BATCH)
-    loss_of(vmap(net)(states)).backward()
-    ours = [states.grad, *(p.grad for p in net.parameters())]
-    net.zero_grad()
-    again = leaf(BATCH)
-    loss_of(torch.stack([net(y) for y in again])).backward()
-    assert_near(ours, [again.grad, *(p.grad for p in net.parameters())], SAME)
 
 
 @both
@@ -1153,13 +1135,7 @@ def test_events_under_transforms_are_refused_in_words(mode, how, interface):
         if interface == "solve":
             return solve(Fall(), y0, T[:2], event_fn=event, gradient=mode, adjoint_params=()).event_t
         return odeint_event(
-            Fall(),
-            y0,
-            T[:1],
-            event_fn=event,
-            odeint_interface=odeint_adjoint,
-            gradient=mode,
-            adjoint_params=(),
+            Fall(), y0, T[:1], event_fn=event, odeint_interface=odeint_adjoint, gradient=mode, adjoint_params=()
         )[0]
 
     assert float(value(Y).detach()) == pytest.approx(5.0 - float(Y[0]))
