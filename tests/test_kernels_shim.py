@@ -89,7 +89,7 @@ def unit(a, h=1.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_rows_of_the_self_check_pass_around_warps_and_blocks_and_at_any_alignment(kernels, dtype, monkeypatch):
     block = THREADS * 16 // dtype.itemsize
-    sizes = (31, 32, 33, block - 1, block, block + 1, 3 * block + 5, 6 * block + 7)
+    sizes = (31, 32, 33, block - 1, block, block + 1, 3 * block + 5, 6 * block + 7, 6 * block + 8)
     rows = [row for row in ROWS if len(row.cases) > 1]
     pair = sides(kernels.module, kernels.on, kernels.device, dtype)
     with torch.no_grad():
