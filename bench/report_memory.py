@@ -14,16 +14,13 @@ BY = {
     CHECKPOINTED: "the discrete adjoint with 8 checkpoints",
     ADJOINT: "the adjoint",
 }
-# Files from before there were modes say which function was called.
-GRADIENT_OF_FUNCTION = {"odeint": BACKPROP, "odeint_adjoint": ADJOINT}
 
 
 def series(result: Result, quantity: str) -> dict[tuple[str, str], dict[int, float]]:
     """(library, gradient) -> {N: value} of the cells that were measured and have this quantity."""
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for cell in result["cells"]:
-        gradient = cell["gradient"] if "gradient" in cell else GRADIENT_OF_FUNCTION[cell["function"]]
-        line = lines.setdefault((cell["library"], gradient), {})
+        line = lines.setdefault((cell["library"], cell["gradient"]), {})
         if quantity in cell:
             line[cell["steps"]] = cell[quantity]
     return lines

@@ -149,13 +149,7 @@ class Penalty(Beside):
 
     measured = False
 
-    def __init__(
-        self,
-        of: Regularized,
-        problem: Problem,
-        parts: tuple[int, ...],
-        noise: list[Tensor],
-    ) -> None:
+    def __init__(self, of: Regularized, problem: Problem, parts: tuple[int, ...], noise: list[Tensor]) -> None:
         every = problem.layout.shapes or (problem.y0.shape,)
         super().__init__(of.func, problem, _batch([every[i] for i in parts]), real=True)
         # The integral is over |dt|.

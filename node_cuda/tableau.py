@@ -136,11 +136,7 @@ class Tableau:
         _require(self.order >= 1, "order", self.order, "at least 1")
         _require(len(self.c) == len(self.a) > 0, "len(c)", len(self.c), "as many as rows in a, and at least 1")
         _check_rows(self.c, self.a, first=0)
-        for name, order_name, total in (
-            ("b", "order", 1),
-            ("b_hat", "embedded_order", 1),
-            ("b_mid", "mid_order", 0.5),
-        ):
+        for name, order_name, total in (("b", "order", 1), ("b_hat", "embedded_order", 1), ("b_mid", "mid_order", 0.5)):
             weights, order = getattr(self, name), getattr(self, order_name)
             _require((weights is None) == (order is None), order_name, order, f"given exactly where {name} is")
             if weights is not None:
@@ -252,24 +248,14 @@ def _unit(length: int, index: int) -> Row:
 def _check_rows(c: Row, a: Sequence[Row], first: int) -> None:
     """Row i of a has first + i entries, which add up to c_i."""
     for i, (node, numbers) in enumerate(zip(c, a, strict=True)):
-        _require(
-            len(numbers) == first + i,
-            f"len(a[{i}])",
-            len(numbers),
-            f"{first + i}, one for each stage before it",
-        )
+        _require(len(numbers) == first + i, f"len(a[{i}])", len(numbers), f"{first + i}, one for each stage before it")
         _require_sum(f"a[{i}]", numbers, node)
 
 
 def _require_sum(name: str, numbers: Iterable[Number], total: Number) -> None:
     value = sum(numbers, Fraction(0))
     close = abs(value - total) <= SUM_TOLERANCE
-    _require(
-        close,
-        f"the sum of {name}",
-        float(value),
-        f"{float(total)} (to {SUM_TOLERANCE:g}); look for a misprint",
-    )
+    _require(close, f"the sum of {name}", float(value), f"{float(total)} (to {SUM_TOLERANCE:g}); look for a misprint")
 
 
 def _require(holds: bool, name: str, got: object, need: str) -> None:

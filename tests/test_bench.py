@@ -122,23 +122,6 @@ def test_the_modes_that_take_steps_again_say_how_many(report_memory):
     assert last[1:] == ["8.0 / 0.500", "2.8 / 0.500 / 0.00", "1.0 / 0.500 / 1.00", "1.0 / 0.500"]
 
 
-def test_a_file_that_names_functions_instead_of_modes_still_has_its_table_and_its_plot(bench, report, tmp_path):
-    pytest.importorskip("matplotlib")
-    names = {"backprop": "odeint", "adjoint": "odeint_adjoint"}
-    cells = memory_cells({"backprop": 1.0, "adjoint": 0.0})
-    for cell in cells:
-        cell["function"] = names[cell.pop("gradient")]
-    result = {
-        "machine": MACHINE, "training": None, "settings": {"batch": 2, "method": "midpoint"}, "cells": cells,
-        "sentence": "So it is.",
-    }  # fmt: skip
-    (tmp_path / "memory_vs_steps-cpu.json").write_text(json.dumps(result))
-    assert "| N | node_cuda backprop MiB / s | node_cuda adjoint MiB / s |" in report.block("memory", tmp_path)
-    assert report.block("memory-short", tmp_path).endswith("So it is.")
-    bench("plot_memory").draw_memory(result, tmp_path / "plot.png")
-    assert (tmp_path / "plot.png").stat().st_size > 10_000
-
-
 def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path):
     page = "before\n<!-- bench:speed -->\nold\n<!-- /bench -->\nafter\n"
     once = report.filled(page, tmp_path)
@@ -167,10 +150,6 @@ def test_memory_is_told_by_the_path_that_comes_first(report_memory):
     cells = memory_cells(growth, "node_cuda fused") + memory_cells(growth, "node_cuda reference", 100.0)
     assert "(4 to 8 MiB)" in report_memory.memory_sentence({"cells": cells})
     assert [len(row) for row in report_memory.memory_rows({"cells": cells})] == [5, 5, 5]
-
-
-def test_a_machine_without_scikit_learn_measures_without_training(report_memory):
-    assert report_memory.training_sentence({"training": None}).startswith("Not trained: scikit-learn")
 
 
 def test_a_gpu_that_is_not_there_is_a_sentence(bench, monkeypatch):
@@ -365,11 +344,6 @@ def test_the_report_of_the_kernels_says_what_is_met_and_what_is_not(bench, primi
     assert "| 96% | 0.85 |" in lines["rk_finish"]
     assert "| 67% | 0.85 (missed) |" in lines["jump"] and "not compiled |" in lines["jump"]
     assert "| failed |" in lines["commit"]
-
-
-def test_a_step_with_a_missing_launch_is_not_added_up(bench, primitives):
-    rows = [kernels_row(name, 3, 100.0) for name in primitives.STEP[1:]]
-    assert bench("kernels").whole_step(rows, BIG) is None
 
 
 # ---- whole solves

@@ -13,7 +13,6 @@ from torch import nn
 from node_cuda import METHODS, TABLEAUS, Status, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
-FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
 G = 9.81
 T0 = torch.tensor(0.0, dtype=F64)
 START = torch.tensor([10.0, 2.0], dtype=F64)  # height and speed of a ball
@@ -385,34 +384,6 @@ def test_dense_output_is_the_solution_at_any_time_with_every_method(method):
     for t in times:
         assert y(t).shape == (2,)
         assert relative_difference(y(t), exact(t)) < DENSE_LIMIT.get(method, 1e-3)
-
-
-@pytest.mark.parametrize("method", ["dopri5", "tsit5", "rk4"])
-def test_dense_output_takes_times_of_any_shape(method):
-    y = dense(method)
-    for t in (
-        linspace(0.25, 2.0, 7),
-        linspace(0.25, 2.0, 6).reshape(2, 3),
-        linspace(2.0, 0.25, 5),
-        torch.empty(0, dtype=F64),
-    ):
-        assert y(t).shape == (*t.shape, 2)
-        if t.numel():
-            assert relative_difference(y(t), exact(t)) < 1e-4
-            assert torch.allclose(y(t).reshape(-1, 2), torch.stack([y(s) for s in t.reshape(-1)]), atol=1e-13)
-
-
-def test_dense_output_agrees_with_the_outputs_of_a_solve():
-    t = linspace(0.25, 2.0, 33)
-    ys = odeint(timed, Y, t, rtol=1e-8, atol=1e-8)
-    assert relative_difference(dense("dopri5")(t), ys) < 1e-12
-
-
-@pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
-def test_dense_output_of_a_solve_backwards_in_time(method):
-    y = dense(method, t0=0.25, t1=-1.5)
-    t = linspace(0.25, -1.5, 9)
-    assert relative_difference(y(t), exact(t)) < DENSE_LIMIT.get(method, 1e-3)
 
 
 @pytest.mark.parametrize("backwards", [False, True])

@@ -11,14 +11,7 @@ from tolerances import GLOBAL_ERROR_OVER_RTOL, GRADCHECK, SLOPE, rtol_and_limit
 from torch import nn
 
 import node_cuda
-from node_cuda import (
-    TABLEAUS,
-    InvalidInput,
-    ReconstructionWarning,
-    odeint,
-    odeint_adjoint,
-    solve,
-)
+from node_cuda import TABLEAUS, InvalidInput, ReconstructionWarning, odeint, odeint_adjoint, solve
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
@@ -377,16 +370,6 @@ def test_parameters_may_change_after_the_backward_pass():
         optimizer.step()
         losses.append(loss.item())
     assert losses == sorted(losses, reverse=True)
-
-
-def test_gradients_accumulate_like_any_others():
-    func = MLP()
-    for _ in range(2):
-        odeint_adjoint(func, Y, linspace(0.0, 1.0, 3)).sum().backward()
-    twice = func.w1.grad.clone()
-    func.zero_grad()
-    odeint_adjoint(func, Y, linspace(0.0, 1.0, 3)).sum().backward()
-    assert torch.allclose(twice, 2 * func.w1.grad)
 
 
 def test_the_gradient_of_some_outputs_only():

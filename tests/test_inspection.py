@@ -12,15 +12,7 @@ from problems import F64, MLP, Counting, linspace, loss_of, relative_difference
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from node_cuda import (
-    InvalidField,
-    MissingGradientWarning,
-    NeuralODE,
-    odeint,
-    odeint_adjoint,
-    odeint_event,
-    solve,
-)
+from node_cuda import InvalidField, MissingGradientWarning, NeuralODE, odeint, odeint_adjoint, odeint_event, solve
 
 MODES = ("adjoint", "discrete")
 both = pytest.mark.parametrize("mode", MODES)

@@ -193,22 +193,6 @@ def test_registers_spills_and_width_of_access(tmp_path):
     assert [sentence for text in ptx for sentence in narrow_access_in(text)] == []
 
 
-def test_the_report_is_understood():
-    """A report with a spill, as nvcc 13.0 words it."""
-    report = (
-        "ptxas info    : Compiling entry function '_ZN9node_cuda15rk_stage_kernelIdLi7EEEvNS_5SplitE' for 'sm_80'\n"
-        "ptxas info    : Function properties for _ZN9node_cuda15rk_stage_kernelIdLi7EEEvNS_5SplitE\n"
-        "    8 bytes stack frame, 4 bytes spill stores, 12 bytes spill loads\n"
-        "ptxas info    : Used 64 registers, used 0 barriers, 8 bytes cumulative stack size\n"
-        "ptxas info    : Compiling entry function '_ZN9node_cuda13commit_kernelENS_5SplitE' for 'sm_90'\n"
-        "ptxas info    : Used 40 registers, used 0 barriers\n"
-    )
-    stage, commit = usages_in(report)
-    assert stage == Usage(Variant("rk_stage_kernel", "double", 7), "sm_80", 64, 24)
-    assert commit == Usage(Variant("commit_kernel"), "sm_90", 40, 0)
-    assert [str(stage), str(commit)] == ["rk_stage_kernel<double, 7> on sm_80", "commit_kernel on sm_90"]
-
-
 @pytest.mark.parametrize(
     ("mangled", "most"),
     [

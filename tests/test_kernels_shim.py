@@ -90,7 +90,7 @@ def unit(a, h=1.0):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_the_rows_of_the_self_check_pass_around_warps_and_blocks_and_at_any_alignment(kernels, dtype, monkeypatch):
     block = THREADS * 16 // dtype.itemsize
-    sizes = (31, 32, 33, block - 1, block, block + 1, 3 * block + 5, 6 * block + 7)
+    sizes = (31, 32, 33, block - 1, block, block + 1, 3 * block + 5, 6 * block + 7, 6 * block + 8)
     rows = [row for row in ROWS if len(row.cases) > 1]
     pair = sides(kernels.module, kernels.on, kernels.device, dtype)
     with torch.no_grad():
@@ -179,13 +179,16 @@ def test_the_same_bits_in_any_order_of_the_blocks_at_any_alignment_and_in_a_work
             control.start(0.0, None)
             control.initial_norms(y0, y1)
             control.initial_change(y0, y1, last)
-            begun = control.read()
+            begun, sums = control.read(), a.sums([y0, y1], with_error=True)
             a.judge(unit(a), error, (last, 0.3), y0, y1, None)
+            sums.begin()
+            sums.add([last, error], 0.5, 0.25)
             found = (
                 a.real_dot(y0, y1).item(),
                 a.combine(y0, [y1, last], [(0, 0.1), (1, 0.2)], 0.1).double().sum().item(),
             )
-            seen.add((begun.norm_0, begun.norm_1, begun.proposal, control.read().ratio, *found))
+            of_sums = sums.device_ratio(ErrorNorm(1e-3, 1e-3)).item()
+            seen.add((begun.norm_0, begun.norm_1, begun.proposal, control.read().ratio, of_sums, *found))
     assert len(seen) == 1
 
 

@@ -203,9 +203,7 @@ def test_with_kernels_but_no_gpu_the_reference_is_live(monkeypatch: pytest.Monke
     assert "sees no CUDA device" in path.why
 
 
-def test_kernels_that_do_not_load_are_a_line_of_the_report_and_no_failure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_kernels_that_do_not_load_are_a_line_of_the_report_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken(name: str) -> types.ModuleType:
         raise ImportError("libc10.so: undefined symbol")
 
@@ -214,9 +212,7 @@ def test_kernels_that_do_not_load_are_a_line_of_the_report_and_no_failure(
     assert "reference" in environment.live_path().name
 
 
-def test_a_driver_that_cannot_be_asked_is_a_line_of_the_report_and_no_failure(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_driver_that_cannot_be_asked_is_a_line_of_the_report_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> int:
         raise RuntimeError("driver too old")
 

@@ -201,7 +201,18 @@ def shorter(array):
     return array[0], max(array[1] - 1, 0)
 
 
-class Broken:
+class Faulty:
+    """What the faults ask of a plan, or of the module. _other: the same, which takes the dtype for another."""
+
+    n = size = error_size = 0
+    written, summed = written, summed
+    _other: Any
+
+    def mistaken(self, name, args):
+        return getattr(self._other, name)(*args)
+
+
+class Broken(Faulty):
     """The compiled module with a fault in one method: of a plan (`Plan.name`, `SumsPlan.name`) or of the module."""
 
     def __init__(self, module: ModuleType, where: str, fault: Fault) -> None:
@@ -224,20 +235,11 @@ class Broken:
         self.called.add(full)
         return (lambda *args: self.fault(self, plan, name, call, args)) if full == self.where else call
 
-    # Of the module's own functions:
-    n = size = error_size = 0
-
-    def written(self, name, args):
-        return written(self, name, args)
-
-    def summed(self, name, args):
-        return summed(self, name, args)
-
     def mistaken(self, name, args):
         return getattr(self._module, name)(WRONG_CODE[args[0]], *args[1:])
 
 
-class OfState:
+class OfState(Faulty):
     """A plan, and one beside it that takes the state for another dtype."""
 
     def __init__(
@@ -266,17 +268,8 @@ class OfState:
             return self.broken.method(self, "Plan", name, both)
         return self.broken.method(self, "Plan", name, value) if callable(value) else value
 
-    def written(self, name, args):
-        return written(self, name, args)
 
-    def summed(self, name, args):
-        return summed(self, name, args)
-
-    def mistaken(self, name, args):
-        return getattr(self._other, name)(*args)
-
-
-class OfSums:
+class OfSums(Faulty):
     """A plan of sums, and one beside it that takes the tensors for others."""
 
     def __init__(self, broken: Broken, parts: int, sizes: Sequence[int], on: Any) -> None:
@@ -295,9 +288,6 @@ class OfSums:
 
     def summed(self, name, args):
         return [(e, _SUMS[code], size) for _, e, _, size, _, code in self.parts if e] if name == "ratio" else []
-
-    def mistaken(self, name, args):
-        return getattr(self._other, name)(*args)
 
 
 def found_by(module: Any, dtype: torch.dtype, rows: Sequence[check_rows.Primitive]) -> str | None:
@@ -771,7 +761,4 @@ def test_python_m_node_cuda_prints_the_rows_or_why_there_are_none(shim_module, m
     monkeypatch.setattr(extension, "at_hand", lambda capability: extension.Search(shim_module, ""))
     monkeypatch.setattr(self_check, "survey", lambda module, device: [("rk_stage", "passed"), ("tape", "disagrees: x")])
     monkeypatch.setattr(environment, "live_path", lambda: live)
-    assert environment.report().splitlines()[-2:] == [
-        "self-check  rk_stage: passed",
-        "self-check  tape: disagrees: x",
-    ]
+    assert environment.report().splitlines()[-2:] == ["self-check  rk_stage: passed", "self-check  tape: disagrees: x"]

@@ -599,17 +599,6 @@ def test_a_solve_inside_a_field():
     assert relative_difference(ys[-1], Y * math.exp(-rate)) < 1e-4
 
 
-def test_a_field_that_takes_its_own_gradient():
-    def func(t, y):
-        with torch.enable_grad():
-            y = y.detach().requires_grad_()
-            return -torch.autograd.grad((y**2 / 2).sum(), y)[0]
-
-    with torch.no_grad():
-        ys = odeint(func, Y, linspace(0.0, 1.0, 2))
-    assert relative_difference(ys[-1], Y * math.exp(-1)) < 1e-6
-
-
 def test_a_zero_field_takes_few_steps():
     solution = solve(lambda t, y: torch.zeros_like(y), Y, linspace(0.0, 100.0, 2))
     assert torch.equal(solution.ys[-1], Y)

@@ -381,16 +381,6 @@ def test_the_cotangents_of_the_current_step_are_those_of_the_same_step_by_value_
         walk.taken(device.tape)
 
 
-def test_a_sum_of_no_step_has_the_size_1(shim):
-    fused = solved(torch.ones(2, dtype=F64), T, "rk4", {}, 20).fused
-    lam, mu = torch.randn(2, dtype=F64), torch.randn(2, dtype=F64)
-    for base, x in ((None, [lam, mu]), (lam, [mu])):
-        row = [0.5] * len(x)
-        found = fused.adjoint_stage(base, x, row, None)
-        torch.testing.assert_close(found, Arithmetic.adjoint_stage(fused, base, x, row, None))
-        torch.testing.assert_close(found, 0.5 * sum(x) + (0.0 if base is None else base))
-
-
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
 def test_half_states_have_plain_cotangents(shim, dtype):
     device = solved(torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20)

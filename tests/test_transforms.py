@@ -567,17 +567,6 @@ def test_the_gradient_through_vmap_is_the_sum_over_samples(mode):
 
 
 @both
-def test_plain_autograd_around_vmap_reaches_the_parameters_and_the_states(mode):
-    net, states = Net(mode), leaf(BATCH)
-    loss_of(vmap(net)(states)).backward()
-    ours = [states.grad, *(p.grad for p in net.parameters())]
-    net.zero_grad()
-    again = leaf(BATCH)
-    loss_of(torch.stack([net(y) for y in again])).backward()
-    assert_near(ours, [again.grad, *(p.grad for p in net.parameters())], SAME)
-
-
-@both
 def test_vmap_of_vmap_is_two_loops(mode):
     net = Net(mode)
     params = detached(net)
