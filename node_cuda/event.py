@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._typing import EventFunc, Func, State
+from node_cuda.eager import eager
 from node_cuda.field import Layout
 from node_cuda.gradients.context import first_derivatives
 from node_cuda.gradients.operation import refuse_transforms
@@ -16,6 +17,7 @@ from node_cuda.odeint import odeint
 from node_cuda.status import InvalidInput, InvalidType
 
 
+@eager
 def odeint_event(
     func: Func,
     y0: State,
@@ -104,6 +106,7 @@ class _EventGradient(torch.autograd.Function):
         return event_t.clone(), y.clone()
 
     @staticmethod
+    @eager
     def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
         of = (*ctx.saved_tensors[:2], grad_t, grad_y)
         with torch.no_grad():

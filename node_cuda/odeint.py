@@ -11,6 +11,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.dense import DenseSolution, solve_dense
+from node_cuda.eager import eager
 from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.request import AdjointArguments, Request
 from node_cuda.graphs import Graphs, graphs_of, refuse_in_capture
@@ -25,6 +26,7 @@ RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
 
 
+@eager
 def odeint(
     func: Func,
     y0: State,
@@ -59,6 +61,7 @@ def odeint(
     )
 
 
+@eager
 def odeint_adjoint(
     func: Func,
     y0: State,
@@ -111,6 +114,7 @@ def odeint_adjoint(
     )
 
 
+@eager
 def solve(
     func: Func,
     y0: State,
@@ -199,6 +203,7 @@ def solve(
     return _solution(request, beside, ts, ys, status, event_t)
 
 
+@eager
 def odeint_dense(
     func: Func,
     y0: State,
