@@ -11,7 +11,7 @@ F = TypeVar("F", bound=Callable[..., Any])
 
 REASON = (
     "node_cuda chooses the steps of a solve by values, which torch.compile cannot trace: a solve is one graph break. "
-    "Drop fullgraph=True, and compile func instead: `odeint(torch.compile(func), y0, t)` runs it compiled inside the solve"
+    "Drop fullgraph=True, and compile func instead: `odeint(torch.compile(func), y0, t)` runs it compiled inside"
 )
 
 
