@@ -10,6 +10,7 @@ from torch import Tensor
 
 from node_cuda._typing import State
 from node_cuda.derivatives import recorded
+from node_cuda.eager import eager
 from node_cuda.host_loop import HostLoop
 from node_cuda.interpolation import Interpolant, position
 from node_cuda.methods import Method, for_one_output, make_loop
@@ -34,6 +35,7 @@ class DenseSolution:
         self._problem = problem
         self._at = at
 
+    @eager
     def __call__(self, t_eval: float | Tensor) -> State:
         """y(t_eval). Raises InvalidInput for a time outside the solve."""
         problem = self._problem

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import EventFunc, Func, State
+from node_cuda.eager import eager
 from node_cuda.field import Layout
 from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.gradients.operation import refuse_transforms
@@ -16,6 +17,7 @@ from node_cuda.odeint import odeint
 from node_cuda.status import InvalidInput, InvalidType
 
 
+@eager
 def odeint_event(
     func: Func,
     y0: State,

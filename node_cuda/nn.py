@@ -9,6 +9,7 @@ from torch import Tensor, nn
 
 from node_cuda._typing import State
 from node_cuda.compiled import with_own_graphs
+from node_cuda.eager import eager
 from node_cuda.odeint import solve
 from node_cuda.solution import Stats
 
@@ -37,6 +38,7 @@ class NeuralODE(nn.Module):
         self.solver = with_own_graphs(solver)
         self.stats: Stats | None = None
 
+    @eager
     def forward(self, y0: State, t: Tensor) -> State | tuple[State, Tensor]:
         """y at the times t, of shape (len(t), *y0.shape), or a tuple of such. With an integral, or a func made by
         `regularized`: (y, `Solution.integral`)."""

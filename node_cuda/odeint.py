@@ -11,6 +11,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.dense import DenseSolution, solve_dense
+from node_cuda.eager import eager
 from node_cuda.gradients import GRADIENTS
 from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.gradients.request import AdjointArguments, Request
@@ -27,6 +28,7 @@ RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
 
 
+@eager
 def odeint(
     func: Func,
     y0: State,
@@ -61,6 +63,7 @@ def odeint(
     )
 
 
+@eager
 def odeint_adjoint(
     func: Func,
     y0: State,
@@ -113,6 +116,7 @@ def odeint_adjoint(
     )
 
 
+@eager
 def solve(
     func: Func,
     y0: State,
@@ -209,6 +213,7 @@ def solve(
     return _solution(request, beside, ts, ys, status, event_t)
 
 
+@eager
 def odeint_dense(
     func: Func,
     y0: State,

@@ -14,7 +14,7 @@ PACKAGE = ROOT / "node_cuda"
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_typing", "status", "derivatives"),
+    ("_version", "_typing", "status", "derivatives", "eager"),
     ("tableau", "tableaus", "norms"),
     (
         "kernels.reference",

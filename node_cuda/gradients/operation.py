@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.derivatives import transformed
+from node_cuda.eager import eager
 from node_cuda.field import VectorField
 from node_cuda.gradients.context import autocast_state, refuse_second_derivative
 from node_cuda.gradients.inspection import Inspection, refuse_hidden
@@ -190,6 +191,7 @@ class _Solve(torch.autograd.Function):
             setattr(ctx, name, value)
 
     @staticmethod
+    @eager
     def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch._C._functorch.is_legacy_batchedtensor(grad_ys):  # pyright: ignore[reportAttributeAccessIssue]
             raise NotImplementedError(
