@@ -341,3 +341,9 @@ def test_the_starting_step_of_a_half_state_does_not_overflow():
 def test_an_empty_environment_variable_is_one_that_is_not_set(monkeypatch):
     monkeypatch.setenv("NODE_CUDA_BACKEND", "")
     assert odeint(lambda t, y: -y, torch.ones(2, dtype=F64), T).shape == (2, 2)
+
+
+def test_an_event_that_never_comes_on_an_easy_field_ends_with_its_status():
+    with pytest.raises(SolveError) as caught:
+        odeint(lambda t, y: torch.ones_like(y), torch.zeros(1), T.float(), event_fn=lambda t, y: y[0] + 1)
+    assert caught.value.status is Status.NO_EVENT

@@ -889,3 +889,16 @@ def test_of_a_dissipative_field_the_discrete_gradient_is_exact_where_the_continu
     for i in range(2):
         error = {m: relative_difference(grads[m][i], grads["backprop"][i]) for m in ("discrete", "adjoint")}
         assert error["discrete"] <= SAME < 1e3 * SAME < error["adjoint"], error
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_gradients_are_those_of_finite_differences_in_a_random_direction(method):
+    t, settings = torch.tensor([0.0, 0.1, 0.75, 1.13], dtype=F64), steps_of(method, 0.25)
+    y0, w = leaf(Y), leaf(W)
+    ys = odeint_adjoint(curved(w), y0, t, gradient="discrete", adjoint_params=(w,), **settings)
+    grads = torch.autograd.grad(loss_of(ys), [y0, w])
+    dy, dw, eps = torch.randn(2, dtype=F64), torch.randn(2, 2, dtype=F64), 1e-5
+    ahead, behind = (float(loss_of(odeint(curved(W + s * dw), Y + s * dy, t, **settings))) for s in (eps, -eps))
+    along = float((grads[0] * dy).sum() + (grads[1] * dw).sum())
+    # central differences err by eps^2 times a third derivative, and by 1e-16 / eps
+    assert (ahead - behind) / (2 * eps) == pytest.approx(along, rel=1e-8)

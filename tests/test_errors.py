@@ -409,3 +409,13 @@ def test_an_adams_method_of_order_below_four_warns():
 def test_a_functional_iteration_that_does_not_converge_warns():
     with pytest.warns(UserWarning, match="converge"):
         odeint(lambda t, y: -50.0 * y, Y, T, method="implicit_adams", options=dict(step_size=0.1), rtol=1e-9)
+
+
+def test_a_nan_on_a_fixed_grid_is_never_hidden():
+    """torchdiffeq returns it; a solve that raises or returns it is honest, a finite number would not be."""
+    try:
+        ys = odeint(lambda t, y: torch.where(t > 0.3, math.nan, 1.0) * y, Y, T, method="rk4")
+    except SolveError as error:
+        assert error.status is Status.NON_FINITE
+    else:
+        assert ys[-1].isnan().all()

@@ -1669,3 +1669,14 @@ class Elsewhere:
     def to(self, device):
         self.seen.append(torch.device(device))
         return self.number.to(device)
+
+
+def test_a_solve_gives_the_same_bits_twice_and_in_any_order_of_the_blocks(path, large, request):
+    first = large(path.device)
+    assert first.outcome.stats is not None and first.outcome.stats.rejected > 0
+    assert len(first.readings) > 10 and len(first.norms_of_parameters) > 50
+    if path.device.type == "cpu":
+        request.getfixturevalue("shim").configure(2, 2)
+    again = large(path.device)
+    assert_same_bits(again.outcome, first.outcome)
+    assert again.readings == first.readings and again.norms_of_parameters == first.norms_of_parameters

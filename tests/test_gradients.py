@@ -704,3 +704,21 @@ def test_a_neural_ode_module_is_the_adjoint_of_its_field():
     module = node_cuda.NeuralODE(func)
     assert set(dict(module.named_parameters()).values()) == set(func.parameters())
     assert len(list(as_tuple(y0))) == 1
+
+
+def test_gradients_accumulate_like_any_others():
+    func = MLP()
+    for _ in range(2):
+        odeint_adjoint(func, Y, linspace(0.0, 1.0, 3)).sum().backward()
+    twice = func.w1.grad.clone()
+    func.zero_grad()
+    odeint_adjoint(func, Y, linspace(0.0, 1.0, 3)).sum().backward()
+    assert torch.allclose(twice, 2 * func.w1.grad)
+
+
+def test_retain_graph_lets_the_backward_pass_run_twice():
+    y0 = leaf(Y)
+    loss = odeint_adjoint(MLP(), y0, linspace(0.0, 1.0, 3)).sum()
+    (first,) = torch.autograd.grad(loss, y0, retain_graph=True)
+    (second,) = torch.autograd.grad(loss, y0)
+    assert torch.equal(first, second)

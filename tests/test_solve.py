@@ -629,3 +629,12 @@ def test_a_gpu_gives_the_cpus_solution(name):
     there = odeint(func, y0 if isinstance(problem.y0, tuple) else y0[0], problem.t.to(device), rtol=1e-6, atol=1e-8)
     there = tuple(part.cpu() for part in there) if isinstance(there, tuple) else there.cpu()
     assert relative_difference(there, here) < 1e-9
+
+
+def test_a_jump_that_is_not_told_costs_rejected_steps():
+    def func(t, y):
+        return torch.where(t < 0.5, 1.0, -3.0) * torch.ones_like(y)
+
+    _, told = steps(func, t=linspace(0.0, 1.0, 2), jump_t=torch.tensor([0.5], dtype=F64))
+    _, untold = steps(func, t=linspace(0.0, 1.0, 2))
+    assert told.stats.nfe < untold.stats.nfe

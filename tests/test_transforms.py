@@ -1309,3 +1309,53 @@ def test_a_closure_over_an_unnamed_leaf_is_warned_of_once_under_vmap(mode):
     with pytest.warns(MissingGradientWarning) as caught:
         vmap(run)(BATCH)
     assert len(caught) == 1 and caught[0].filename == __file__
+
+
+@both
+def test_functional_call_with_tied_weights_adds_both_uses(mode):
+    def of(mode):
+        torch.manual_seed(1)
+        net = Net(mode, Tied())
+        given = leaves(shifted(detached(net)))
+        assert "field.b.weight" not in given
+        return torch.autograd.grad(loss(net, given, Y), list(given.values()))
+
+    assert_near(of(mode), of("backprop"), OF_MODE[mode])
+
+
+@both
+def test_grad_agrees_with_finite_differences(mode):
+    net = Net(mode, rtol=1e-10, atol=1e-10)
+    params = detached(net)
+    grads, of_y0 = grad(functools.partial(loss, net), argnums=(0, 1))(params, Y)
+    eps = 1e-5  # (central differences of a solve to 1e-10 err by about 1e-10 / eps)
+    direction = {name: torch.randn_like(p) for name, p in params.items()}
+    d0 = torch.randn_like(Y)
+
+    def at(s):
+        return loss(net, {n: p + s * direction[n] for n, p in params.items()}, Y + s * d0)
+
+    with torch.no_grad():
+        slope = float((at(eps) - at(-eps)) / (2 * eps))
+    ours = sum(float((grads[n] * direction[n]).sum()) for n in params) + float((of_y0 * d0).sum())
+    assert ours == pytest.approx(slope, rel=1e-4)
+
+
+@both
+def test_vmap_over_no_samples_is_empty_or_an_error(mode):
+    field = MLP(hidden=4)
+    try:
+        out = vmap(lambda y: odeint_adjoint(field, y, T, gradient=mode))(torch.empty(0, 2, dtype=F64))
+    except REFUSED as error:
+        assert len(str(error)) > 20
+    else:
+        assert out.shape == (0, 3, 2)
+
+
+@both
+def test_vmap_without_gradients(mode):
+    net = Net(mode)
+    with torch.no_grad():
+        ours = vmap(net)(BATCH)
+    assert_equal(ours, torch.stack([net(y).detach() for y in BATCH]))
+    assert not ours.requires_grad
