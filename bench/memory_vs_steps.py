@@ -112,7 +112,7 @@ def main() -> None:
             f"(at least {training['required_accuracy']:g} was needed) in {training['seconds']:.0f} s."
         )
     console.print(result["sentence"], soft_wrap=True)
-    console.print(f"Written: {written}", soft_wrap=True)
+    console.print(program.written(written, arguments.out), soft_wrap=True)
 
 
 def parse() -> argparse.Namespace:
