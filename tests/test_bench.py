@@ -228,6 +228,7 @@ def test_make_bench_and_make_test_leave_each_other_alone(order):
     lines = [line for line in run.stdout.splitlines() if "bench/" in line or "pytest" in line]
     assert ["bench" if "bench/" in line else "test" for line in lines] == list(order)
     assert not any(word in run.stdout for word in ("--publish", "--out", "--write", "bench/results"))
+    assert "takes about four minutes" in (BENCH / "memory_vs_steps.py").read_text()  # said before it begins
     settings = (ROOT / "pyproject.toml").read_text()
     assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the suite's whole limit
 
