@@ -41,7 +41,7 @@ format: $(INSTALLED)  ## let ruff mend what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and time against the number of steps
+bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and time against the number of steps: some four minutes
 	$(PY) bench/memory_vs_steps.py
 
 clean:  ## remove .venv, builds and caches

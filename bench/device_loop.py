@@ -20,7 +20,6 @@ import functools
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import program
@@ -178,7 +177,7 @@ def main() -> None:
         if len(rows) > 1:
             show(rows)
     print(device_loop_sentences(result))
-    print(f"Written: {path}")
+    print(program.written(path, arguments.out))
     if ours := failures(result):
         raise SystemExit(f"Failed, or wrong: {'; '.join(ours)}.")
 
@@ -187,7 +186,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="a CUDA device (default: cuda)")
     parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
-    parser.add_argument("--out", type=Path, default=program.RESULTS, help="folder of the JSON")
+    program.add_out(parser)
     parser.add_argument("--quick", action="store_true", help="tiny cases: shows that the program runs")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", choices=SECTIONS, help=", ".join(SECTIONS))
     parser.add_argument("--diffrax", action="store_true", help="with diffrax, which is compiled for every case")

@@ -66,7 +66,7 @@ def main() -> None:
     show(endurance_rows(result))
     console = Console()
     console.print(endurance_sentence(result), soft_wrap=True)
-    console.print(f"Written: {path}", soft_wrap=True)
+    console.print(program.written(path, arguments.out), soft_wrap=True)
     if grew := [row["gradient"] for row in rows if row["grew"]]:
         raise SystemExit(f"Memory grew: {'; '.join(grew)}.")
 

@@ -8,8 +8,7 @@
 #        bench/gpu.sh measure --out FOLDER                  # how fast? at most 230 s, what matters most first
 #      FOLDER then holds gpu.json (machine, commit, a line a check, the benchmarks' rows) and gpu.tgz (their logs).
 #   3. Where the project is developed:
-#        python bench/gpu_unpack.py FOLDER                  # into bench/results/
-#        python bench/report.py --write                     # the tables of the pages
+#        python bench/gpu_unpack.py --publish FOLDER        # into bench/results/, and the tables of the pages
 #
 # smoke: `python -m node_cuda`, solves and gradients by the kernels and captured (bench/smoke.py), the kernel tests.
 # prove: the kernels' bandwidth, then the tests marked gpu; it starts only if no line of smoke in the same call failed.

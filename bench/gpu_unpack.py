@@ -1,6 +1,6 @@
-"""Puts what bench/gpu.sh brought back into bench/results/: the benchmarks' JSON, and gpu-STAGE.json for each stage.
+"""Unpacks what bench/gpu.sh brought back: the benchmarks' JSON, and gpu-STAGE.json for each stage.
 
-python bench/gpu_unpack.py FOLDER...      # each with a gpu.json; then: python bench/report.py --write
+python bench/gpu_unpack.py --publish FOLDER...      # each with a gpu.json; into bench/results/, and the pages' tables
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-from program import RESULTS
+import program
 
 
 def unpack(found: dict[str, Any], folder: Path) -> list[Path]:
@@ -29,13 +29,14 @@ def unpack(found: dict[str, Any], folder: Path) -> list[Path]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folders", nargs="+", type=Path, metavar="FOLDER")
-    parser.add_argument("--results", type=Path, default=RESULTS, help="folder of the JSON")
+    program.add_out(parser)
     arguments = parser.parse_args()
+    paths: list[Path] = []
     for folder in arguments.folders:
         if not (folder / "gpu.json").is_file():
             raise SystemExit(f"There is no gpu.json in {folder}: bench/gpu.sh --out {folder} writes it.")
-        for path in unpack(json.loads((folder / "gpu.json").read_text()), arguments.results):
-            print(path)
+        paths += unpack(json.loads((folder / "gpu.json").read_text()), arguments.out)
+    print(program.written("\n".join(map(str, paths)), arguments.out))
 
 
 if __name__ == "__main__":

@@ -68,7 +68,7 @@ def main() -> None:
     show(gradient_time_rows(result))
     show(gradient_error_rows(result))
     print(gradients_sentence(result))
-    print(f"Written: {path}")
+    print(program.written(path, arguments.out))
 
 
 def parse() -> argparse.Namespace:

@@ -16,7 +16,6 @@ import math
 import sys
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import program
@@ -75,7 +74,7 @@ def main() -> None:
     path = write_result(result, arguments.out)
     show(kernels_rows(result))
     print(kernels_sentences(result))
-    print(f"Written: {path}")
+    print(program.written(path, arguments.out))
     if failed := [row["primitive"] for row in rows if "failed" in row]:
         raise SystemExit(f"Failed, or wrong: {'; '.join(failed)}.")
 
@@ -88,7 +87,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument(
         "--compile-seconds", type=float, default=120.0, help="no new torch.compile after so many (0: none at all)"
     )
-    parser.add_argument("--out", type=Path, default=program.RESULTS, help="folder of the JSON")
+    program.add_out(parser)
     arguments = parser.parse_args()
     if any(size % 64 or size <= 0 for size in arguments.sizes):
         parser.error("--sizes must be multiples of 64 bytes: eight tensors share a state of doubles.")

@@ -51,7 +51,8 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def without_folder(arguments: list[str]) -> list[str]:
-    """Without --out and the folder that it names: where results lie does not change them."""
+    """Without --publish, or --out and the folder that it names: where results lie does not change them."""
+    arguments = [argument for argument in arguments if argument != "--publish"]
     if "--out" not in arguments:
         return arguments
     at = arguments.index("--out")

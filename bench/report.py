@@ -26,7 +26,8 @@ from report_memory import memory_block, memory_short
 from tables import Result, Rows, evaluations, markdown, provenance, spread, target
 
 HERE = Path(__file__).resolve().parent
-PAGES = (HERE.parent / "README.md", HERE / "README.md", HERE / "results" / "README.md")
+PUBLISHED = HERE / "results"
+PAGES = (HERE.parent / "README.md", HERE / "README.md", PUBLISHED / "README.md")
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -104,24 +105,30 @@ def filled(page: str, folder: Path) -> str:
     return BLOCK.sub(lambda found: f"{found[1]}\n{block(found['name'], folder)}\n\n{found[3]}", page)
 
 
+def write_pages(folder: Path = PUBLISHED) -> list[Path]:
+    """Puts the tables of that folder's JSON into the pages; those that changed."""
+    new = {path: filled(path.read_text(), folder) for path in PAGES}
+    changed = [path for path in PAGES if new[path] != path.read_text()]
+    for path in changed:
+        path.write_text(new[path])
+    return changed
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--write", action="store_true")
     what.add_argument("--check", action="store_true")
-    parser.add_argument("--results", type=Path, default=HERE / "results", help="folder of the JSON")
+    parser.add_argument("--results", type=Path, default=PUBLISHED, help="folder of the JSON")
     arguments = parser.parse_args()
     if not (arguments.write or arguments.check):
         print("\n\n".join(block(name, arguments.results) for name in BLOCKS))
         return
-    for path in PAGES:
-        page = path.read_text() if path.exists() else ""
-        new = filled(page, arguments.results)
-        if new == page:
-            continue
-        if arguments.check:
-            raise SystemExit(f"{path.name} is behind the JSON: run `python bench/report.py --write`.")
-        path.write_text(new)
+    if arguments.write:
+        write_pages(arguments.results)
+    behind = [path.name for path in PAGES if filled(path.read_text(), arguments.results) != path.read_text()]
+    if behind:
+        raise SystemExit(f"{', '.join(behind)} is behind the JSON: run `python bench/report.py --write`.")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ def main() -> None:
     path = write_result(result, arguments.out)
     show(solve_rows(result))
     print(solve_sentences(result))
-    print(f"Written: {path}")
+    print(program.written(path, arguments.out))
     ours = [(row["case"], name) for row in rows for name in (FUSED, REFERENCE) if "failed" in row["by"].get(name, {})]
     if ours:
         raise SystemExit(f"Failed, or wrong: {'; '.join(f'{name} in `{case}`' for case, name in ours)}.")

@@ -44,7 +44,7 @@ def main() -> None:
         f"{sum(row['met'] for row in promised)} of {len(promised)} promised ratios reached; "
         f"faster than {libraries.RIVAL} in {sum(row['ratio'][0] > 1 for row in rows)} of {len(rows)} rows."
     )
-    console.print(f"Written: {path}", soft_wrap=True)
+    console.print(program.written(path, arguments.out), soft_wrap=True)
 
 
 def measure(case: Case, device: torch.device, pairs: int) -> dict[str, Any]:

@@ -144,6 +144,72 @@ def test_every_page_shows_every_block_and_is_up_to_date(report):
         assert report.filled(page.read_text(), BENCH / "results") == page.read_text(), page
 
 
+PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "solve", "kernels", "device_loop", "gpu_unpack")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_results_go_where_git_ignores_them_unless_they_are_published(name, bench, monkeypatch, capsys):
+    """`make test` after `make bench` finds every tracked file as it was."""
+    program, given = bench("program"), []
+    script = bench(name)
+    monkeypatch.setattr(program.argparse.ArgumentParser, "parse_args", lambda parser: given.append(parser) or stop())
+    with pytest.raises(SystemExit):
+        script.parse() if hasattr(script, "parse") else script.main()
+    monkeypatch.undo()
+    (parser,) = given
+    beside = ["FOLDER"] if name == "gpu_unpack" else []
+    assert parser.parse_args(beside).out == program.LOCAL == ROOT / "build" / "bench"
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert parser.parse_args(["--publish", *beside]).out == BENCH / "results"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--publish", "--out", "folder", *beside])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def stop():
+    raise SystemExit
+
+
+def test_the_pages_change_only_where_results_are_published(bench, report, monkeypatch, tmp_path):
+    program = bench("program")
+    page = tmp_path / "page.md"
+    page.write_text(behind := "<!-- bench:speed -->\n<!-- /bench -->\n")
+    monkeypatch.setattr(report, "PAGES", (page,))
+    monkeypatch.setattr(program, "RESULTS", BENCH / "results")
+    monkeypatch.setattr(program, "report", report)
+    assert program.written("a.json", program.LOCAL) == "Written: a.json" and page.read_text() == behind
+    page = ROOT / "build" / "page.md"  # a page of the project, as what is said of it is its path there
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(behind)
+    monkeypatch.setattr(report, "PAGES", (page,))
+    try:
+        assert program.written("a.json", program.RESULTS) == "Written: a.json; tables changed: build/page.md"
+        assert page.read_text() == report.filled(behind, BENCH / "results") != behind
+        assert program.written("a.json", program.RESULTS) == "Written: a.json; tables changed: none"
+    finally:
+        page.unlink()
+
+
+def test_a_quick_run_is_not_published(bench):
+    program = bench("program")
+    arguments = program.parser("", quick="").parse_args(["--quick", "--publish"])
+    with pytest.raises(SystemExit, match="not for the pages"):
+        program.begin(arguments)
+
+
+@pytest.mark.parametrize("order", [("bench", "test"), ("test", "bench")])
+def test_make_bench_and_make_test_leave_each_other_alone(order):
+    """What they would run, in either order: the benchmark publishes nothing, and no test waits less than a compile."""
+    run = subprocess.run(["make", "-n", "-o", ".venv/.installed", *order], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if "bench/" in line or "pytest" in line]
+    assert ["bench" if "bench/" in line else "test" for line in lines] == list(order)
+    assert not any(word in run.stdout for word in ("--publish", "--out", "--write", "bench/results"))
+    assert "takes about four minutes" in (BENCH / "memory_vs_steps.py").read_text()  # said before it begins
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the suite's whole limit
+
+
 def test_memory_is_told_by_the_path_that_comes_first(report_memory):
     """On CUDA there are two of ours, and the kernels come first."""
     growth = {"backprop": 1.0, "adjoint": 0.0}

@@ -43,7 +43,7 @@ from node_cuda import (
     solve,
 )
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels.control import Control
+from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import FusedSums
 from node_cuda.kernels.sums import Sums
@@ -1669,6 +1669,59 @@ class Elsewhere:
     def to(self, device):
         self.seen.append(torch.device(device))
         return self.number.to(device)
+
+
+# ------------------------------------------------------------------ the same bits
+class Bits(NamedTuple):
+    """What a solve gave, and norms on its way: the last bit of a norm moves a step rarely, and another order of its sum
+    moves that bit rarely."""
+
+    outcome: Outcome
+    readings: list[Reading]
+    norms_of_parameters: list[float]
+
+
+@pytest.fixture
+def large(monkeypatch):
+    """Solves states and parameters of several blocks and chunks, in segments, with rejected steps; and backwards."""
+    n = 9001
+    readings: list[Reading] = []
+    norms: list[float] = []
+    read, ratio = Control.read, FusedSums.device_ratio
+
+    def reading(self):
+        readings.append(read(self))
+        return readings[-1]
+
+    def norm(self, given):
+        for i in range(12):
+            other = ratio(self, ErrorNorm(given.rtol * (1 + i / 7), given.atol))
+            assert other is not None
+            norms.append(float(other))
+        return ratio(self, given)
+
+    monkeypatch.setattr(Control, "read", reading)
+    monkeypatch.setattr(FusedSums, "device_ratio", norm)
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.b = (nn.Parameter(normal(n, seed=seed)) for seed in (1, 2))
+
+        def forward(self, t, state):
+            a, b = state
+            return self.w * torch.sin(a) * torch.cos(9 * t) + b.mean(), self.b[:7] * b
+
+    solver = dict(rtol=1e-4, atol=1e-4, options=dict(first_step=1.0))
+    case = Case(Wide, (normal(n), normal(7)), linspace(0.0, 1.0, 2), solver)
+
+    def run(device) -> Bits:
+        readings.clear()
+        norms.clear()
+        with node_cuda.backend("fused"):
+            return Bits(by_adjoint(case, device), readings.copy(), norms.copy())
+
+    return run
 
 
 def test_a_solve_gives_the_same_bits_twice_and_in_any_order_of_the_blocks(path, large, request):

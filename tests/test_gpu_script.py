@@ -329,7 +329,7 @@ def test_what_came_back_is_unpacked_into_the_results_and_shown(bench, stages, tm
     found = [item(bench, "kernels", written + "; echo 1 of 2 | met"), item(bench, "bad", "exit 1")]
     stages("prove", prove=found)
     results = tmp_path / "results"
-    monkeypatch.setattr(sys, "argv", ["gpu_unpack.py", str(tmp_path / "out"), "--results", str(results)])
+    monkeypatch.setattr(sys, "argv", ["gpu_unpack.py", str(tmp_path / "out"), "--out", str(results)])
     bench("gpu_unpack").main()
     assert {path.name for path in results.iterdir()} == {"kernels-cuda.json", "gpu-prove.json"}
     block = bench("report").block("gpu", results)
