@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._typing import EventFunc, Func
+from node_cuda.eager import eager
 from node_cuda.field import Layout
 from node_cuda.gradients.context import first_derivatives
 from node_cuda.kernels.reference import real_dot
@@ -56,6 +57,7 @@ class _EventGradient(torch.autograd.Function):
         return event_t.clone(), y.clone()
 
     @staticmethod
+    @eager
     def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
         of = (*ctx.saved_tensors[:2], grad_t, grad_y)
         with torch.no_grad():
