@@ -165,7 +165,7 @@ def test_dt0_is_asked_for_by_no_evaluation_where_t_wants_no_gradient():
         s.ys[-1].sum().backward()
         return s.stats.nfe_backward
 
-    assert nfe(True) == nfe(False) + 1 + 3  # f(t0, y0), and three times at one state
+    assert nfe(True) == nfe(False) + 1 + 4  # f(t0, y0), and four times at one state
 
 
 # ------------------------------------------------------------------ how far a solve came

@@ -21,6 +21,7 @@ from torch import Tensor
 
 import node_cuda
 from node_cuda.device_pace import DeviceAdaptive
+from node_cuda.interpolation import dense_of
 from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import build
 from node_cuda.kernels.clock import JUST_BEFORE, Interval
@@ -118,7 +119,7 @@ class Captured:
         assert error is not None
         k.append(self.field(times[-1], y1))
         fused.judge(at, error, (k[-1], float(tableau.b_err[-1])), self.y0, y1, None)
-        polynomials = fused.polynomials(tableau.dense.weight_rows)
+        polynomials = fused.polynomials(dense_of(tableau, "default").weight_rows)
         fused.dense_outputs(polynomials, at, self.y0, y1, k, 1, self.ys[1:])
         fused.plan.commit([self.y0.data_ptr(), self.k1.data_ptr()], [y1.data_ptr(), k[-1].data_ptr()])
         return [times, z, k, y1, error]

@@ -93,7 +93,7 @@ class _AdjointTask(Task):
         if self.settings.jumps or self.status is Status.PENDING or len(backward.t) < 2:
             return False
         before = backward.forward.field.nfe
-        found = ignores_time(backward.forward, backward.ys[0], -backward.problem.times[0])
+        found = ignores_time(backward.forward, backward.ys[-1], -backward.problem.times[0])
         self.stats.nfe_backward += backward.forward.field.nfe - before
         return found
 

@@ -14,17 +14,19 @@ from torch import Tensor
 from node_cuda.gradients.inspection import sources
 from node_cuda.problem import Problem
 
-PLACES = (0.0, 0.2764, 0.7236)
-"""Where the field is asked, in units of the solve: its start, and two times that no grid is likely to have."""
+PLACES = (0.0, 0.2764, 0.7236, 1.0)
+"""Where the field is asked, in units of the solve: its ends, so that a switch shows wherever it lies, and two times
+that no grid is likely to have."""
 
 
 def ignores_time(problem: Problem, y: Tensor, last: float) -> bool:
     """func gives the same bits at one state for several times up to the solver time `last`, and t is not in its graph.
     Evaluates func len(PLACES) times at the most.
 
-    A field that reads t as a number (`float(t)`, a table) shows in the bits only; where it does not, as all these times
-    lie between the same two entries of a table, it is taken for one that does not depend on time: name the entries
-    as `jump_t`.
+    y: a state inside the solve and not its start, where what depends on time is often multiplied by a zero.
+
+    A field that reads t as a number (`float(t)`, a table) shows in the bits only; where it does not, as it is another
+    one between two of these times only, it is taken for one that does not depend on time: name the entries as `jump_t`.
     """
     first, expected = problem.times[0], None
     for place in PLACES:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -199,9 +199,13 @@ def polynomial(weights: Sequence[float], x: float | Tensor) -> float | Tensor:
 def dense_eval(y0: Tensor, k: Sequence[Tensor], weights: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
     """One output inside the step, y0 + h sum_i B_i(x) k_i, the weights B_i(x) already evaluated; to `out` if given."""
     if not any(isinstance(w, Tensor) for _, w in weights):
-        # `combine` counts in units of the first weight: take the largest, as some vanish inside the step.
-        weights = sorted((entry for entry in weights if entry[1] != 0.0), key=lambda entry: -abs(entry[1]))
+        weights = _largest_first(weights)
     return combine(y0, k, weights, h, out)
+
+
+def _largest_first(row: Iterable[tuple[int, Any]]) -> Row:
+    """The entries that are not zero: `combine` counts in units of the first, and polynomials nearly vanish near t0."""
+    return sorted((entry for entry in row if entry[1] != 0.0), key=lambda entry: -abs(entry[1]))
 
 
 def adjoint_stage(base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
@@ -242,9 +246,9 @@ def dense_adjoint(
     and the gradients, writes two tensors and one for each j.
     """
     zero = torch.zeros_like(lam)
-    start = adjoint_stage(zero, inner, [1.0 - p for p in of_end], 1.0)
-    extra = [adjoint_stage(zero, inner, row, h) for row in weights]
-    lam = adjoint_stage(lam, inner, of_end, 1.0)
+    start = combine(zero, inner, _largest_first(enumerate(1.0 - p for p in of_end)), 1.0)
+    extra = [combine(zero, inner, _largest_first(enumerate(row)), h) for row in weights]
+    lam = combine(lam, inner, _largest_first(enumerate(of_end)), 1.0)
     for g in last:
         lam = lam + g
     return DenseCotangents(lam, start, extra)
