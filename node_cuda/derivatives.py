@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node_cuda.status import Unsupported
+from node_cuda.status import UnsupportedTransform
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -44,9 +44,9 @@ def batched(x: Tensor) -> bool:
 
 
 def refuse_batched(*tensors: Tensor) -> None:
-    """Raises Unsupported where the samples of a torch.func.vmap would have to share a step."""
+    """Raises UnsupportedTransform where the samples of a torch.func.vmap would have to share a step."""
     if any(map(batched, tensors)):
-        raise Unsupported(
+        raise UnsupportedTransform(
             "torch.func.vmap over odeint: the solver cannot choose other steps for each sample here. Use "
             '`odeint_adjoint(...)`, also with gradient="discrete", which solves one sample after another; or leave '
             'vmap out and give all samples as one batch y0; or take a fixed grid, e.g. method="rk4".'

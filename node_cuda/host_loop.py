@@ -19,7 +19,7 @@ from node_cuda.derivatives import batched, recorded, transformed
 from node_cuda.interpolation import Interpolant, position
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import SolveError, Status, Unsupported
+from node_cuda.status import SolveError, Status, UnsupportedTransform
 from node_cuda.steppers.step import Step, Stepper
 
 
@@ -189,7 +189,9 @@ def solve_event(
         with torch.no_grad():
             value = event_fn(t, y)
         if batched(value):
-            raise Unsupported("An event cannot be looked for under torch.func.vmap. Solve for each sample outside.")
+            raise UnsupportedTransform(
+                "torch.func.vmap over an event: its time is one number. Solve each sample outside."
+            )
         value = float(value)
         if math.isnan(value):
             loop.stats.nfe = problem.field.nfe

@@ -13,7 +13,7 @@ from node_cuda.kernels.clock import Clock
 from node_cuda.options import ScipyOptions
 from node_cuda.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import SolveError, Status, Unsupported
+from node_cuda.status import SolveError, Status, Unsupported, UnsupportedTransform
 
 COMPLEX = ("RK45", "RK23", "DOP853", "BDF")
 """scipy's solvers that take complex states."""
@@ -99,7 +99,7 @@ class ScipySolve:
 
 def _refuse_transforms(*tensors: Tensor) -> None:
     if any(map(in_transform, tensors)):
-        raise Unsupported(
+        raise UnsupportedTransform(
             "scipy computes with numbers, which no transform of torch.func and no forward mode sees; got a tensor of "
             'one. Use `odeint_adjoint` for grad, vjp, jacrev and vmap; for jvp and jacfwd `odeint`, method="dopri5".'
         )

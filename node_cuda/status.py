@@ -77,6 +77,10 @@ class Unsupported(ValueError, AttributeError):
     """A combination of arguments that no method offers. Also an AttributeError, as in torchdiffeq."""
 
 
+class UnsupportedTransform(Unsupported, RuntimeError):
+    """A transform of torch.func that cannot go through this solve. Also a RuntimeError, which is what torch raises."""
+
+
 class MissingGradientWarning(UserWarning):
     """func uses a tensor that requires a gradient and that its gradient mode was not told of."""
 
