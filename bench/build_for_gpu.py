@@ -1,4 +1,4 @@
-"""Compiles, on a machine without a GPU, what bench/gpu.sh needs on one that has no time for it.
+"""Compiles, on a machine without a GPU, what bench/gpu.sh needs, so that nothing is compiled there.
 
     python bench/build_for_gpu.py [--python 3.12] [--torch 2.11.0] [--arch 9.0] [--interpreter PATH]
 
@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import functools
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -52,6 +53,9 @@ def main() -> None:
     parser.add_argument("--arch", default="9.0", help="compute capability of the GPU there (default: 9.0)")
     parser.add_argument("--interpreter", help="this Python (default: pythonX.Y on the PATH, or pyenv's)")
     arguments = parser.parse_args()
+    for name, form, such in (("torch", r"\d+\.\d+(\.\d+)?", "2.11.0"), ("arch", r"\d+\.\d", "9.0")):
+        if not re.fullmatch(form, given := getattr(arguments, name)):
+            parser.error(f"--{name} must be a version such as {such}; got {given!r}.")
     begun = time.perf_counter()
     carry = carried(arguments.python, arguments.torch, arguments.arch)
     python = environment(carry.parent / "env", arguments)
@@ -135,7 +139,7 @@ def instructions(carry: Path, seconds: float) -> str:
     lines = [f"\nMade in {seconds:.0f} s:"]
     lines += [f"  {path.relative_to(ROOT)}  {path.stat().st_size / 2**20:.2f} MiB" for path in files]
     if total > LIMIT_BYTES:
-        lines.append(f"  {total / 2**20:.0f} MiB are more than the {LIMIT_BYTES / 2**20:.0f} that fit.")
+        lines.append(f"  {total / 2**20:.0f} MiB to carry, more than {LIMIT_BYTES / 2**20:.0f}.")
     commit = told("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD")
     if told("git", "-C", ROOT, "status", "--porcelain", "--", ".", ":(exclude)bench/results", ":(exclude)*.md"):
         lines.append("  There are changes that are not committed: commit them, as the results name the commit.")

@@ -17,7 +17,7 @@
 # and a limit; what fails, crashes or hangs does not stop the others, and its line says why. All lines come again last.
 #
 # PYTHON: the interpreter that has a CUDA build of torch. NODE_CUDA_COMMIT: the commit, where there is no repository.
-# What to do next if smoke fails: give the machine back, and read gpu.tgz.
+# What to do next if smoke fails: read gpu.tgz.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 

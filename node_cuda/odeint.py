@@ -228,8 +228,8 @@ def odeint_dense(
     """Solve from t0 to t1 and return y as a function of time, callable with times of any shape between them.
 
     As torchdiffeq's `odeint_dense`, but for every method, tuple states and both directions. t0, t1: 0-d tensors or
-    numbers. A method whose default interpolant is two orders below its own (bosh3, dopri8) takes its accurate one.
-    Raises as `odeint` does, also with options=dict(throw=False): half a function is of no use.
+    numbers. dopri8, whose default interpolant is far below its order, takes its accurate one.
+    Raises as `odeint` does, also with options=dict(throw=False): a partial dense solution is never returned.
     """
     refuse_regularized(func, "odeint_dense")
     refuse_in_capture(y0)

@@ -141,6 +141,10 @@ def _check(options: Common) -> None:
         raise InvalidInput(
             f'options["event_checks"] must be a number of points inside a step, 0 or more; got {checks!r}. Use 8, say.'
         )
+    if not isinstance(options.clip, bool):
+        raise InvalidType(
+            f'options["clip"] must be True or False; got {options.clip!r:.60}. True keeps func within [t[0], t[-1]].'
+        )
     if isinstance(options.throw, str) and options.throw != "deferred":
         raise InvalidInput(f'options["throw"] must be True, False or "deferred"; got {options.throw!r}.')
     if options.throw == "deferred" and not options.cuda_graph:

@@ -108,6 +108,12 @@ def test_an_event_has_no_end_to_stay_before():
         )
 
 
+@pytest.mark.parametrize("value", ["no", (0.0, 1.0), torch.tensor([0.0, 1.0])])
+def test_what_is_neither_true_nor_false_is_refused(value):
+    with pytest.raises(TypeError, match="must be True or False"):
+        odeint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), options=dict(clip=value))
+
+
 def test_a_fixed_grid_is_as_it_was():
     def run(options):
         return odeint(lambda t, y: -t * y, torch.ones(1), torch.tensor([0.1, 0.7]), method="rk4", options=options)
