@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import copy
 import math
-import re
-import sys
 import threading
 import warnings
 
 import pytest
 import torch
-import torch.distributed as dist
-from problems import F64, MLP, Counting, linspace, loss_of, relative_difference
+from problems import F64, MLP, Counting, loss_of, relative_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from node_cuda import InvalidField, MissingGradientWarning, odeint, odeint_adjoint, solve
+from node_cuda import InvalidField, odeint, odeint_adjoint
 from node_cuda.gradients import changed
 
 MODES = ("adjoint", "discrete")
