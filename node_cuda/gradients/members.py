@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import threading
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from types import ModuleType
 from typing import Any, NamedTuple
 
@@ -52,14 +52,16 @@ class Members:
     def look(self) -> None:
         """Note what is there."""
         self._looked = True
+        if isinstance(self._holder, nn.Module):
+            self.others.append((self._holder.__dict__, "training", self._holder.training))
         for one in self._objects():
             own = one.__dict__
-            for name, x in own.items():
-                if name in _OF_MODULES:
-                    continue
+            of_torch = type(one).__module__.startswith("torch.")
+            for name in own.keys() - _OF_MODULES:
+                x = own[name]
                 if isinstance(x, Tensor):
                     self._hold(own, name, x, attribute=True)
-                else:
+                elif not of_torch:
                     self.others.append((own, name, _known(x)))
             buffers = own.get("_buffers")
             if buffers and type(buffers) is dict:
@@ -115,19 +117,26 @@ class Members:
                 plain = not (isinstance(before, tuple) or isinstance(now, tuple))
                 was = f"was {before!r:.40} and is {now!r:.40}" if plain else "is another object"
                 words.append(f"{names[id(place)]}{name} {was}")
-        return "; ".join(words)
+        return "; ".join(sorted(words))
 
     def _hold(self, place: dict[str, Any], name: str, x: Tensor, *, attribute: bool) -> None:
         if not is_wrapped(x):
             value = x if not x.requires_grad or id(x) in self._named else x.detach()
             self.tensors.append(Held(place, name, weakref.ref(x), version_of(x), value, attribute))
 
-    def _objects(self) -> Iterable[Any]:
+    def _objects(self) -> list[Any]:
         holder = self._holder
-        if isinstance(holder, nn.Module):
-            return holder.modules()
-        plain = hasattr(holder, "__dict__") and not isinstance(holder, (ModuleType, type, Tensor))
-        return (holder,) if plain else ()
+        if not isinstance(holder, nn.Module):
+            plain = hasattr(holder, "__dict__") and not isinstance(holder, (ModuleType, type, Tensor))
+            return [holder] if plain else []
+        found: list[Any] = [holder]  # those of holder.modules(), in a third of its time
+        seen = {holder, None}
+        for one in found:
+            for child in one._modules.values():
+                if child not in seen:
+                    seen.add(child)
+                    found.append(child)
+        return found
 
     def _names(self) -> dict[int, str]:
         """What stands before the name of a member, by the id of its place."""
@@ -153,7 +162,7 @@ def _lock_of(holder: Any) -> Any:
 
 
 _PLAIN = (bool, int, float, str, type(None))
-_OF_MODULES = frozenset(vars(nn.Module())) - {"training"}
+_OF_MODULES = frozenset(vars(nn.Module()))
 _GONE = object()
 _GUARD = threading.Lock()
 _LOCKS: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()

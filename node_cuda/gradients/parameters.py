@@ -31,9 +31,10 @@ class Parameters:
         self.every = tuple({id(x): x for x in (_of_module(func) if named is None else named)}.values())
         self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
         self.owner = _owner(func)
-        self._members = _members(self.owner)
+        buffers = _buffers(self.owner)
+        self._members = _members(self.owner, buffers)
         known = {id(x) for x in self.wanted}
-        self.carried = tuple(x for x in _buffers(self.owner).values() if is_wrapped(x) and id(x) not in known)
+        self.carried = tuple(x for x in buffers.values() if is_wrapped(x) and id(x) not in known)
 
     def bound(self, given: Sequence[Tensor]) -> Func:
         """func as it was when this was made, with the tensors `given` in the place of `wanted` and `carried`.
@@ -42,7 +43,7 @@ class Parameters:
         when the backward pass runs, a transform of torch.func, or saved-tensor hooks. Raises Unsupported where a tensor
         was replaced that is no parameter of func.
         """
-        now = _members(self.owner)
+        now = _members(self.owner, _buffers(self.owner))
         members = {name: x for name, x in self._members.items() if now.get(name) is not x}
         for own, new in zip((*self.wanted, *self.carried), given, strict=True):
             if new is own:
@@ -96,11 +97,11 @@ def _owner(func: Func) -> Any:
     return func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
 
 
-def _members(owner: Any) -> dict[str, Tensor]:
+def _members(owner: Any, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters and buffers by all of their names in the module."""
     if not isinstance(owner, nn.Module) or _is_replica(owner):
         return {}
-    return {**dict(owner.named_parameters(remove_duplicate=False)), **_buffers(owner)}
+    return {**dict(owner.named_parameters(remove_duplicate=False)), **buffers}
 
 
 def _buffers(owner: Any) -> dict[str, Tensor]:
