@@ -92,8 +92,3 @@ def position(step: Step, s: float, direction: float, t: Tensor | None = None) ->
     start = step.span[0] if step.span is not None else torch.tensor(direction * step.t0, dtype=t.dtype, device=t.device)
     stop = step.span[1] if step.span is not None else torch.tensor(direction * step.t1, dtype=t.dtype, device=t.device)
     return ((t - start) / (stop - start)).to(step.y0.device, step.y0.dtype.to_real())
-
-
-def derivative(weights: Sequence[float], x: float) -> float:
-    """Of sum_d weights[d] x^(d + 1)."""
-    return sum((d + 1) * weight * x**d for d, weight in enumerate(weights))

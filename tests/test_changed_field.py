@@ -12,6 +12,7 @@ from problems import F64, MLP, Counting, loss_of, relative_difference
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
+import node_cuda
 from node_cuda import InvalidField, odeint, odeint_adjoint
 from node_cuda.gradients import changed
 
@@ -539,3 +540,28 @@ def test_the_look_asks_func_no_more_often(mode, arguments, monkeypatch):
     monkeypatch.setattr(changed.LastStep, "evaluated", lambda *_: None)
     monkeypatch.setattr(changed.Comparison, "differ", lambda *_: False)
     assert with_look == evaluations()
+
+
+@both
+def test_the_kernels_path_refuses_a_change_and_puts_a_tensor_back(mode, shim):
+    with node_cuda.backend("fused"):
+        f = Graph()
+        z, again = last(f, mode), last(f, mode)
+        f.A = 2 * f.A
+        silently(z.sum().backward)
+        assert close(f.w.grad, f.gradient())
+        f.k = 2.0
+        with pytest.raises(InvalidField, match=REFUSED):
+            again.sum().backward()
+
+
+@both
+def test_a_captured_solve_puts_a_replaced_tensor_back(mode, eager):
+    """Its steps are not compared: what else changed is a matter of the fingerprints, which record func anew."""
+    f = Graph()
+    for _ in range(2):  # the second is repeated from what the first captured
+        f.w.grad, f.A = None, torch.eye(3, dtype=F64)
+        z = last(f, mode, options=dict(cuda_graph=True))
+        f.A = 2 * f.A
+        silently(z.sum().backward)
+        assert close(f.w.grad, f.gradient())

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.gradients.members import Members
-from node_cuda.interpolation import dense_of, derivative
+from node_cuda.interpolation import dense_of
 from node_cuda.kernels.arithmetic import position
 from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
 from node_cuda.norms import ErrorNorm
@@ -152,7 +152,10 @@ def _slope(step: Step, stepper: ExplicitRK, s: float) -> Tensor | None:
     dense = dense_of(stepper.tableau, "default")
     if dense.extra:
         return None
-    x = position(step.at, s)
-    row = {j: derivative(weights, x) for j, weights in dense.weight_rows}
-    row[0] = row.get(0, 0.0) - 1.0
-    return stepper.arithmetic.combine(step.k[0], step.k, tuple(row.items()), 1.0)
+    x, row = position(step.at, s), []
+    for j, weights in dense.slope_rows:
+        value = 0.0
+        for weight in weights:
+            value = value * x + weight
+        row.append((j, value if j else value - 1.0))  # the first slope is what the others are added to
+    return stepper.arithmetic.combine(step.k[0], step.k, row, 1.0)
