@@ -68,9 +68,9 @@ class VectorField:
         if self._copies_input:
             y = y.clone()
             return self._checked(self._call(t, y), y)
-        version = _version(y)
+        version = version_of(y)
         out = self._call(t, y)
-        if _version(y) != version:
+        if version_of(y) != version:
             raise InvalidField(
                 f"func wrote into its argument y at t = {float(t):.6g}, though not when it was called first. "
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place."
@@ -115,10 +115,10 @@ class VectorField:
     def _probe(self, t: Tensor, y: Tensor) -> Tensor:
         """One of the first evaluations: on copies, and watching."""
         argument = y.clone()
-        version = _version(argument)
+        version = version_of(argument)
         raw = self._call(t, argument)
         _check(raw, y.shape)
-        wrote = not torch.equal(argument, y) if version is None else _version(argument) != version
+        wrote = not torch.equal(argument, y) if version is None else version_of(argument) != version
         self._copies_input = self._copies_input or wrote
         # Both are alive here, so that an equal address is one buffer and no accident.
         if self._last_output is not None and _storage(raw) == _storage(self._last_output):
@@ -134,7 +134,7 @@ def _released(*_: Any) -> NoReturn:
     raise AssertionError("a captured solve evaluated its field after the capture")
 
 
-def _version(x: Tensor) -> int | None:
+def version_of(x: Tensor) -> int | None:
     """How often x was written to; tensors made in inference mode do not know."""
     return None if x.is_inference() else x._version
 

@@ -88,6 +88,11 @@ class DenseOutput:
         """(i, weights[i] as floats) for the stages whose polynomial is not zero."""
         return tuple((i, tuple(map(float, weights))) for i, weights in enumerate(self.weights) if any(weights))
 
+    @cached_property
+    def slope_rows(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
+        """The same of the derivatives by x, the highest power of x first."""
+        return tuple((i, tuple(d * w for d, w in enumerate(row, 1))[::-1]) for i, row in self.weight_rows)
+
 
 @dataclass(frozen=True)
 class Tableau:

@@ -712,7 +712,7 @@ def cost(path: Path, monkeypatch, steps: int, *, given="fresh", inside=0, method
 
 def of_a_step(path, monkeypatch, **how) -> Cost:
     """The difference that one more step makes: what a solve costs once drops out."""
-    few, many = (cost(path, monkeypatch, steps, **how) for steps in (8, 24))
+    few, many = (cost(path, monkeypatch, steps, **how) for steps in (16, 32))  # the last output is a step's end
     steps = many.steps - few.steps
     assert steps >= 15
     return Cost(*((b - a) / steps for a, b in zip(few, many, strict=True)))

@@ -1,7 +1,8 @@
-"""Gradients under DistributedDataParallel, DataParallel and autocast."""
+"""Gradients under DistributedDataParallel, fully_shard, DataParallel and autocast."""
 
 from __future__ import annotations
 
+import functools
 import sys
 
 import pytest
@@ -12,6 +13,11 @@ from problems import F64, MLP, linspace, loss_of, relative_difference
 from torch import nn
 
 from node_cuda import odeint, odeint_adjoint
+
+try:
+    from torch.distributed.fsdp import fully_shard
+except ImportError:  # built without distributed
+    fully_shard = None
 
 T = linspace(0.0, 1.0, 3)
 TIGHT = dict(rtol=1e-9, atol=1e-9)
@@ -38,15 +44,34 @@ def gradients(net, y0):
     return tuple(p.grad for p in net.parameters())
 
 
+def sharded(net):
+    """FSDP2: the parameters are swapped for shards between the passes."""
+    if fully_shard is not None:
+        fully_shard(net)
+    return net
+
+
+discrete = functools.partial(odeint_adjoint, gradient="discrete")
+DDP = nn.parallel.DistributedDataParallel
+WRAPPED = {
+    "odeint": (DDP, odeint),
+    "adjoint": (DDP, odeint_adjoint),
+    "discrete": (DDP, discrete),
+    "adjoint in shards": (sharded, odeint_adjoint),
+    "discrete in shards": (sharded, discrete),
+}
+
+
 def train_on_half(rank, file, results):
-    """One of two processes: the gradients of its half of the batch, averaged by DistributedDataParallel."""
+    """One of two processes: the gradients of its half of the batch, averaged over both."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
-        for solver in (odeint_adjoint, odeint):
-            net = nn.parallel.DistributedDataParallel(Net(solver))
-            grads = gradients(net, batch().chunk(2)[rank])
-            torch.save(grads, f"{results}-{solver.__name__}-{rank}.pt")
+        for name, (wrap, solver) in WRAPPED.items():
+            net = wrap(Net(solver))
+            grads = gradients(net, batch().chunk(2)[rank] if wrap is DDP or fully_shard is not None else batch())
+            grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+            torch.save(grads, f"{results}-{name}-{rank}.pt")
         del net
         dist.barrier()  # gloo aborts in the process whose peer is gone before it has finished
     finally:
@@ -57,11 +82,11 @@ def train_on_half(rank, file, results):
 @pytest.mark.skipif(sys.platform == "win32", reason="file:// rendezvous of two processes")
 def test_two_processes_over_gloo_have_the_gradients_of_one(tmp_path):
     mp.spawn(train_on_half, args=(tmp_path / "rendezvous", tmp_path / "grads"), nprocs=2)
-    for solver in (odeint_adjoint, odeint):
+    for name, (_, solver) in WRAPPED.items():
         truth = gradients(Net(solver), batch())
         for rank in range(2):
-            grads = torch.load(tmp_path / f"grads-{solver.__name__}-{rank}.pt")
-            assert relative_difference(grads, truth) < 1e-6  # the halves step on other grids, to rtol 1e-9
+            grads = torch.load(tmp_path / f"grads-{name}-{rank}.pt")
+            assert relative_difference(tuple(grads), truth) < 1e-6  # the halves step on other grids, to rtol 1e-9
 
 
 def replica_of(module):

@@ -7,6 +7,7 @@ y_m) and dL/dt_0 = -a(t_0) . f(t_0, y_0). Chen et al. 2018, arXiv:1806.07366; de
 
 from __future__ import annotations
 
+import functools
 import warnings
 from typing import Any
 
@@ -19,6 +20,7 @@ from node_cuda.gradients.adjoint_graphs import solve_by_graphs
 from node_cuda.gradients.adjoint_norm import chosen_norm
 from node_cuda.gradients.autonomy import ignores_time
 from node_cuda.gradients.backward_solve import Backward, BackwardSolve, Found, Settings
+from node_cuda.gradients.changed import Comparison, Evaluated, LastStep
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import Reached
@@ -46,6 +48,7 @@ class _AdjointTask(Task):
 
     what = 'gradient="adjoint"'
     replays = False
+    kept: Evaluated | None = None
 
     def __init__(self, request: Request, event_fn: EventFunc | None) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
@@ -57,10 +60,14 @@ class _AdjointTask(Task):
         return {"adjoint_options": self.settings.options}
 
     def solve(self, request: Request) -> tuple[Tensor, float]:
+        last = LastStep()
         if self.event_fn is not None:
-            event_t, ys = backprop.event(request, self.event_fn)
+            event_t, ys = backprop.event(request, self.event_fn, last)
+            self.kept = last.evaluated(request.problem.direction * float(event_t), self.members)
             return ys, float(event_t)
-        ys, self.status = backprop.outputs(request, self.replaced(request.problem))
+        ys, self.status = backprop.outputs(request, self.replaced(request.problem), last)
+        if self.status is Status.SUCCESS:
+            self.kept = last.evaluated(request.problem.times[-1], self.members)
         # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
         return ys, request.problem.direction * request.problem.times[-1]
@@ -99,6 +106,9 @@ class _AdjointTask(Task):
 
     def _by_the_host(self, backward: Backward, used: Reached, wants_t: bool) -> Found:
         solve = BackwardSolve(backward, used)
+        if self.kept is not None and not self.by_chance:
+            compare = Comparison(backward.forward, self.members, self.what, solve.field.f_alone)
+            solve.field.first = functools.partial(compare.begin, self.kept)
         found = solve.run(wants_t)
         self.stats.nfe_backward += solve.field.nfe
         if solve.reconstruction is not None:

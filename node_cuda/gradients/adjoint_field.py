@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -18,7 +18,7 @@ from node_cuda.problem import Problem
 class AdjointField:
     """The field of the flat state z = [y, a]: (f, -a^T df/dy), and a^T df/dtheta as the quadrature's integrands.
 
-    problem: the forward one. arithmetic: the backward solve's.
+    problem: the forward one. arithmetic: the backward solve's. first: told of f and y of the first evaluation.
     """
 
     def __init__(self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor], reached: Reached) -> None:
@@ -30,6 +30,7 @@ class AdjointField:
         self.nfe = 0
         self.copies_output = True
         self.integrands: Sequence[Tensor | None] = ()
+        self.first: Callable[[Tensor, Tensor], None] | None = None
         self._with_params = True
 
     def wants(self, needed: bool) -> None:
@@ -50,6 +51,9 @@ class AdjointField:
                 vjp_y, self.integrands = None, [None] * len(params)
         if params:
             self.reached.see(self.integrands)
+        if self.first is not None:
+            first, self.first = self.first, None
+            first(f.detach(), y.detach())
         return self.arithmetic.pack_adjoint(f.detach(), vjp_y)
 
     def f_alone(self, t: Tensor, y: Tensor) -> Tensor:

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.forward_graphs import solve_by_graphs
+from node_cuda.gradients.changed import LastStep
 from node_cuda.gradients.request import Request
 from node_cuda.graphs import obstacle
 from node_cuda.host_loop import solve_outputs
@@ -19,9 +20,9 @@ from node_cuda.scipy_bridge import solve_scipy
 from node_cuda.status import Status, Unsupported
 
 
-def outputs(request: Request, why: str | None = None) -> tuple[Tensor, Status]:
+def outputs(request: Request, why: str | None = None, last: LastStep | None = None) -> tuple[Tensor, Status]:
     """y at the problem's times, on the tape where autograd records (scipy's steps are not on any tape). why: what
-    stands in the way of graphs."""
+    stands in the way of graphs. last: told of the steps that the host takes."""
     problem, method = request.problem, request.method
     if isinstance(method.options, ScipyOptions):
         request.stats.why = obstacle(problem, method) if method.options.cuda_graph else None
@@ -31,16 +32,20 @@ def outputs(request: Request, why: str | None = None) -> tuple[Tensor, Status]:
         if done is not None:
             return done
     loop, interpolant = make_loop(problem, method, request.stats)
+    if last is not None:
+        loop.accepted = last.watch(loop.stepper)
     return solve_outputs(loop, interpolant, method.options.raises)
 
 
-def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
-    """The event's time (no gradient), and y0 and y there, on the tape where autograd records."""
+def event(request: Request, event_fn: EventFunc, last: LastStep | None = None) -> tuple[Tensor, Tensor]:
+    """The event's time (no gradient), and y0 and y there, on the tape where autograd records. last: as of `outputs`."""
     problem, method = request.problem, request.method
     if method.name == SCIPY:
         raise Unsupported('method="scipy_solver" finds no events. Use "dopri5", or a fixed grid with a step_size.')
     if method.options.cuda_graph:
         request.stats.why = "an event is looked for by the host"
     loop, interpolant = make_loop(problem, method, request.stats, endless=True)
+    if last is not None:
+        loop.accepted = last.watch(loop.stepper)
     at, y = find_event(loop, interpolant, method, event_fn)
     return torch.tensor(at, dtype=problem.t.dtype, device=problem.t.device), torch.stack([problem.y0, y])

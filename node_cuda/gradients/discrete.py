@@ -19,13 +19,23 @@ from torch import Tensor
 from node_cuda._typing import EventFunc
 from node_cuda.field import VectorField
 from node_cuda.first_run_check import Outcome, Trial, refuted
+from node_cuda.gradients.changed import Comparison
 from node_cuda.gradients.checkpoints import slots_for
 from node_cuda.gradients.operation import Gradients, Saved, Task, refuse_transforms
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.recording import Record, solve_recorded, why_not_recorded
 from node_cuda.gradients.request import Request
-from node_cuda.gradients.step_adjoint import Cotangent, Form, Outputs, StepAdjoint, adaptive_form, grid_form, of_times
+from node_cuda.gradients.step_adjoint import (
+    Cotangent,
+    Evaluation,
+    Form,
+    Outputs,
+    StepAdjoint,
+    adaptive_form,
+    grid_form,
+    of_times,
+)
 from node_cuda.gradients.trajectory import State, Trajectory
 from node_cuda.gradients.walk_graphs import walk_by_graphs
 from node_cuda.host_loop import HostLoop, solve_outputs
@@ -256,6 +266,9 @@ class _Backwards:
         self.adjoint = StepAdjoint(
             problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
         )
+        self.members, self.what = task.members, task.what
+        if self.trajectory.replayed is not None:
+            self.adjoint.first = self._compare
         assert isinstance(problem.field, VectorField)
         problem.field.watch_again()
         # What a failed solve did not reach is NaN, and nothing flows back from it.
@@ -306,6 +319,13 @@ class _Backwards:
             None if adj_t is None else adj_t.to(t),
             None if adj_grid is None or self.grid is None else adj_grid.to(self.grid),
         )
+
+    def _compare(self, stage: Evaluation) -> None:
+        """The first evaluation is one of the last step, at a point that was kept: is it what it was?"""
+        before, at = self.trajectory.replayed, self.trajectory.steps[-1].at
+        comparison = Comparison(self.problem, self.members, self.what, self.adjoint.plain)
+        if before is not None and stage.k is not None and comparison.differ(stage.k, before, stage.z.detach(), at):
+            comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
 
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
         """The time of an event is not where the user put t[1], so only t[0] moves it."""

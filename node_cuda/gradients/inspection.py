@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from node_cuda._typing import Func, State
 from node_cuda.field import VectorField
+from node_cuda.gradients.members import Members
 from node_cuda.gradients.parameters import is_wrapped
 from node_cuda.problem import Problem
 from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, users_level
@@ -31,15 +32,20 @@ class Inspection:
 
     func: as the user gave it. named: the tensors that the gradient mode was told of. what: that mode, as the user calls
     it. replays: it takes steps again, and refuses a func that answers differently; else such a func is a warning.
+    members: looked at when func was evaluated. by_chance: func answers differently.
     """
 
-    def __init__(self, field: VectorField, func: Func, named: Sequence[Tensor], what: str, replays: bool) -> None:
+    def __init__(
+        self, field: VectorField, func: Func, named: Sequence[Tensor], what: str, replays: bool, members: Members
+    ) -> None:
         self.field = field
         self.called = field.func
         self.func = func
         self.named = named
         self.what = what
         self.replays = replays
+        self.members = members
+        self.by_chance = False
         self._reached: set[int] = set()
 
     def leave(self) -> None:
@@ -54,6 +60,7 @@ class Inspection:
         states = self._states(t.device)
         with torch.enable_grad():
             out = self.called(t, y)
+        self.members.look()
         self._refuse_chance(t, before, out, states)
         self._warn_of_unnamed(out, (t, *_parts(y)))
         detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in _parts(out))
@@ -81,6 +88,7 @@ class Inspection:
                 f"{words}, and {self.what} takes every step again to differentiate it. Put func in evaluation mode, "
                 'draw the noise once before the solve, or use gradient="backprop".'
             )
+        self.by_chance = True
         warnings.warn(
             f"{words}: the backward pass of {self.what} solves with other random numbers, and its gradient is that of "
             'no solve. Put func in evaluation mode, draw the noise once before the solve, or use gradient="backprop".',

@@ -22,6 +22,7 @@ from node_cuda.eager import eager
 from node_cuda.field import VectorField
 from node_cuda.gradients.context import autocast_state, refuse_second_derivative
 from node_cuda.gradients.inspection import Inspection, refuse_hidden
+from node_cuda.gradients.members import Members
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import Reached
 from node_cuda.gradients.request import Request
@@ -95,15 +96,18 @@ class Task(ABC):
         problem = _computing_with(self.parameters.bound(params), self._request.problem)
         problem = replace(problem, y0=y0, t=t)
         self.autocast = autocast_state(y0.device.type)
+        self.members = Members(self.parameters)
         if self._inspects:
             assert isinstance(problem.field, VectorField)
+            named = (*self.parameters.every, *params)
             self._inspection = Inspection(
-                problem.field, self.parameters.func, (*self.parameters.every, *params), self.what, self.replays
+                problem.field, self.parameters.func, named, self.what, self.replays, self.members
             )
             problem.field.func = self._inspection
         ys, at = self.solve(replace(self._request, problem=problem))
         if self._inspection is not None:
             self._inspection.leave()
+            self.members.settle()
         self._let_go(problem)
         return ys, torch.tensor(at, dtype=torch.float64, device="cpu")
 
@@ -114,11 +118,16 @@ class Task(ABC):
         count = len(self.parameters.wanted)
         params = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count])
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            for context in self.autocast():
+            for context in (*self.autocast(), self.members.put_back()):
                 stack.enter_context(context)
             func = self.parameters.bound((*params, *saved.params[count:]))
             problem = _computing_with(func, self._request.problem)
             return self.gradients(problem, saved._replace(params=params), grad_ys, wants_t, wants_grid)
+
+    @property
+    def by_chance(self) -> bool:
+        """func is known to answer differently when it is asked again."""
+        return self._inspection is not None and self._inspection.by_chance
 
     def replaced(self, problem: Problem) -> str | None:
         """Why this problem is the host's, if its func is one that computes with other tensors than its own."""

@@ -15,7 +15,8 @@ from node_cuda.status import Unsupported
 
 class Parameters:
     """The tensors to differentiate func by, each once. every: those that the caller named, or the module's parameters;
-    wanted: those of them that have a gradient; carried: func's buffers that belong to a torch.func transform.
+    wanted: those of them that have a gradient; carried: func's buffers that belong to a torch.func transform. owner:
+    the module, or the object whose method func is.
 
     Raises ValueError if there is neither, for this method of differentiation.
     """
@@ -29,10 +30,11 @@ class Parameters:
         self.func = func
         self.every = tuple({id(x): x for x in (_of_module(func) if named is None else named)}.values())
         self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
-        self._owner = _owner(func)
-        self._members = _members(self._owner)
+        self.owner = _owner(func)
+        buffers = _buffers(self.owner)
+        self._members = _members(self.owner, buffers)
         known = {id(x) for x in self.wanted}
-        self.carried = tuple(x for x in _buffers(self._owner).values() if is_wrapped(x) and id(x) not in known)
+        self.carried = tuple(x for x in buffers.values() if is_wrapped(x) and id(x) not in known)
 
     def bound(self, given: Sequence[Tensor]) -> Func:
         """func as it was when this was made, with the tensors `given` in the place of `wanted` and `carried`.
@@ -41,7 +43,7 @@ class Parameters:
         when the backward pass runs, a transform of torch.func, or saved-tensor hooks. Raises Unsupported where a tensor
         was replaced that is no parameter of func.
         """
-        now = _members(self._owner)
+        now = _members(self.owner, _buffers(self.owner))
         members = {name: x for name, x in self._members.items() if now.get(name) is not x}
         for own, new in zip((*self.wanted, *self.carried), given, strict=True):
             if new is own:
@@ -56,9 +58,9 @@ class Parameters:
             members.update(dict.fromkeys(names, new))
         if not members:
             return self.func
-        if self._owner is self.func:
-            return lambda t, y: functional_call(self._owner, members, (t, y), tie_weights=False)
-        method = _Method(self._owner, self.func)
+        if self.owner is self.func:
+            return lambda t, y: functional_call(self.owner, members, (t, y), tie_weights=False)
+        method = _Method(self.owner, self.func)
         members = {f"owner.{name}": x for name, x in members.items()}
         return lambda t, y: functional_call(method, members, (t, y), tie_weights=False)
 
@@ -95,11 +97,11 @@ def _owner(func: Func) -> Any:
     return func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
 
 
-def _members(owner: Any) -> dict[str, Tensor]:
+def _members(owner: Any, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
     """Parameters and buffers by all of their names in the module."""
     if not isinstance(owner, nn.Module) or _is_replica(owner):
         return {}
-    return {**dict(owner.named_parameters(remove_duplicate=False)), **_buffers(owner)}
+    return {**dict(owner.named_parameters(remove_duplicate=False)), **buffers}
 
 
 def _buffers(owner: Any) -> dict[str, Tensor]:

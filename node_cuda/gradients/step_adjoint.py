@@ -10,7 +10,7 @@ vjp serves both (for FSAL methods at the same point). Hager 2000; Matsubara et a
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from itertools import groupby
 from typing import NamedTuple
@@ -143,7 +143,7 @@ class StepAdjoint:
 
     arithmetic: of states; cotangents: of lam, kappa and mu, which are float32 where states are half precision.
     at_once: the graphs of a step's stages are held all at once; else one at a time, and the stages that others read are
-    evaluated twice. None until the first graph is there to be measured.
+    evaluated twice. None until the first graph is there to be measured. first: told of the first evaluation.
     """
 
     def __init__(
@@ -168,6 +168,7 @@ class StepAdjoint:
         self.sums = sums
         self.timed = timed
         self.nfe = 0
+        self.first: Callable[[Evaluation], None] | None = None
         self._columns = form.columns()
         self._prepared = [
             arithmetic.stage(row, c, side) for row, c, side in zip(form.rows, form.nodes, form.sides, strict=True)
@@ -178,9 +179,9 @@ class StepAdjoint:
 
     def advance(self, taken: Taken, state: State, then: Taken) -> State:
         """The state behind a step, with which the step `then` begins."""
-        k = [self._plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
+        k = [self.plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
         for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
-            k.append(self._plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
+            k.append(self.plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
         y1 = self._end(taken.at, state.y0, k)
         return State(y1, k[-1] if then.carried and not self.form.fsal else None)
 
@@ -190,6 +191,9 @@ class StepAdjoint:
         self.sums.begin()
         dense = outputs is not None and (outputs.places is None or self.timed or any(x < 1.0 for x in outputs.places))
         stages, k = self._replay(taken, state, outgoing, dense=dense)
+        if self.first is not None:
+            first, self.first = self.first, None
+            first(next(stage for stage in stages if stage is not None))
         lam, at_start, extra = self._into_stages(at, outgoing.lam, outputs)
         if outgoing.kappa is not None:
             last = form.own - 1
@@ -282,14 +286,15 @@ class StepAdjoint:
             return extra
         return self.cotangents.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at)
 
-    def _plain(self, t: Tensor, z: Tensor) -> Tensor:
+    def plain(self, t: Tensor, z: Tensor) -> Tensor:
+        """The field at (t, z), without a graph."""
         self.nfe += 1
         return self.arithmetic.own(self.field(t, z))
 
     def _evaluate(self, t: Tensor, z: Tensor, read: bool) -> Evaluation:
         """The field at (t, z), for its vjp and, if it is read, for later stages."""
         if self.at_once is False:
-            return Evaluation(t, z, None, self._plain(t, z) if read else None)
+            return Evaluation(t, z, None, self.plain(t, z) if read else None)
         stage = self._measured(t, z) if self.at_once is None else self._taped(t, z)
         if self.field.copies_output:
             self.at_once = False  # what func overwrites may be in its graph as well

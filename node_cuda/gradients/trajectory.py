@@ -36,11 +36,15 @@ class Taken(NamedTuple):
 
 
 class Trajectory:
-    """The accepted steps of a solve in order. Nothing is copied: no step writes what an earlier one made."""
+    """The accepted steps of a solve in order. Nothing is copied: no step writes what an earlier one made.
+
+    replayed: the first stage of the last step that its replay evaluates, where the host took the steps.
+    """
 
     def __init__(self, steps: list[Taken], checkpoints: Checkpoints[State]) -> None:
         self.steps = steps
         self.checkpoints = checkpoints
+        self.replayed: Tensor | None = None
         self._first: State | None = None
         self._jump = False
 
@@ -66,6 +70,7 @@ class Trajectory:
         # The first state is the user's, who may write it: `begin` gets it again, from the outputs.
         self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
         self.steps.append(taken)
+        self.replayed = step.k[0 if k1 is None else 1]
         self._jump = step.jump
 
     def begin(self, y0: Tensor) -> None:
