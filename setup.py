@@ -1,4 +1,4 @@
-"""Metadata is in pyproject.toml; here is the compiled module, in one of three settings: node_cuda/kernels/build.py."""
+"""Metadata is in pyproject.toml; here is the compiled module, in one of three settings: see extension/build.py."""
 
 import importlib.util
 import sys
@@ -9,7 +9,7 @@ from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
 # By its path: importing node_cuda imports torch, which an isolated build does not have.
-spec = importlib.util.spec_from_file_location("node_cuda_build", ROOT / "node_cuda" / "kernels" / "build.py")
+spec = importlib.util.spec_from_file_location("node_cuda_build", ROOT / "node_cuda" / "extension" / "build.py")
 build = importlib.util.module_from_spec(spec)
 sys.modules[spec.name] = build
 spec.loader.exec_module(build)

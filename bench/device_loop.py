@@ -216,7 +216,7 @@ def cuda_device(name: str) -> torch.device:
 
 def kernels_for(device: torch.device) -> bool:
     """node_cuda has compiled kernels that run there."""
-    from node_cuda.kernels.extension import kernels
+    from node_cuda.extension.loading import kernels
 
     return kernels(device) is not None
 

@@ -256,7 +256,7 @@ def shown(path: Path) -> str:
 
 def digest() -> str:
     """That of csrc/, as the build notes it."""
-    spec = importlib.util.spec_from_file_location("node_cuda_build", ROOT / "node_cuda" / "kernels" / "build.py")
+    spec = importlib.util.spec_from_file_location("node_cuda_build", ROOT / "node_cuda" / "extension" / "build.py")
     assert spec is not None and spec.loader is not None
     build = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = build

@@ -108,7 +108,7 @@ def cuda_device(name: str) -> torch.device:
 
 def compiled_module(device: torch.device) -> Any:
     """node_cuda._C, or the end of the program."""
-    from node_cuda.kernels.extension import kernels
+    from node_cuda.extension.loading import kernels
 
     module = kernels(device)
     if module is None:

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import node_cuda
 from node_cuda import __main__ as about
-from node_cuda.graphs import Graphs
+from node_cuda.cuda_graphs.cache import Graphs
 
 AGREE = 1e-10  # of the largest number: what rounding in another order makes of some hundred sums
 DISCRETE_AGREE = 1e-12  # the same of the discrete gradient, by the host and captured

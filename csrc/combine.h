@@ -83,7 +83,7 @@ __device__ inline __nv_bfloat16 neighbour(__nv_bfloat16 x, bool up) {
   return __ushort_as_bfloat16(neighbour_bits(__bfloat16_as_ushort(x), up));
 }
 
-// Clock of kernels/clock.py: the stage's time in the user's time.
+// Clock of kernels/stage_times.py: the stage's time in the user's time.
 template <class R>
 __device__ inline void write_time(const Slot& slot, const Step& step) {
   R time = from_acc<R>(static_cast<Acc<R>>(node_time(step.at, slot.c)));

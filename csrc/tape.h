@@ -11,7 +11,7 @@
 namespace node_cuda {
 
 // An accepted step, and the time at which the field gives its first stage: begins -1: just before t0, as the stage was
-// carried on from the step before; 0: at t0; +1: just after t0, the step's inside (see kernels/clock.py).
+// carried on from the step before; 0: at t0; +1: just after t0, the step's inside (see kernels/stage_times.py).
 struct Recorded {
   Interval at;
   int64_t first_output, next_output;  // the outputs in it, as in Ctl

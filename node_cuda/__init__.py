@@ -6,11 +6,12 @@ from node_cuda import odeint_adjoint as odeint
 from node_cuda._version import __version__
 from node_cuda.compiled import compile
 from node_cuda.event import odeint_event
+from node_cuda.integrals.regularized import regularized
 from node_cuda.kernels.backend import backend
-from node_cuda.methods import METHODS
+from node_cuda.methods.registry import METHODS
+from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.nn import NeuralODE
 from node_cuda.odeint import odeint, odeint_adjoint, odeint_dense, solve
-from node_cuda.regularized import regularized
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import (
     InvalidField,
@@ -23,7 +24,6 @@ from node_cuda.status import (
     Status,
     Unsupported,
 )
-from node_cuda.tableaus import TABLEAUS
 
 __all__ = [
     "METHODS",

@@ -13,7 +13,9 @@ from typing import NamedTuple
 import torch
 
 from node_cuda._version import __version__
-from node_cuda.kernels import backend, build, extension, self_check
+from node_cuda.extension import build
+from node_cuda.extension import loading as extension
+from node_cuda.kernels import backend, self_check
 
 REFERENCE = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
 FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"

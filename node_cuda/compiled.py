@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from node_cuda._typing import Func, State
-from node_cuda.graphs import Graphs
+from node_cuda.cuda_graphs.cache import Graphs
 from node_cuda.odeint import solve
 from node_cuda.solution import Solution
 

@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from node_cuda._eager import eager
 from node_cuda._typing import EventFunc, Func, State
-from node_cuda.eager import eager
-from node_cuda.field import Layout
+from node_cuda.gradients.autograd import refuse_transforms
 from node_cuda.gradients.event_time import Crossing, moving
-from node_cuda.gradients.operation import refuse_transforms
 from node_cuda.odeint import odeint
+from node_cuda.problem.field import Layout
 from node_cuda.status import InvalidInput, InvalidType
 
 

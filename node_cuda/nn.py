@@ -7,9 +7,9 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from node_cuda._eager import eager
 from node_cuda._typing import State
 from node_cuda.compiled import with_own_graphs
-from node_cuda.eager import eager
 from node_cuda.odeint import solve
 from node_cuda.solution import Stats
 

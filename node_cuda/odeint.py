@@ -9,18 +9,18 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from node_cuda._eager import eager
 from node_cuda._typing import EventFunc, Func, State
-from node_cuda.dense import DenseSolution, solve_dense
-from node_cuda.eager import eager
-from node_cuda.gradients import GRADIENTS
+from node_cuda.cuda_graphs.cache import Graphs, graphs_of, refuse_in_capture
 from node_cuda.gradients.event_time import Crossing, moving
-from node_cuda.gradients.request import AdjointArguments, Request
-from node_cuda.graphs import Graphs, graphs_of, refuse_in_capture
-from node_cuda.integral import Beside, Integral, event_of, with_integral
-from node_cuda.methods import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
+from node_cuda.gradients.registry import GRADIENTS
+from node_cuda.integrals.integral import Beside, Integral, event_of, with_integral
+from node_cuda.integrals.regularized import Regularized, refuse_regularized
+from node_cuda.loop.dense import DenseSolution, solve_dense
+from node_cuda.loop.request import AdjointArguments, Request
+from node_cuda.methods.registry import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
 from node_cuda.options import FixedOptions
-from node_cuda.problem import Problem, combined_event, make_problem
-from node_cuda.regularized import Regularized, refuse_regularized
+from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import InvalidInput, InvalidType, SolveError, Status, Unsupported
 
@@ -311,8 +311,8 @@ def _with_graphs(options: Mapping[str, Any] | None, func: Any) -> Mapping[str, A
         return options
     if wanted is not True:
         raise InvalidType(
-            'options["cuda_graph"] must be True, False, or a `graphs.Graphs` that keeps what is captured; got '
-            f"{wanted!r:.60}."
+            'options["cuda_graph"] must be True, False, or a `node_cuda.cuda_graphs.cache.Graphs`, which keeps what is '
+            f"captured; got {wanted!r:.60}."
         )
     return {**options, "cuda_graph": graphs_of(func)}
 

@@ -10,10 +10,10 @@ import torch
 from shim import library, pretend_gpu
 from shim.eager import Eager
 
-from node_cuda import first_run_check
-from node_cuda.field import VectorField
+from node_cuda.cuda_graphs import capture, first_run_check
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels import capture, self_check
+from node_cuda.kernels import self_check
+from node_cuda.problem.field import VectorField
 
 self_check.trust(torch.device("cpu"))  # where the shim runs the kernels: tests/test_self_check.py checks them there
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other

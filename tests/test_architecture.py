@@ -10,85 +10,10 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
-PACKAGE = ROOT / "node_cuda"
+sys.path.append(str(ROOT / "tools"))
 
-# From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
-LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_typing", "status", "derivatives", "eager"),
-    ("tableau", "tableaus", "norms"),
-    (
-        "kernels.reference",
-        "kernels.clock",
-        "kernels.sums",
-        "kernels.arithmetic",
-        "kernels.build",
-        "kernels.extension",
-        "kernels.tape",
-        "kernels.control",
-        "kernels.memory",
-        "kernels.fused_sums",
-        "kernels.fused",
-        "kernels.capture",
-        "kernels.check_record",
-        "kernels.check_rows",
-        "kernels.self_check",
-        "kernels.backend",
-        "kernels",
-    ),
-    ("options", "field", "problem", "solution"),
-    (
-        "steppers.step",
-        "steppers.explicit_rk",
-        "steppers.adams",
-        "steppers",
-        "controllers",
-        "device_pace",
-        "interpolation",
-    ),
-    (
-        "host_loop",
-        "scipy_bridge",
-        "methods",
-        "device_loop",
-        "parts",
-        "first_run_check",
-        "fingerprint",
-        "graphs",
-        "captured",
-        "forward_graphs",
-        "dense",
-    ),
-    (
-        "gradients.request",
-        "gradients.parameters",
-        "gradients.members",
-        "gradients.changed",
-        "gradients.backprop",
-        "gradients.adjoint_norm",
-        "gradients.reached",
-        "gradients.adjoint_field",
-        "gradients.context",
-        "gradients.event_time",
-        "gradients.inspection",
-        "gradients.autonomy",
-        "gradients.leaves",
-        "gradients.operation",
-        "gradients.reconstruction",
-        "gradients.backward_solve",
-        "gradients.adjoint_graphs",
-        "gradients.adjoint",
-        "gradients.free_memory",
-        "gradients.checkpoints",
-        "gradients.trajectory",
-        "gradients.step_adjoint",
-        "gradients.recording",
-        "gradients.walk_graphs",
-        "gradients.discrete",
-        "gradients",
-    ),
-    ("integral", "regularized", "odeint", "event"),
-    ("compiled", "nn", "", "__main__"),
-)
+from layers import LAYERS, PACKAGE, PAGES, drawn  # noqa: E402
+
 PLACE = {name: (level, i) for level, layer in enumerate(LAYERS) for i, name in enumerate(layer)}
 
 
@@ -140,7 +65,7 @@ def misplaced(package: Path, place: dict[str, tuple[int, int]]) -> list[str]:
         if module not in place:
             lowest = max((place[name][0] for name in imported if name in place), default=0)
             sentences.append(
-                f"{full} has no layer: add {module!r} to LAYERS in tests/test_architecture.py, in the lowest "
+                f"{full} has no layer: add {module!r} to LAYERS in tools/layers.py, in the lowest "
                 f"layer that fits its job; its imports allow layer {lowest} and above"
             )
             continue
@@ -187,9 +112,15 @@ def definitions(path: Path) -> set[str]:
     return names
 
 
+@pytest.mark.parametrize("page", PAGES)
+def test_the_picture_of_the_layers_is_up_to_date(page: str) -> None:
+    text = (ROOT / page).read_text()
+    assert "<!-- layers -->" in text and drawn(text) == text, "`python tools/layers.py` draws it anew"
+
+
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
 def test_every_function_that_a_page_names_is_there(page: Path) -> None:
-    """Pages name code as `gradients/adjoint.py::function`, below node_cuda/."""
+    """Pages name code as `gradients/adjoint/mode.py::function`, below node_cuda/."""
     for file, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text()):
         assert (PACKAGE / file).is_file(), f"{page.name} names {file}, which is not in node_cuda/"
         assert name in definitions(PACKAGE / file), f"{page.name} names {name}, which is not in {file}"

@@ -22,7 +22,8 @@ import pytest
 import torch
 from filelock import FileLock  # torch depends on it
 
-from node_cuda.kernels import build, extension
+from node_cuda.extension import build
+from node_cuda.extension import loading as extension
 
 ROOT = Path(__file__).resolve().parent.parent
 DECIDING = ("NODE_CUDA_BUILD", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX", "PYTHONPATH")
@@ -190,7 +191,7 @@ def test_force_cuda_builds_the_kernels_against_a_cpu_torch_and_each_fails_with_a
 def test_a_pure_python_install_has_no_compiled_module_and_says_why(installed: Callable[[str], Path]) -> None:
     target = installed("python")
     assert not [*target.rglob("*.so")]
-    (found,), rows = report(target, "from node_cuda.kernels import build; print(build.find_csrc())")
+    (found,), rows = report(target, "from node_cuda.extension import build; print(build.find_csrc())")
     assert "is not installed (NODE_CUDA_BUILD=python was asked for)" in rows["because"]
     assert Path(found) == target / "node_cuda" / "csrc"
 
@@ -521,9 +522,9 @@ def test_the_first_use_compiles_once_and_a_later_process_takes_it_from_the_cache
         subprocess.run(["ar", "rcs", f"lib{name}.a"], cwd=tmp_path, check=True)
     code = (
         "from pathlib import Path\n"
-        "from node_cuda.kernels import build, extension\n"
+        "from node_cuda.extension import build, loading\n"
         f"build.find_csrc = lambda: Path({str(csrc)!r})\n"
-        "print(extension.kernels().build_info()['archs'], extension.forecast().why)"
+        "print(loading.kernels().build_info()['archs'], loading.forecast().why)"
     )
     environ = {
         "FORCE_CUDA": "1",

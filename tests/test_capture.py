@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from node_cuda.kernels import capture
-from node_cuda.kernels.capture import Recorder, Uncapturable, Watch, first_cause
+from node_cuda.cuda_graphs import capture
+from node_cuda.cuda_graphs.capture import Recorder, Uncapturable, Watch, first_cause
 
 Y = torch.linspace(-1.0, 1.0, 8)
 META = torch.device("meta")

@@ -10,8 +10,8 @@ from torch import nn
 import node_cuda
 from node_cuda import SolveError, Status, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from node_cuda.kernels import reference
-from node_cuda.kernels.clock import Clock
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.stage_times import Clock
 
 F64 = torch.float64
 T = torch.tensor([0.0, 1.0], dtype=F64)

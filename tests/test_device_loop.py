@@ -12,8 +12,9 @@ import pytest
 import torch
 from problems import F64, MLP, Counting, TimedLinear, as_tuple, linspace
 
-from node_cuda import TABLEAUS, NeuralODE, SolveError, Status, graphs, solve
+from node_cuda import TABLEAUS, NeuralODE, SolveError, Status, solve
 from node_cuda.controllers import Controller
+from node_cuda.cuda_graphs import cache as graphs
 from node_cuda.status import InvalidInput
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)

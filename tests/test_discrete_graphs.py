@@ -6,10 +6,12 @@ import pytest
 import torch
 from problems import F64, MLP, TimedLinear, linspace
 
-from node_cuda import SolveError, Status, graphs, solve
-from node_cuda.gradients import discrete as by_the_host
-from node_cuda.gradients import recording, walk_graphs
-from node_cuda.kernels import capture
+from node_cuda import SolveError, Status, solve
+from node_cuda.cuda_graphs import cache as graphs
+from node_cuda.cuda_graphs import capture
+from node_cuda.gradients.discrete import mode as by_the_host
+from node_cuda.gradients.discrete.mode import cuda_graph_forward as recording
+from node_cuda.gradients.discrete.mode import cuda_graph_reverse as walk_graphs
 from node_cuda.status import InvalidField
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)

@@ -32,8 +32,16 @@ from torch import nn
 from torch.nn.utils import parametrizations, parametrize
 from torch.testing._internal.two_tensor import TwoTensor
 
-from node_cuda.fingerprint import difference, fingerprint, storage, structure, surroundings, without, written
-from node_cuda.parts import LARGEST, Unseen
+from node_cuda.cuda_graphs.fingerprint import (
+    difference,
+    fingerprint,
+    storage,
+    structure,
+    surroundings,
+    without,
+    written,
+)
+from node_cuda.cuda_graphs.parts import LARGEST, Unseen
 
 CPU = torch.device("cpu")
 Y = torch.tensor([0.5, -0.25])

@@ -12,12 +12,12 @@ import torch
 from problems import F64, TimedLinear, linspace
 from shim.eager import Eager
 
-from node_cuda import SolveError, Status, device_loop, first_run_check, solve
-from node_cuda.first_run_check import Outcome, difference
-from node_cuda.gradients.adjoint_graphs import CapturedAdjoint
-from node_cuda.gradients.walk_graphs import CapturedWalk
-from node_cuda.graphs import Graphs
-from node_cuda.kernels import capture
+from node_cuda import SolveError, Status, solve
+from node_cuda.cuda_graphs import capture, device_loop, first_run_check
+from node_cuda.cuda_graphs.cache import Graphs
+from node_cuda.cuda_graphs.first_run_check import Outcome, difference
+from node_cuda.gradients.adjoint.cuda_graph import CapturedAdjoint
+from node_cuda.gradients.discrete.cuda_graph_reverse import CapturedWalk
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 T = linspace(0.0, 1.0, 3)

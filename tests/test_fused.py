@@ -46,8 +46,8 @@ from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import FusedSums
+from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.sums import Sums
-from node_cuda.norms import ErrorNorm
 
 AGREE = 1e-10
 STEP_TIMES = 1e-12

@@ -26,14 +26,15 @@ from torch.profiler import ProfilerActivity
 
 import node_cuda
 from node_cuda import odeint, odeint_adjoint, solve
-from node_cuda.gradients import adjoint
+from node_cuda.extension import loading as extension
+from node_cuda.gradients.adjoint import mode as adjoint
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels import extension, self_check
+from node_cuda.kernels import self_check
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.check_record import Record
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import DTYPES, Fused
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.norms import ErrorNorm
 
 pytestmark = [
     pytest.mark.gpu,

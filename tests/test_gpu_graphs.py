@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import node_cuda
 from node_cuda import TABLEAUS, NeuralODE, Solution, SolveError, Stats, Status, odeint, solve
-from node_cuda.graphs import Graphs
+from node_cuda.cuda_graphs.cache import Graphs
 
 pytestmark = [
     pytest.mark.gpu,

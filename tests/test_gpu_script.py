@@ -16,8 +16,8 @@ import pytest
 import torch
 
 import node_cuda
-from node_cuda import graphs
-from node_cuda.kernels import extension
+from node_cuda.cuda_graphs import cache as graphs
+from node_cuda.extension import loading as extension
 
 ROOT = Path(__file__).resolve().parent.parent
 BENCH = ROOT / "bench"
@@ -291,8 +291,8 @@ def test_what_was_carried_is_put_into_the_package_if_it_is_whole_and_of_these_so
     stages = bench("gpu_stages")
     root, carry = tmp_path / "checkout", bench("build_for_gpu").carried("3.12", "2.11.0", "9.0")
     assert carry == ROOT / "build" / "gpu-py312-torch2.11-sm90" / "carry"
-    (root / "node_cuda" / "kernels").mkdir(parents=True)
-    shutil.copy(ROOT / "node_cuda" / "kernels" / "build.py", root / "node_cuda" / "kernels")
+    (root / "node_cuda" / "extension").mkdir(parents=True)
+    shutil.copy(ROOT / "node_cuda" / "extension" / "build.py", root / "node_cuda" / "extension")
     shutil.copytree(ROOT / "csrc", root / "csrc")
     carry = root / "carry"
     monkeypatch.setattr(stages, "ROOT", root)

@@ -21,12 +21,14 @@ from torch import nn
 from torch.nn.utils import parametrize
 
 import node_cuda
-from node_cuda import NeuralODE, SolveError, Status, graphs, odeint, odeint_adjoint, odeint_dense, solve
-from node_cuda.field import VectorField
+from node_cuda import NeuralODE, SolveError, Status, odeint, odeint_adjoint, odeint_dense, solve
+from node_cuda.cuda_graphs import cache as graphs
+from node_cuda.cuda_graphs import capture
+from node_cuda.cuda_graphs.cache import MOST, PATIENCE, Graphs, graphs_of
+from node_cuda.cuda_graphs.capture import Uncapturable
 from node_cuda.gradients.inspection import sources
-from node_cuda.graphs import MOST, PATIENCE, Graphs, graphs_of
-from node_cuda.kernels import backend, capture
-from node_cuda.kernels.capture import Uncapturable
+from node_cuda.kernels import backend
+from node_cuda.problem.field import VectorField
 from node_cuda.status import InvalidInput, InvalidType, Unsupported
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
@@ -559,7 +561,10 @@ def test_deferred_without_cuda_graph_is_refused():
 
 @pytest.mark.parametrize("given", [1, "while", np.bool_(True), [Graphs]])
 def test_a_flag_that_is_none_is_refused(given):
-    with pytest.raises(InvalidType, match=r'options\["cuda_graph"\] must be True, False, or a `graphs.Graphs`.*got'):
+    with pytest.raises(
+        InvalidType,
+        match=r'options\["cuda_graph"\] must be True, False, or a `node_cuda.cuda_graphs.cache.Graphs`.*got',
+    ):
         solve(decay, Y, T, options=dict(cuda_graph=given))
 
 

@@ -23,21 +23,22 @@ import torch
 from shim import library as shim
 from shim.pretend_gpu import pretending
 
-from node_cuda.controllers import CONTROLLERS, Adaptive, Controller
+from node_cuda.controllers import CONTROLLERS, Controller
 from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.check_rows import ROWS, Case, Side, difference, sides
-from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import DTYPES, Fused, On
-from node_cuda.methods import arithmetic_of
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE
+from node_cuda.loop.assemble import arithmetic_of
+from node_cuda.loop.step_control import Adaptive
+from node_cuda.methods.step import Step
 from node_cuda.options import AdaptiveOptions
-from node_cuda.problem import make_problem
+from node_cuda.problem.problem import make_problem
 from node_cuda.solution import Stats
 from node_cuda.status import SolveError, Status
-from node_cuda.steppers.step import Step
 
 THREADS = 256
 F64 = torch.float64

@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from node_cuda import METHODS, TABLEAUS, odeint_adjoint, odeint_dense, odeint_event, solve
-from node_cuda.gradients import operation
+from node_cuda.gradients import autograd as operation
 
 DEVICE = torch.device("meta")
 MODES = ("backprop", "adjoint", "discrete")

@@ -16,7 +16,8 @@ import torch
 
 import node_cuda
 from node_cuda import __main__ as environment
-from node_cuda.kernels import build, extension
+from node_cuda.extension import build
+from node_cuda.extension import loading as extension
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -63,7 +64,7 @@ def test_an_install_holds_every_module_and_the_marker_of_its_types(fresh_install
     shipped = files(fresh_install / "node_cuda")
     assert shipped == files(ROOT / "node_cuda")
     assert "py.typed" in shipped
-    assert {f"{name}/__init__.py" for name in ("gradients", "kernels", "steppers")} <= shipped
+    assert {f"{name}/__init__.py" for name in ("gradients", "kernels", "methods")} <= shipped
 
 
 def test_an_install_brings_nothing_but_the_package(fresh_install: Path) -> None:

@@ -10,12 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 from problems import F64, Counting, linspace
-from test_architecture import PLACE
 
 from node_cuda import METHODS, TABLEAUS, solve
-from node_cuda.gradients import GRADIENTS
+from node_cuda.gradients.registry import GRADIENTS
+from node_cuda.methods.adams import MAX_ORDER, MIN_ORDER
 from node_cuda.options import AdamsOptions
-from node_cuda.steppers.adams import MAX_ORDER, MIN_ORDER
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "docs" / "differences.md"]
@@ -123,19 +122,6 @@ def test_the_table_of_gradient_modes_is_the_registry():
 
 
 # ------------------------------------------------------------------ what it points to
-def test_the_layer_picture_names_modules_in_the_order_of_the_layers():
-    picture = [line for line in README.splitlines() if re.match(r"    (\w+  ?)+ +\w", line) and "make " not in line]
-    tops = {name.partition(".")[0] for name in PLACE} - {""}
-    level = {top: max(PLACE[name][0] for name in PLACE if name.partition(".")[0] == top) for top in tops}
-    rows = [line[4:45].split() for line in picture]
-    assert rows and all(name in tops for row in rows for name in row)
-    heights = [level[row[0]] for row in rows]
-    assert heights == sorted(heights, reverse=True)
-    assert all(level[name] == level[row[0]] for row in rows for name in row)
-    hidden = {"_version", "_typing", "__main__"}
-    assert {name for row in rows for name in row} == tops - hidden
-
-
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):

@@ -24,8 +24,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import node_cuda
 from node_cuda import Unsupported, odeint, solve
 from node_cuda import __main__ as environment
+from node_cuda.extension import loading as extension
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels import check_record, check_rows, extension, self_check
+from node_cuda.kernels import check_record, check_rows, self_check
 from node_cuda.kernels.check_record import Lost, Record
 from node_cuda.kernels.check_rows import ROWS, difference
 from node_cuda.kernels.fused import DTYPES

@@ -17,8 +17,8 @@ import pytest
 import torch
 from rooted_trees import elementary_weights, trees
 
-from node_cuda.tableau import DenseOutput, Row, Tableau, hermite, row, rows
-from node_cuda.tableaus import TABLEAUS
+from node_cuda.methods.tableau import DenseOutput, Row, Tableau, hermite, row, rows
+from node_cuda.methods.tableaus import TABLEAUS
 from tools.continuous_extension import PLANS, extension
 
 HALF = Fraction(1, 2)

@@ -19,19 +19,21 @@ from torch import Tensor
 
 import node_cuda
 from node_cuda.controllers import Controller
-from node_cuda.device_loop import OutputLoop, set_apart
-from node_cuda.gradients.trajectory import Trajectory
-from node_cuda.host_loop import solve_outputs
+from node_cuda.cuda_graphs.device_loop import OutputLoop, set_apart
+from node_cuda.gradients.discrete.trajectory import Trajectory
 from node_cuda.kernels.arithmetic import Arithmetic, Polynomials
-from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControlLaw, DenseCotangents
-from node_cuda.kernels.tape import _LAYOUT, _RECORDED, Tape
-from node_cuda.methods import arithmetic_of, grid_of, lookup, make_loop
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
+from node_cuda.kernels.step_log import _LAYOUT, _RECORDED, Tape
+from node_cuda.loop.assemble import arithmetic_of, make_loop
+from node_cuda.loop.grids import grid_of
+from node_cuda.loop.outputs import solve_outputs
+from node_cuda.methods.registry import lookup
 from node_cuda.options import AdaptiveOptions, FixedOptions
-from node_cuda.problem import Problem, make_problem
+from node_cuda.problem.problem import Problem, make_problem
 from node_cuda.solution import Stats
 from node_cuda.status import Status
 

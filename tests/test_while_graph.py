@@ -20,19 +20,19 @@ from shim.graphs import Graphs
 from torch import Tensor
 
 import node_cuda
-from node_cuda.device_pace import DeviceAdaptive
-from node_cuda.interpolation import dense_of
+from node_cuda.extension import build
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels import build
-from node_cuda.kernels.clock import JUST_BEFORE, Interval
 from node_cuda.kernels.control import _LAYOUT, Reading
 from node_cuda.kernels.fused import Fused
-from node_cuda.methods import arithmetic_of
+from node_cuda.kernels.stage_times import JUST_BEFORE, Interval
+from node_cuda.loop.assemble import arithmetic_of
+from node_cuda.loop.device_step_control import DeviceAdaptive
+from node_cuda.methods.interpolation import dense_of
+from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.options import AdaptiveOptions
-from node_cuda.problem import make_problem
+from node_cuda.problem.problem import make_problem
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import Status
-from node_cuda.tableaus import TABLEAUS
 
 pytestmark = pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
 

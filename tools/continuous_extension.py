@@ -1,4 +1,4 @@
-"""Prints the extra stages in `node_cuda/tableaus.py`: `python tools/continuous_extension.py dopri8`.
+"""Prints the extra stages in `node_cuda/methods/tableaus.py`: `python tools/continuous_extension.py dopri8`.
 
 An interpolant of a method's own order p is the polynomial of degree p through both ends of the step with their slopes
 and the slopes of p - 3 extra stages inside (`hermite`). A slope has to be right to order p - 1, so its stage y(t + c h)
@@ -31,8 +31,8 @@ sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from rooted_trees import elementary_weights, trees  # noqa: E402
 
-from node_cuda.tableau import DenseOutput, Row, Tableau, hermite  # noqa: E402
-from node_cuda.tableaus import TABLEAUS  # noqa: E402
+from node_cuda.methods.tableau import DenseOutput, Row, Tableau, hermite  # noqa: E402
+from node_cuda.methods.tableaus import TABLEAUS  # noqa: E402
 
 
 class Plan(NamedTuple):

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.kernels import reference
-from node_cuda.norms import ErrorNorm, rms
+from node_cuda.kernels.norms import ErrorNorm, rms
 
 from .launching import DTYPES, Launch, Workplace, numbers, packed, pointers
 from .steps import ATOL, DOPRI5, RTOL, T0, H, where

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from node_cuda.kernels import reference
-from node_cuda.norms import ErrorNorm
-from node_cuda.tableaus import TABLEAUS
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.methods.tableaus import TABLEAUS
 
 from .launching import CTL_BYTES, Launch, Workplace, numbers, packed, pointers
 

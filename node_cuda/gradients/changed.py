@@ -14,15 +14,15 @@ import torch
 from torch import Tensor
 
 from node_cuda.gradients.members import Members
-from node_cuda.interpolation import dense_of
 from node_cuda.kernels.arithmetic import position
-from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
-from node_cuda.norms import ErrorNorm
-from node_cuda.problem import Problem
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
+from node_cuda.methods.adams import Adams
+from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.interpolation import dense_of
+from node_cuda.methods.step import Step, Stepper
+from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidField
-from node_cuda.steppers.adams import Adams
-from node_cuda.steppers.explicit_rk import ExplicitRK
-from node_cuda.steppers.step import Step, Stepper
 
 ROUNDING = 100.0
 """In eps of the state's dtype, of the largest element: what another order of the same operations may change."""

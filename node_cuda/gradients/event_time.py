@@ -9,11 +9,11 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from node_cuda._eager import eager
 from node_cuda._typing import EventFunc, Func
-from node_cuda.eager import eager
-from node_cuda.field import Layout
 from node_cuda.gradients.context import first_derivatives
 from node_cuda.kernels.reference import real_dot
+from node_cuda.problem.field import Layout
 
 
 def moving(crossing: Crossing, event_t: Tensor, y: Tensor, event_fn: EventFunc) -> tuple[Tensor, Tensor]:

@@ -18,10 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._typing import Func, State
-from node_cuda.field import VectorField
 from node_cuda.gradients.members import Members
 from node_cuda.gradients.parameters import is_wrapped
-from node_cuda.problem import Problem
+from node_cuda.problem.field import VectorField
+from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, users_level
 
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]

@@ -19,9 +19,9 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._typing import Func
+from node_cuda.cuda_graphs import capture
 from node_cuda.gradients.inspection import sources
-from node_cuda.kernels import capture
-from node_cuda.problem import Problem
+from node_cuda.problem.problem import Problem
 
 
 def with_leaves(problem: Problem, params: Sequence[Tensor], y: Tensor) -> tuple[Problem, Sequence[Tensor]]:

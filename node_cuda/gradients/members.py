@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
-from node_cuda.field import version_of
 from node_cuda.gradients.parameters import Parameters, is_wrapped
+from node_cuda.problem.field import version_of
 
 
 class Held(NamedTuple):

@@ -14,10 +14,10 @@ from torch import Tensor
 
 from node_cuda._typing import Row
 from node_cuda.kernels import reference
-from node_cuda.kernels.clock import Clock, Interval
+from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import DenseCotangents
+from node_cuda.kernels.stage_times import Clock, Interval
 from node_cuda.kernels.sums import Sums
-from node_cuda.norms import ErrorNorm
 
 
 class Stage(NamedTuple):

@@ -11,10 +11,11 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
-from node_cuda.kernels import extension, self_check
+from node_cuda.extension import loading as extension
+from node_cuda.kernels import self_check
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused import DTYPES, Fused, On
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.status import InvalidInput, Unsupported
 
 BACKENDS = ("auto", "reference", "fused")

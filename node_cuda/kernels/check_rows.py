@@ -22,12 +22,12 @@ from torch import Tensor
 from node_cuda._typing import Row, Tolerance
 from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
-from node_cuda.kernels.clock import HERE, JUST_AFTER, JUST_BEFORE, Clock
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused import DTYPES, Fused, On
+from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControlLaw
-from node_cuda.kernels.tape import Tape
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock
+from node_cuda.kernels.step_log import Tape
 from node_cuda.status import Status
 
 Value = Tensor | float

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from node_cuda.kernels.reference import ControlLaw
-from node_cuda.kernels.tape import Tape
+from node_cuda.kernels.step_log import Tape
 
 _LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
 _MOST = 2**63 - 1

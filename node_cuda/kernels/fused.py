@@ -18,14 +18,14 @@ from torch import Tensor
 from node_cuda._typing import Row
 from node_cuda._typing import Tolerance as Tol
 from node_cuda.kernels.arithmetic import Arithmetic, Polynomials, Stage
-from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused_sums import FusedSums
 from node_cuda.kernels.memory import address, has_address, resolved
+from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControlLaw, DenseCotangents
+from node_cuda.kernels.stage_times import Interval
+from node_cuda.kernels.step_log import Tape
 from node_cuda.kernels.sums import Sums
-from node_cuda.kernels.tape import Tape
-from node_cuda.norms import ErrorNorm
 from node_cuda.status import InvalidField
 
 # csrc/launchers.h, enum Dtype.

@@ -10,10 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node_cuda.kernels.clock import Interval
 from node_cuda.kernels.memory import address, resolved
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.stage_times import Interval
 from node_cuda.kernels.sums import Sums
-from node_cuda.norms import ErrorNorm
 
 _PART = struct.Struct("=6q")  # struct Part of csrc/launchers.h
 

@@ -17,9 +17,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from node_cuda._torch_modes import transformed
 from node_cuda._typing import Row
-from node_cuda.derivatives import transformed
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.norms import ErrorNorm
 
 _HALF = (torch.float16, torch.bfloat16)
 

@@ -20,8 +20,8 @@ from typing import NamedTuple, TypeVar
 
 import torch
 
+from node_cuda._torch_modes import capturing
 from node_cuda._version import __version__
-from node_cuda.kernels.capture import capturing
 from node_cuda.kernels.check_record import Lost, Record
 from node_cuda.kernels.check_rows import ROWS, Primitive, Side, difference, sides
 from node_cuda.kernels.fused import DTYPES, On

@@ -9,8 +9,8 @@ import torch
 from torch import Tensor
 
 from node_cuda.kernels import reference
-from node_cuda.kernels.clock import Interval
-from node_cuda.norms import ErrorNorm
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.stage_times import Interval
 
 
 class Sums:

@@ -6,7 +6,7 @@ import contextlib
 
 import torch
 
-from node_cuda.kernels import capture
+from node_cuda.cuda_graphs import capture
 
 
 class Eager:

@@ -18,9 +18,9 @@ import torch
 from shim.eager import Eager
 from torch.utils._python_dispatch import TorchDispatchMode, _get_current_dispatch_mode
 
-from node_cuda.field import VectorField
+from node_cuda.cuda_graphs import capture
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels import capture
+from node_cuda.problem.field import VectorField
 
 CUDA = torch.device("cuda")
 """The device of tests marked gpu; the CPU after `pretend`."""

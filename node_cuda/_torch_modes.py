@@ -1,0 +1,58 @@
+"""What torch does around a solve: derivatives are taken, transforms are at work, a CUDA graph is captured."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda.status import UnsupportedTransform
+
+_functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
+
+
+def forward_mode() -> bool:
+    """Forward mode is on (jvp, jacfwd, dual tensors)."""
+    return torch.autograd.forward_ad._current_level >= 0
+
+
+def transformed() -> bool:
+    """A transform of torch.func, or forward mode, is at work."""
+    return _functorch.peek_interpreter_stack() is not None or forward_mode()
+
+
+def in_transform(x: Tensor) -> bool:
+    """x is a tensor of a transform of torch.func, or has a tangent of forward mode."""
+    if not transformed():
+        return False
+    return _functorch.is_functorch_wrapped_tensor(x) or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
+
+
+def recorded(x: Tensor) -> bool:
+    """Derivatives by x are being recorded, by autograd or in forward mode."""
+    return (x.requires_grad and torch.is_grad_enabled()) or in_transform(x)
+
+
+def batched(x: Tensor) -> bool:
+    """x stands for the samples of a torch.func.vmap, which have no single value that the host could read."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        if _functorch.is_batchedtensor(x):
+            return True
+        x = _functorch.get_unwrapped(x)
+    return False
+
+
+def refuse_batched(*tensors: Tensor) -> None:
+    """Raises UnsupportedTransform where the samples of a torch.func.vmap would have to share a step."""
+    if any(map(batched, tensors)):
+        raise UnsupportedTransform(
+            "torch.func.vmap over odeint: the solver cannot choose other steps for each sample here. Use "
+            '`odeint_adjoint(...)`, also with gradient="discrete", which solves one sample after another; or leave '
+            'vmap out and give all samples as one batch y0; or take a fixed grid, e.g. method="rk4".'
+        )
+
+
+def capturing(device: torch.device) -> bool:
+    """The current stream of this device is being captured into a CUDA graph."""
+    return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

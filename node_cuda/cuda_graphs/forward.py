@@ -1,0 +1,159 @@
+"""A whole solve with its outputs by graphs: what `host_loop.solve_outputs` does, without the host in the loop."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor, nn
+
+from node_cuda.cuda_graphs.cache import captured_or_why, key_of, obstacle
+from node_cuda.cuda_graphs.captured import Account, Captured, failure_of
+from node_cuda.cuda_graphs.device_loop import OutputLoop, release, set_apart
+from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
+from node_cuda.kernels.control import Reading
+from node_cuda.kernels.fused import Fused
+from node_cuda.loop.assemble import arithmetic_of, make_loop
+from node_cuda.loop.grids import grid_of
+from node_cuda.loop.outputs import solve_outputs
+from node_cuda.loop.step_control import wrong_at_start
+from node_cuda.methods.registry import Method
+from node_cuda.options import Common, FixedOptions
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import SolveError, Status
+
+
+class CapturedSolve(Captured):
+    """A forward solve."""
+
+    def __init__(self, problem: Problem, method: Method, points: Sequence[float] | None, tier: str | None) -> None:
+        super().__init__(problem, tier)
+        # Solves outside of inference mode write this memory as well.
+        with self.recorder.aside(), torch.inference_mode(False), torch.no_grad():
+            own = set_apart(problem)
+            arithmetic = arithmetic_of(own)
+            assert isinstance(arithmetic, Fused)
+            self.loop = loop = self.make_loop(own, method, arithmetic, points)
+            self._begin, step = self.record(loop.begin, loop.attempt)
+            self.repeat, self.why = self.recorder.repeat(step, loop.control)
+        release(own)
+
+    def make_loop(
+        self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None
+    ) -> OutputLoop:
+        """The loop to be captured."""
+        return OutputLoop(problem, method, arithmetic, points=points)
+
+    def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
+        """y at the problem's times; nothing is read."""
+        self.follow()
+        self.loop.rebind(problem.y0, problem.times, problem.norm, points)
+        self._begin.replay()
+        self.repeat.run()
+        return self.loop.ys.clone()
+
+
+def solve_by_graphs(
+    problem: Problem, method: Method, stats: Stats, why: str | None = None
+) -> tuple[Tensor, Status] | None:
+    """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why. why: what is known to
+    stand in the way."""
+    options = method.options
+    why = why or _gradient_obstacle(problem) or obstacle(problem, method)
+    points = points_of(problem, method) if why is None else None
+    found: CapturedSolve | str = captured_or_why(
+        options,
+        why,
+        lambda: ("forward", *key_of(problem, method), points and len(points)),
+        problem,
+        lambda: CapturedSolve(problem, method, points, options.cuda_graph.tier),
+    )
+    if isinstance(found, str):
+        stats.why = found
+        return None
+    with found.lock:
+        return solve_captured(found, problem, method, stats, points)
+
+
+def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
+    """Those of the grid, where the method has one."""
+    return tuple(grid_of(problem, method.options)[0]) if isinstance(method.options, FixedOptions) else None
+
+
+def solve_captured(
+    captured: CapturedSolve, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
+) -> tuple[Tensor, Status] | None:
+    """A solve by graphs that are there, whose lock is held; its end is looked at, but with throw="deferred". None where
+    it is the host's, as the first one was not what the host computes."""
+    options, loop = method.options, captured.loop
+    trial = Trial("solve", captured.repeat.tier, loop.y)
+    trial.begin(stats)
+    stats.loop, stats.why = captured.repeat.tier, captured.why
+    ys = captured.run(problem, points)
+    run = captured.begun(loop.control, stats, _account(problem, loop, ys, options), options)
+    if trial.due:
+        end = (run or stats.pending[-1]).end(stats)
+        status = Status.SUCCESS if end is None else end.status
+        found = Outcome(status, [ys], (stats.accepted, stats.rejected))
+        if not trial.agrees(stats, found, lambda: _by_the_host(problem, method, points)):
+            stats.why = refuted(captured.device)
+            return None
+    if run is None:
+        return ys, Status.PENDING
+    failure = run.end(stats)
+    if failure is not None and loop.adaptive:
+        if options.raises:
+            raise failure
+        stats.reached = failure.t, loop.y.clone()
+    return ys, Status.SUCCESS if failure is None else failure.status
+
+
+def _by_the_host(problem: Problem, method: Method, points: Sequence[float] | None) -> Outcome:
+    """The same solve, with another field and statistics of its own."""
+    own, stats = replace(problem, field=problem.field_of(problem.func), callbacks={}), Stats()
+    with torch.no_grad():
+        ys, status = solve_outputs(*make_loop(own, method, stats, points=points), False)
+    return Outcome(status, [ys], (stats.accepted, stats.rejected))
+
+
+def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) -> Account:
+    """What is made of where a solve ended."""
+    direction, times = problem.direction, problem.times
+    # A grid judges no step. Now, as ys is the user's from here on.
+    finite = None if loop.adaptive else torch.isfinite(ys).reshape(len(ys), -1).all(1)
+    # The next solve writes over the slope, and y0 would keep the user's graph.
+    began = None if options.throw == "deferred" else (problem.norm, problem.y0, loop.k1)
+
+    def account(now: Reading, stats: Stats) -> SolveError | None:
+        stats.nfe = loop.cost(now, stats)
+        detail = None
+        if now.never_began:
+            if began is not None:
+                detail = wrong_at_start(*began)
+            else:
+                detail = "y0 or func(t0, y0) is not finite, or not so in units of atol + rtol * |y0|."
+        failure = failure_of(now, direction, stats, options, detail)
+        if failure is None and finite is not None:
+            stats.host_reads += 1
+            reached: list[bool] = finite.tolist()
+            if not reached[-1]:
+                t = times[reached.index(False) - 1]  # as `Solution.check` says it
+                failure = SolveError(Status.NON_FINITE, direction * t, stats)
+        return failure
+
+    return account
+
+
+def _gradient_obstacle(problem: Problem) -> str | None:
+    if torch.is_grad_enabled() and _wants_gradient(problem):
+        return 'autograd records the steps; gradient="adjoint" and "discrete" capture them, and so does torch.no_grad()'
+    return None
+
+
+def _wants_gradient(problem: Problem) -> bool:
+    func = problem.func
+    if problem.y0.requires_grad or problem.t.requires_grad or not isinstance(func, nn.Module):
+        return True
+    return any(p.requires_grad for p in func.parameters())

@@ -1,0 +1,1 @@
+"""The continuous adjoint method: a second ODE is solved backwards."""

@@ -1,0 +1,222 @@
+"""The backward solve of the adjoint method: (y, a) from the last time back to the first, and dL/dtheta beside them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from node_cuda._typing import Tolerance
+from node_cuda.gradients.adjoint.field import AdjointField, ParameterGradient
+from node_cuda.gradients.adjoint.norm import AdjointNorm, backward_error_norm, smallest
+from node_cuda.gradients.adjoint.reconstruction import Reconstruction
+from node_cuda.gradients.reached import Reached
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.loop.assemble import arithmetic_of, make_loop
+from node_cuda.loop.scipy_solver import ScipySolve
+from node_cuda.methods.registry import SCIPY, Method
+from node_cuda.methods.step import Step
+from node_cuda.options import ScipyOptions
+from node_cuda.problem.field import Layout
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+
+
+@dataclass
+class Settings:
+    """How the backward solve is done: its tolerances (of the flat state), its method from the options, and the options
+    as the user sees them in `grad_fn.adjoint_options`, read when it runs. checks: compare what it rebuilds. jumps: the
+    field has discontinuities in time."""
+
+    rtol: Tolerance
+    atol: Tolerance
+    method: Callable[[dict[str, Any]], Method]
+    options: dict[str, Any]
+    checks: bool
+    jumps: bool
+
+
+Found = tuple[Tensor | None, Tensor, Sequence[Tensor]]
+"""dL/dt or None, dL/dy0, and dL/dtheta."""
+
+
+class Backward:
+    """What is to be solved backwards, before anything is made for it.
+
+    forward: the forward problem, whose y0 has a shape and a dtype and no values. t, times: the outputs, the latter in
+    the forward solve's time. problem: that of the flat state [y, a]; its field is still to come.
+    """
+
+    def __init__(
+        self,
+        forward: Problem,
+        settings: Settings,
+        t: Tensor,
+        times: Sequence[float],
+        ys: Tensor,
+        grad_ys: Tensor,
+        params: Sequence[Tensor],
+    ) -> None:
+        self.forward = forward
+        self.settings = settings
+        self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
+        self.params = params
+        options = settings.options
+        norm = options["norm"]
+        self.params_in_norm = not isinstance(norm, AdjointNorm) or norm.params
+        self.params_norm = ErrorNorm(smallest(settings.rtol), smallest(settings.atol))
+        self.method = settings.method({name: value for name, value in options.items() if name != "norm"})
+        self.problem = replace(
+            forward,
+            y0=torch.cat([ys[-1].reshape(-1), self.grad_ys[-1].reshape(-1)]),
+            t=self.t.flip(0),
+            # Backwards from the last time, in the solver's ascending time.
+            times=tuple(-s for s in reversed(times)),
+            direction=-forward.direction,
+            layout=Layout(),
+            norm=backward_error_norm(forward, settings.rtol, settings.atol, norm, params),
+        )
+
+    def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
+        """y and a of z = [y, a], as views of the state's shape."""
+        y, a = z.chunk(2)
+        return y.view(self.ys.shape[1:]), a.view(self.ys.shape[1:])
+
+    def apart(self, forward: Problem, params: Sequence[Tensor]) -> Backward:
+        """The same with memory for [y, a] of its own, of a forward problem with a field and parameters of its own."""
+        other = copy.copy(self)
+        other.forward, other.params = forward, params
+        other.problem = replace(self.problem, y0=self.problem.y0.clone())
+        return other
+
+    def interval(self, i: int, z: Tensor) -> Problem:
+        """The problem of the i-th interval, backwards: fixed grids are laid anew in each, as torchdiffeq does."""
+        return replace(self.problem, y0=z, t=self.problem.t[i : i + 2], times=self.problem.times[i : i + 2])
+
+
+class BackwardSolve:
+    """The solve of (y, a) from the last time back to the first, its steps chosen by the host."""
+
+    def __init__(self, backward: Backward, reached: Reached) -> None:
+        self.backward = backward
+        self.forward, self.method = backward.forward, backward.method
+        self.t, self.ys, self.grad_ys = backward.t, backward.ys, backward.grad_ys
+        self.arithmetic = arithmetic_of(backward.problem)
+        self.field = AdjointField(self.forward, self.arithmetic, backward.params, reached)
+        self.gradient = ParameterGradient(self.field, backward.params_norm, in_norm=backward.params_in_norm)
+        self.problem = replace(backward.problem, field=self.field, callbacks=self._callbacks())
+        self.stats = Stats()
+        self.steps = 0  # since the last output
+        settings, forward = backward.settings, backward.forward
+        own = ErrorNorm(settings.rtol, settings.atol, forward.norm.sizes, forward.norm.custom)
+        self.reconstruction = Reconstruction(own) if settings.checks else None
+
+    def run(self, wants_t: bool) -> Found:
+        """The gradients."""
+        last = len(self.problem.times) - 1
+        adj_t = torch.zeros_like(self.t) if wants_t else None
+        z = self.problem.y0
+        interval = self._interval()
+        for i in range(last):  # from output m back to the one before it
+            m = last - i
+            z, f = interval(i, z)
+            y, a = self.backward.parts(z)
+            if self.reconstruction is not None:
+                self.reconstruction.compare(float(self.t[m - 1]), y, self.ys[m - 1], self.steps)
+                self.steps = 0
+            if adj_t is not None:
+                adj_t[m] = self.arithmetic.real_dot(self.grad_ys[m], f if f is not None else self._f(m))
+                if m == 1:
+                    adj_t[0] = -self.arithmetic.real_dot(a, self._f(0))
+            z = self.arithmetic.jump(self.ys[m - 1], a, self.grad_ys[m - 1])
+        return adj_t, self.backward.parts(z)[1], self.gradient.gradients()
+
+    def _interval(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
+        """What takes z over the i-th interval, backwards: (z at its end, f at its start if that was evaluated)."""
+        if len(self.problem.times) > 1 and self.method.adaptive:
+            return self._adaptive_intervals()
+        return self._scipy_interval if self.method.name == SCIPY else self._grid_interval
+
+    def _adaptive_intervals(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
+        """One solve that lands on every output time; the step size goes on from one interval to the next."""
+        loop, _ = make_loop(
+            self.problem,
+            self.method,
+            self.stats,
+            stops=self.problem.times[1:],
+            quadrature=self.gradient,
+            extra=self.gradient,
+            arithmetic=self.arithmetic,
+        )
+        steps = loop.steps()
+
+        def interval(i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
+            if i > 0:
+                loop.restart(z)
+                loop.pace.fresh()
+            return self._follow(steps, self.problem.times[i + 1])
+
+        return interval
+
+    def _grid_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """By a grid of its own."""
+        problem = replace(self.backward.interval(i, z), field=self.field, callbacks=self.problem.callbacks)
+        loop, _ = make_loop(problem, self.method, self.stats, quadrature=self.gradient, arithmetic=self.arithmetic)
+        return self._follow(loop.steps(), problem.times[1])
+
+    def _follow(self, steps: Iterator[Step], end: float) -> tuple[Tensor, Tensor | None]:
+        """Take accepted steps up to `end`: (z there, f at the first step's start)."""
+        f = None
+        for step in steps:
+            self.gradient.commit()
+            self.steps += 1
+            if f is None:
+                f = self.backward.parts(step.k[0])[0]
+            if step.t1 >= end:
+                return step.y1, f
+        raise AssertionError("the steps ended before the interval did")
+
+    def _scipy_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
+        """scipy steps (y, a); the parameters' gradient is a Gauss rule over each of its steps' dense output."""
+        problem = replace(self.problem, y0=z, times=self.problem.times[i : i + 2])
+        assert isinstance(self.method.options, ScipyOptions)
+        self.field.wants(False)
+        solve = ScipySolve(problem, self.method.options, self.stats)
+        if solve.failure is not None:
+            raise solve.failure
+        self.steps += len(solve.result.t) - 1
+        if self.field.params:
+            nodes, weights = np.polynomial.legendre.leggauss(5)
+            for s0, s1 in zip(solve.result.t[:-1], solve.result.t[1:], strict=True):
+                self.gradient.begin()
+                for node, weight in zip(nodes, weights, strict=True):
+                    s = float(0.5 * (s0 + s1) + 0.5 * (s1 - s0) * node)
+                    self.field.wants(True)
+                    self.field(solve.clock.tensors([s])[0], solve.at(s))
+                    dt = problem.direction * float(s1 - s0)
+                    self.gradient.add(self.field.integrands, 0.5 * weight * dt, 0.0)
+                self.gradient.commit()
+        return solve.at(problem.times[1]), None
+
+    def _f(self, m: int) -> Tensor:
+        """f at the m-th output."""
+        return self.field.f_alone(self.t[m].to(self.ys.device, self.forward.time_dtype), self.ys[m])
+
+    def _callbacks(self) -> dict[str, Callable[[Tensor, Any, Tensor], Any]]:
+        """The user's adjoint callbacks: y0 reaches them as torchdiffeq's tuple (vjp_t, y, vjp_y, *vjp_params)."""
+
+        shape, gradient = self.ys.shape[1:], self.gradient  # and not self, which would be a cycle
+
+        def wrap(callback: Callable[[Tensor, Any, Tensor], Any]) -> Callable[[Tensor, Any, Tensor], Any]:
+            def call(t0: Tensor, z: Tensor, dt: Tensor) -> Any:
+                y, a = (part.view(shape) for part in z.chunk(2))
+                return callback(t0, (torch.zeros_like(t0), y, a, *(g.clone() for g in gradient.total)), dt)
+
+            return call
+
+        return {name: wrap(callback) for name, callback in self.forward.adjoint_callbacks.items()}

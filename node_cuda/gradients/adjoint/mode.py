@@ -1,0 +1,157 @@
+"""Gradients by the continuous adjoint method, in memory that does not depend on the number of steps.
+
+Backwards from the last time, da/dt = -a^T df/dy beside dy/dt = f, with a += dL/dy(t_m) and y reset to the stored one
+at every output time; dL/dtheta = int a^T df/dtheta dt as a quadrature over the steps; dL/dt_m = dL/dy(t_m) . f(t_m,
+y_m) and dL/dt_0 = -a(t_0) . f(t_0, y_0). Chen et al. 2018, arXiv:1806.07366; derived in docs/adjoint.md.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import EventFunc
+from node_cuda.gradients import forward
+from node_cuda.gradients.adjoint.autonomy import ignores_time
+from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSolve, Found, Settings
+from node_cuda.gradients.adjoint.cuda_graph import solve_by_graphs
+from node_cuda.gradients.adjoint.norm import chosen_norm
+from node_cuda.gradients.autograd import Gradients, Saved, Task, refuse_transforms
+from node_cuda.gradients.changed import Comparison, Evaluated, LastStep
+from node_cuda.gradients.parameters import Parameters
+from node_cuda.gradients.reached import Reached
+from node_cuda.loop.request import Request
+from node_cuda.methods.registry import lookup
+from node_cuda.problem.problem import Problem, check_tolerance
+from node_cuda.status import Status
+
+
+def outputs(request: Request) -> tuple[Tensor, Status]:
+    """y at the problem's times; its gradient by the adjoint method."""
+    task = _AdjointTask(request, None)
+    return task()[0], task.status
+
+
+def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
+    """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
+    refuse_transforms("An event")
+    ys, at = _AdjointTask(request, event_fn)()
+    return at.to(request.problem.t), ys
+
+
+class _AdjointTask(Task):
+    """A solve and its backward solve."""
+
+    what = 'gradient="adjoint"'
+    replays = False
+    kept: Evaluated | None = None
+
+    def __init__(self, request: Request, event_fn: EventFunc | None) -> None:
+        super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
+        self.settings = _settings(request, self.parameters)
+        self.event_fn = event_fn
+
+    @property
+    def shown(self) -> dict[str, Any]:
+        return {"adjoint_options": self.settings.options}
+
+    def solve(self, request: Request) -> tuple[Tensor, float]:
+        last = LastStep()
+        if self.event_fn is not None:
+            event_t, ys = forward.event(request, self.event_fn, last)
+            self.kept = last.evaluated(request.problem.direction * float(event_t), self.members)
+            return ys, float(event_t)
+        ys, self.status = forward.outputs(request, self.replaced(request.problem), last)
+        if self.status is Status.SUCCESS:
+            self.kept = last.evaluated(request.problem.times[-1], self.members)
+        # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
+        self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
+        return ys, request.problem.direction * request.problem.times[-1]
+
+    def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
+        t, _, ys, at, params = saved
+        event_mode = self.event_fn is not None
+        times = torch.stack([t[0], at.to(t)]) if event_mode else t
+        # What a failed solve did not reach is NaN, and nothing flows back from it.
+        failed = not event_mode and self.failed
+        count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
+        solver_times = [problem.direction * s for s in times.cpu().double().tolist()] if event_mode else problem.times
+        backward = Backward(
+            problem, self.settings, times[:count], solver_times[:count], ys[:count], grad_ys[:count], params
+        )
+        used = self.reached(problem)
+        found = self._by_graphs(backward, used, wants_t)
+        adj_t, adj_y0, adj_params = self._by_the_host(backward, used, wants_t) if found is None else found
+        used.check(params)
+        if adj_t is not None and self._is_autonomous(backward):
+            adj_t = torch.cat([-adj_t[1:].sum().reshape(1), adj_t[1:]])
+        if adj_t is not None and (event_mode or count < len(t)):
+            # The event's time is not where the user put t[1], so only t[0] moves the solution.
+            kept = 1 if event_mode else count
+            adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
+        return Gradients(adj_t, None, adj_y0, adj_params)
+
+    def _is_autonomous(self, backward: Backward) -> bool:
+        """dL/dt0 follows from the other times. Evaluates func, and reads from the device."""
+        if self.settings.jumps or self.status is Status.PENDING or len(backward.t) < 2:
+            return False
+        before = backward.forward.field.nfe
+        found = ignores_time(backward.forward, backward.ys[-1], -backward.problem.times[0])
+        self.stats.nfe_backward += backward.forward.field.nfe - before
+        return found
+
+    def _by_the_host(self, backward: Backward, used: Reached, wants_t: bool) -> Found:
+        solve = BackwardSolve(backward, used)
+        if self.kept is not None and not self.by_chance:
+            compare = Comparison(backward.forward, self.members, self.what, solve.field.f_alone)
+            solve.field.first = functools.partial(compare.begin, self.kept)
+        found = solve.run(wants_t)
+        self.stats.nfe_backward += solve.field.nfe
+        if solve.reconstruction is not None:
+            self.stats.reconstruction_error = solve.reconstruction.worst
+            solve.reconstruction.warn()
+        return found
+
+    def _by_graphs(self, backward: Backward, used: Reached, wants_t: bool) -> Found | None:
+        if not backward.method.options.cuda_graph:
+            return None
+        return solve_by_graphs(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
+
+
+def _settings(request: Request, parameters: Parameters) -> Settings:
+    """The backward solve's arguments, each by default the forward one, checked before anything is solved."""
+    problem, given = request.problem, request.adjoint
+    method = request.method_name if given.method is None else given.method
+    if method != request.method_name and request.options is not None and given.options is None:
+        raise ValueError(
+            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`; got "
+            f"{method!r} and {request.method_name!r}. Pass `adjoint_options=dict(...)` as well."
+        )
+    inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
+    options = inherited if given.options is None else dict(given.options)
+    if inherited.get("cuda_graph") and options.get("cuda_graph", True):
+        # Who repeats the steps is no matter of the method: options of the backward solve's own leave that as it is.
+        options = {**{name: inherited[name] for name in ("cuda_graph", "throw") if name in inherited}, **options}
+    norm = options.pop("norm", None)
+    if callable(norm) and len(parameters.wanted) < len(parameters.every):
+        warnings.warn(
+            "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the "
+            "adjoint pass, and will not appear as a tensor in the adjoint norm.",
+            stacklevel=5,
+        )
+    checks = lookup(method, options).options.check_reconstruction or request.method.options.check_reconstruction
+    options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
+    rtol, atol = (
+        forward if backward is None else check_tolerance(name, backward, problem.layout, problem.y0)
+        for name, forward, backward in (
+            ("adjoint_rtol", problem.norm.rtol, given.rtol),
+            ("adjoint_atol", problem.norm.atol, given.atol),
+        )
+    )
+    both = request.method.options, lookup(method, options, quiet=True).options
+    jumps = any(getattr(x, "jump_t", None) is not None for x in both)
+    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)

@@ -1,0 +1,50 @@
+"""Is the state that the adjoint method rebuilds, solving backwards, the one that the forward solve computed?
+
+Where the field contracts, the way back expands: an error grows by exp(cT), and the gradient is taken along another
+trajectory. Gholami, Keutzer and Biros 2019, arXiv:1902.10298.
+"""
+
+from __future__ import annotations
+
+import warnings
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.status import ReconstructionWarning, users_level
+
+INTERPOLATION, PER_STEP = 100.0, 10.0
+"""The errors, in tolerances, that are no sign of a wrong way: an output between two steps is off by some tens of them,
+and each backward step may make one, which a fair field lets grow a little."""
+
+
+class Reconstruction:
+    """Compares states at output times. worst: the largest error found, in units of the tolerances."""
+
+    def __init__(self, norm: ErrorNorm) -> None:
+        self.norm = norm
+        self.worst = 0.0
+        self._excess = 0.0
+        self._words = ""
+
+    def compare(self, t: float, rebuilt: Tensor, stored: Tensor, steps: int) -> None:
+        """y at the user's time t, rebuilt by so many backward steps, with what the forward solve had. One host read."""
+        scale = self.norm.scale(torch.maximum(rebuilt.abs(), stored.abs()))
+        error = self.norm((rebuilt - stored) / scale)
+        excess = error / (INTERPOLATION + PER_STEP * steps)
+        if not error <= self.worst:
+            self.worst = error
+        if not excess <= self._excess:
+            self._excess = excess
+            self._words = f"z rebuilt backwards at t = {t:.6g}, by {steps} steps, is off by {error:.3g} tolerances"
+
+    def warn(self) -> None:
+        """Say so, if an error was larger than the steps can have made."""
+        if not self._excess <= 1.0:
+            warnings.warn(
+                f"{self._words}, and the gradient is taken along a wrong trajectory: the field contracts, and the way "
+                'back is unstable. Use gradient="discrete", or more output times, at which z is set right again.',
+                ReconstructionWarning,
+                stacklevel=users_level(),
+            )

@@ -1,0 +1,1 @@
+"""The discrete adjoint: every accepted step is taken again, and differentiated."""

@@ -1,0 +1,211 @@
+"""The discrete adjoint's walk back over its steps by graphs: a body takes back the step that the device says.
+
+    begin, take back the last step, take back steps ...
+
+Every state is there: where some would have to be given up the solve is the host's, forwards and backwards.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from node_cuda.cuda_graphs.cache import captured_or_why, key_of
+from node_cuda.cuda_graphs.captured import Account, Captured
+from node_cuda.cuda_graphs.device_loop import release, upload, with_field_of_its_own
+from node_cuda.gradients.discrete.cuda_graph_forward import Record
+from node_cuda.gradients.discrete.step_adjoint import Cotangent, Form, Outputs, StepAdjoint
+from node_cuda.gradients.discrete.trajectory import State, Taken
+from node_cuda.gradients.leaves import with_leaves
+from node_cuda.gradients.reached import Reached
+from node_cuda.kernels.control import Reading
+from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.fused_sums import FusedSums
+from node_cuda.kernels.stage_times import HERE
+from node_cuda.loop.assemble import arithmetic_of
+from node_cuda.methods.registry import Method
+from node_cuda.options import Common
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import SolveError, Status
+
+
+class DeviceStepAdjoint(StepAdjoint):
+    """Takes back the step `here`, which the device says; its first stage takes place at the 0-d tensor `start`."""
+
+    start: Tensor
+    here: Taken
+
+    def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
+        """See `StepAdjoint`."""
+        return self.start, state.y0
+
+    def commit_sums(self) -> None:
+        """See `StepAdjoint`; nothing where there was no step to take back."""
+        if isinstance(self.sums, FusedSums):
+            self.sums.commit_if_accepted(self.here.at)
+
+
+class CapturedWalk(Captured):
+    """A walk back. `lam`: when it is over, of the state that the solve began with, without its output's part."""
+
+    def __init__(
+        self, record: Record, problem: Problem, form: Form, params: Sequence[Tensor], tier: str | None
+    ) -> None:
+        super().__init__(problem, tier)
+        self.owner = record.owner  # its memory is used
+        loop = self.owner.loop
+        self.tape, self.states = loop.tape, loop.states
+        with self.recorder.aside(), torch.no_grad():
+            problem, params = with_leaves(problem, params, loop.y)
+            own = with_field_of_its_own(replace(problem, y0=torch.empty_like(loop.y)))
+            arithmetic = arithmetic_of(own)
+            assert isinstance(arithmetic, Fused)
+            self.arithmetic = arithmetic
+            self.control = arithmetic.grid_control(())
+            self.y, self.lam = torch.empty_like(loop.y), torch.zeros_like(loop.y)
+            self.times, self.gradients = problem.times, torch.zeros_like(loop.ys)
+            self.reached = Reached(range(len(params)))
+            self.params = params
+            self.sums = arithmetic.sums(params, with_error=False)
+            self.adjoint = DeviceStepAdjoint(
+                own, arithmetic, arithmetic, form, params, self.sums, self.reached, timed=False
+            )
+            (self.adjoint.start,) = arithmetic.slots(arithmetic.current(), (0.0,), HERE)
+            self.adjoint.here = Taken(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
+            self.times = problem.times
+            self._several = len(problem.times) > 2
+            self.nfe: dict[str, int] = {}
+            self._begin, self._last, self._step = self.record(
+                self._begin_walk,
+                self._counted("last", lambda: self._take_back(dense=True)),
+                self._counted("step", lambda: self._take_back(dense=self._several)),
+            )
+            self.repeat, self.why = self.recorder.repeat(self._step, self.control)
+        release(own)
+
+    def run(self, record: Record, times: tuple[float, ...], grad_ys: Tensor) -> None:
+        """Takes all steps of a record back, from outputs at these times; nothing is read."""
+        self.owner.follow()
+        self.follow()
+        record.load()
+        if times != self.times:
+            self.times = times
+            upload(self.arithmetic.device_times, times)
+        self.gradients.copy_(grad_ys)
+        self._begin.replay()
+        self._last.replay()
+        if record.count is not None and self.repeat.tier == "batches":  # no need to look where the end is
+            self._step.replay(record.count - 1)
+        else:
+            self.repeat.run()
+
+    def cost(self, count: int) -> int:
+        """How often a walk over so many steps evaluates the field."""
+        return self.nfe["last"] + (count - 1) * self.nfe["step"]
+
+    def of_params(self) -> list[Tensor]:
+        """dL/dtheta in the parameters' own dtypes, for the caller to keep."""
+        return [g.to(p.dtype, copy=True) for g, p in zip(self.sums.total, self.params, strict=True)]
+
+    def _begin_walk(self) -> None:
+        self.control.start(0.0, 0.0)
+        if isinstance(self.sums, FusedSums):
+            self.sums.restart()
+        self.lam.zero_()
+        self.control.set_walk(self.tape)
+
+    def _take_back(self, *, dense: bool) -> None:
+        state = self._load()
+        outputs = Outputs(1, self.gradients[1:], None) if dense else None
+        lam = self.adjoint.back(self.adjoint.here, state, Cotangent(self.lam), outputs).cotangent.lam
+        self.arithmetic.commit([self.lam], [lam])
+        self.control.taken(self.tape)
+
+    def _load(self) -> State:
+        """The state that the walk's next step began with."""
+        self.control.take_back(self.tape, self.adjoint.start)
+        torch.index_select(self.states, 0, self.tape.row, out=self.y.unsqueeze(0))
+        return State(self.y, None)
+
+    def _counted(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
+        """The work, and how often it evaluates the field."""
+
+        def counted() -> None:
+            before = self.adjoint.nfe
+            work()
+            self.nfe[name] = self.adjoint.nfe - before
+
+        return counted
+
+
+def walk_by_graphs(
+    record: Record,
+    problem: Problem,
+    method: Method,
+    form: Form,
+    grad_ys: Tensor,
+    params: Sequence[Tensor],
+    used: Reached,
+    stats: Stats,
+    why: str | None,
+) -> tuple[Tensor, list[Tensor]] | None:
+    """(lam at the first state, dL/dtheta), or None where the walk is the host's: then `stats.why_backward` says why."""
+    options = method.options
+    found: CapturedWalk | str = captured_or_why(
+        options,
+        why,
+        lambda: (
+            "walk",
+            record.owner,
+            *key_of(problem, method),
+            tuple((p.data_ptr(), p.shape, p.stride(), p.dtype) for p in params),
+        ),
+        problem,
+        lambda: _capture(record, problem, form, params, options),
+    )
+    if isinstance(found, str):
+        stats.why_backward = found
+        return None
+    stats.why_backward = found.why
+    stats.graph_of = "stage" if found.adjoint.at_once is False else "step"
+    used.reach_as(found.reached)
+    with record.owner.lock, found.lock:
+        stats.loop_backward = found.repeat.tier
+        found.run(record, problem.times, grad_ys)
+        lam, of_params = found.lam.clone(), found.of_params()
+        walked = found.control.succeeded
+        if record.count is None:
+            found.begun(found.control, stats, _account(found), options)
+    if record.count is not None:
+        stats.nfe_backward += found.cost(record.count)
+        stats.peak_checkpoints = max(stats.peak_checkpoints, record.count)
+        return lam, of_params
+    assert record.succeeded is not None
+    ok = record.succeeded & walked
+    return torch.where(ok, lam, math.nan), [torch.where(ok, g, math.nan) for g in of_params]
+
+
+def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tensor], options: Common) -> CapturedWalk:
+    with record.owner.lock:
+        record.owner.follow()
+        record.load()  # the steps that warm it up are those of this record
+        return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
+
+
+def _account(walk: CapturedWalk) -> Account:
+    """What is made of where a walk ended of which nobody knew the length; the forward solve is asked first."""
+
+    def account(now: Reading, stats: Stats) -> SolveError | None:
+        status = Status(now.status)
+        if status is not Status.SUCCESS:
+            return SolveError(status, math.nan, stats)
+        stats.nfe_backward += walk.cost(stats.accepted)
+        stats.peak_checkpoints = max(stats.peak_checkpoints, stats.accepted)
+        return None
+
+    return account

@@ -1,0 +1,340 @@
+"""Exact gradients of the computed solution: the discrete adjoint, one state kept for every accepted step.
+
+The forward solve runs without a tape. The backward pass takes each accepted step again from the state it began with,
+and its cotangents through it (`step_adjoint`): what autograd through the same steps would give, in the memory of one
+step's graph. The step sizes are held fixed, as the exact flow does not depend on them; of an adaptive solve
+dL/dt_m = dL/dy(t_m) . f(t_m, y_m) and dL/dt_0 = -dL/dy_0 . f(t_0, y_0), of a fixed grid dL/dt is exact as well.
+Zhuang et al. 2020, arXiv:2006.02493; Matsubara, Miyatake and Yaguchi 2021, arXiv:2102.09750.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_right
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import EventFunc
+from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
+from node_cuda.gradients.autograd import Gradients, Saved, Task, refuse_transforms
+from node_cuda.gradients.changed import Comparison
+from node_cuda.gradients.discrete.checkpoints import slots_for
+from node_cuda.gradients.discrete.cuda_graph_forward import Record, solve_recorded, why_not_recorded
+from node_cuda.gradients.discrete.cuda_graph_reverse import walk_by_graphs
+from node_cuda.gradients.discrete.step_adjoint import (
+    Cotangent,
+    Evaluation,
+    Form,
+    Outputs,
+    StepAdjoint,
+    adaptive_form,
+    grid_form,
+    of_times,
+)
+from node_cuda.gradients.discrete.trajectory import State, Trajectory
+from node_cuda.gradients.parameters import Parameters
+from node_cuda.gradients.reached import Reached
+from node_cuda.kernels.arithmetic import Arithmetic, position
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.reference import real_dot
+from node_cuda.loop.assemble import arithmetic_of, find_event, make_loop
+from node_cuda.loop.grids import grid_of
+from node_cuda.loop.host_loop import HostLoop
+from node_cuda.loop.outputs import solve_outputs
+from node_cuda.loop.request import Request
+from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.interpolation import dense_of
+from node_cuda.options import AdaptiveOptions, FixedOptions
+from node_cuda.problem.field import VectorField
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import Status, Unsupported
+
+
+def outputs(request: Request) -> tuple[Tensor, Status]:
+    """y at the problem's times; its gradient by the discrete adjoint."""
+    options = request.method.options
+    points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
+    task = _DiscreteTask(request, None, points, taped_grid=grid is not None)
+    return task(grid)[0], task.status
+
+
+def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
+    """The event's time (no gradient), and y0 and y there; their gradient by the discrete adjoint."""
+    refuse_transforms("An event")
+    ys, at = _DiscreteTask(request, event_fn, None)()
+    return at.to(request.problem.t), ys
+
+
+class _DiscreteTask(Task):
+    """A solve that records its steps, and the walk back over them.
+
+    points: the grid that the steps lie on, in solver time, where it is known before. times: those of the outputs, in
+    solver time, the first is the start.
+    """
+
+    what = 'gradient="discrete"'
+    replays = True
+    trajectory: Trajectory
+    record: Record | None = None
+    times: tuple[float, ...]
+
+    def __init__(
+        self, request: Request, event_fn: EventFunc | None, points: list[float] | None, *, taped_grid: bool = False
+    ) -> None:
+        super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "discrete adjoint"))
+        self.form = _form(request)
+        self.event_fn = event_fn
+        self.points = points
+        self.taped_grid = taped_grid
+
+    def solve(self, request: Request) -> tuple[Tensor, float]:
+        """See `Task`."""
+        problem, method, stats = request.problem, request.method, request.stats
+        endless = self.event_fn is not None
+        if method.options.cuda_graph:
+            recorded = solve_recorded(request, self._why_not_recorded(request))
+            if recorded is not None:
+                ys, self.status, self.record = recorded
+                self.times = problem.times
+                return ys, problem.direction * self.times[-1]
+            stats.why_backward = stats.why
+        loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
+        self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
+        if self.event_fn is None:
+            ys, self.status = solve_outputs(loop, interpolant, method.options.raises)
+            self.times = problem.times
+        else:
+            at, y = find_event(loop, interpolant, method, self.event_fn)
+            ys, self.times = torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at)
+        return ys, problem.direction * self.times[-1]
+
+    def _why_not_recorded(self, request: Request) -> str | None:
+        if self.event_fn is not None:
+            return "an event is looked for by the host"
+        if self.taped_grid:
+            return "dL/dt of a fixed grid is computed by the host"
+        problem = request.problem
+        return self.replaced(problem) or why_not_recorded(problem, request.method, self.parameters.wanted)
+
+    def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
+        """See `Task`."""
+        stats = self.stats
+        if self.record is not None:
+            trial = Trial("backward pass", stats.loop, saved.ys)
+            compared = trial.due and self._looked_at(self.record)
+            trial.begin(stats)
+            reached = self.reached(problem)
+            found = self._by_graphs(self.record, problem, saved, grad_ys, wants_t, reached)
+            if found is not None:
+
+                def by_the_host() -> Outcome:
+                    return _outcome(self._walked(problem, saved, grad_ys, wants_t, False, Reached(()), Stats()))
+
+                if not compared or trial.agrees(stats, _outcome(found), by_the_host):
+                    reached.check(saved.params)
+                    return found
+                stats.why_backward = refuted(trial.device)
+            if not self._looked_at(self.record):
+                raise Unsupported(
+                    f"The backward pass of a deferred solve that failed must be captured, and {stats.why_backward}."
+                )
+        return self._walked(problem, saved, grad_ys, wants_t, wants_grid, self.reached(problem), stats)
+
+    def _looked_at(self, record: Record) -> bool:
+        """Wait for the end of a deferred solve. False: its steps are not all recorded."""
+        if record.count is None and self.stats.pending[0].end(self.stats) is None:
+            count = self.stats.accepted
+            record.count = count if count <= record.owner.capacity else None
+        return record.count is not None
+
+    def _walked(
+        self,
+        problem: Problem,
+        saved: Saved,
+        grad_ys: Tensor,
+        wants_t: bool,
+        wants_grid: bool,
+        reached: Reached,
+        stats: Stats,
+    ) -> Gradients:
+        """By the host."""
+        if self.record is not None:
+            self.trajectory = self.record.trajectory(arithmetic_of(problem))
+            stats.host_reads += 1
+        walk = _Backwards(self, problem, saved, grad_ys, wants_grid, reached)
+        adj_y0, adj_t, adj_grid = walk.run(saved.t, wants_t)
+        reached.check(saved.params)
+        stats.nfe_backward += walk.adjoint.nfe
+        stats.steps_again += walk.steps_again
+        stats.peak_checkpoints = max(stats.peak_checkpoints, self.trajectory.checkpoints.peak)
+        stats.graph_of = "stage" if walk.adjoint.at_once is False else "step"
+        return Gradients(adj_t, adj_grid, adj_y0, walk.of_params())
+
+    def _by_graphs(
+        self, record: Record, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, reached: Reached
+    ) -> Gradients | None:
+        """By a captured walk; None: by the host."""
+        why = self.replaced(problem)
+        if self.status not in (Status.SUCCESS, Status.PENDING):
+            why = "the solve did not reach its end"
+        method, params, stats = self._request.method, saved.params, self.stats
+        found = walk_by_graphs(record, problem, method, self.form, grad_ys, params, reached, stats, why)
+        if found is None:
+            return None
+        lam, of_params = found
+        adj_t = None
+        if wants_t:
+            adj_t = saved.ys.new_zeros(len(saved.t), dtype=of_times(saved.ys.dtype))
+            by_the_flow(adj_t, range(len(adj_t)), problem, saved.ys, grad_ys, lam, real_dot)
+            stats.nfe_backward += len(adj_t)
+            adj_t = adj_t.to(saved.t)
+        return Gradients(adj_t, None, lam + grad_ys[0], of_params)
+
+
+def _outcome(found: Gradients) -> Outcome:
+    return Outcome(Status.SUCCESS, [found.t, found.y0, *found.params])
+
+
+def by_the_flow(
+    adj_t: Tensor,
+    asked: Iterable[int],
+    problem: Problem,
+    ys: Tensor,
+    grad_ys: Sequence[Tensor] | Tensor,
+    lam0: Tensor,
+    real_dot: Callable[[Tensor, Tensor], Tensor],
+) -> None:
+    """dL/dt of the exact flow into the places that are asked for; one evaluation each."""
+    for m in asked:
+        f = problem.field(problem.t[m].to(ys.device, problem.time_dtype), ys[m])
+        adj_t[m] = real_dot(-lam0 if m == 0 else grad_ys[m], f)
+
+
+def _recorded(loop: HostLoop, request: Request, steps: int | None) -> Trajectory:
+    """The trajectory that the loop will fill. steps: how many, where that is known."""
+    assert isinstance(loop.stepper, ExplicitRK)
+    y0, slots, tableau = request.problem.y0, request.checkpoints, loop.stepper.tableau
+    if isinstance(slots, str):  # "auto"
+        tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
+        slots = slots_for(tensors * y0.numel() * y0.itemsize, y0.device)
+    request.stats.checkpoint_slots = slots
+    return Trajectory.of(loop, loop.stepper, slots, steps)
+
+
+def _form(request: Request) -> Form:
+    """The method's stages as the backward pass sees them. Raises Unsupported for what is no Runge-Kutta method."""
+    method, options = request.method, request.method.options
+    if method.tableau is None:
+        raise Unsupported(
+            f'gradient="discrete" replays the steps of explicit Runge-Kutta methods; got method={method.name!r}. '
+            'Use gradient="adjoint", or method="dopri5" or "rk4".'
+        )
+    if isinstance(options, AdaptiveOptions):
+        return adaptive_form(method.tableau, dense_of(method.tableau, options.dense))
+    assert isinstance(options, FixedOptions)
+    return grid_form(method.tableau, inside=options.perturb, cubic=options.interp != "linear")
+
+
+class _Backwards:
+    """The walk over the steps from the last one to the first."""
+
+    def __init__(
+        self,
+        task: _DiscreteTask,
+        problem: Problem,
+        saved: Saved,
+        grad_ys: Tensor,
+        wants_grid: bool,
+        reached: Reached,
+    ) -> None:
+        ys, self.params = saved.ys, saved.params
+        # A view of ys itself would hold the graph that holds the trajectory.
+        problem = replace(problem, y0=ys.detach()[0], times=task.times)
+        self.problem, self.ys, self.grid = problem, ys, saved.grid if wants_grid else None
+        self.trajectory, self.times, self.at_event = task.trajectory, task.times, task.event_fn is not None
+        self.trajectory.begin(problem.y0)
+        self.arithmetic = arithmetic_of(problem)
+        self.sums = self.arithmetic.sums(self.params, with_error=False)
+        self.steps_again = 0
+        # Small cotangents would vanish in the sum of many in half precision.
+        wide = torch.promote_types(ys.dtype, torch.float32)
+        self.cotangents = self.arithmetic
+        if wide != ys.dtype:
+            # In plain PyTorch, which takes operands of both widths.
+            self.cotangents = Arithmetic(problem.y0.to(wide), problem.direction, ErrorNorm(0.0, 0.0), problem.times)
+        self.adjoint = StepAdjoint(
+            problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
+        )
+        self.members, self.what = task.members, task.what
+        if self.trajectory.replayed is not None:
+            self.adjoint.first = self._compare
+        assert isinstance(problem.field, VectorField)
+        problem.field.watch_again()
+        # What a failed solve did not reach is NaN, and nothing flows back from it.
+        failed = task.status not in (Status.SUCCESS, Status.PENDING)
+        finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
+        self.reached = len(ys) if finite is None else max(int(finite.sum()), 1)
+        self.grad_ys = self.cotangents.own(grad_ys[: self.reached].to(wide))
+
+    def run(self, t: Tensor, wants_t: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
+        """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
+        steps, times = self.trajectory.steps, self.times[: self.reached]
+        exact = self.grid is not None
+        # On the state's device, wherever t is: a step waits for nothing.
+        dtype = of_times(self.ys.dtype)
+        adj_t = self.ys.new_zeros(len(t), dtype=dtype) if wants_t else None
+        adj_grid = None if self.grid is None else self.ys.new_zeros(len(self.grid), dtype=dtype)
+        flowing = Cotangent(torch.zeros_like(self.grad_ys[0]))
+        stop = len(times)
+
+        def advance(n: int, state: State) -> State:
+            self.steps_again += 1
+            return self.adjoint.advance(steps[n], state, steps[n + 1])
+
+        def back(n: int, state: State) -> None:
+            nonlocal flowing, stop
+            at = steps[n].at
+            first = bisect_right(times, at.t0, 1, stop)
+            places = [1.0 if s == at.t1 else position(at, s) for s in times[first:stop]]
+            outputs = Outputs(first, self.grad_ys[first:stop], places) if places else None
+            flowing, timed = self.adjoint.back(steps[n], state, flowing, outputs)
+            if timed is not None and adj_grid is not None:
+                adj_grid[n + 1] += timed.size
+                adj_grid[n] += timed.start - timed.size
+                for m, x, slope in zip(range(first, stop), places, timed.places, strict=True):
+                    rate = slope / at.signed
+                    adj_grid[n + 1] -= x * rate
+                    adj_grid[n] -= (1.0 - x) * rate
+                    if adj_t is not None:
+                        adj_t[m] += rate
+            stop = first
+
+        self.trajectory.reverse(advance, back)
+        if adj_t is not None and not exact:
+            self._times_by_the_flow(adj_t, flowing.lam)
+        adj_y0 = (flowing.lam + self.grad_ys[0]).reshape(self.problem.y0.shape).to(self.ys.dtype)
+        return (
+            adj_y0,
+            None if adj_t is None else adj_t.to(t),
+            None if adj_grid is None or self.grid is None else adj_grid.to(self.grid),
+        )
+
+    def _compare(self, stage: Evaluation) -> None:
+        """The first evaluation is one of the last step, at a point that was kept: is it what it was?"""
+        before, at = self.trajectory.replayed, self.trajectory.steps[-1].at
+        comparison = Comparison(self.problem, self.members, self.what, self.adjoint.plain)
+        if before is not None and stage.k is not None and comparison.differ(stage.k, before, stage.z.detach(), at):
+            comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
+
+    def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
+        """The time of an event is not where the user put t[1], so only t[0] moves it."""
+        asked = range(1 if self.at_event else self.reached) if len(self.times) > 1 else ()
+        self.adjoint.nfe += len(asked)
+        by_the_flow(adj_t, asked, self.problem, self.ys, self.grad_ys, lam0, self.cotangents.real_dot)
+
+    def of_params(self) -> list[Tensor]:
+        """dL/dtheta in the parameters' own dtypes."""
+        return [g.to(p.dtype) for g, p in zip(self.sums.total, self.params, strict=True)]

@@ -1,0 +1,378 @@
+"""The exact adjoint of one explicit Runge-Kutta step with its outputs, the step size held fixed.
+
+kappa_i is the cotangent of the stage k_i, mu_i that of its argument z_i, lam that of y1:
+
+    kappa_i = h b_i lam + h sum_{j>i} a_ji mu_j + G_i,   mu_i = (df/dz)^T kappa_i,   lam_n = lam + sum_i mu_i + G_0
+
+with G from the outputs in the step. A stage that the next step carries on gets that step's kappa_1 as well, and its one
+vjp serves both (for FSAL methods at the same point). Hager 2000; Matsubara et al. 2021, arXiv:2102.09750, section 4.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda.gradients.discrete.memory import fits, graph_size
+from node_cuda.gradients.discrete.trajectory import State, Taken
+from node_cuda.gradients.reached import Reached
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.stage_times import HERE, JUST_BEFORE, Interval
+from node_cuda.kernels.sums import Sums
+from node_cuda.methods.interpolation import HERMITE, HERMITE_END
+from node_cuda.methods.tableau import DenseOutput, SparseRow, Tableau
+from node_cuda.problem.problem import Problem
+
+
+@dataclass(frozen=True)
+class Form:
+    """A method with its interpolant as one list of stages.
+
+    rows, nodes, sides: of every stage, first the method's own, then those that only outputs need. b: of y1. own: the
+    number of the method's stages. fsal: the last of them is the field at y1, with which the next step begins.
+    dense: (stage, weights of x, x^2, ...) of the interpolant, and end: those of y1 - y0.
+    """
+
+    rows: tuple[SparseRow, ...]
+    nodes: tuple[float, ...]
+    sides: tuple[int, ...]
+    b: tuple[float, ...]
+    own: int
+    fsal: bool
+    dense: tuple[tuple[int, tuple[float, ...]], ...]
+    end: tuple[float, ...] = ()
+
+    @property
+    def stages(self) -> int:
+        """Of the method and of its interpolant."""
+        return len(self.rows)
+
+    def columns(self) -> list[list[tuple[int, float]]]:
+        """For each stage i the (j, a_ji) of the later stages j that read it."""
+        columns: list[list[tuple[int, float]]] = [[] for _ in self.rows]
+        for j, row in enumerate(self.rows):
+            for i, a in row:
+                columns[i].append((j, a))
+        return columns
+
+
+def adaptive_form(tableau: Tableau, dense: DenseOutput) -> Form:
+    """An adaptive method with its polynomial outputs."""
+    count, extra = tableau.stages, dense.extra
+    return Form(
+        rows=(*tableau.rows, *dense.rows),
+        nodes=(*tableau.nodes, *dense.nodes),
+        sides=(JUST_BEFORE,) * (count + extra),
+        b=(*(float(b) for b in tableau.b), *(0.0,) * extra),
+        own=count,
+        fsal=tableau.fsal,
+        dense=dense.weight_rows,
+    )
+
+
+def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> Form:
+    """A method on a fixed grid: outputs on the chord, or on the cubic, which has the field at y1 as a further stage."""
+    count = tableau.stages
+    slopes = ((0, HERMITE[0][1]), (count, HERMITE[1][1])) if cubic else ()
+    return Form(
+        rows=(*tableau.rows, *((tableau.b_row,) if cubic else ())),
+        nodes=(*tableau.nodes, *((1.0,) if cubic else ())),
+        sides=((JUST_BEFORE if inside else HERE),) * count + ((HERE,) if cubic else ()),
+        b=(*(float(b) for b in tableau.b), *((0.0,) if cubic else ())),
+        own=count,
+        fsal=False,
+        dense=slopes,
+        end=HERMITE_END if cubic else (1.0,),
+    )
+
+
+class Evaluation(NamedTuple):
+    """The field at (t, z): f with its graph, where that is kept, and k without, where a later stage reads it."""
+
+    t: Tensor
+    z: Tensor
+    f: Tensor | None
+    k: Tensor | None
+
+
+class Outputs(NamedTuple):
+    """Outputs in a step. first: the index of the first one; gradients: theirs, the rows of one tensor; places: their x,
+    0 < x <= 1, None where only the device knows which of the rows lie in the step."""
+
+    first: int
+    gradients: Tensor
+    places: Sequence[float] | None
+
+
+@dataclass
+class Cotangent:
+    """What flows back into a step from those behind it.
+
+    lam: of y1. kappa: of its last stage, from the next step, which carried it on. stage: that stage, if it was
+    evaluated there.
+    """
+
+    lam: Tensor
+    kappa: Tensor | None = None
+    stage: Evaluation | None = None
+
+
+@dataclass
+class TimeCotangent:
+    """For exact gradients of a fixed grid: of the step's size, of its start at a fixed size, and of its outputs' x."""
+
+    size: Tensor
+    start: Tensor
+    places: list[Tensor] = field(default_factory=list)
+
+
+class Back(NamedTuple):
+    """What a step gives back: the cotangents in front of it, and those of the grid where they were asked for."""
+
+    cotangent: Cotangent
+    timed: TimeCotangent | None
+
+
+class StepAdjoint:
+    """Takes cotangents back over single steps; the parameters' go to `sums`. timed: also those of the grid.
+
+    arithmetic: of states; cotangents: of lam, kappa and mu, which are float32 where states are half precision.
+    at_once: the graphs of a step's stages are held all at once; else one at a time, and the stages that others read are
+    evaluated twice. None until the first graph is there to be measured. first: told of the first evaluation.
+    """
+
+    def __init__(
+        self,
+        problem: Problem,
+        arithmetic: Arithmetic,
+        cotangents: Arithmetic,
+        form: Form,
+        params: Sequence[Tensor],
+        sums: Sums,
+        reached: Reached,
+        *,
+        timed: bool,
+    ) -> None:
+        self.field = problem.field
+        self.reached = reached
+        self.arithmetic = arithmetic
+        self.cotangents = cotangents
+        self.at_once: bool | None = None
+        self.form = form
+        self.params = tuple(params)
+        self.sums = sums
+        self.timed = timed
+        self.nfe = 0
+        self.first: Callable[[Evaluation], None] | None = None
+        self._columns = form.columns()
+        self._prepared = [
+            arithmetic.stage(row, c, side) for row, c, side in zip(form.rows, form.nodes, form.sides, strict=True)
+        ]
+        b_row = tuple((i, b) for i, b in enumerate(form.b) if b)
+        self._finish = arithmetic.last_stage(b_row, None, 1.0, HERE)
+        self._polynomials = cotangents.polynomials(form.dense, form.end)
+
+    def advance(self, taken: Taken, state: State, then: Taken) -> State:
+        """The state behind a step, with which the step `then` begins."""
+        k = [self.plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
+        for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
+            k.append(self.plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
+        y1 = self._end(taken.at, state.y0, k)
+        return State(y1, k[-1] if then.carried and not self.form.fsal else None)
+
+    def back(self, taken: Taken, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
+        """The cotangents in front of a step, from those behind it and from its outputs."""
+        form, at, y0 = self.form, taken.at, state.y0
+        self.sums.begin()
+        dense = outputs is not None and (outputs.places is None or self.timed or any(x < 1.0 for x in outputs.places))
+        stages, k = self._replay(taken, state, outgoing, dense=dense)
+        if self.first is not None:
+            first, self.first = self.first, None
+            first(next(stage for stage in stages if stage is not None))
+        lam, at_start, extra = self._into_stages(at, outgoing.lam, outputs)
+        if outgoing.kappa is not None:
+            last = form.own - 1
+            extra[last] = outgoing.kappa if last not in extra else outgoing.kappa + extra[last]
+        mu: dict[int, Tensor] = {}
+        kappas: dict[int, Tensor] = {}
+        taus: dict[int, Tensor] = {}
+        for i in range(len(k) - 1, -1, -1):
+            kappa, stage = self._kappa(i, at, lam, mu, extra.get(i)), stages[i]
+            if kappa is None:
+                continue
+            kappas[i] = kappa
+            if stage is None or (i == 0 and taken.carried):
+                continue  # its vjp is the step's before
+            mu_i, tau = self._vjp(stage, kappa)
+            if mu_i is not None:
+                mu[i] = mu_i
+            if tau is not None:
+                taus[i] = tau
+        self.commit_sums()
+        timed = self._of_time(at, k, kappas, taus, y0, outputs) if self.timed else None
+        starts = [*mu.values(), *at_start]
+        lam = self.cotangents.adjoint_stage(lam, starts, (1.0,) * len(starts), None) if starts else lam
+        return Back(Cotangent(lam, kappas.get(0), stages[0]) if taken.carried else Cotangent(lam), timed)
+
+    def _replay(
+        self, taken: Taken, state: State, outgoing: Cotangent, *, dense: bool
+    ) -> tuple[list[Evaluation | None], list[Tensor]]:
+        """The step's stages again, each with its graph; those that nobody asks for are left out at the end."""
+        form, arithmetic, at = self.form, self.arithmetic, taken.at
+        known = form.own - form.fsal
+        wanted = form.stages if dense else form.own if outgoing.kappa is not None else known
+        given = known if form.fsal and outgoing.stage is not None else None
+        rows = (form.rows[i] for i in range(1, wanted) if i != given)
+        read = set(range(wanted)) if self.timed else {j for row in rows for j, _ in row}
+        stages: list[Evaluation | None] = []
+        k: list[Tensor] = []
+
+        def add(stage: Evaluation) -> None:
+            stages.append(stage)
+            k.append(stage.z if stage.k is None else stage.k)  # z: nobody reads it
+
+        if state.k1 is None:
+            add(self._evaluate(*self.first_stage(taken, state), 0 in read or taken.carried))
+        else:
+            stages.append(None)
+            k.append(state.k1)
+        for i, t in self._slots(at, wanted):
+            if i == known and form.fsal:  # the field at y1, which the next step has as its first stage
+                stage = outgoing.stage
+                if stage is None:
+                    (t,) = arithmetic.times(at, (1.0,), form.sides[i])
+                    stage = self._evaluate(t, self._end(at, state.y0, k), i in read)
+                add(stage)
+            else:
+                add(self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t), i in read))
+        return stages, k
+
+    def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
+        """(t, z) of the first stage."""
+        return self.arithmetic.times(taken.start, (taken.node,), taken.side)[0], state.y0
+
+    def _slots(self, at: Interval, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(i, t) for the stages from the second one up to `stop`, each t to be filled by its stage."""
+        for side, stages in groupby(range(1, stop), key=self.form.sides.__getitem__):
+            indices = list(stages)
+            yield from zip(indices, self.arithmetic.slots(at, [self.form.nodes[i] for i in indices], side), strict=True)
+
+    def _end(self, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> Tensor:
+        """y1, as the forward solve had it."""
+        return self.arithmetic.rk_finish(self._finish, at, y0, k, None)[0]
+
+    def _into_stages(
+        self, at: Interval, lam: Tensor, outputs: Outputs | None
+    ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
+        """The outputs' part in lam, in the state at the start, and in each stage."""
+        if outputs is None:
+            return lam, [], {}
+        first, gradients, places = outputs
+        if places is not None and all(x == 1.0 for x in places):
+            return lam + gradients.sum(0), [], {}
+        found = self.cotangents.dense_adjoint(self._polynomials, at, lam, first, gradients)
+        return found.lam, [found.start], {j: x for (j, _), x in zip(self.form.dense, found.extra, strict=True)}
+
+    def _kappa(self, i: int, at: Interval, lam: Tensor, mu: dict[int, Tensor], extra: Tensor | None) -> Tensor | None:
+        """The cotangent of stage i; None if nothing depends on it."""
+        terms = [(lam, self.form.b[i])] if self.form.b[i] else []
+        terms += [(mu[j], a) for j, a in self._columns[i] if j in mu]
+        if not terms:
+            return extra
+        return self.cotangents.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at)
+
+    def plain(self, t: Tensor, z: Tensor) -> Tensor:
+        """The field at (t, z), without a graph."""
+        self.nfe += 1
+        return self.arithmetic.own(self.field(t, z))
+
+    def _evaluate(self, t: Tensor, z: Tensor, read: bool) -> Evaluation:
+        """The field at (t, z), for its vjp and, if it is read, for later stages."""
+        if self.at_once is False:
+            return Evaluation(t, z, None, self.plain(t, z) if read else None)
+        stage = self._measured(t, z) if self.at_once is None else self._taped(t, z)
+        if self.field.copies_output:
+            self.at_once = False  # what func overwrites may be in its graph as well
+        return stage if self.at_once else stage._replace(f=None)
+
+    def _measured(self, t: Tensor, z: Tensor) -> Evaluation:
+        """The first evaluation with a graph: its size decides whether a step's graphs are held at once."""
+        try:
+            with graph_size(z.device, self.params) as size:
+                stage = self._taped(t, z)
+        except RuntimeError:  # func calls torch.func, which does not work while its graph is measured
+            self.at_once = True
+            return self._taped(t, z)
+        self.at_once = fits(size() * self.form.stages, z.device)
+        return stage
+
+    def _taped(self, t: Tensor, z: Tensor) -> Evaluation:
+        self.nfe += 1
+        with torch.enable_grad():
+            z = z.detach().requires_grad_(True)
+            if self.timed:
+                t = t.detach().requires_grad_(True)
+            f = self.field(t, z)
+        return Evaluation(t, z, f, self.arithmetic.own(f.detach()))
+
+    def _vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """(mu, tau): kappa pulled back to the argument and to the time; its part in the parameters is added up."""
+        if stage.f is None or not self.at_once:
+            stage = self._taped(stage.t, stage.z)
+        f = stage.f
+        if f is None or not f.requires_grad:
+            return None, None
+        inputs = (stage.z, stage.t, *self.params) if self.timed else (stage.z, *self.params)
+        wide = kappa.dtype
+        mu, *rest = torch.autograd.grad(f, inputs, kappa if f.dtype is wide else kappa.to(f.dtype), allow_unused=True)
+        tau = rest.pop(0) if self.timed else None
+        if self.params:
+            self.reached.see(rest)
+            self.sums.add(rest, 1.0, 0.0)
+        if mu is not None:
+            mu = self.cotangents.own(mu if mu.dtype is wide else mu.to(wide))
+        return mu, tau
+
+    def commit_sums(self) -> None:
+        """Add what the step gave the parameters to what the steps after it gave."""
+        self.sums.commit()
+
+    def _of_time(
+        self,
+        at: Interval,
+        k: Sequence[Tensor],
+        kappas: dict[int, Tensor],
+        taus: dict[int, Tensor],
+        y0: Tensor,
+        outputs: Outputs | None,
+    ) -> TimeCotangent:
+        """Every kappa_i is h times what multiplies k_i, and every stage's time is t0 + c_i h."""
+        dot, form = self.cotangents.real_dot, self.form
+        zero = torch.zeros((), dtype=of_times(y0.dtype), device=y0.device)
+        size = sum((dot(kappa, k[i]).to(zero) / at.signed for i, kappa in kappas.items()), zero)
+        size = sum((tau.to(zero) * form.nodes[i] for i, tau in taus.items()), size)
+        result = TimeCotangent(size, sum((tau.to(zero) for tau in taus.values()), zero))
+        if outputs is None or outputs.places is None:
+            return result
+        y1 = self._end(at, y0, k)
+        for x, g in zip(outputs.places, outputs.gradients, strict=True):
+            slope = (y1 - y0) * _derivative(form.end, x)
+            for j, weights in form.dense:
+                slope = slope + k[j] * (at.signed * _derivative(weights, x))
+            result.places.append(dot(g, slope).to(zero))
+        return result
+
+
+def of_times(dtype: torch.dtype) -> torch.dtype:
+    """Of dL/dt while it is added up: as wide as the state, and at least float32. Not every device has doubles."""
+    return torch.promote_types(dtype.to_real(), torch.float32)
+
+
+def _derivative(weights: Sequence[float], x: float) -> float:
+    """Of sum_d weights[d] x^(d + 1)."""
+    return sum((d + 1) * weight * x**d for d, weight in enumerate(weights))

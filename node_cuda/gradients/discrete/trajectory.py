@@ -1,0 +1,89 @@
+"""What the discrete adjoint keeps of a forward solve: all intervals of its accepted steps, and some of their states."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from node_cuda.gradients.discrete.checkpoints import Checkpoints
+from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Interval
+from node_cuda.loop.host_loop import HostLoop
+from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.step import Step
+
+
+class State(NamedTuple):
+    """What a step begins with: y0, and its first stage where that was carried on and is not the field at y0."""
+
+    y0: Tensor
+    k1: Tensor | None
+
+
+class Taken(NamedTuple):
+    """An accepted step: its interval, and how its first stage comes about.
+
+    carried: it was the last stage of the step before. start, node, side: the time at which the field at y0 gives it, as
+    a node of an interval (see `kernels.clock`).
+    """
+
+    at: Interval
+    carried: bool
+    start: Interval
+    node: float
+    side: int
+
+
+class Trajectory:
+    """The accepted steps of a solve in order. Nothing is copied: no step writes what an earlier one made.
+
+    replayed: the first stage of the last step that its replay evaluates, where the host took the steps.
+    """
+
+    def __init__(self, steps: list[Taken], checkpoints: Checkpoints[State]) -> None:
+        self.steps = steps
+        self.checkpoints = checkpoints
+        self.replayed: Tensor | None = None
+        self._first: State | None = None
+        self._jump = False
+
+    @classmethod
+    def of(cls, loop: HostLoop, stepper: ExplicitRK, slots: int | None, count: int | None) -> Trajectory:
+        """That of the solve that this loop will do. slots: the states that may be kept. count: the steps that there
+        will be, where that is known."""
+        self = cls([], Checkpoints(slots, count))
+        self._jump = loop.pace.starts_at_jump
+        loop.accepted = lambda step: self._record(step, stepper)
+        return self
+
+    def _record(self, step: Step, stepper: ExplicitRK) -> None:
+        tableau, before = stepper.tableau, self.steps[-1].at if self.steps else None
+        k1 = None
+        if tableau.carry_last_stage and before is not None and not self._jump:
+            k1 = None if tableau.fsal else step.k[0]
+            taken = Taken(step.at, True, before, 1.0, JUST_BEFORE)
+        else:
+            # Adaptive methods begin where the solve does, and beyond a jump on its far side.
+            inside = self._jump if tableau.adaptive else stepper.inside
+            taken = Taken(step.at, False, step.at, 0.0, JUST_AFTER if inside else HERE)
+        # The first state is the user's, who may write it: `begin` gets it again, from the outputs.
+        self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
+        self.steps.append(taken)
+        self.replayed = step.k[0 if k1 is None else 1]
+        self._jump = step.jump
+
+    def begin(self, y0: Tensor) -> None:
+        """The state that the first step began with."""
+        self._first = State(y0, None)
+        self.checkpoints.replace_first(self._first)
+
+    def reverse(self, advance: Callable[[int, State], State], back: Callable[[int, State], None]) -> None:
+        """See `Checkpoints.reverse`, which gives the states up as it goes: a second time they are made once more."""
+        if self.checkpoints.spent and self._first is not None:
+            count, state = len(self.steps), self._first
+            self.checkpoints = Checkpoints(self.checkpoints.slots, count)
+            for i in range(count):
+                self.checkpoints.offer(i, state)
+                state = advance(i, state) if i + 1 < count else state
+        self.checkpoints.reverse(advance, back)

@@ -1,0 +1,53 @@
+"""The forward solve of every gradient mode; where autograd records it, that is gradient="backprop".
+
+Backprop is exact for the computed steps, in memory that grows with their number. Only accepted steps stay in the graph:
+that of a rejected one is freed with its tensors.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import EventFunc
+from node_cuda.cuda_graphs.cache import obstacle
+from node_cuda.cuda_graphs.forward import solve_by_graphs
+from node_cuda.gradients.changed import LastStep
+from node_cuda.loop.assemble import find_event, make_loop
+from node_cuda.loop.outputs import solve_outputs
+from node_cuda.loop.request import Request
+from node_cuda.loop.scipy_solver import solve_scipy
+from node_cuda.methods.registry import SCIPY
+from node_cuda.options import ScipyOptions
+from node_cuda.status import Status, Unsupported
+
+
+def outputs(request: Request, why: str | None = None, last: LastStep | None = None) -> tuple[Tensor, Status]:
+    """y at the problem's times, on the tape where autograd records (scipy's steps are not on any tape). why: what
+    stands in the way of graphs. last: told of the steps that the host takes."""
+    problem, method = request.problem, request.method
+    if isinstance(method.options, ScipyOptions):
+        request.stats.why = obstacle(problem, method) if method.options.cuda_graph else None
+        return solve_scipy(problem, method.options, request.stats)
+    if method.options.cuda_graph:
+        done = solve_by_graphs(problem, method, request.stats, why)
+        if done is not None:
+            return done
+    loop, interpolant = make_loop(problem, method, request.stats)
+    if last is not None:
+        loop.accepted = last.watch(loop.stepper)
+    return solve_outputs(loop, interpolant, method.options.raises)
+
+
+def event(request: Request, event_fn: EventFunc, last: LastStep | None = None) -> tuple[Tensor, Tensor]:
+    """The event's time (no gradient), and y0 and y there, on the tape where autograd records. last: as of `outputs`."""
+    problem, method = request.problem, request.method
+    if method.name == SCIPY:
+        raise Unsupported('method="scipy_solver" finds no events. Use "dopri5", or a fixed grid with a step_size.')
+    if method.options.cuda_graph:
+        request.stats.why = "an event is looked for by the host"
+    loop, interpolant = make_loop(problem, method, request.stats, endless=True)
+    if last is not None:
+        loop.accepted = last.watch(loop.stepper)
+    at, y = find_event(loop, interpolant, method, event_fn)
+    return torch.tensor(at, dtype=problem.t.dtype, device=problem.t.device), torch.stack([problem.y0, y])

@@ -1,0 +1,27 @@
+"""How gradients flow through a solve: one file a mode, and one line in this registry."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+from torch import Tensor
+
+from node_cuda._typing import EventFunc
+from node_cuda.gradients import forward
+from node_cuda.gradients.adjoint import mode as adjoint
+from node_cuda.gradients.discrete import mode as discrete
+from node_cuda.loop.request import Request
+from node_cuda.status import Status
+
+
+class Mode(NamedTuple):
+    """A way to differentiate. outputs: (y at the problem's times, status). event: (event_t, y0 and y there)."""
+
+    outputs: Callable[[Request], tuple[Tensor, Status]]
+    event: Callable[[Request, EventFunc], tuple[Tensor, Tensor]]
+
+
+GRADIENTS = {
+    "backprop": Mode(forward.outputs, forward.event),
+    "adjoint": Mode(adjoint.outputs, adjoint.event),
+    "discrete": Mode(discrete.outputs, discrete.event),
+}

@@ -1,0 +1,1 @@
+"""Integrals beside y: `solve(..., integral=)` and regularized fields."""

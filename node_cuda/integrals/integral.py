@@ -1,0 +1,243 @@
+"""An integral beside the solution: s = int g dt with g = integral(t, y, dy/dt), solved for as one more component of y.
+
+The state becomes (y, s) with ds/dt = g, so that every method, event and gradient mode below integrates it as they do y.
+What the user gave, and what the user sees, stays of y alone. Derived in docs/integral.md.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from node_cuda._typing import EventFunc, Func, Norm, State
+from node_cuda._typing import Tolerance as Tol
+from node_cuda.kernels.norms import ErrorNorm, rms
+from node_cuda.loop.request import AdjointArguments
+from node_cuda.methods.registry import Method
+from node_cuda.options import FixedOptions
+from node_cuda.problem.field import Layout, VectorField
+from node_cuda.problem.problem import Callback, Problem, check_tolerance
+from node_cuda.status import InvalidField, InvalidType
+
+
+class Beside(nn.Module):
+    """The field of (y, s): func, and the rate of s, which is evaluated with it. A module, so that the parameters of
+    both are found.
+
+    shape: of s. real: s is real, also beside a complex y. measured: its error counts in the step control.
+    """
+
+    measured: ClassVar[bool]
+
+    def __init__(self, func: Func, problem: Problem, shape: torch.Size, *, real: bool) -> None:
+        super().__init__()
+        self.func = func
+        self.layout = problem.layout
+        self.shape = shape
+        self.real = real
+        # The parameters of a replica of DataParallel are found in another way.
+        self._is_replica = getattr(func, "_is_replica", False)
+
+    def forward(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+        """d(y, s)/dt, of the components of y, and s."""
+        dy, rate = self.evaluate(t, self.users(state))
+        return (*as_tuple(dy), rate)
+
+    def evaluate(self, t: Tensor, y: State) -> tuple[State, Tensor]:
+        """(dy/dt, ds/dt), by one evaluation of func."""
+        raise NotImplementedError
+
+    def users(self, state: tuple[Tensor, ...]) -> State:
+        """The user's y of the components (y, s)."""
+        return state[0] if self.layout.shapes is None else state[:-1]
+
+    def split(self, state: State) -> tuple[State, Tensor]:
+        """(y, s) as the user gets them, of a solution."""
+        assert isinstance(state, tuple)
+        s = state[-1]
+        return self.users(state), s.real if self.real and s.is_complex() else s
+
+    def checked(self, t: Tensor, y: State, dy: Any) -> State:
+        """What func returned, if it is a dy/dt; raises InvalidField as it would without an integral."""
+        wanted, parts = as_tuple(y), as_tuple(dy)
+        fits = isinstance(y, Tensor) == isinstance(dy, Tensor) and len(wanted) == len(parts)
+        if not fits or not all(_alike(x, part) for x, part in zip(wanted, parts, strict=True)):
+            VectorField(lambda *_: dy, self.layout)(t, self.layout.flatten(y))
+        return dy if isinstance(dy, Tensor) else parts
+
+
+class Integral(Beside):
+    """The user's integral(t, y, dy)."""
+
+    measured = True
+
+    def __init__(self, func: Func, problem: Problem, integral: Callable[[Tensor, Any, Any], Tensor]) -> None:
+        if not callable(integral):
+            raise InvalidType(
+                f"integral must be callable as integral(t, y, dy); got a {type(integral).__name__}. Use "
+                "`lambda t, y, dy: dy.square().sum()`, say."
+            )
+        y0 = problem.y0
+        with torch.no_grad():
+            y = problem.layout.unflatten(y0.detach().clone())
+            dy = problem.layout.unflatten(torch.zeros_like(y0))
+            rate = _tensor(integral(problem.t[0].detach().to(y0.device, problem.time_dtype), y, dy), y0)
+        super().__init__(func, problem, rate.shape, real=not rate.is_complex())
+        self.integral = integral
+
+    def evaluate(self, t: Tensor, y: State) -> tuple[State, Tensor]:
+        before = _versions(y)
+        dy = self.checked(t, y, self.func(t, y))
+        if _versions(y) != before:
+            raise InvalidField(
+                f"func wrote into its argument y at t = {float(t):.6g}, which the integral is to see as it was. Write "
+                "`y = y.clone()` at the beginning of func, or use operations that are not in place."
+            )
+        before = _versions(dy)
+        rate = _tensor(self.integral(t, y, dy), as_tuple(y)[0])
+        if _versions(dy) != before:
+            raise InvalidField(
+                f"integral wrote into its argument dy at t = {float(t):.6g}, which y moves by. Write `dy = dy.clone()` "
+                "at its beginning, or use operations that are not in place."
+            )
+        if rate.shape != self.shape or rate.is_complex() == self.real:
+            raise InvalidField(
+                f"integral must return the same shape and kind of number each time; got {tuple(rate.shape)} of "
+                f"{rate.dtype} at t = {float(t):.6g}, and {tuple(self.shape)} of {'real' if self.real else 'complex'} "
+                "numbers from y0 and a dy of zeros. Let them depend on the shapes of y and dy alone."
+            )
+        return dy, rate
+
+
+def with_integral(
+    problem: Problem, method: Method, given: AdjointArguments, field: Beside
+) -> tuple[Problem, Method, AdjointArguments]:
+    """The problem of (y, s), from that of y; what the user gave in terms of y is asked about y alone."""
+    y0, layout = problem.y0, Layout((*(problem.layout.shapes or (problem.y0.shape,)), field.shape))
+    func = field if isinstance(field.func, nn.Module) else lambda t, state: field(t, state)
+    norm = None if method.options.norm is None else _norm(field, method.options.norm)
+    options = replace(method.options, norm=norm)
+    if isinstance(options, FixedOptions) and options.grid_constructor is not None:
+        options = replace(options, grid_constructor=_grid_constructor(y0.shape, options.grid_constructor))
+    fill = None if field.measured else math.inf
+    rtol, atol = (
+        None if tol is None else _extended(check_tolerance(name, tol, problem.layout, y0), problem, field, value)
+        for name, tol, value in (("adjoint_rtol", given.rtol, None), ("adjoint_atol", given.atol, fill))
+    )
+    extended = replace(
+        problem,
+        func=func,
+        field=VectorField(func, layout, problem.bounds),
+        y0=torch.cat([y0.reshape(-1), y0.new_zeros(field.shape.numel())]),
+        layout=layout,
+        norm=ErrorNorm(
+            _extended(problem.norm.rtol, problem, field, None),
+            _extended(problem.norm.atol, problem, field, fill),
+            layout.sizes,
+            None if norm is None else lambda scaled, _: norm(layout.unflatten(scaled)),
+        ),
+        callbacks={name: _callback(field, call) for name, call in problem.callbacks.items()},
+        adjoint_callbacks={
+            name: _adjoint_callback(y0.numel(), y0.shape, call) for name, call in problem.adjoint_callbacks.items()
+        },
+    )
+    adjoint = replace(given, rtol=rtol, atol=atol, options=_adjoint_options(problem, given.options))
+    return extended, replace(method, options=options), adjoint
+
+
+def event_of(field: Beside, event_fn: EventFunc) -> EventFunc:
+    """The user's event function, of (t, (y, s))."""
+    return lambda t, state: event_fn(t, field.users(state))
+
+
+def as_tuple(state: Any) -> tuple[Any, ...]:
+    """The components of a state."""
+    return tuple(state) if isinstance(state, (tuple, list)) else (state,)
+
+
+def _extended(tol: Tol, problem: Problem, field: Beside, value: float | None) -> Tol:
+    """A tolerance of y as one of (y, s): for s this value, by default the smallest."""
+    if value is None and not isinstance(tol, Tensor):
+        return tol
+    y0 = problem.y0
+    flat = torch.as_tensor(tol, dtype=y0.dtype.to_real(), device=y0.device).expand(y0.shape).reshape(-1)
+    return torch.cat([flat, flat.new_full((field.shape.numel(),), float(flat.min()) if value is None else value)])
+
+
+def _norm(field: Beside, norm: Norm) -> Norm:
+    """The user's norm of y, and the size of s (0 of an infinite atol); the larger of both."""
+
+    def of_both(state: tuple[Tensor, ...]) -> float:
+        value = abs(float(norm(field.users(state))))
+        beside = rms(state[-1:])
+        return math.nan if math.isnan(beside) else max(value, beside)
+
+    return of_both
+
+
+def _adjoint_options(problem: Problem, options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
+    """The user's adjoint_options; a norm of (t, *y, *adj_y, *adj_params) sees nothing of s."""
+    if options is None or not callable(norm := options.get("norm")):
+        return options
+    count = len(problem.layout.shapes or (None,))
+
+    def of_y(parts: Sequence[Tensor]) -> Any:
+        t, *rest = parts
+        y, a, params = rest[:count], rest[count + 1 : 2 * count + 1], rest[2 * count + 2 :]
+        return norm((t, *y, *a, *params))
+
+    return {**options, "norm": of_y}
+
+
+def _callback(field: Beside, callback: Callback) -> Callback:
+    return lambda t0, state, dt: callback(t0, field.users(state), dt)
+
+
+def _adjoint_callback(count: int, shape: torch.Size, callback: Callback) -> Callback:
+    def call(t0: Tensor, parts: tuple[Tensor, ...], dt: Tensor) -> Any:
+        vjp_t, y, a, *params = parts
+        return callback(t0, (vjp_t, *(x[:count].view(shape) for x in (y, a)), *params), dt)
+
+    return call
+
+
+def _grid_constructor(shape: torch.Size, constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """The user's, which gets func and y0 without s."""
+    count = shape.numel()
+
+    def construct(func: Callable[..., Tensor], state: Tensor, t: Tensor) -> Tensor:
+        def of_y(t: Tensor, y: Tensor, perturb: Any = None) -> Tensor:
+            return func(t, torch.cat([y.reshape(-1), state[count:]]))[:count].view(shape)
+
+        return constructor(of_y, state[:count].view(shape), t)
+
+    return construct
+
+
+def _tensor(rate: Any, y: Tensor) -> Tensor:
+    """What an integral returned, if a state of y's dtype can hold it."""
+    if not isinstance(rate, Tensor):
+        hint = " Did it forget `return`?" if rate is None else ""
+        raise InvalidField(
+            f"integral must return a tensor; got a {type(rate).__name__}.{hint} Wrap a number as `t.new_tensor(x)`."
+        )
+    if rate.is_complex() and not y.is_complex():
+        raise InvalidField(
+            f"integral returned {rate.dtype} for a state of {y.dtype}: the imaginary part would be lost. Start from a "
+            f"complex state, `y0.to({rate.dtype})`, or return `out.real`."
+        )
+    return rate
+
+
+def _alike(y: Tensor, dy: Any) -> bool:
+    return isinstance(dy, Tensor) and dy.shape == y.shape and (y.is_complex() or not dy.is_complex())
+
+
+def _versions(state: State) -> list[int]:
+    """How often each component was written to; tensors made in inference mode do not know."""
+    return [x._version for x in as_tuple(state) if not x.is_inference()]

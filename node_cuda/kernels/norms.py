@@ -1,0 +1,84 @@
+"""What "small" means: the scale of the error, and how a vector becomes one number.
+
+Norms here return Python floats and cost exactly one read from the device.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from node_cuda._torch_modes import forward_mode
+from node_cuda._typing import Tolerance
+
+_HALF = (torch.float16, torch.bfloat16)
+
+
+def rms(tensors: Sequence[Tensor]) -> float:
+    """The largest root mean square, max_i sqrt(mean |x_i|^2), over tensors of any shape; empty ones count as 0.
+
+    NaN if any of the tensors holds one (a plain `max` would lose it, depending on the order).
+    """
+    tensors = [x for x in tensors if x.numel()]
+    if not tensors:
+        return 0.0
+    if len(tensors) == 1:
+        return _norm(tensors[0]).item() / math.sqrt(tensors[0].numel())
+    norms = [_norm(x) for x in tensors] if _mixed(tensors) else torch._foreach_norm(tensors)
+    widest = max((x.dtype for x in norms), key=lambda dtype: dtype.itemsize)
+    values = torch.stack([x.to(widest) for x in norms]).tolist()
+    values = [v / math.sqrt(x.numel()) for v, x in zip(values, tensors, strict=True)]
+    return math.nan if any(map(math.isnan, values)) else max(values)
+
+
+def _mixed(tensors: Sequence[Tensor]) -> bool:
+    return any(x.dtype in _HALF or x.dtype != tensors[0].dtype for x in tensors)
+
+
+def _norm(x: Tensor) -> Tensor:
+    # A sum of squares in half precision overflows at 65504.
+    return torch.linalg.vector_norm(x, dtype=torch.float32) if x.dtype in _HALF else torch.linalg.vector_norm(x)
+
+
+@dataclass(frozen=True)
+class ErrorNorm:
+    """The scaled norm of an error: rms over a segment of |e_i| / (atol_i + rtol_i |y_i|), max over segments.
+
+    rtol, atol: numbers, or tensors that broadcast against the state. sizes: the lengths of the segments of a flat
+    state (one for each component of a tuple); None for a single segment. custom: a norm that replaces the rms, of
+    the scaled error in the state's shape and of the list of further scaled errors.
+    """
+
+    rtol: Tolerance
+    atol: Tolerance
+    sizes: tuple[int, ...] | None = None
+    custom: Callable[[Tensor, Sequence[Tensor]], Tensor | float] | None = None
+    _zero_d: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def scale(self, magnitude: Tensor) -> Tensor:
+        """atol + rtol * magnitude, for a real non-negative magnitude of the state's shape."""
+        if magnitude.dtype in _HALF:
+            magnitude = magnitude.float()  # where rtol |y| underflows less
+        if isinstance(self.rtol, Tensor):
+            return self.atol + self.rtol.to(magnitude) * magnitude
+        return torch.add(self._atol_like(magnitude), magnitude, alpha=self.rtol)
+
+    def __call__(self, scaled: Tensor, also: Sequence[Tensor] = ()) -> float:
+        """The norm of an already scaled error, and of further scaled ones. One host read."""
+        if forward_mode():  # a step is a choice, of which no tangent is wanted
+            scaled, also = scaled.detach(), [x.detach() for x in also]
+        if self.custom is not None:
+            return abs(float(self.custom(scaled, also)))
+        segments = (scaled,) if self.sizes is None else scaled.split(self.sizes)
+        return rms((*segments, *also))
+
+    def _atol_like(self, magnitude: Tensor) -> Tensor:
+        """atol as a tensor, so that the scale is one operation; made once for each dtype."""
+        key = magnitude.dtype
+        if key not in self._zero_d:
+            self._zero_d[key] = torch.as_tensor(self.atol, dtype=key, device=magnitude.device)
+        return self._zero_d[key]

@@ -1,0 +1,109 @@
+"""What a solve is made of, from the problem and the method: arithmetic, stepper, pace and interpolant."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
+
+from torch import Tensor
+
+from node_cuda import options as opt
+from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.backend import make_arithmetic
+from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.step_log import Tape
+from node_cuda.loop.device_step_control import DeviceAdaptive
+from node_cuda.loop.events import solve_event
+from node_cuda.loop.grids import Grid, endless_grid, grid_of
+from node_cuda.loop.host_loop import HostLoop
+from node_cuda.loop.step_control import Adaptive, Extra, Pace
+from node_cuda.methods.adams import Adams
+from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_method
+from node_cuda.methods.registry import Method
+from node_cuda.methods.step import Quadrature, Stepper
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+
+MAX_EVENT_STEPS = 20000
+"""How long a fixed grid goes on looking for an event, as in torchdiffeq."""
+
+
+def arithmetic_of(problem: Problem) -> Arithmetic:
+    """The arithmetic of a solve of this problem, on the path that is wanted for it."""
+    return make_arithmetic(problem.backend, problem.y0, problem.direction, problem.norm, problem.times)
+
+
+def make_loop(
+    problem: Problem,
+    method: Method,
+    stats: Stats,
+    *,
+    endless: bool = False,
+    stops: Sequence[float] = (),
+    pauses: bool = False,
+    quadrature: Quadrature | None = None,
+    extra: Extra | None = None,
+    arithmetic: Arithmetic | None = None,
+    points: Iterable[float] | None = None,
+    tape: Tape | None = None,
+) -> tuple[HostLoop, Interpolant]:
+    """A solve that is ready to run, and how its outputs are interpolated.
+
+    endless: it goes on beyond the last time, for events. stops: times to land on. pauses: the device, where it controls
+    the steps, waits at every output. quadrature, extra: what is integrated beside the state, and its part in the error
+    norm. arithmetic: that of an earlier solve of the same state and norm, over now, if this one evaluates no outputs.
+    points: those of `grid_of`, where they are known. tape: where the device, if it controls the steps, records them.
+    """
+    options, tableau = method.options, method.tableau
+    arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
+    problem = replace(problem, y0=arithmetic.own(problem.y0))
+    stepper: Stepper
+    pace: Pace
+    if isinstance(options, opt.AdaptiveOptions) and tableau is not None:
+        stepper = ExplicitRK(problem, arithmetic, tableau, estimate=True, quadrature=quadrature)
+        if isinstance(arithmetic, Fused):
+            pace = DeviceAdaptive(
+                problem,
+                arithmetic,
+                tableau.order,
+                options,
+                stats,
+                stops,
+                extra,
+                endless=endless,
+                pauses=pauses,
+                tape=tape,
+            )
+        else:
+            pace = Adaptive(problem, arithmetic, tableau.order, options, stats, stops, extra)
+        interpolant = of_method(stepper, tableau, options.dense)
+    else:
+        assert isinstance(options, opt.FixedOptions)
+        if tableau is not None:
+            stepper = ExplicitRK(
+                problem, arithmetic, tableau, estimate=False, inside=options.perturb, quadrature=quadrature
+            )
+        else:
+            assert isinstance(options, opt.AdamsOptions)
+            implicit = method.name != "explicit_adams"
+            stepper = Adams(problem, arithmetic, options, stats, implicit=implicit, quadrature=quadrature)
+        tensors = None
+        if points is None:
+            points, tensors = endless_grid(problem, options) if endless else grid_of(problem, options)
+        pace = Grid(problem, points, stats, tensors)
+        interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
+    return HostLoop(problem, stepper, pace, stats, record=options.record_steps), interpolant
+
+
+def find_event(
+    loop: HostLoop, interpolant: Interpolant, method: Method, event_fn: Callable[[Tensor, Tensor], Tensor]
+) -> tuple[float, Tensor]:
+    """The time and state of an event; loop, interpolant: those of `make_loop`, endless."""
+    stepper, options = loop.stepper, method.options
+    assert isinstance(stepper, (ExplicitRK, Adams)) and isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
+    if method.adaptive and isinstance(stepper, ExplicitRK):
+        most, search = None, of_method(stepper, stepper.tableau, "default")
+    else:
+        most, search = MAX_EVENT_STEPS, linear(stepper.arithmetic)
+    return solve_event(loop, interpolant, event_fn, most, search, options.event_checks)

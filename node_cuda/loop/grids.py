@@ -1,0 +1,103 @@
+"""Fixed grids: where their points lie, and the pace that goes from one to the next."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from node_cuda import options as opt
+from node_cuda._torch_modes import recorded
+from node_cuda.methods.step import Move, Step
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import InvalidInput
+
+
+class Grid:
+    """Steps from one point of a grid to the next, all of them good.
+
+    points: ascending solver times. tensors: the first of them, at least one, in the user's time, where the tape must
+    see them; a step from the last of these to a later point is from a tensor to a number.
+    """
+
+    def __init__(self, problem: Problem, points: Iterable[float], stats: Stats, tensors: Tensor | None = None) -> None:
+        self.problem = problem
+        self.stats = stats
+        self.tensors = tensors
+        self.starts_at_jump = self.judges = False
+        self._points = iter(points)
+        self._index = 0
+
+    def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
+        """Pass the first point, which is where the solve starts."""
+        next(self._points)
+
+    def propose(self, t: float, y: Tensor) -> Move | None:
+        """The next point."""
+        t1 = next(self._points, None)
+        if t1 is None:
+            return None
+        if self.problem.callbacks:
+            self.problem.callback("callback_step", t, y, t1 - t, self.problem.t.dtype)
+        i = self._index
+        self._index += 1
+        if self.tensors is None or i >= len(self.tensors):
+            return Move(t1, t1 - t)
+        start = self.tensors[i]
+        stop = self.tensors[i + 1] if i + 1 < len(self.tensors) else start.new_tensor(self.problem.direction * t1)
+        return Move(t1, t1 - t, (start, stop))
+
+    def fresh(self) -> None:
+        """Nothing is counted."""
+
+    def judge(self, step: Step) -> bool:
+        """Always."""
+        self.stats.accepted += 1
+        return True
+
+
+def endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[float], Tensor | None]:
+    """Steps without end; on the tape only the first moves with t[0], as the others end where the solver chose."""
+    if options.step_size is None:
+        raise InvalidInput(
+            "Event handling for fixed step solvers requires `step_size`; got none. "
+            "Use options=dict(step_size=0.01), say."
+        )
+    start, step = problem.times[0], options.step_size
+    return (start + i * step for i in itertools.count()), problem.t[:1] if recorded(problem.t) else None
+
+
+def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Tensor | None]:
+    """The grid as solver times, and as the user's times on the tape if t needs a gradient."""
+    t = problem.t
+    if options.grid_constructor is not None:
+        grid = options.grid_constructor(lambda t, y, perturb=None: problem.field(t, y), problem.y0, t)
+        if not (isinstance(grid, Tensor) and grid.ndim == 1 and grid.numel() >= min(2, len(t))):
+            raise InvalidInput(f"grid_constructor must return a tensor of at least two times; got {grid!r:.80}.")
+        if grid[0] != t[0] or grid[-1] != t[-1]:
+            raise InvalidInput(
+                f"grid_constructor must return a grid from t[0] = {float(t[0]):g} to t[-1] = {float(t[-1]):g}; got one "
+                f"from {float(grid[0]):g} to {float(grid[-1]):g}. Include both ends exactly."
+            )
+    elif options.step_size is not None:
+        grid = _uniform_grid(t, options.step_size * problem.direction)
+    else:
+        grid = t
+    points = [problem.direction * value for value in grid.detach().cpu().double().tolist()]
+    if any(not a < b for a, b in itertools.pairwise(points)):
+        raise InvalidInput(f"grid_constructor must return strictly monotonic times in the direction of t; got {grid}.")
+    return points, grid if recorded(t) else None
+
+
+def _uniform_grid(t: Tensor, step: float) -> Tensor:
+    """t[0], t[0] + step, ..., and t[-1] as the last point, in double; as many points as torchdiffeq has."""
+    first, last = t[0].detach().cpu(), t[-1].detach().cpu()
+    steps = int(torch.ceil((last - first) / step + 1).item()) - 1
+    t = t.cpu().double()  # not every device has doubles
+    inner = torch.arange(0, max(steps, 1), dtype=t.dtype, device=t.device) * step + t[0]
+    # Rounding may put the last of the inner points on the end itself.
+    inner = inner[: max(int(((t[-1].detach() - inner.detach()) * step > 0).sum()), 1)]
+    return torch.cat([inner, t[-1:]])

@@ -1,0 +1,108 @@
+"""The outputs of a solve: y at the problem's times, filled as steps reach them."""
+
+from __future__ import annotations
+
+import bisect
+import math
+
+import torch
+from torch import Tensor
+
+from node_cuda._torch_modes import batched, recorded, transformed
+from node_cuda.loop.host_loop import HostLoop
+from node_cuda.methods.interpolation import Interpolant, position
+from node_cuda.methods.step import Step
+from node_cuda.problem.problem import Problem
+from node_cuda.status import SolveError, Status
+
+
+def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tuple[Tensor, Status]:
+    """y at the problem's times, of shape (len(times), *y0.shape), and how the solve ended.
+
+    Evaluates the interpolant only in steps that hold an output. With throw=False a failed solve gives NaN in what was
+    not reached.
+    """
+    problem = loop.problem
+    outputs = _Outputs(problem)
+    status = Status.SUCCESS
+    try:
+        if outputs.missing:
+            for step in loop.steps():
+                if problem.times[outputs.count] <= step.t1:
+                    outputs.take(step, interpolant)
+                    loop.pace.fresh()
+                    if not outputs.missing:
+                        break
+    except SolveError as failure:
+        if throw:
+            raise
+        status = failure.status
+        outputs.fill_missing()
+    loop.stats.nfe = problem.field.nfe
+    ys = outputs.stacked()
+    # A fixed grid judges no step: as in torchdiffeq its NaN is returned, but the status says so.
+    if status is Status.SUCCESS and len(ys) > 1 and not loop.pace.judges and not batched(ys):
+        loop.stats.host_reads += 1
+        if not bool(torch.isfinite(ys[-1]).all()):
+            status = Status.NON_FINITE
+    return ys, status
+
+
+class _Outputs:
+    """y at the problem's times, filled as steps reach them: into one tensor, or as a list while autograd records.
+
+    A list, because writing into one tensor would cost autograd a copy of it for every output, and transforms of
+    torch.func do not let each tensor be written into.
+    """
+
+    def __init__(self, problem: Problem) -> None:
+        self.problem = problem
+        self.count = 1
+        in_list = torch.is_grad_enabled() or transformed()
+        self._list: list[Tensor] | None = [problem.y0] if in_list else None
+        y0 = problem.y0
+        self._slab = y0 if self._list else y0.new_empty((len(problem.times), *y0.shape))
+        if self._list is None:
+            self._slab[0] = y0
+
+    @property
+    def missing(self) -> int:
+        """How many outputs were not reached yet."""
+        return len(self.problem.times) - self.count
+
+    def take(self, step: Step, interpolant: Interpolant) -> None:
+        """All outputs that lie in this step: in one go where no tape looks."""
+        k = interpolant.prepare(step)
+        first, times = self.count, self.problem.times
+        self.count = bisect.bisect_right(times, step.t1, lo=first)
+        if self._list is None:
+            interpolant.outputs(step, k, first, self._slab[first : self.count])
+        elif self._taped(step, k):
+            self._list.extend(output_at(step, k, interpolant, self.problem, i) for i in range(first, self.count))
+        else:
+            rows = step.y0.new_empty((self.count - first, *step.y0.shape))
+            interpolant.outputs(step, k, first, rows)
+            self._list.extend(rows.unbind())
+
+    def _taped(self, step: Step, k: list[Tensor]) -> bool:
+        """Autograd, forward mode or a transform records outputs of this step."""
+        return transformed() or self.problem.t.requires_grad or any(x.requires_grad for x in (step.y0, step.y1, *k))
+
+    def fill_missing(self) -> None:
+        """NaN in what was not reached."""
+        if self._list is not None:
+            self._list.extend([torch.full_like(self.problem.y0, math.nan)] * self.missing)
+        else:
+            self._slab[self.count :].fill_(math.nan)
+
+    def stacked(self) -> Tensor:
+        """The outputs as one tensor."""
+        return self._slab if self._list is None else torch.stack(self._list)
+
+
+def output_at(step: Step, k: list[Tensor], interpolant: Interpolant, problem: Problem, i: int) -> Tensor:
+    """The i-th output, which lies in this step, on the tape."""
+    t = problem.t[i] if recorded(problem.t) else None
+    if t is None and problem.times[i] == step.t1:
+        return step.y1
+    return interpolant.evaluate(step, k, position(step, problem.times[i], problem.direction, t))

@@ -1,0 +1,1 @@
+"""The methods as data, and how one step of each is taken."""

@@ -1,0 +1,96 @@
+"""Outputs between the ends of a step: y(t0 + x h) = y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, 0 <= x <= 1.
+
+An interpolant is asked once a step for its slopes (`prepare`, which may evaluate the field) and then for outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from node_cuda._torch_modes import forward_mode
+from node_cuda.kernels.arithmetic import Arithmetic, Polynomials
+from node_cuda.kernels.arithmetic import position as place
+from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.step import Step, Stepper
+from node_cuda.methods.tableau import DenseOutput, Tableau
+from node_cuda.status import InvalidInput
+
+# Cubic Hermite: 3 x^2 - 2 x^3 for y1 - y0, x - 2 x^2 + x^3 and x^3 - x^2 for the slopes at the ends.
+HERMITE = ((0, (1.0, -2.0, 1.0)), (1, (0.0, -1.0, 1.0)))
+HERMITE_END = (0.0, 3.0, -2.0)
+
+
+class Interpolant:
+    """y inside a step, by prepared polynomials over the slopes that `slopes` gives for a step."""
+
+    def __init__(
+        self, arithmetic: Arithmetic, polynomials: Polynomials, slopes: Callable[[Step], list[Tensor]]
+    ) -> None:
+        self._arithmetic = arithmetic
+        self._polynomials = polynomials
+        self.prepare = slopes
+
+    def evaluate(self, step: Step, k: Sequence[Tensor], x: float | Tensor) -> Tensor:
+        """y at t0 + x h; x a 0-d tensor where the tape must see it."""
+        return self._arithmetic.dense_eval(self._polynomials, step.at, step.y0, step.y1, k, x)
+
+    def outputs(self, step: Step, k: Sequence[Tensor], first: int, out: Tensor) -> None:
+        """The problem's outputs from `first` on, all of them in this step, into the rows of `out`; never taped."""
+        self._arithmetic.dense_outputs(self._polynomials, step.at, step.y0, step.y1, k, first, out)
+
+
+def dense_of(tableau: Tableau, dense: str) -> DenseOutput:
+    """The interpolant of an adaptive method: torchdiffeq's, or with dense="accurate" one of the method's order. The
+    latter is the default where it costs no evaluation."""
+    accurate = tableau.accurate
+    torchdiffeqs = dense == "torchdiffeq" or (dense == "default" and accurate is not None and accurate.extra > 0)
+    chosen = tableau.dense if accurate is None or torchdiffeqs else accurate
+    if chosen is None:
+        raise InvalidInput(f"method {tableau.name!r} has an embedded error but no interpolant; give it `dense`.")
+    return chosen
+
+
+def of_method(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
+    """By the polynomials of an adaptive method."""
+    chosen = dense_of(tableau, dense)
+    polynomials = stepper.arithmetic.polynomials(chosen.weight_rows)
+    return Interpolant(stepper.arithmetic, polynomials, _slopes_of(stepper, chosen))
+
+
+def _slopes_of(stepper: ExplicitRK, dense: DenseOutput) -> Callable[[Step], list[Tensor]]:
+    """The step's stages, and the interpolant's extra ones."""
+    if not dense.extra:
+        return lambda step: step.k
+    extra = stepper.prepared(dense.nodes, dense.rows)
+    return lambda step: stepper.extra_stages(step, extra)
+
+
+def linear(arithmetic: Arithmetic) -> Interpolant:
+    """y0 + x (y1 - y0)."""
+    return Interpolant(arithmetic, arithmetic.polynomials((), (1.0,)), lambda step: [])
+
+
+def cubic_hermite(arithmetic: Arithmetic, stepper: Stepper) -> Interpolant:
+    """The cubic through y0 and y1 with the field's slopes at both ends; costs one evaluation a step with outputs."""
+
+    def slopes(step: Step) -> list[Tensor]:
+        # A copy of the first, as func may write its buffer again.
+        return [step.k[0].clone(), stepper.slope_at_end(step)]
+
+    return Interpolant(arithmetic, arithmetic.polynomials(HERMITE, HERMITE_END), slopes)
+
+
+def position(step: Step, s: float, direction: float, t: Tensor | None = None) -> float | Tensor:
+    """x in [0, 1] of the solver time s in a step; a 0-d tensor if t, the same time as the user's, is on the tape."""
+    if t is None and not (step.span is not None and (torch.is_grad_enabled() or forward_mode())):
+        return place(step.at, s)
+    if t is None:
+        # The ends of the step are on the tape, and the time asked for stays where it is.
+        t = torch.tensor(direction * s, dtype=torch.float64, device="cpu")
+    # On the host: not every device has doubles.
+    ends = torch.tensor([direction * step.t0, direction * step.t1], dtype=t.dtype, device="cpu")
+    start, stop = ends if step.span is None else (end.cpu() for end in step.span)
+    return ((t.cpu() - start) / (stop - start)).to(step.y0.device, step.y0.dtype.to_real())

@@ -1,0 +1,262 @@
+"""An initial value problem, checked once: everything below it can rely on what stands here."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import EventFunc, Func, Norm, State
+from node_cuda._typing import Tolerance as Tol
+from node_cuda.kernels import backend
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.stage_times import Clock
+from node_cuda.problem.field import Layout, VectorField
+from node_cuda.status import InvalidInput, InvalidState, InvalidType
+
+CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+
+
+NO_DOUBLES = ("mps",)
+"""Kinds of devices without float64: the double times that callbacks get lie on the host there."""
+
+Callback = Callable[[Tensor, Any, Tensor], Any]
+
+
+class Field(Protocol):
+    """dy/dt of a flat state, counting its evaluations. copies_output: what it returns is its caller's own."""
+
+    nfe: int
+    copies_output: bool
+
+    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
+
+
+@dataclass(frozen=True)
+class Problem:
+    """dy/dt = field(t, y), y(times[0]) = y0, wanted at `times`.
+
+    func: what the user gave, and field: what the solver calls. y0: the flat state. times: solver times s in ascending
+    order, double; the user's time is direction * s, and a step of s by h > 0 is a step of t by direction * h. t: the
+    user's own tensor of times, where gradients go. norm: what counts as a small error. callbacks: the user's, by
+    name, called with (t0, y0, dt); adjoint_callbacks: those of the backward solve, under the same names. backend: which
+    path is wanted for the steps (see `node_cuda.backend`), in the backward pass as well, which another thread may run.
+    bounds: the user's times between which func may be asked; None: at all times.
+    """
+
+    func: Func
+    field: Field
+    y0: Tensor
+    t: Tensor
+    times: tuple[float, ...]
+    direction: float
+    layout: Layout
+    norm: ErrorNorm
+    callbacks: dict[str, Callback]
+    adjoint_callbacks: dict[str, Callback]
+    backend: str
+    bounds: tuple[float, float] | None = None
+
+    def field_of(self, func: Func) -> VectorField:
+        """A field for this problem from another function."""
+        return VectorField(func, self.layout, self.bounds)
+
+    @property
+    def time_dtype(self) -> torch.dtype:
+        """The dtype in which func sees t: the state's real one."""
+        return self.y0.dtype.to_real()
+
+    def callback(self, name: str, t0: float, y0: Tensor, h: float, dtype: torch.dtype) -> None:
+        """Call the user's callback, if there is one, with t0 and dt as 0-d tensors (made only then)."""
+        if name in self.callbacks:
+            device = "cpu" if y0.device.type in NO_DOUBLES else y0.device
+            t0_, dt = torch.tensor([self.direction * t0, h], dtype=dtype, device=device).unbind()
+            self.callbacks[name](t0_, self.layout.unflatten(y0), dt)
+
+
+def make_problem(
+    func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: Norm | None = None, *, clip: bool = False
+) -> Problem:
+    """Check the user's input and flatten it. norm: of a tensor, or of a tuple where y0 is one. clip: func is asked
+    between the first and the last time only.
+
+    Raises InvalidType, InvalidInput or InvalidState with the mend.
+    """
+    if not callable(func):
+        raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}.")
+    layout = Layout(_shapes(y0))
+    flat = layout.flatten(y0)
+    if not (flat.is_floating_point() or flat.is_complex()):
+        raise InvalidState(
+            f"y0 must be floating point or complex; got {flat.dtype}. Use `y0.float()` or `y0.double()`."
+        )
+    times, direction = check_times(t)
+    error_norm = ErrorNorm(
+        check_tolerance("rtol", rtol, layout, flat),
+        check_tolerance("atol", atol, layout, flat),
+        layout.sizes,
+        None if norm is None else lambda scaled, _: norm(layout.unflatten(scaled)),
+    )
+    if _is_zero(error_norm.rtol) and _is_zero(error_norm.atol):
+        raise InvalidInput("rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use `rtol=1e-12`, say.")
+    bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
+    return Problem(
+        func=func,
+        field=VectorField(func, layout, bounds),
+        y0=flat,
+        t=t,
+        times=times,
+        direction=direction,
+        layout=layout,
+        norm=error_norm,
+        callbacks=_callbacks(func, ""),
+        adjoint_callbacks=_callbacks(func, "_adjoint"),
+        backend=backend.chosen(),
+        bounds=bounds,
+    )
+
+
+def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> tuple[float, float]:
+    """The least and the largest number of this dtype between the first and the last time, in the user's time."""
+    low, high = sorted((direction * times[0], direction * times[-1]))
+    clock = Clock(1.0, dtype, torch.device("cpu"))
+    least, most = (float(x) for x in clock.tensors((low, high)))
+    least = clock.after(low) if least < low else least
+    most = clock.before(high) if most > high else most
+    if least > most:
+        raise InvalidInput(
+            f'options["clip"] needs a time in {dtype} between the first and the last of t; got none between {low!r} '
+            f"and {high!r}. Use a wider state, `y0.double()`, or drop clip."
+        )
+    return least, most
+
+
+def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
+    """The user's times as ascending floats, and the direction: t = direction * s."""
+    if not isinstance(t, Tensor):
+        raise InvalidType(f"t must be a torch.Tensor; got a {type(t).__name__}. Use `torch.tensor([0.0, 1.0])`.")
+    if not t.is_floating_point():
+        raise TypeError(f"`t` must be a floating point Tensor; got {t.dtype}. Use `t.float()` or `t.double()`.")
+    if t.ndim != 1 or t.numel() == 0:
+        raise InvalidInput(
+            f"t must be one dimensional, with at least one time; got shape {tuple(t.shape)}. "
+            "Use `torch.linspace(t0, t1, n)`."
+        )
+    try:
+        values: list[float] = t.detach().cpu().double().tolist()
+    except RuntimeError as failure:
+        raise InvalidInput(
+            "t must be numbers that the host can read, the same for all samples of a vmap; got a tensor without data "
+            f"({failure!s:.80}). Solve once for each t, with in_dims=None for it."
+        ) from failure
+    direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
+    times = tuple(direction * value for value in values)
+    for i in range(1, len(times)):
+        if not times[i - 1] < times[i]:
+            raise InvalidInput(
+                f"t must be strictly increasing or decreasing; got t[{i}] = {values[i]:g} after t[{i - 1}] = "
+                f"{values[i - 1]:g}. Sort it and drop repeats with `torch.unique(t)`; `.flip(0)` that to go backwards."
+            )
+    if not all(abs(value) < float("inf") for value in values):
+        raise InvalidInput(f"t must be finite; got {values}.")
+    return times, direction
+
+
+def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
+    """One event function of (t, flat state) that starts positive: min_i c_i sign(c_i(t0, y0))."""
+    layout = problem.layout
+
+    def at(t: Tensor, y: Tensor) -> Tensor:
+        value = torch.as_tensor(event_fn(t, layout.unflatten(y)))
+        if value.dtype is torch.bool:
+            raise InvalidType(
+                "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
+                "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
+            )
+        return value
+
+    with torch.no_grad():
+        signs = torch.sign(at(problem.t[0].to(problem.time_dtype), problem.y0))
+
+    return lambda t, y: torch.min(at(t, y) * signs)
+
+
+def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
+    if isinstance(y0, Tensor):
+        return None
+    if not isinstance(y0, tuple):
+        raise InvalidType(
+            f"y0 must be a torch.Tensor or a tuple of them; got a {type(y0).__name__}. Use `tuple(y0)` for a list, "
+            "`torch.as_tensor(y0)` for an array."
+        )
+    if not y0:
+        raise InvalidInput("y0 is an empty tuple; a state needs at least one tensor.")
+    for i, part in enumerate(y0):
+        if not isinstance(part, Tensor):
+            raise InvalidType(f"y0[{i}] must be a torch.Tensor; got a {type(part).__name__}. Use `torch.as_tensor`.")
+    return tuple(part.shape for part in y0)
+
+
+def check_tolerance(name: str, tol: Any, layout: Layout, flat: Tensor) -> Tol:
+    """A float where one number serves, else a tensor that broadcasts against the flat state."""
+    if layout.shapes is None or isinstance(tol, Tensor) or not isinstance(tol, Iterable):
+        return _tolerance(name, tol, flat.shape, flat)
+    tol = tuple(tol)
+    if len(tol) != len(layout.shapes):
+        raise InvalidInput(
+            f"If using tupled {name} it must have the same length as the tuple y0: got {len(tol)}, needed "
+            f"{len(layout.shapes)}. Give one number, or one for each component."
+        )
+    parts = [
+        _tolerance(f"{name}[{i}]", x, shape, flat) for i, (x, shape) in enumerate(zip(tol, layout.shapes, strict=True))
+    ]
+    real = flat.dtype.to_real()
+    return torch.cat(
+        [
+            torch.as_tensor(x, dtype=real, device=flat.device).expand(shape).reshape(-1)
+            for x, shape in zip(parts, layout.shapes, strict=True)
+        ]
+    )
+
+
+def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
+    """One tolerance of a state, or of a component, of this shape."""
+    if not isinstance(tol, (Tensor, float, int)):
+        try:
+            tol = torch.as_tensor(tol, dtype=flat.dtype.to_real())
+        except (TypeError, ValueError, RuntimeError):
+            raise InvalidType(f"{name} must be a number or a tensor; got {tol!r:.60}. Use 1e-6, say.") from None
+    if isinstance(tol, Tensor) and tol.requires_grad:
+        raise InvalidInput(
+            f"{name} cannot require gradient, but the tensor that was given does. Pass `{name}.detach()`."
+        )
+    if isinstance(tol, Tensor) and tol.ndim == 0:
+        tol = tol.item()
+    if not isinstance(tol, Tensor):
+        if isinstance(tol, complex) or not tol >= 0:
+            raise InvalidInput(f"{name} must be a number that is not negative; got {tol}.")
+        return float(tol)
+    if tol.is_complex() or not bool((tol >= 0).all()):
+        raise InvalidInput(f"{name} must be real and not negative; got {tol}.")
+    try:
+        fits = torch.broadcast_shapes(tol.shape, shape) == shape
+    except RuntimeError:
+        fits = tol.numel() == shape.numel() and len(shape) != 1
+        tol = tol.reshape(shape) if fits else tol
+    if not fits:
+        raise InvalidInput(
+            f"{name} must be a number, or broadcast against the state's shape {tuple(shape)}; got {tuple(tol.shape)}."
+        )
+    return tol.to(flat.device, flat.dtype.to_real())
+
+
+def _callbacks(func: Func, suffix: str) -> dict[str, Callback]:
+    found = {name: getattr(func, name + suffix, None) for name in CALLBACKS}
+    return {name: callback for name, callback in found.items() if callback is not None}
+
+
+def _is_zero(tol: Tol) -> bool:
+    return not isinstance(tol, Tensor) and tol == 0

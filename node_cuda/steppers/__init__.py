@@ -1,1 +1,0 @@
-"""How one step is taken: explicit Runge-Kutta methods from a tableau, and the Adams methods."""
