@@ -95,7 +95,7 @@ def test_what_cannot_be_watched_is_left_to_the_capture():
 def test_watching_imports_no_compiler():
     """Which takes seconds."""
     code = (
-        "import sys, torch; from node_cuda.kernels.capture import Watch\n"
+        "import sys, torch; from node_cuda.cuda_graphs.capture import Watch\n"
         "before = 'torch._dynamo' in sys.modules\n"
         "with Watch(torch.device('cpu')): torch.ones(3).sin()\n"
         "assert before or 'torch._dynamo' not in sys.modules"

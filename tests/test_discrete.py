@@ -17,9 +17,9 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from node_cuda import TABLEAUS, odeint, odeint_adjoint, odeint_event, solve
+from node_cuda.gradients.discrete import step_adjoint
 from node_cuda.gradients.discrete.checkpoints import Checkpoints
 from node_cuda.gradients.discrete.memory import graph_size
-from node_cuda.gradients.discrete.mode import step_adjoint
 from node_cuda.status import InvalidInput, Status, Unsupported
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]

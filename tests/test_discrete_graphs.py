@@ -9,9 +9,9 @@ from problems import F64, MLP, TimedLinear, linspace
 from node_cuda import SolveError, Status, solve
 from node_cuda.cuda_graphs import cache as graphs
 from node_cuda.cuda_graphs import capture
+from node_cuda.gradients.discrete import cuda_graph_forward as recording
+from node_cuda.gradients.discrete import cuda_graph_reverse as walk_graphs
 from node_cuda.gradients.discrete import mode as by_the_host
-from node_cuda.gradients.discrete.mode import cuda_graph_forward as recording
-from node_cuda.gradients.discrete.mode import cuda_graph_reverse as walk_graphs
 from node_cuda.status import InvalidField
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)

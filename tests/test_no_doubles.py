@@ -5,15 +5,12 @@ The device is pretended: tensors on "meta" whose numbers lie on the CPU, and a m
 
 from __future__ import annotations
 
-import contextlib
-
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
 from node_cuda import METHODS, TABLEAUS, odeint_adjoint, odeint_dense, odeint_event, solve
-from node_cuda.gradients import autograd as operation
 
 DEVICE = torch.device("meta")
 MODES = ("backprop", "adjoint", "discrete")
@@ -63,7 +60,6 @@ def device(monkeypatch):
 
     for name in ("tensor", "as_tensor", "zeros", "empty", "full", "arange"):
         monkeypatch.setattr(torch, name, moved(getattr(torch, name)))
-    monkeypatch.setattr(operation, "autocast_state", lambda kind: lambda: [contextlib.nullcontext()])
     with Device():
         yield
 

@@ -73,11 +73,11 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ),
     (
         "gradients.parameters",
+        "gradients.context",
         "gradients.members",
         "gradients.changed",
         "gradients.forward",
         "gradients.reached",
-        "gradients.context",
         "gradients.event_time",
         "gradients.inspection",
         "gradients.leaves",

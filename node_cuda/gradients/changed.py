@@ -13,6 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from node_cuda.gradients.context import autocasts
 from node_cuda.gradients.members import Members
 from node_cuda.kernels.arithmetic import position
 from node_cuda.kernels.norms import ErrorNorm
@@ -101,7 +102,7 @@ class Comparison:
         self.what = what
         self.ask = ask
         kind = problem.y0.device.type
-        fewer = torch.is_autocast_enabled(kind) or (kind == "cuda" and problem.time_dtype is torch.float32)
+        fewer = autocasts(kind) or (kind == "cuda" and problem.time_dtype is torch.float32)
         self._rounding = max(ROUNDING * torch.finfo(problem.time_dtype).eps, FEWER_BITS if fewer else 0.0)
 
     def begin(self, kept: Evaluated, f: Tensor, z: Tensor) -> None:
