@@ -1,4 +1,4 @@
-// Step control, in double, on the device and (for tests) on the host: class Adaptive and Grid of controllers.py.
+// Step-size control, in double, on the device and (for tests) on the host: kernels/step_control.py, function by function.
 //
 // Plain C++: bind.cpp includes this without CUDA. Times are solver times, ascending; the user's time is direction * t.
 // Every expression is written in the order of the Python, and products that are added go through mul(), which nvcc
@@ -88,7 +88,7 @@ NODE_CUDA_HD inline void fail(Ctl& ctl, double t, int32_t status) {
   ctl.next = Interval{t, t, 0.0, 0.0};
 }
 
-// Adaptive._cut: move the step's end to the next time that a step must end at.
+// StepControl._cut: move the step's end to the next time that a step must end at.
 NODE_CUDA_HD inline void cut(Ctl& ctl, const Law& law, double t) {
   double h = ctl.h, t1 = t + h;
   ctl.carried = 0.0;
@@ -109,7 +109,7 @@ NODE_CUDA_HD inline void cut(Ctl& ctl, const Law& law, double t) {
   ctl.next = Interval{t, t1, h, ctl.direction * h};
 }
 
-// Adaptive.propose.
+// StepControl._propose.
 NODE_CUDA_HD inline void propose(Ctl& ctl, const Law& law, double t) {
   if (!(t + ctl.h > t)) return fail(ctl, t, ctl.finite ? STEP_UNDERFLOW : NON_FINITE);
   if (ctl.attempts >= law.max_num_steps) return fail(ctl, t, MAX_STEPS);
@@ -200,7 +200,7 @@ NODE_CUDA_HD inline void start_control(Ctl& ctl, const Law& law, double directio
   propose(ctl, law, t0);
 }
 
-// The first half of Adaptive._starting_step: d0 and d1 give the Euler step that probes the field's change.
+// The first half of the starting step: d0 and d1 give the Euler step that probes the field's change.
 NODE_CUDA_HD inline void initial_probe(Ctl& ctl, double d0, double d1) {
   if (!ctl.active) return;
   const double t = ctl.next.t0;

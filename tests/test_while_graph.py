@@ -26,7 +26,7 @@ from node_cuda.kernels.control import _LAYOUT, Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.stage_times import JUST_BEFORE, Interval
 from node_cuda.loop.assemble import arithmetic_of
-from node_cuda.loop.device_step_control import DeviceAdaptive
+from node_cuda.loop.step_control import Adaptive
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.options import AdaptiveOptions
@@ -72,7 +72,7 @@ class Captured:
         fused = arithmetic_of(problem)
         assert isinstance(fused, Fused)
         self.fused, self.problem = fused, problem
-        self.pace = DeviceAdaptive(problem, fused, self.tableau.order, AdaptiveOptions(**options), Stats())
+        self.pace = Adaptive(problem, fused, self.tableau.order, AdaptiveOptions(**options), Stats())
         self.ys = torch.full((len(t), *y0.shape), math.nan, dtype=y0.dtype)
         self.y0, self.k1 = torch.empty_like(y0), torch.empty_like(y0)
         self.start()

@@ -22,6 +22,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "kernels.norms",
         "kernels.reference",
         "kernels.stage_times",
+        "kernels.step_control",
         "kernels.sums",
         "kernels.arithmetic",
         "kernels.step_log",
@@ -49,7 +50,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("controllers",),
     (
         "loop.step_control",
-        "loop.device_step_control",
         "loop.host_loop",
         "loop.outputs",
         "loop.events",

@@ -21,12 +21,11 @@ from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import Kept
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.stage_times import Interval
+from node_cuda.kernels.stage_times import HERE, Interval
 from node_cuda.kernels.step_log import Tape
 from node_cuda.loop.assemble import make_loop
-from node_cuda.loop.device_step_control import DeviceAdaptive
 from node_cuda.loop.grids import Grid
-from node_cuda.loop.step_control import Extra
+from node_cuda.loop.step_control import Adaptive
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Quadrature, Step
@@ -36,7 +35,7 @@ from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 
 
-class DeviceQuadrature(Quadrature, Extra, Protocol):
+class DeviceQuadrature(Quadrature, Protocol):
     """What is integrated beside the state, by the device as well."""
 
     def restart(self) -> None:
@@ -86,7 +85,6 @@ class DeviceLoop:
             stops=stops,
             pauses=pauses,
             quadrature=quadrature,
-            extra=quadrature,
             tape=tape,
         )
         assert isinstance(loop.stepper, ExplicitRK)
@@ -102,10 +100,12 @@ class DeviceLoop:
         self.stops = stops
         self.jumps = False
         self.times = problem.times
-        if isinstance(self.pace, DeviceAdaptive):
+        self.first_step: float | None = None
+        self.control: Control
+        if isinstance(self.pace, Adaptive):
             assert isinstance(method.options, AdaptiveOptions)
-            self.jumps = method.options.jump_t is not None
-            self.control: Control = self.pace.control
+            self.jumps, self.first_step = method.options.jump_t is not None, method.options.first_step
+            self.control = self.pace.control
         else:
             assert isinstance(self.pace, Grid) and points is not None
             self.control = arithmetic.grid_control(points, pauses=pauses, tape=tape)
@@ -123,12 +123,26 @@ class DeviceLoop:
             self.quadrature.restart()
         t0 = self.arithmetic.device_times
         self.control.start_at(t0, None)
-        if isinstance(self.pace, DeviceAdaptive):
+        if isinstance(self.pace, Adaptive):
             self.set_slope(inside=self.pace.starts_at_jump)
-            self.pace.begin(t0, self.y, self.k1)
+            self._choose_first_step(t0)
         else:
             self.control.next_of_grid()
         self.first_nfe = self.problem.field.nfe - before
+
+    def _choose_first_step(self, t: Tensor) -> None:
+        """As `Adaptive.start` at a time on the device, with nothing read: the step that probes the field is the
+        control's."""
+        control, fused = self.control, self.arithmetic
+        if self.first_step is not None:
+            return control.start_at(t, float(self.first_step))
+        control.start_at(t, None)
+        control.initial_norms(self.y, self.k1)
+        at = fused.current()
+        (probed,) = fused.slots(at, (1.0,), HERE)
+        z = fused.rk_stage(fused.stage(((0, 1.0),), 1.0, HERE), at, self.y, [self.k1], probed)
+        control.initial_change(self.y, self.k1, fused.own(self.problem.field(probed, z)))
+        return None
 
     def resume(self) -> None:
         """From where the device pauses, and y was set anew."""

@@ -6,8 +6,9 @@ again (rows, polynomials) is prepared once: a handle that also says what it was 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -15,8 +16,9 @@ from torch import Tensor
 from node_cuda._typing import Row
 from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.reference import DenseCotangents
+from node_cuda.kernels.reference import ControlLaw, DenseCotangents
 from node_cuda.kernels.stage_times import Clock, Interval
+from node_cuda.kernels.step_control import StepControl
 from node_cuda.kernels.sums import Sums
 
 
@@ -43,6 +45,18 @@ class Polynomials(NamedTuple):
     rows: tuple[tuple[int, tuple[float, ...]], ...]
     end: tuple[float, ...]
     native: int | None = None
+
+
+class ErrorTerm(Protocol):
+    """Further errors that take part in the norm, such as those of the parameters' gradients."""
+
+    def scaled_errors(self) -> Sequence[Tensor]:
+        """Already scaled, for the step that was just taken."""
+        ...
+
+    def device_ratio(self) -> Tensor | None:
+        """The largest of their rms, as a double where the state is; None: none takes part."""
+        ...
 
 
 class Arithmetic:
@@ -114,6 +128,40 @@ class Arithmetic:
         """The norm of the error, to which `last`, a stage and its b - b_hat, is still to be added. One host read."""
         weighted = None if last is None else (last[0], at.signed * last[1])
         return reference.error_ratio(error, weighted, y0, y1, self.norm, also)
+
+    def control(
+        self,
+        law: ControlLaw,
+        order: int,
+        max_num_steps: float,
+        landings: Sequence[float],
+        jumps: frozenset[float],
+        stops: Sequence[float],
+        *,
+        outputs: bool,
+        limit: float = math.inf,
+        pauses: bool = False,
+        tape: Any = None,
+    ) -> Any:
+        """The step-size control of a solve. limit: no probe for the first step goes beyond it. outputs: the solve ends
+        with the last of the output times. pauses, tape: of a control on the device; see `kernels.control`."""
+        assert not pauses and tape is None
+        times = self.output_times[1:] if outputs else ()
+        return StepControl(law, order, max_num_steps, self.norm, landings, jumps, stops, times, limit)
+
+    def control_step(
+        self,
+        control: Any,
+        at: Interval,
+        error: Tensor,
+        last: tuple[Tensor, float] | None,
+        y0: Tensor,
+        y1: Tensor,
+        errors: ErrorTerm | None,
+    ) -> None:
+        """Judge the step by the norm of its error (as `error_ratio`), and choose the next one."""
+        also = () if errors is None else errors.scaled_errors()
+        control.judge_ratio(self.error_ratio(at, error, last, y0, y1, also))
 
     # ------------------------------------------------------------------ outputs
 

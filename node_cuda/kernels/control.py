@@ -64,12 +64,13 @@ class Reading(NamedTuple):
 
 
 class Control:
-    """The state of step control in device memory, and the lists of times that it looks at.
+    """The state of step-size control in device memory, and the lists of times that it looks at.
 
     landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
     sliver before them. outputs: on the device, the solve ends with the last of them; pauses: and waits at each of the
-    others for `resume`. points: those of a grid, whose steps are all good; then the law is of no matter. tape: gets the
-    accepted steps; a walk back over it has a control of its own, without one.
+    others for `resume`. measures: it can choose the first step, by the norm of the kernels and without a `limit`.
+    points: those of a grid, whose steps are all good; then the law does not matter. tape: gets the accepted steps; a
+    walk back over it has another control, without one.
     """
 
     def __init__(
@@ -84,10 +85,14 @@ class Control:
         outputs: Tensor,
         points: Sequence[float] = (),
         *,
+        limit: float = math.inf,
+        measures: bool = True,
         pauses: bool = False,
         tape: Tape | None = None,
     ) -> None:
         device = outputs.device
+        self.limit, self.measures = limit, measures
+        self.reads = 0
         self._plan = plan
         self._ctl = torch.empty(_LAYOUT.size, dtype=torch.uint8, device=device)
         # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
@@ -181,6 +186,7 @@ class Control:
 
     def read(self) -> Reading:
         """Where the solve stands. The one host read of a step, and the one time that the host waits."""
+        self.reads += 1
         self._plan.read_control(self._host.data_ptr())
         return reading(self._bytes)
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from node_cuda._typing import Row
 from node_cuda._typing import Tolerance as Tol
-from node_cuda.kernels.arithmetic import Arithmetic, Polynomials, Stage
+from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm, Polynomials, Stage
 from node_cuda.kernels.control import Control
 from node_cuda.kernels.fused_sums import FusedSums
 from node_cuda.kernels.memory import address, has_address, resolved
@@ -179,12 +179,13 @@ class Fused(Arithmetic):
         landings: Sequence[float],
         jumps: frozenset[float],
         stops: Sequence[float],
+        *,
         outputs: bool,
-        pauses: bool,
+        limit: float = math.inf,
+        pauses: bool = False,
         tape: Tape | None = None,
     ) -> Control:
-        """Step control on the device. outputs: the solve ends with the last of the output times; pauses: and waits at
-        each. tape: gets the accepted steps."""
+        """Step-size control on the device. pauses: it waits at each output. tape: gets the accepted steps."""
         return Control(
             self.plan,
             law,
@@ -194,9 +195,32 @@ class Fused(Arithmetic):
             jumps,
             stops,
             self.device_times[1:] if outputs else self.device_times[:0],
+            limit=limit,
+            measures=self.norm.custom is None and limit == math.inf,
             pauses=pauses,
             tape=tape,
         )
+
+    def control_step(
+        self,
+        control: Control,
+        at: Interval,
+        error: Tensor,
+        last: tuple[Tensor, float] | None,
+        y0: Tensor,
+        y1: Tensor,
+        errors: ErrorTerm | None,
+    ) -> None:
+        """See `Arithmetic`. One launch and no read, but for a norm of the user's."""
+        custom = self.norm.custom
+        with torch.no_grad():
+            if custom is None:
+                self.judge(at, error, last, y0, y1, None if errors is None else errors.device_ratio())
+                return
+            scaled = self.scaled_error(at, error, last, y0, y1)
+            norm = custom(scaled, () if errors is None else errors.scaled_errors())
+            ratio = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu")
+            control.judge_ratio(ratio.to(scaled.device, torch.float64).abs().reshape(1))
 
     def grid_control(self, points: Sequence[float], *, pauses: bool = False, tape: Tape | None = None) -> Control:
         """Steps from point to point of a grid, on the device."""

@@ -10,13 +10,11 @@ from torch import Tensor
 from node_cuda import options as opt
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.backend import make_arithmetic
-from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.step_log import Tape
-from node_cuda.loop.device_step_control import DeviceAdaptive
 from node_cuda.loop.events import solve_event
 from node_cuda.loop.grids import Grid, endless_grid, grid_of
 from node_cuda.loop.host_loop import HostLoop
-from node_cuda.loop.step_control import Adaptive, Extra, Pace
+from node_cuda.loop.step_control import Adaptive, Pace
 from node_cuda.methods.adams import Adams
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_method
@@ -43,7 +41,6 @@ def make_loop(
     stops: Sequence[float] = (),
     pauses: bool = False,
     quadrature: Quadrature | None = None,
-    extra: Extra | None = None,
     arithmetic: Arithmetic | None = None,
     points: Iterable[float] | None = None,
     tape: Tape | None = None,
@@ -51,8 +48,8 @@ def make_loop(
     """A solve that is ready to run, and how its outputs are interpolated.
 
     endless: it goes on beyond the last time, for events. stops: times to land on. pauses: the device, where it controls
-    the steps, waits at every output. quadrature, extra: what is integrated beside the state, and its part in the error
-    norm. arithmetic: that of an earlier solve of the same state and norm, over now, if this one evaluates no outputs.
+    the steps, waits at every output. quadrature: what is integrated beside the state; its error takes part in the norm.
+    arithmetic: that of an earlier solve of the same state and norm, which is over, if this one evaluates no outputs.
     points: those of `grid_of`, where they are known. tape: where the device, if it controls the steps, records them.
     """
     options, tableau = method.options, method.tableau
@@ -62,21 +59,18 @@ def make_loop(
     pace: Pace
     if isinstance(options, opt.AdaptiveOptions) and tableau is not None:
         stepper = ExplicitRK(problem, arithmetic, tableau, estimate=True, quadrature=quadrature)
-        if isinstance(arithmetic, Fused):
-            pace = DeviceAdaptive(
-                problem,
-                arithmetic,
-                tableau.order,
-                options,
-                stats,
-                stops,
-                extra,
-                endless=endless,
-                pauses=pauses,
-                tape=tape,
-            )
-        else:
-            pace = Adaptive(problem, arithmetic, tableau.order, options, stats, stops, extra)
+        pace = Adaptive(
+            problem,
+            arithmetic,
+            tableau.order,
+            options,
+            stats,
+            stops,
+            quadrature,
+            endless=endless,
+            pauses=pauses,
+            tape=tape,
+        )
         interpolant = of_method(stepper, tableau, options.dense)
     else:
         assert isinstance(options, opt.FixedOptions)

@@ -50,9 +50,6 @@ class Grid:
         stop = self.tensors[i + 1] if i + 1 < len(self.tensors) else start.new_tensor(self.problem.direction * t1)
         return Move(t1, t1 - t, (start, stop))
 
-    def fresh(self) -> None:
-        """Nothing is counted."""
-
     def judge(self, step: Step) -> bool:
         """Always."""
         self.stats.accepted += 1

@@ -30,7 +30,6 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
             for step in loop.steps():
                 if problem.times[outputs.count] <= step.t1:
                     outputs.take(step, interpolant)
-                    loop.pace.fresh()
                     if not outputs.missing:
                         break
     except SolveError as failure:

@@ -6,7 +6,6 @@ list that was made before.
 
 from __future__ import annotations
 
-import collections
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -16,10 +15,12 @@ from torch import Tensor
 
 from node_cuda._torch_modes import recorded, refuse_batched
 from node_cuda.controllers import controller
-from node_cuda.kernels import reference as kernels
-from node_cuda.kernels.arithmetic import Arithmetic
+from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm
+from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE
+from node_cuda.kernels.step_control import StepControl
+from node_cuda.kernels.step_log import Tape
 from node_cuda.methods.step import Move, Step
 from node_cuda.options import AdaptiveOptions, times_option
 from node_cuda.problem.problem import Problem
@@ -46,22 +47,6 @@ class Pace(Protocol):
         """Is the step good? Also sets `step.jump`."""
         ...
 
-    def fresh(self) -> None:
-        """An output was reached: begin to count attempts anew."""
-        ...
-
-
-class Extra(Protocol):
-    """Further errors that take part in the norm, such as those of the parameters' gradients."""
-
-    def scaled_errors(self) -> Sequence[Tensor]:
-        """Already scaled, for the step that was just taken."""
-        ...
-
-    def device_ratio(self) -> Tensor | None:
-        """The largest of their rms, as a double where the state is; None: none takes part."""
-        ...
-
 
 def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
     """What is not finite where a scaled norm of y0 or of func(t0, y0) is not; raises InvalidInput if neither is."""
@@ -77,8 +62,10 @@ def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
 class Adaptive:
     """Steps by the error estimate, cut to land on step_t, jump_t and `stops`.
 
-    attempts counts since `fresh` was last called, against max_num_steps. A step that was cut to land on a stop does
-    not make the next one small: the proposal from before the cut is kept.
+    The control of the arithmetic decides (`kernels.step_control`, on CUDA `kernels.control`); this is what a solve on
+    the host makes of it: callbacks, statistics, and errors. errors: of what is integrated beside the state. endless:
+    the solve does not end with the last of the problem's times. pauses: the device waits at each of the others. tape:
+    the device records the accepted steps there.
     """
 
     def __init__(
@@ -89,14 +76,18 @@ class Adaptive:
         options: AdaptiveOptions,
         stats: Stats,
         stops: Sequence[float] = (),
-        extra: Extra | None = None,
+        errors: ErrorTerm | None = None,
+        *,
+        endless: bool = False,
+        pauses: bool = False,
+        tape: Tape | None = None,
     ) -> None:
         self.problem = problem
         self.arithmetic = arithmetic
         self.order = order
         self.options = options
         self.stats = stats
-        self.extra = extra
+        self.errors = errors
         self.law = controller(options.controller).law(order, options)
         start, direction = problem.times[0], problem.direction
         step_t = times_option("step_t", options.step_t, direction, start)
@@ -104,114 +95,78 @@ class Adaptive:
         self.starts_at_jump = start in jump_t
         self.judges = True
         last = [problem.times[-1]] if problem.bounds is not None and problem.times[-1] not in step_t + jump_t else []
-        self._landings = collections.deque(sorted(step_t + jump_t + last))
-        if len(set(self._landings)) < len(self._landings):
+        landings = sorted(step_t + jump_t + last)
+        if len(set(landings)) < len(landings):
             raise ValueError(
                 "`step_t` and `jump_t` must not have any repeated elements between them; got "
                 f"step_t = {step_t} and jump_t = {jump_t}. A jump_t is a step_t already: drop it there."
             )
-        self._jumps = frozenset(jump_t)
-        self._stops = collections.deque(stops)
-        self.attempts = 0
-        self.h = 0.0
-        self._history = (1.0, 1.0)
-        self._carried = 0.0
-        self._finite = True
+        self.control = arithmetic.control(
+            self.law,
+            order,
+            options.max_num_steps,
+            landings,
+            frozenset(jump_t),
+            stops,
+            limit=math.inf if problem.bounds is None else problem.times[-1],
+            outputs=not endless,
+            pauses=pauses,
+            tape=tape,
+        )
         # Only the first step moves with t[0]; the ends of later ones are the solver's choice, and stay.
         self._taped = recorded(problem.t)
-
-    def fresh(self) -> None:
-        """Begin to count attempts anew."""
-        self.attempts = 0
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
         """The first step size: the user's, or by Hairer's rule at the cost of one evaluation."""
         assert k1 is not None
         self._refuse_empty(y)
         refuse_batched(y, k1)
-        h = self.options.first_step
-        self.h = float(h) if h is not None else self._starting_step(t, y, k1)
-        self.h = min(max(self.h, self.law.min_step), self.law.max_step)
+        h, control = self.options.first_step, self.control
+        if h is not None:
+            control.start(t, float(h))
+        elif control.measures:
+            self._choose_first_step(control, t, y, k1)
+        else:
+            on_host = StepControl(self.law, self.order, math.inf, self.problem.norm, limit=control.limit)
+            self._choose_first_step(on_host, t, y, k1)
+            control.start(t, on_host.proposal)
+        self._read(control)
 
     def propose(self, t: float, y: Tensor) -> Move | None:
-        """The end of the next step."""
-        self._notify("callback_step", t, y, self.h)
-        if not t + self.h > t:
-            self._fail(Status.STEP_UNDERFLOW if self._finite else Status.NON_FINITE, t, f"The step was {self.h:.3g}.")
-        if self.attempts >= self.options.max_num_steps:
-            self._fail(Status.MAX_STEPS, t, f"max_num_steps = {self.options.max_num_steps}, the step {self.h:.3g}.")
-        self.attempts += 1
-        return self._move(t, *self._cut(t, t + self.h, self.h))
+        """The next step; None where the solve has ended."""
+        now = self.now
+        self._notify("callback_step", t, y, now.proposal)
+        if now.status == Status.MAX_STEPS.value:
+            detail = f"max_num_steps = {self.options.max_num_steps}, the step {now.proposal:.3g}."
+            self._fail(Status.MAX_STEPS, t, detail)
+        if now.status:
+            self._fail(Status(now.status), t, f"The step was {now.proposal:.3g}.")
+        return self._move(t, now.t1, now.h) if now.active else None
 
     def judge(self, step: Step) -> bool:
         """Accept or reject, and choose the next step size. One host read."""
         assert step.error is not None
-        h = step.at.h
-        also = self.extra.scaled_errors() if self.extra is not None else ()
-        ratio = self.arithmetic.error_ratio(step.at, step.error, step.last, step.y0, step.y1, also)
-        self.stats.host_reads += 1
-        accept, self.h, self._history = kernels.step_control(self.law, h, ratio, self._history)
-        self._finite = math.isfinite(ratio)
-        if accept:
-            if not self._finite:
-                self._fail(Status.NON_FINITE, step.t0, f"The step was min_step = {h:.3g}.")
-            self._notify("callback_accept_step", step.t0, step.y0, h)
-            self.h = max(self.h, self._carried)
-            step.jump = step.t1 in self._jumps
+        rejected = self.now.rejected
+        self.arithmetic.control_step(self.control, step.at, step.error, step.last, step.y0, step.y1, self.errors)
+        now = self._read(self.control)
+        if now.accept:
+            self._notify("callback_accept_step", step.t0, step.y0, step.at.h)
+            step.jump = bool(now.jump)
             self.stats.accepted += 1
+        elif now.rejected == rejected:
+            self._fail(Status.NON_FINITE, step.t0, f"The step was min_step = {step.at.h:.3g}.")
         else:
-            self._notify("callback_reject_step", step.t0, step.y0, h)
+            self._notify("callback_reject_step", step.t0, step.y0, step.at.h)
             self.stats.rejected += 1
-        return accept
+        return bool(now.accept)
 
-    def _move(self, t: float, t1: float, h: float) -> Move:
-        """The step from t, with its ends where the tape must see them."""
-        if not (self._taped and t == self.problem.times[0]):
-            return Move(t1, h)
-        start = self.problem.t[0]
-        return Move(t1, h, (start, torch.tensor(self.problem.direction * t1, dtype=start.dtype, device=start.device)))
-
-    def _cut(self, t: float, t1: float, h: float) -> tuple[float, float]:
-        """The end and size of the step, moved to land on the next time that a step must end at."""
-        self._carried = 0.0
-        while self._landings and self._landings[0] <= t:
-            self._landings.popleft()
-        # A landing that the step misses by rounding would leave a sliver for the next one.
-        landed = bool(self._landings) and self._landings[0] <= t1 + 4 * math.ulp(t1)
-        if landed:
-            t1 = self._landings[0]
-            h = min(t1 - t, h)  # rounding may make the difference larger than max_step
-        while self._stops and self._stops[0] <= t:
-            self._stops.popleft()
-        if self._stops and (t1 >= self._stops[0] or (not landed and t + 2 * h > self._stops[0])):
-            # Two steps would pass the stop: land on it, in one step, or in two even ones and no sliver.
-            stop, self._carried = self._stops[0], h
-            t1 = stop if t1 >= stop else t + 0.5 * (stop - t)
-            h = min(t1 - t, h)
-        return t1, h
-
-    def _refuse_empty(self, y: Tensor) -> None:
-        if y.numel() == 0:
-            raise InvalidInput(
-                f"y0 has no elements, so it has no error to choose steps by; got shape {tuple(y.shape)}. Skip "
-                'the solve for an empty batch, or take a fixed grid: method="rk4".'
-            )
-
-    def _starting_step(self, t: float, y: Tensor, f0: Tensor) -> float:
-        """Hairer, Norsett, Wanner, Solving ODEs I, II.4, with torchdiffeq's constants. One evaluation, three reads."""
-        problem = self.problem
-        d0, d1 = kernels.initial_norms(y.detach(), f0.detach(), problem.norm)
-        self.stats.host_reads += 2
-        if not (math.isfinite(d0) and math.isfinite(d1)):
-            self._explain(t, y, f0)
-        h0 = 1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1
-        if problem.bounds is not None:
-            h0 = min(h0, problem.times[-1] - t)
-        f1 = self._probe(t, t + h0, h0, y, f0)
-        d2 = kernels.initial_change(y.detach(), f0.detach(), f1, problem.norm) / h0
-        self.stats.host_reads += 1
-        h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / self.order)
-        return min(100 * h0, h1) if math.isfinite(h1) else h0
+    def _choose_first_step(self, control: StepControl | Control, t: float, y: Tensor, k1: Tensor) -> None:
+        control.start(t, None)
+        control.initial_norms(y, k1)
+        now = self._read(control)
+        if now.status:
+            self._fail(Status.NON_FINITE, t, wrong_at_start(self.problem.norm, y, k1))
+        control.initial_change(y, k1, self._probe(t, now.t1, now.h, y, k1))
 
     def _probe(self, t0: float, t1: float, h: float, y: Tensor, f0: Tensor) -> Tensor:
         """The field after an Euler step, without its graph. func sees a state like those of the steps."""
@@ -221,9 +176,25 @@ class Adaptive:
         z = arithmetic.rk_stage(arithmetic.stage(((0, 1.0),), 1.0, HERE), at, y, [f0], t)
         return arithmetic.own(self.problem.field(t, z).detach())
 
-    def _explain(self, t: float, y: Tensor, f0: Tensor) -> None:
-        """Raise what is wrong at the start, where a scaled norm is not finite."""
-        self._fail(Status.NON_FINITE, t, wrong_at_start(self.problem.norm, y, f0))
+    def _read(self, control: StepControl | Control) -> StepControl | Reading:
+        self.now = control.read()
+        self.stats.host_reads += control.reads
+        control.reads = 0
+        return self.now
+
+    def _move(self, t: float, t1: float, h: float) -> Move:
+        """The step from t, with its ends where the tape must see them."""
+        if not (self._taped and t == self.problem.times[0]):
+            return Move(t1, h)
+        start = self.problem.t[0]
+        return Move(t1, h, (start, torch.tensor(self.problem.direction * t1, dtype=start.dtype, device=start.device)))
+
+    def _refuse_empty(self, y: Tensor) -> None:
+        if y.numel() == 0:
+            raise InvalidInput(
+                f"y0 has no elements, so it has no error to choose steps by; got shape {tuple(y.shape)}. Skip "
+                'the solve for an empty batch, or take a fixed grid: method="rk4".'
+            )
 
     def _notify(self, name: str, t: float, y: Tensor, h: float) -> None:
         if self.problem.callbacks:

@@ -8,6 +8,7 @@ from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
+from node_cuda.kernels.arithmetic import ErrorTerm
 from node_cuda.kernels.stage_times import Interval
 
 Span = tuple[Tensor, Tensor]
@@ -74,8 +75,9 @@ class Stepper(Protocol):
         ...
 
 
-class Quadrature(Protocol):
-    """Integrates, beside the state, what the field never reads: the integrands come with the field's evaluations."""
+class Quadrature(ErrorTerm, Protocol):
+    """Integrates, beside the state, what the field never reads: the integrands come with the field's evaluations. Its
+    errors take part in the norm."""
 
     def begin(self) -> None:
         """A step is tried: forget what was added for one that was not accepted."""

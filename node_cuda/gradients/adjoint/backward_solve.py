@@ -150,7 +150,6 @@ class BackwardSolve:
             self.stats,
             stops=self.problem.times[1:],
             quadrature=self.gradient,
-            extra=self.gradient,
             arithmetic=self.arithmetic,
         )
         steps = loop.steps()
@@ -158,7 +157,6 @@ class BackwardSolve:
         def interval(i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
             if i > 0:
                 loop.restart(z)
-                loop.pace.fresh()
             return self._follow(steps, self.problem.times[i + 1])
 
         return interval

@@ -1,0 +1,170 @@
+"""Step-size control on the host, laid out function by function as csrc/control.h, its twin on the device.
+
+Times are solver times, which ascend; all numbers are doubles. tests/test_kernels_shim.py compares both call by call.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from node_cuda.kernels import reference
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.reference import ControlLaw
+from node_cuda.status import Status
+
+
+class StepControl:
+    """Where a solve stands, and the step to be tried: from t0 to t1, of size h. Names as in `control.Reading`.
+
+    landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
+    sliver before them. outputs: the solve ends with the last of them. limit: no probe goes beyond it. proposal: the
+    step before it was cut. status: a value of `Status`. reads: host reads since they were last counted. measures: it
+    can choose the first step.
+    """
+
+    measures = True
+
+    def __init__(
+        self,
+        law: ControlLaw,
+        order: int,
+        max_num_steps: float,
+        norm: ErrorNorm,
+        landings: Sequence[float] = (),
+        jumps: frozenset[float] = frozenset(),
+        stops: Sequence[float] = (),
+        outputs: Sequence[float] = (),
+        limit: float = math.inf,
+    ) -> None:
+        self.law = law
+        self.order = order
+        self.max_num_steps = max_num_steps
+        self.norm = norm
+        self.landings, self.jumps, self.stops, self.outputs = landings, jumps, stops, outputs
+        self.limit = limit
+        self.reads = 0
+        self.start(0.0, None)
+
+    def read(self) -> StepControl:
+        """Where the solve stands."""
+        return self
+
+    # ------------------------------------------------------------------ the start
+
+    def start(self, t0: float, h: float | None) -> None:
+        """Begin at t0 with a step of h; None: `initial_norms` and `initial_change` choose it."""
+        self.t0 = self.t1 = self.last_t0 = self.last_t1 = t0
+        self.h = self.last_h = self.proposal = self.carried = self.ratio = 0.0
+        self.history = (1.0, 1.0)
+        self.norm_0 = self.norm_1 = 0.0
+        self.attempts = self.accepted = self.rejected = 0
+        self.next_landing = self.next_stop = self.first_output = self.next_output = 0
+        self.accept = self.jump = False
+        self.status = Status.SUCCESS.value
+        self.active = self.finite = True
+        if h is not None:
+            self.proposal = self._within(h)
+            self._propose(t0)
+
+    def initial_norms(self, y0: Tensor, f0: Tensor) -> None:
+        """Hairer, Norsett, Wanner, Solving ODEs I, II.4, with torchdiffeq's constants, the first half: the step to be
+        tried becomes the Euler step that probes the field's change."""
+        self.norm_0, self.norm_1 = reference.initial_norms(y0.detach(), f0.detach(), self.norm)
+        self.reads += 2
+        self._initial_probe(self.norm_0, self.norm_1)
+
+    def initial_change(self, y0: Tensor, f0: Tensor, f1: Tensor) -> None:
+        """The second half, with the field at the end of the Euler step: the first step is chosen and proposed."""
+        self.reads += 1
+        self._initial_step(reference.initial_change(y0.detach(), f0.detach(), f1, self.norm))
+
+    def _initial_probe(self, d0: float, d1: float) -> None:
+        if not (math.isfinite(d0) and math.isfinite(d1)):
+            return self._fail(self.t0, Status.NON_FINITE)
+        h0 = min(1e-6 if d0 < 1e-5 or d1 < 1e-5 else 0.01 * d0 / d1, self.limit - self.t0)
+        self.t1, self.h = self.t0 + h0, h0
+        return None
+
+    def _initial_step(self, change: float) -> None:
+        h0, d1 = self.h, self.norm_1
+        d2 = change / h0
+        h1 = max(1e-6, h0 * 1e-3) if d1 <= 1e-15 and d2 <= 1e-15 else (0.01 / max(d1, d2)) ** (1.0 / self.order)
+        self.proposal = self._within(min(100 * h0, h1) if math.isfinite(h1) else h0)
+        self._propose(self.t0)
+
+    # ------------------------------------------------------------------ a step
+
+    def judge_ratio(self, ratio: float) -> None:
+        """Judge the step that was tried by its error ratio, move, and propose the next one."""
+        self.reads += 1
+        self.first_output = self.next_output
+        self.last_t0, self.last_t1, self.last_h, self.ratio = self.t0, self.t1, self.h, ratio
+        self.jump = False
+        self.accept, self.proposal, self.history = reference.step_control(self.law, self.h, ratio, self.history)
+        self.finite = math.isfinite(ratio)
+        if not self.accept:
+            self.rejected += 1
+            return self._propose(self.last_t0)
+        if not self.finite:
+            self.accept = False
+            return self._fail(self.last_t0, Status.NON_FINITE)
+        self.proposal = max(self.proposal, self.carried)
+        self.accepted += 1
+        self.jump = self.last_t1 in self.jumps
+        if self._pass_outputs():
+            self._propose(self.last_t1)
+        return None
+
+    def _pass_outputs(self) -> bool:
+        """Count the outputs in the step that was accepted. False: the last one was reached."""
+        while self.next_output < len(self.outputs) and self.outputs[self.next_output] <= self.last_t1:
+            self.next_output += 1
+        if self.next_output == self.first_output:
+            return True
+        self.attempts = 0
+        self.active = self.next_output < len(self.outputs)
+        if not self.active:
+            self.t0, self.t1, self.h = self.last_t1, self.last_t1, 0.0
+        return self.active
+
+    def _propose(self, t: float) -> None:
+        if not t + self.proposal > t:
+            return self._fail(t, Status.STEP_UNDERFLOW if self.finite else Status.NON_FINITE)
+        if self.attempts >= self.max_num_steps:
+            return self._fail(t, Status.MAX_STEPS)
+        self.attempts += 1
+        self._cut(t)
+        return None
+
+    def _cut(self, t: float) -> None:
+        """The step from t: its end is moved to the next time that a step must end at."""
+        h = self.proposal
+        t1 = t + h
+        self.carried = 0.0
+        while self.next_landing < len(self.landings) and self.landings[self.next_landing] <= t:
+            self.next_landing += 1
+        # A landing that the step misses by rounding would leave a sliver for the next one.
+        landed = self.next_landing < len(self.landings) and self.landings[self.next_landing] <= t1 + 4 * math.ulp(t1)
+        if landed:
+            t1 = self.landings[self.next_landing]
+            h = min(t1 - t, h)  # rounding may make the difference larger than max_step
+        while self.next_stop < len(self.stops) and self.stops[self.next_stop] <= t:
+            self.next_stop += 1
+        stop = self.stops[self.next_stop] if self.next_stop < len(self.stops) else math.inf
+        if t1 >= stop or (not landed and t + 2 * h > stop):
+            # Two steps would pass the stop: land on it, in one step, or in two even ones and no sliver.
+            self.carried = h
+            t1 = stop if t1 >= stop else t + 0.5 * (stop - t)
+            h = min(t1 - t, h)
+        self.t0, self.t1, self.h = t, t1, h
+
+    def _fail(self, t: float, status: Status) -> None:
+        self.status = status.value
+        self.active = False
+        self.t0, self.t1, self.h = t, t, 0.0
+
+    def _within(self, h: float) -> float:
+        return min(max(h, self.law.min_step), self.law.max_step)
