@@ -144,6 +144,9 @@ class StepControl:
         h = self.proposal
         t1 = t + h
         self.carried = 0.0
+        if not (self.landings or self.stops):
+            self.t0, self.t1, self.h = t, t1, h
+            return
         while self.next_landing < len(self.landings) and self.landings[self.next_landing] <= t:
             self.next_landing += 1
         # A landing that the step misses by rounding would leave a sliver for the next one.

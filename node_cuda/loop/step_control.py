@@ -136,11 +136,11 @@ class Adaptive:
         """The next step; None where the solve has ended."""
         now = self.now
         self._notify("callback_step", t, y, now.proposal)
-        if now.status == Status.MAX_STEPS.value:
-            detail = f"max_num_steps = {self.options.max_num_steps}, the step {now.proposal:.3g}."
-            self._fail(Status.MAX_STEPS, t, detail)
         if now.status:
-            self._fail(Status(now.status), t, f"The step was {now.proposal:.3g}.")
+            status, detail = Status(now.status), f"The step was {now.proposal:.3g}."
+            if status is Status.MAX_STEPS:
+                detail = f"max_num_steps = {self.options.max_num_steps}, the step {now.proposal:.3g}."
+            self._fail(status, t, detail)
         return self._move(t, now.t1, now.h) if now.active else None
 
     def judge(self, step: Step) -> bool:
@@ -153,12 +153,12 @@ class Adaptive:
             self._notify("callback_accept_step", step.t0, step.y0, step.at.h)
             step.jump = bool(now.jump)
             self.stats.accepted += 1
-        elif now.rejected == rejected:
+            return True
+        if now.rejected == rejected:
             self._fail(Status.NON_FINITE, step.t0, f"The step was min_step = {step.at.h:.3g}.")
-        else:
-            self._notify("callback_reject_step", step.t0, step.y0, step.at.h)
-            self.stats.rejected += 1
-        return bool(now.accept)
+        self._notify("callback_reject_step", step.t0, step.y0, step.at.h)
+        self.stats.rejected += 1
+        return False
 
     def _choose_first_step(self, control: StepControl | Control, t: float, y: Tensor, k1: Tensor) -> None:
         control.start(t, None)
