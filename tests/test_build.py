@@ -59,7 +59,7 @@ __global__ void nothing() {}
 extern "C" int launch_nothing() { nothing<<<1, 1>>>(); return static_cast<int>(cudaGetLastError()); }
 """
 HEADER = "#include <cuda_runtime.h>\n"
-WITH_KERNEL = {"bind.cpp": STAND_IN, "kernels/nothing.cu": KERNEL, "common/launch.h": HEADER}
+WITH_KERNEL = {"bind/bind.cpp": STAND_IN, "kernels/nothing.cu": KERNEL, "common/launch.h": HEADER}
 BROKEN = "#error this does not compile\n"
 
 
@@ -252,7 +252,7 @@ def test_a_compiled_module_is_not_even_imported_by_a_solve_on_the_cpu_and_change
 def test_an_editable_install_builds_in_place_and_a_pure_python_one_after_it_takes_the_module_away(
     tmp_path: Path,
 ) -> None:
-    source = checkout(tmp_path / "source", {"bind.cpp": STAND_IN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
@@ -280,7 +280,7 @@ def test_a_build_that_cannot_see_torch_is_pure_python_with_one_loud_line(tmp_pat
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "torch.py").write_text("raise ImportError('No module named torch')")
-    source = checkout(tmp_path / "source", {"bind.cpp": STAND_IN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
     done = pip(source, tmp_path / "target", PYTHONPATH=str(hidden))
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (line for line in (done.stdout + done.stderr).splitlines() if "***" in line)
@@ -291,7 +291,7 @@ def test_a_build_that_cannot_see_torch_is_pure_python_with_one_loud_line(tmp_pat
 
 @compiler
 def test_a_build_that_was_asked_for_kernels_and_cannot_make_them_fails_with_a_sentence(tmp_path: Path) -> None:
-    source = checkout(tmp_path / "source", {"bind.cpp": STAND_IN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
     done = pip(source, tmp_path / "target", FORCE_CUDA="1", CUDA_HOME="/nowhere")
     assert done.returncode != 0
     sentence = "*** node_cuda: FORCE_CUDA=1 asks for kernels, but CUDA_HOME=/nowhere has not a CUDA toolkit"
@@ -304,7 +304,7 @@ def test_a_build_that_was_asked_for_kernels_and_cannot_make_them_fails_with_a_se
 def test_sources_that_do_not_compile_give_pure_python_and_a_loud_line_unless_they_were_asked_for(
     tmp_path: Path,
 ) -> None:
-    source = checkout(tmp_path / "source", {"bind.cpp": BROKEN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": BROKEN})
     done = run(sys.executable, "setup.py", "bdist_wheel", cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr
     said = "*** node_cuda: installed as pure Python, without CUDA kernels: node_cuda._C did not compile"
@@ -520,7 +520,7 @@ def test_where_kernels_cannot_be_compiled_the_first_use_warns_once_and_gives_non
 
 @compiler
 def test_a_compilation_that_fails_warns_once_with_the_compilers_line_and_all_threads_go_on(first_use, capfd) -> None:
-    first_use({"bind.cpp": BROKEN})
+    first_use({"bind/bind.cpp": BROKEN})
     results: list[object] = []
     with pytest.warns(RuntimeWarning) as caught:
         threads = [threading.Thread(target=lambda: results.append(extension.kernels())) for _ in range(4)]
@@ -537,7 +537,7 @@ def test_a_compilation_that_fails_warns_once_with_the_compilers_line_and_all_thr
 
 @pytest.mark.parametrize("setting", ["python", "cpu"])
 def test_whoever_declined_kernels_is_neither_warned_nor_kept_waiting(first_use, monkeypatch, setting: str) -> None:
-    first_use({"bind.cpp": BROKEN})
+    first_use({"bind/bind.cpp": BROKEN})
     monkeypatch.setenv("NODE_CUDA_BUILD", setting)
     assert extension.kernels() is None
     assert not extension.forecast().possible
@@ -551,12 +551,12 @@ def test_a_module_that_was_built_with_another_torch_is_not_used(first_use, monke
 
 
 def test_a_module_that_was_compiled_before_its_sources_changed_is_not_used(first_use, monkeypatch) -> None:
-    first_use({"bind.cpp": STAND_IN, "step.h": ""})
+    first_use({"bind/bind.cpp": STAND_IN, "common/step.h": ""})
     monkeypatch.setitem(sys.modules, build.MODULE, stand_in())
     sources = build.digest(build.find_csrc())
     monkeypatch.setattr(build, "read_note", lambda: build.Note("cuda", "", sources))
     assert extension.installed().module is not None
-    (build.find_csrc() / "step.h").write_text("// another layout")
+    (build.find_csrc() / "common" / "step.h").write_text("// another layout")
     assert "was compiled from other sources" in extension.installed().why
 
 

@@ -71,9 +71,9 @@ def find_csrc() -> Path:
     """The folder of the sources: in the package where it was installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "bind.cpp").is_file():
+        if (folder / "bind" / "bind.cpp").is_file():
             return folder
-    raise BuildError(f"the sources of {MODULE} are missing: there is no csrc/bind.cpp in {package} or beside it")
+    raise BuildError(f"the sources of {MODULE} are missing: there is no csrc/bind/bind.cpp in {package} or beside it")
 
 
 def sources(csrc: Path, kernels: bool) -> list[str]:

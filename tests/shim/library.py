@@ -45,7 +45,7 @@ def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Pa
     paths = [*(folder / f"{unit}.cpp" for unit in units), main or HERE / "exports.cpp", HERE / "cuda_graphs.cpp"]
     with_python: list[str] = []
     if main is not None:
-        paths.append(CSRC / "graphs.cpp")
+        paths.append(CSRC / "graphs" / "graphs.cpp")
     else:
         paths += sorted(CSRC.rglob("*.cpp"))
         headers = (sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include")  # pybind11's are torch's
