@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import threading
 import time
 import types
@@ -217,6 +218,21 @@ def test_csrc_is_in_the_source_archive_and_in_the_install_so_that_kernels_can_be
     for csrc in (unpacked / "csrc", target / "node_cuda" / "csrc"):
         assert contents(csrc) == checked_out
         assert {Path(path).relative_to(csrc).as_posix() for path in build.sources(csrc, kernels=True)} == compiled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which the shim is for")
+def test_the_sources_in_a_pure_python_install_find_all_their_headers_in_it(
+    installed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """g++ lists what they include, with the shim's headers in place of CUDA's; other tests compile the same files."""
+    csrc = installed("python") / "node_cuda" / "csrc"
+    own = build.include_folders(build.Recipe("cuda", ""), csrc)
+    torchs = Path(torch.__file__).parent / "include"
+    folders = [*own, str(ROOT / "tests" / "shim"), sysconfig.get_path("include"), str(torchs)]
+    for source in build.sources(csrc, kernels=True):  # one by one: each must name all that it needs
+        flags = ["-x", "c++", "-std=c++20", "-MM", "-DNODE_CUDA_WITH_KERNELS", *(f"-I{folder}" for folder in folders)]
+        done = run("g++", *flags, source, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 @compiler
