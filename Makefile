@@ -59,7 +59,7 @@ $(PY):
 	fi
 
 # A second run starts at once: the stamp is older only if what it was made from has changed.
-$(INSTALLED): pyproject.toml setup.py node_cuda/_version.py node_cuda/extension/build.py $(wildcard csrc/*) | $(PY)
+$(INSTALLED): pyproject.toml setup.py node_cuda/_version.py node_cuda/extension/build.py $(shell find csrc) | $(PY)
 	@$(PY) -c 'import torch' 2>/dev/null || { echo 'installing $(TORCH)'; $(PY) -m pip install '$(TORCH)'; }
 	@echo "installing node_cuda and what its tests and benchmarks need"
 	@$(PY) -m pip install --quiet 'setuptools>=77' ninja

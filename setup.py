@@ -4,7 +4,7 @@ import importlib.util
 import sys
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import find_namespace_packages, find_packages, setup
 from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).resolve().parent
@@ -67,7 +67,7 @@ def compiled(recipe):
     extension = cpp_extension.CppExtension(
         build.MODULE,
         [str(Path(source).relative_to(ROOT)) for source in build.sources(ROOT / "csrc", recipe.kernels)],
-        include_dirs=build.include_folders(recipe),
+        include_dirs=build.include_folders(recipe, ROOT / "csrc"),
         library_dirs=build.library_folders(recipe),
         libraries=build.libraries(recipe),
         define_macros=build.macros(recipe, ROOT / "csrc"),
@@ -87,10 +87,11 @@ if BUILDS & set(sys.argv):
     else:
         options = {"cmdclass": {"build_py": PurePython}} if recipe.setting == "python" else compiled(recipe)
 
+# csrc and its folders travel in the package: an install without the compiled module can compile it on first use.
+csrc = [f"node_cuda.{name}" for name in find_namespace_packages(include=["csrc*"])]
 setup(
-    # csrc travels in the package, so that an install without the compiled module can compile it on first use.
-    packages=[*find_packages(include=["node_cuda*"]), "node_cuda.csrc"],
+    packages=[*find_packages(include=["node_cuda*"]), *csrc],
     package_dir={"node_cuda.csrc": "csrc"},
-    package_data={"node_cuda": ["py.typed"], "node_cuda.csrc": ["*"]},
+    package_data={"node_cuda": ["py.typed"], **{name: ["*"] for name in csrc}},
     **options,
 )

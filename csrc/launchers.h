@@ -9,7 +9,7 @@
 #pragma once
 #include <cstdint>
 
-#include "control.h"
+#include "control/control.h"
 
 namespace node_cuda {
 

@@ -273,7 +273,7 @@ def test_every_launch_that_goes_through_the_state_has_a_row(primitives):
 
 def test_structs_are_packed_as_csrc_lays_them_out(bench, primitives):
     launching = bench("primitives.launching")
-    headers = "".join((ROOT / "csrc" / name).read_text() for name in ("launchers.h", "control.h"))
+    headers = "".join((ROOT / "csrc" / name).read_text() for name in ("launchers.h", "control/control.h"))
     said = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)", headers)}
     assert {name: struct.calcsize(layout) for name, layout in launching.LAYOUTS.items()} == {
         name: said[name] for name in launching.LAYOUTS

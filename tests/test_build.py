@@ -11,8 +11,9 @@ import re
 import shutil
 import subprocess
 import sys
-import tarfile
+import sysconfig
 import threading
+import time
 import types
 import warnings
 from collections.abc import Callable, Iterator, Mapping
@@ -55,10 +56,12 @@ static PyModuleDef module = {PyModuleDef_HEAD_INIT, "stand_in", nullptr, -1, met
 PyMODINIT_FUNC INIT(TORCH_EXTENSION_NAME)() { return PyModule_Create(&module); }
 """
 KERNEL = """
-#include <cuda_runtime.h>
+#include "common/launch.h"
 __global__ void nothing() {}
 extern "C" int launch_nothing() { nothing<<<1, 1>>>(); return static_cast<int>(cudaGetLastError()); }
 """
+HEADER = "#include <cuda_runtime.h>\n"
+WITH_KERNEL = {"bind/bind.cpp": STAND_IN, "kernels/nothing.cu": KERNEL, "common/launch.h": HEADER}
 BROKEN = "#error this does not compile\n"
 
 
@@ -82,10 +85,15 @@ def checkout(folder: Path, csrc: Mapping[str, str] | None = None) -> Path:
 
 
 def write_csrc(folder: Path, files: Mapping[str, str]) -> Path:
-    folder.mkdir()
     for name, text in files.items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
         (folder / name).write_text(text)
     return folder
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    """Every file, by its path in the folder."""
+    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
 def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
@@ -131,7 +139,10 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Installs this tree in one of the settings, once for all processes of the test run; gives the folder."""
+    """Installs this tree in one of the settings, once for all processes of the test run; gives the folder.
+
+    pip gets the source archive, unpacked, which must be complete.
+    """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
 
@@ -140,11 +151,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         with FileLock(shared / f"{setting}.lock"):
             if not target.exists():
                 source = checkout(shared / f"source_{setting}")
-                if setting == "python":  # by way of the source archive, which must be complete
-                    done = run(sys.executable, "setup.py", "-q", "sdist", cwd=source)
-                    assert done.returncode == 0, done.stderr
-                    (source,) = (source / "dist").glob("*.tar.gz")
-                done = pip(source, target, **SETTINGS[setting])
+                done = run(sys.executable, "setup.py", "-q", "sdist", "--formats=zip", cwd=source)
+                assert done.returncode == 0, done.stderr
+                (archive,) = (source / "dist").iterdir()
+                shutil.unpack_archive(archive, shared / f"unpacked_{setting}")
+                (unpacked,) = (shared / f"unpacked_{setting}").iterdir()
+                done = pip(unpacked, target, **SETTINGS[setting])
                 assert done.returncode == 0, done.stdout + done.stderr
         return target
 
@@ -200,13 +212,28 @@ def test_csrc_is_in_the_source_archive_and_in_the_install_so_that_kernels_can_be
     installed: Callable[[str], Path],
 ) -> None:
     target = installed("python")
-    names = sorted(path.name for path in (ROOT / "csrc").iterdir() if path.is_file())
-    assert "bind.cpp" in names
-    (archive,) = (target.parent / "source_python" / "dist").glob("*.tar.gz")
-    with tarfile.open(archive) as tar:
-        packed = [member.partition("/")[2] for member in tar.getnames()]
-    assert sorted(name.removeprefix("csrc/") for name in packed if name.startswith("csrc/")) == names
-    assert sorted(path.name for path in (target / "node_cuda" / "csrc").iterdir()) == names
+    checked_out = contents(ROOT / "csrc")
+    compiled = {name for name in checked_out if name.endswith((".cpp", ".cu"))}
+    assert len(compiled) > 15
+    (unpacked,) = (target.parent / "unpacked_python").iterdir()
+    for csrc in (unpacked / "csrc", target / "node_cuda" / "csrc"):
+        assert contents(csrc) == checked_out
+        assert {Path(path).relative_to(csrc).as_posix() for path in build.sources(csrc, kernels=True)} == compiled
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which the shim is for")
+def test_the_sources_in_a_pure_python_install_find_all_their_headers_in_it(
+    installed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    """g++ lists what they include, with the shim's headers in place of CUDA's; other tests compile the same files."""
+    csrc = installed("python") / "node_cuda" / "csrc"
+    own = build.include_folders(build.Recipe("cuda", ""), csrc)
+    torchs = Path(torch.__file__).parent / "include"
+    folders = [*own, str(ROOT / "tests" / "shim"), sysconfig.get_path("include"), str(torchs)]
+    for source in build.sources(csrc, kernels=True):  # one by one: each must name all that it needs
+        flags = ["-x", "c++", "-std=c++20", "-MM", "-DNODE_CUDA_WITH_KERNELS", *(f"-I{folder}" for folder in folders)]
+        done = run("g++", *flags, source, cwd=tmp_path)
+        assert done.returncode == 0, done.stderr
 
 
 @compiler
@@ -242,7 +269,7 @@ def test_a_compiled_module_is_not_even_imported_by_a_solve_on_the_cpu_and_change
 def test_an_editable_install_builds_in_place_and_a_pure_python_one_after_it_takes_the_module_away(
     tmp_path: Path,
 ) -> None:
-    source = checkout(tmp_path / "source", {"bind.cpp": STAND_IN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
     venv = tmp_path / "venv"
     run(sys.executable, "-m", "venv", "--without-pip", venv, cwd=tmp_path)
     python = venv / "bin" / "python"
@@ -270,7 +297,7 @@ def test_a_build_that_cannot_see_torch_is_pure_python_with_one_loud_line(tmp_pat
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "torch.py").write_text("raise ImportError('No module named torch')")
-    source = checkout(tmp_path / "source", {"bind.cpp": STAND_IN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
     done = pip(source, tmp_path / "target", PYTHONPATH=str(hidden))
     assert done.returncode == 0, done.stdout + done.stderr
     (line,) = (line for line in (done.stdout + done.stderr).splitlines() if "***" in line)
@@ -281,7 +308,7 @@ def test_a_build_that_cannot_see_torch_is_pure_python_with_one_loud_line(tmp_pat
 
 @compiler
 def test_a_build_that_was_asked_for_kernels_and_cannot_make_them_fails_with_a_sentence(tmp_path: Path) -> None:
-    source = checkout(tmp_path / "source", {"bind.cpp": STAND_IN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
     done = pip(source, tmp_path / "target", FORCE_CUDA="1", CUDA_HOME="/nowhere")
     assert done.returncode != 0
     sentence = "*** node_cuda: FORCE_CUDA=1 asks for kernels, but CUDA_HOME=/nowhere has not a CUDA toolkit"
@@ -294,7 +321,7 @@ def test_a_build_that_was_asked_for_kernels_and_cannot_make_them_fails_with_a_se
 def test_sources_that_do_not_compile_give_pure_python_and_a_loud_line_unless_they_were_asked_for(
     tmp_path: Path,
 ) -> None:
-    source = checkout(tmp_path / "source", {"bind.cpp": BROKEN})
+    source = checkout(tmp_path / "source", {"bind/bind.cpp": BROKEN})
     done = run(sys.executable, "setup.py", "bdist_wheel", cwd=source)
     assert done.returncode == 0, done.stdout + done.stderr
     said = "*** node_cuda: installed as pure Python, without CUDA kernels: node_cuda._C did not compile"
@@ -413,11 +440,56 @@ def test_flags_for_architectures_are_nvccs_and_are_left_to_torch_where_they_have
     assert build.gencode("8.0;Hopper") == []
 
 
-def test_two_sources_of_one_name_are_a_sentence(tmp_path: Path) -> None:
-    csrc = write_csrc(tmp_path / "csrc", {"bind.cpp": "", "plan.cpp": "", "plan.cu": "", "plan.h": ""})
-    assert [Path(path).name for path in build.sources(csrc, kernels=False)] == ["bind.cpp", "plan.cpp"]
-    with pytest.raises(build.BuildError, match=r"share the name plan"):
+@pytest.mark.parametrize("other", ["bind/plan.cu", "kernels/plan.cu", "graphs/plan.cpp"])
+def test_two_sources_of_one_name_are_a_sentence_in_one_folder_and_in_two(tmp_path: Path, other: str) -> None:
+    csrc = write_csrc(tmp_path / "csrc", {"bind/bind.cpp": "", "bind/plan.cpp": "", "common/plan.h": ""})
+    names = [Path(path).relative_to(csrc).as_posix() for path in build.sources(csrc, kernels=True)]
+    assert names == ["bind/bind.cpp", "bind/plan.cpp"]
+    write_csrc(csrc, {other: ""})
+    with pytest.raises(build.BuildError, match=f"share a name.*: bind/plan.cpp, {other}. Rename one"):
         build.sources(csrc, kernels=True)
+
+
+def test_a_changed_or_moved_header_changes_what_the_sources_are_known_by_and_every_compiler_command(
+    tmp_path: Path,
+) -> None:
+    csrc = write_csrc(tmp_path / "csrc", WITH_KERNEL)
+    recipe = build.Recipe("cuda", "")
+
+    def known_by() -> tuple[str, object]:
+        return build.digest(csrc), build.macros(recipe, csrc)  # ninja compiles again where a command changes
+
+    seen = [known_by()]
+    write_csrc(csrc, {"common/launch.h": f"{HEADER}// changed"})
+    seen.append(known_by())
+    (csrc / "common").rename(csrc / "control")
+    seen.append(known_by())
+    assert len({digest for digest, _ in seen}) == 3
+    assert len({str(macros) for _, macros in seen}) == 3
+
+
+@pytest.mark.skipif(shutil.which("make") is None, reason="no make on this machine")
+@pytest.mark.parametrize("change", ["edit", "remove"])
+def test_make_installs_again_after_a_change_in_a_folder_of_csrc(tmp_path: Path, change: str) -> None:
+    source = checkout(tmp_path / "source", WITH_KERNEL)
+    shutil.copy(ROOT / "Makefile", source)
+    stamp = source / ".venv" / ".installed"
+    write_csrc(stamp.parent, {"bin/python": "", stamp.name: ""})
+    header = source / "csrc" / "common" / "launch.h"
+    before = time.time() - 100
+    for path in source.rglob("*"):
+        os.utime(path, (before, before))
+    os.utime(stamp, (before + 1, before + 1))
+
+    def due() -> bool:
+        return {0: False, 1: True}[run("make", "-q", "install", cwd=source).returncode]
+
+    assert not due()
+    if change == "edit":
+        header.write_text(f"{HEADER}// changed")
+    else:
+        header.unlink()
+    assert due()
 
 
 # --- the first CUDA solve --------------------------------------------------------------------------------------------
@@ -465,7 +537,7 @@ def test_where_kernels_cannot_be_compiled_the_first_use_warns_once_and_gives_non
 
 @compiler
 def test_a_compilation_that_fails_warns_once_with_the_compilers_line_and_all_threads_go_on(first_use, capfd) -> None:
-    first_use({"bind.cpp": BROKEN})
+    first_use({"bind/bind.cpp": BROKEN})
     results: list[object] = []
     with pytest.warns(RuntimeWarning) as caught:
         threads = [threading.Thread(target=lambda: results.append(extension.kernels())) for _ in range(4)]
@@ -482,7 +554,7 @@ def test_a_compilation_that_fails_warns_once_with_the_compilers_line_and_all_thr
 
 @pytest.mark.parametrize("setting", ["python", "cpu"])
 def test_whoever_declined_kernels_is_neither_warned_nor_kept_waiting(first_use, monkeypatch, setting: str) -> None:
-    first_use({"bind.cpp": BROKEN})
+    first_use({"bind/bind.cpp": BROKEN})
     monkeypatch.setenv("NODE_CUDA_BUILD", setting)
     assert extension.kernels() is None
     assert not extension.forecast().possible
@@ -496,12 +568,12 @@ def test_a_module_that_was_built_with_another_torch_is_not_used(first_use, monke
 
 
 def test_a_module_that_was_compiled_before_its_sources_changed_is_not_used(first_use, monkeypatch) -> None:
-    first_use({"bind.cpp": STAND_IN, "step.h": ""})
+    first_use({"bind/bind.cpp": STAND_IN, "common/step.h": ""})
     monkeypatch.setitem(sys.modules, build.MODULE, stand_in())
     sources = build.digest(build.find_csrc())
     monkeypatch.setattr(build, "read_note", lambda: build.Note("cuda", "", sources))
     assert extension.installed().module is not None
-    (build.find_csrc() / "step.h").write_text("// another layout")
+    (build.find_csrc() / "common" / "step.h").write_text("// another layout")
     assert "was compiled from other sources" in extension.installed().why
 
 
@@ -517,7 +589,7 @@ def test_kernels_for_another_gpu_are_not_used(first_use, monkeypatch) -> None:
 def test_the_first_use_compiles_once_and_a_later_process_takes_it_from_the_cache(tmp_path: Path) -> None:
     """torch's loader links two libraries that a CPU torch does not have: empty ones stand in for them."""
     assert TOOLKIT is not None
-    csrc = write_csrc(tmp_path / "csrc", {"bind.cpp": STAND_IN, "nothing.cu": KERNEL})
+    csrc = write_csrc(tmp_path / "csrc", WITH_KERNEL)
     for name in ("c10_cuda", "torch_cuda"):
         subprocess.run(["ar", "rcs", f"lib{name}.a"], cwd=tmp_path, check=True)
     code = (

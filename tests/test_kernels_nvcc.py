@@ -162,7 +162,8 @@ def compile_for_all(source: Path, folder: Path) -> tuple[str, list[str]]:
         targets += ["-gencode", f"arch=compute_{virtual},code=[{codes}]"]
     result = subprocess.run(
         ["nvcc", "-std=c++17", "-O3", "-fmad=false", "-Werror", "all-warnings", "--threads", "2", "--resource-usage",
-         "--keep", "--keep-dir", str(folder), *targets, "-c", str(source), "-o", str(folder / "kernels.o")],
+         "--keep", "--keep-dir", str(folder), *targets, f"-I{CSRC}", "-c", str(source),
+         "-o", str(folder / "kernels.o")],
         capture_output=True, text=True,
     )  # fmt: skip
     assert result.returncode == 0, result.stdout + result.stderr
@@ -178,7 +179,7 @@ def compile_everything(folder: Path) -> tuple[list[Usage], list[str]]:
         "initial_step",
         "error_ratio",
     )  # these first, to share the cores well
-    sources = sorted(CSRC.glob("*.cu"), key=lambda path: slow.index(path.stem) if path.stem in slow else len(slow))
+    sources = sorted(CSRC.rglob("*.cu"), key=lambda path: slow.index(path.stem) if path.stem in slow else len(slow))
     with ThreadPoolExecutor(2) as pool:
         reports, ptx = zip(*pool.map(lambda source: compile_for_all(source, folder), sources), strict=True)
     return usages_in("".join(reports)), [text for both in ptx for text in both]

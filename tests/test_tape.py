@@ -74,7 +74,7 @@ def grid_solve(control: Callable[..., Control], tape: Tape, points: Tensor, **gi
 
 
 class Recorded(NamedTuple):
-    """struct Recorded of csrc/tape.h: a step, the outputs in it, and how its first stage begins."""
+    """struct Recorded of csrc/control/tape.h: a step, the outputs in it, and how its first stage begins."""
 
     t0: float
     t1: float

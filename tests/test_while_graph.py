@@ -1,4 +1,4 @@
-"""A solve without the host in its loop: csrc/graphs.cpp behind the shim, on captured steps of the real kernels.
+"""A solve without the host in its loop: csrc/graphs/graphs.cpp behind the shim, on captured steps of the real kernels.
 
 The shim's runtime refuses what CUDA would, complains about what CUDA leaves undefined, and runs a graph in any order
 that its dependencies leave open. What a GPU does with such a graph only a GPU can show.
@@ -487,7 +487,7 @@ def test_a_replay_stops_where_it_fails(shim, module):
 # --- compilers ---------------------------------------------------------------------------------------------------
 
 ANY_TOOLKIT = """
-#include "graphs.h"
+#include "graphs/graphs.h"
 #include <cstdio>
 int main() {
   cudaGraph_t step = nullptr;
@@ -516,7 +516,7 @@ def test_every_toolkit_compiles_it_and_an_old_one_says_what_it_lacks(tmp_path, v
     (tmp_path / "main.cpp").write_text(ANY_TOOLKIT)
     unit = tmp_path / "unit.cpp"
     unit.write_text(
-        '#include "graphs.cpp"\n#include "set_condition.cu"\n'
+        '#include "graphs/graphs.cpp"\n#include "graphs/set_condition.cu"\n'
         'extern "C" const char* node_cuda::failed_op() { return nullptr; }\n'
     )
     program = tmp_path / "program"
@@ -537,7 +537,9 @@ def test_with_the_real_runtime_and_no_driver_it_says_so(tmp_path):
     toolkit = build.find_toolkit()
     assert toolkit is not None
     (tmp_path / "main.cpp").write_text(ANY_TOOLKIT)
-    sources = [library.CSRC / name for name in ("graphs.cpp", "set_condition.cu", "step_control.cu")]
+    sources = [
+        library.CSRC / name for name in ("graphs/graphs.cpp", "graphs/set_condition.cu", "control/step_control.cu")
+    ]
     program = tmp_path / "program"
     subprocess.run(
         [str(toolkit.home / "bin" / "nvcc"), "-std=c++17", "-arch=sm_80", "-DNODE_CUDA_WITH_KERNELS", "--threads", "2",

@@ -2,7 +2,7 @@
 
 A step is repeated until the solve is over in the best of the ways that a machine offers:
 
-    "while"     one launch: the step in a WHILE node of our own, which the device leaves (csrc/graphs.h)
+    "while"     one launch: the step in a WHILE node of our own, which the device leaves (csrc/graphs/graphs.h)
     "batches"   the step is launched again and again, the host looking a batch behind whether it was enough
 """
 

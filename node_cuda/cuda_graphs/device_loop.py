@@ -2,9 +2,9 @@
 
     attempt, outputs, judge, commit                    (host_loop.py: propose, attempt, judge, move)
 
-What the host loop decides is decided by the kernels (csrc/control.h): when, how far, whether it was good, whether it
-was the last. An attempt after the last one changes nothing. The steps are the host loop's, by the same stepper and the
-same kernels, so their bits are the same.
+What the host loop decides is decided by the kernels (csrc/control/control.h): when, how far, whether it was good,
+whether it was the last. An attempt after the last one changes nothing. The steps are the host loop's, by the same
+stepper and the same kernels, so their bits are the same.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
 The one place for it: setup.py (at install) and `extension` (on the first CUDA solve) both ask here. setup.py runs this
 file by its path, where torch may be missing: nothing but the standard library is imported at the top.
 
-A source is added by putting it into csrc/: every .cpp there is compiled always, every .cu where kernels are built.
+A source is added by putting it into a folder of csrc/: every .cpp is always compiled, every .cu where kernels are.
 """
 
 from __future__ import annotations
@@ -71,26 +71,32 @@ def find_csrc() -> Path:
     """The folder of the sources: in the package where it was installed, beside it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "csrc", package.parent / "csrc"):
-        if (folder / "bind.cpp").is_file():
+        if (folder / "bind" / "bind.cpp").is_file():
             return folder
-    raise BuildError(f"the sources of {MODULE} are missing: there is no csrc/bind.cpp in {package} or beside it")
+    raise BuildError(f"the sources of {MODULE} are missing: there is no csrc/bind/bind.cpp in {package} or beside it")
 
 
 def sources(csrc: Path, kernels: bool) -> list[str]:
-    """The files to compile."""
-    paths = sorted(path for path in csrc.iterdir() if path.suffix == ".cpp" or (kernels and path.suffix == ".cu"))
+    """The files to compile, from all folders of csrc/."""
+    paths = _files(csrc, (".cpp", ".cu") if kernels else (".cpp",))
     stems = [path.stem for path in paths]
-    if twice := {stem for stem in stems if stems.count(stem) > 1}:  # torch's build would give both the same object file
-        raise BuildError(f"a .cpp and a .cu in csrc/ share the name {', '.join(sorted(twice))}: give one another name")
+    if twice := {stem for stem in stems if stems.count(stem) > 1}:
+        # torch's build names an object file after its source, without the folder on first use, or without the suffix.
+        same = ", ".join(path.relative_to(csrc).as_posix() for path in paths if path.stem in twice)
+        raise BuildError(f"sources in csrc/ share a name, whatever their folder and suffix: {same}. Rename one of them")
     return [str(path) for path in paths]
 
 
 def digest(csrc: Path, suffixes: Sequence[str] = (".cpp", ".cu", ".h", ".cuh")) -> str:
-    """A short hash of the sources, to see that they have changed."""
+    """A short hash of the sources and of the folders that they are in, to see that they have changed."""
     total = hashlib.sha256()
-    for path in sorted(path for path in csrc.iterdir() if path.suffix in suffixes):
-        total.update(path.name.encode() + b"\0" + path.read_bytes())
+    for path in _files(csrc, suffixes):
+        total.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
     return total.hexdigest()[:16]
+
+
+def _files(csrc: Path, suffixes: Sequence[str]) -> list[Path]:
+    return sorted(path for path in csrc.rglob("*") if path.suffix in suffixes)
 
 
 # --- tools -----------------------------------------------------------------------------------------------------------
@@ -295,11 +301,12 @@ def nvcc_flags(recipe: Recipe) -> list[str]:
     return [*NVCC_FLAGS, *gencode(recipe.archs)]
 
 
-def include_folders(recipe: Recipe) -> list[str]:
-    """The runtime's headers; none where the compiler looks by itself (naming /usr/include breaks its order)."""
+def include_folders(recipe: Recipe, csrc: Path) -> list[str]:
+    """csrc itself, and the runtime's headers where the compiler does not look by itself (naming /usr/include breaks
+    its order)."""
     if recipe.toolkit is None or recipe.toolkit.include == Path("/usr/include"):
-        return []
-    return [str(recipe.toolkit.include)]
+        return [str(csrc)]
+    return [str(csrc), str(recipe.toolkit.include)]
 
 
 def library_folders(recipe: Recipe) -> list[str]:

@@ -224,7 +224,7 @@ def _load(wanted: Compilation) -> ModuleType:
             extra_cflags=[*build.CXX_FLAGS, *defined],
             extra_cuda_cflags=[*build.nvcc_flags(recipe), *defined],
             extra_ldflags=[f"-L{folder}" for folder in build.library_folders(recipe)],
-            extra_include_paths=build.include_folders(recipe),
+            extra_include_paths=build.include_folders(recipe, wanted.csrc),
             build_directory=str(wanted.folder),
         )
     finally:

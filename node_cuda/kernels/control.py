@@ -13,9 +13,9 @@ from torch import Tensor
 from node_cuda.kernels.reference import ControlLaw
 from node_cuda.kernels.step_log import Tape
 
-_LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control.h
+_LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control/control.h
 _MOST = 2**63 - 1
-_NON_FINITE = 2  # as in csrc/control.h
+_NON_FINITE = 2  # as in csrc/control/control.h
 _JUMP, _STATUS = 47, 48  # Ctl.jump and Ctl.status, as the number of a word of four bytes
 
 

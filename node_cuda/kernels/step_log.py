@@ -1,7 +1,7 @@
 """The tape of a solve on the device: its accepted steps, and the rows for the states that they began with.
 
-What is on it is decided by csrc/tape.h; here lies its memory. The states themselves are the owner's: rows of one
-tensor, `capacity` of them and one more for what is not kept.
+What is on it is decided by csrc/control/tape.h; here lies its memory. The states themselves are the owner's: rows of
+one tensor, `capacity` of them and one more for what is not kept.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import struct
 import torch
 from torch import Tensor
 
-_LAYOUT = struct.Struct("=2q2i3q2i")  # struct Tape of csrc/tape.h
+_LAYOUT = struct.Struct("=2q2i3q2i")  # struct Tape of csrc/control/tape.h
 _RECORDED = struct.Struct("=4d2q2i")  # struct Recorded
 _SLOT, _ROW = 4, 5  # Tape.slot and Tape.row, as numbers of words of eight bytes
 

@@ -1,4 +1,4 @@
-// Streams, events and graphs of the CUDA runtime, without a GPU: enough for csrc/graphs.cpp, and a judge of its calls.
+// Streams, events and graphs of the CUDA runtime, without a GPU: enough for csrc/graphs/graphs.cpp, and a judge of its calls.
 //
 // What the real runtime would refuse is refused with its error; what it would leave undefined (a condition that nobody
 // set, host memory freed under a copy, a loop without end) is a complaint, for tests to read. A stream runs its work at

@@ -7,7 +7,7 @@
 
 #include "cuda_shim.h"
 #include "field.h"
-#include "graphs.h"
+#include "graphs/graphs.h"
 #include "launchers.h"
 
 using namespace node_cuda;

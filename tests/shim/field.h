@@ -1,7 +1,7 @@
 // A field that is a kernel, for tests that capture a step: dy/dt = 3 cos(4 t) y - y^2.
 #pragma once
-#include "dtype.h"
-#include "launch.h"
+#include "common/dtype.h"
+#include "common/launch.h"
 
 namespace node_cuda {
 

@@ -6,6 +6,7 @@ import ctypes
 import fcntl
 import hashlib
 import importlib.util
+import os
 import platform
 import shutil
 import subprocess
@@ -27,7 +28,7 @@ FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-
 
 
 def sources() -> list[Path]:
-    return sorted(CSRC.glob("*.cu"))
+    return sorted(CSRC.rglob("*.cu"))
 
 
 def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Path:
@@ -40,13 +41,13 @@ def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Pa
     units = ["rk_", "rest"]
     for unit in units:
         wanted = [s for s in sources() if s.name.startswith("rk_") == (unit == "rk_")]
-        (folder / f"{unit}.cpp").write_text("".join(f'#include "{s.name}"\n' for s in wanted))
+        (folder / f"{unit}.cpp").write_text("".join(f'#include "{s.relative_to(CSRC)}"\n' for s in wanted))
     paths = [*(folder / f"{unit}.cpp" for unit in units), main or HERE / "exports.cpp", HERE / "cuda_graphs.cpp"]
     with_python: list[str] = []
     if main is not None:
-        paths.append(CSRC / "graphs.cpp")
+        paths.append(CSRC / "graphs" / "graphs.cpp")
     else:
-        paths += sorted(CSRC.glob("*.cpp"))
+        paths += sorted(CSRC.rglob("*.cpp"))
         headers = (sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include")  # pybind11's are torch's
         with_python += [f"-isystem{path}" for path in headers]
         with_python += [f"-DTORCH_EXTENSION_NAME={MODULE}", '-DNODE_CUDA_ARCHS="shim"']
@@ -89,9 +90,9 @@ def built(name: str, make: Callable[[Path], Path]) -> Path:
     Several test processes may ask at once: one builds, the others wait.
     """
     digest = hashlib.sha256(f"{sys.version} {torch.__version__} {platform.platform()}".encode())
-    for path in sorted([*CSRC.iterdir(), *HERE.iterdir()]):
+    for path in sorted([*CSRC.rglob("*"), *HERE.iterdir()]):
         if path.is_file():
-            digest.update(path.name.encode() + path.read_bytes())
+            digest.update(os.path.relpath(path, HERE).encode() + path.read_bytes())
     folder = BUILDS / f"{name}-{digest.hexdigest()[:16]}"
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:

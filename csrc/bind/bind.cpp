@@ -1,0 +1,128 @@
+// The Python module node_cuda._C: what was built, and every launcher. No kernels, no torch headers.
+//
+// A launcher of launchers.h becomes a Python function of the same arguments by one line in register_launchers:
+// pointers are integers (tensor.data_ptr(), the address of a struct or an array), On is a pair (stream, device), and a
+// CUDA error becomes a RuntimeError that names what failed. Nothing here knows autograd: callers do (see design).
+#include <pybind11/pybind11.h>
+
+#include <cstdint>
+#include <stdexcept>
+#include <string>
+#include <utility>
+
+#ifdef NODE_CUDA_WITH_KERNELS
+#include <cuda_runtime_api.h>
+
+#include "common/check.h"
+#include "launchers.h"
+#endif
+
+namespace py = pybind11;
+
+namespace node_cuda {
+namespace {
+
+#ifdef NODE_CUDA_WITH_KERNELS
+// How an argument of a launcher comes from Python.
+template <class T>
+struct Argument {
+  using Python = T;
+  static T from(T value) { return value; }
+};
+template <class T>
+struct Argument<T*> {
+  using Python = std::uintptr_t;
+  static T* from(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
+};
+// A struct that every launcher reads.
+template <class T>
+struct Required {
+  using Python = std::uintptr_t;
+  static const T* from(std::uintptr_t address) {
+    if (address == 0) throw std::invalid_argument("node_cuda: the address of a struct that must be there is 0");
+    return reinterpret_cast<const T*>(address);
+  }
+};
+template <>
+struct Argument<const Where*> : Required<Where> {};
+template <>
+struct Argument<const Tolerance*> : Required<Tolerance> {};
+template <>
+struct Argument<const Finish*> : Required<Finish> {};
+template <>
+struct Argument<On> {
+  using Python = std::pair<std::uintptr_t, int32_t>;
+  static On from(const Python& on) { return On{reinterpret_cast<void*>(on.first), on.second, 0}; }
+};
+
+template <class... A>
+void bind(py::module_& m, const char* name, int (*launch)(A...)) {
+  m.def(name, [launch](typename Argument<A>::Python... given) { check(launch(Argument<A>::from(given)...)); });
+}
+
+void register_launchers(py::module_& m) {
+  bind(m, "rk_stage", launch_rk_stage);
+  bind(m, "rk_finish", launch_rk_finish);
+  bind(m, "stage_time", launch_stage_time);
+  bind(m, "error_ratio", launch_error_ratio);
+  bind(m, "scaled_error", launch_scaled_error);
+  bind(m, "step_control", launch_step_control);
+  bind(m, "start_control", launch_start_control);
+  bind(m, "grid_control", launch_grid_control);
+  bind(m, "resume", launch_resume);
+  bind(m, "set_walk", launch_set_walk);
+  bind(m, "take_back", launch_take_back);
+  bind(m, "taken", launch_taken);
+  bind(m, "initial_norms", launch_initial_norms);
+  bind(m, "initial_change", launch_initial_change);
+  bind(m, "dense_eval", launch_dense_eval);
+  bind(m, "dense_adjoint", launch_dense_adjoint);
+  bind(m, "commit", launch_commit);
+  bind(m, "pack_adjoint", launch_pack_adjoint);
+  bind(m, "accumulate", launch_accumulate);
+  bind(m, "commit_sums", launch_commit_sums);
+  bind(m, "sums_ratio", launch_sums_ratio);
+  bind(m, "jump", launch_jump);
+  m.def("reduce_workspace", [](int64_t n, std::uintptr_t segments) {
+    return reduce_workspace(n, reinterpret_cast<const Segments*>(segments));
+  });
+  m.def("sums_workspace", &sums_workspace);
+  m.def("chunks_of", &chunks_of);
+}
+#endif
+
+py::dict build_info() {
+  py::dict info;
+  info["torch"] = NODE_CUDA_TORCH;
+#ifdef NODE_CUDA_WITH_KERNELS
+  int version = CUDART_VERSION;
+  cudaRuntimeGetVersion(&version);  // of the library, which needs no driver
+  info["kernels"] = true;
+  info["cuda"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
+  info["archs"] = NODE_CUDA_ARCHS;
+#else
+  info["kernels"] = false;
+  info["cuda"] = py::none();
+  info["archs"] = "";
+#endif
+  return info;
+}
+
+}  // namespace
+
+#ifdef NODE_CUDA_WITH_KERNELS
+void register_plan(py::module_& m);    // plan.cpp
+void register_graphs(py::module_& m);  // bind_graphs.cpp
+#endif
+
+}  // namespace node_cuda
+
+PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
+  m.doc() = "The compiled part of node_cuda: fused CUDA kernels and what they were built with.";
+  m.def("build_info", &node_cuda::build_info, "kernels, the torch it was built with, the CUDA runtime, archs");
+#ifdef NODE_CUDA_WITH_KERNELS
+  node_cuda::register_launchers(m);
+  node_cuda::register_plan(m);
+  node_cuda::register_graphs(m);
+#endif
+}
