@@ -1,4 +1,4 @@
-"""Step-size control on the host, laid out function by function as csrc/control.h, its twin on the device.
+"""Step-size control on the host, laid out function by function as csrc/control/control.h, its twin on the device.
 
 Times are solver times, which ascend; all numbers are doubles. tests/test_kernels_shim.py compares both call by call.
 """

@@ -129,7 +129,7 @@ class Adaptive:
         else:
             on_host = StepControl(self.law, self.order, math.inf, self.problem.norm, limit=control.limit)
             self._choose_first_step(on_host, t, y, k1)
-            control.start(t, on_host.proposal)
+            control.start(t, self._read(on_host).proposal)
         self._read(control)
 
     def propose(self, t: float, y: Tensor) -> Move | None:
