@@ -176,7 +176,7 @@ def _problems() -> dict[str, Problem]:
             start(),
             times(0.0, 1.0),
             dict(event_fn=lambda t, y: t + 1.0, method="euler", options=dict(step_size=1.0)),
-        ),  # fmt: skip
+        ),
     }
     for name, (func, y0, t, arguments) in failing.items():
         found[name] = Problem(func, y0, t, arguments)

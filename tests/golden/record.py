@@ -1,4 +1,4 @@
-"""What a solve of the golden set gives, as values of JSON: bits as a hash, numbers rounded, counts, and how it ended."""
+"""What a solve of the golden set gives, for JSON: bits as a hash, rounded numbers, counts, and how it ended."""
 
 from __future__ import annotations
 
