@@ -8,6 +8,7 @@ from node_cuda.compiled import compile
 from node_cuda.event import odeint_event
 from node_cuda.integrals.regularized import regularized
 from node_cuda.kernels.backend import backend
+from node_cuda.methods.register import register_method
 from node_cuda.methods.registry import METHODS
 from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.nn import NeuralODE
@@ -47,6 +48,7 @@ __all__ = [
     "odeint_adjoint",
     "odeint_dense",
     "odeint_event",
+    "register_method",
     "regularized",
     "solve",
 ]

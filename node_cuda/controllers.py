@@ -1,13 +1,46 @@
-"""How the size of a step follows from the errors of the last ones: `Controller`, and those that have a name."""
+"""How the size of a step follows from the errors of the last ones: controllers by name, PID coefficients, or your own."""
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from node_cuda.kernels import reference as kernels
+from node_cuda.kernels import reference
+from node_cuda.kernels.reference import ControlLaw
 from node_cuda.options import AdaptiveOptions
 from node_cuda.status import InvalidInput
+
+
+@runtime_checkable
+class StepSizeController(Protocol):
+    """What `options["controller"]` may be: it accepts or rejects a step by its error ratio, and chooses the next size.
+
+    One object may serve many solves, so what a solve must remember is its state, which `start` makes. ratio: the norm
+    of the error in units of the tolerances, finite and not negative. The solver itself keeps min_step and max_step,
+    accepts a step of min_step, cuts steps that must end at a certain time, and shrinks a step by dfactor whose ratio is
+    not finite, without asking. A controller that is no plain `Controller` runs on the host: on CUDA the solver reads
+    the ratio once a step, and such a solve is not captured.
+    """
+
+    def start(self, order: int, options: AdaptiveOptions) -> Any:
+        """The state at the start of a solve by a method of this order."""
+        ...
+
+    def accept(self, h: float, ratio: float, state: Any) -> bool:
+        """Is a step of size h with this ratio good?"""
+        ...
+
+    def propose(self, h: float, ratio: float, accepted: bool, state: Any) -> tuple[float, Any]:
+        """The size of the next step, positive, and the state from here on."""
+        ...
+
+
+class ControllerState(NamedTuple):
+    """The constants of a solve, and the ratios of its last two accepted steps."""
+
+    law: ControlLaw
+    history: tuple[float, float]
 
 
 @dataclass(frozen=True)
@@ -23,10 +56,10 @@ class Controller:
     dcoeff: float = 0.0
     keep: bool = False
 
-    def law(self, order: int, options: AdaptiveOptions) -> kernels.ControlLaw:
+    def law(self, order: int, options: AdaptiveOptions) -> ControlLaw:
         """The constants for a method of this order."""
         p, i, d = self.pcoeff / order, self.icoeff / order, self.dcoeff / order
-        return kernels.ControlLaw(
+        return ControlLaw(
             exponents=(p + i + d, -(p + 2 * d), d),
             safety=float(options.safety),
             ifactor=float(options.ifactor),
@@ -35,6 +68,19 @@ class Controller:
             min_step=float(options.min_step),
             max_step=float(options.max_step),
         )
+
+    def start(self, order: int, options: AdaptiveOptions) -> ControllerState:
+        """See `StepSizeController`."""
+        return ControllerState(self.law(order, options), (1.0, 1.0))
+
+    def accept(self, h: float, ratio: float, state: ControllerState) -> bool:
+        """See `StepSizeController`."""
+        return reference.step_control(state.law, h, ratio, state.history).accept
+
+    def propose(self, h: float, ratio: float, accepted: bool, state: ControllerState) -> tuple[float, ControllerState]:
+        """See `StepSizeController`."""
+        judged = reference.step_control(state.law, h, ratio, state.history)
+        return judged.h_next, state._replace(history=judged.history if accepted else state.history)
 
 
 CONTROLLERS = {
@@ -47,13 +93,51 @@ CONTROLLERS = {
 }
 
 
-def controller(choice: Any) -> Controller:
-    """A controller from its name, or itself."""
-    if isinstance(choice, Controller):
+def controller(choice: Any) -> StepSizeController:
+    """A controller from its name, or itself. Raises InvalidInput if it is neither."""
+    if isinstance(choice, StepSizeController):
         return choice
     if not isinstance(choice, str) or choice not in CONTROLLERS:
         raise InvalidInput(
-            f'options["controller"] must be one of {", ".join(map(repr, CONTROLLERS))} or a '
-            f"node_cuda.controllers.Controller; got {choice!r}."
+            f'options["controller"] must be one of {", ".join(map(repr, CONTROLLERS))}, a '
+            "node_cuda.controllers.Controller, or an object with the methods of "
+            f"node_cuda.controllers.StepSizeController (start, accept, propose); got {choice!r}."
         )
     return CONTROLLERS[choice]
+
+
+def runs_on_host(chosen: StepSizeController) -> bool:
+    """Its rule is Python, which no kernel knows."""
+    return type(chosen) is not Controller
+
+
+class OnHost:
+    """A controller of the user's in one solve, as `StepControl` asks it."""
+
+    def __init__(self, chosen: StepSizeController, order: int, options: AdaptiveOptions) -> None:
+        self._chosen = chosen
+        self._order, self._options = order, options
+        self._law = Controller().law(order, options)
+        self._state: Any = None
+
+    def start(self) -> None:
+        """A solve begins."""
+        self._state = self._chosen.start(self._order, self._options)
+
+    def __call__(self, h: float, ratio: float) -> tuple[bool, float]:
+        """Is a step of size h good, and how large is the next one? Raises InvalidInput for a size that is none."""
+        law = self._law
+        if not math.isfinite(ratio):
+            return h <= law.min_step, self._within(h * law.dfactor)
+        good = bool(self._chosen.accept(h, ratio, self._state)) and h <= law.max_step
+        accepted = good or h <= law.min_step
+        proposed, self._state = self._chosen.propose(h, ratio, accepted, self._state)
+        if not 0 < proposed < math.inf:
+            raise InvalidInput(
+                f"propose of {type(self._chosen).__name__} must return a step size that is positive and finite; got "
+                f"{proposed!r} after a step of {h:.6g} with the error ratio {ratio:.6g}."
+            )
+        return accepted, self._within(float(proposed))
+
+    def _within(self, h: float) -> float:
+        return min(max(h, self._law.min_step), self._law.max_step)

@@ -45,6 +45,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "methods.adams",
         "methods.interpolation",
         "methods.registry",
+        "methods.order_conditions",
+        "methods.register",
         "methods",
     ),
     ("controllers",),

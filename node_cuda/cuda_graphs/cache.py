@@ -22,13 +22,14 @@ from torch import Tensor
 from torch.nn.utils import parametrize
 
 from node_cuda._torch_modes import capturing
+from node_cuda.controllers import controller, runs_on_host
 from node_cuda.cuda_graphs.capture import TIERS, Busy, Uncapturable
 from node_cuda.cuda_graphs.fingerprint import Fingerprint, difference, fingerprint, surroundings, without, written
 from node_cuda.cuda_graphs.first_run_check import refuted
 from node_cuda.cuda_graphs.parts import Unseen
 from node_cuda.kernels.backend import why_plain
 from node_cuda.methods.registry import ADAMS, SCIPY, Method
-from node_cuda.options import Common
+from node_cuda.options import AdaptiveOptions, Common
 from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidInput, Unsupported
 
@@ -180,6 +181,8 @@ def obstacle(problem: Problem, method: Method) -> str | None:
         return "clip=True bounds the times that func sees by numbers of one solve"
     if options.record_steps:
         return "record_steps wants the times of all steps on the host"
+    if isinstance(options, AdaptiveOptions) and runs_on_host(controller(options.controller)):
+        return "the controller is the user's, and its Python runs on the host"
     if problem.norm.custom is not None:
         return "a norm of the user's is measured on the host"
     if len(problem.times) < 2 or problem.y0.numel() == 0:

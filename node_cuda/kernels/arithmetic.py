@@ -18,7 +18,7 @@ from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControlLaw, DenseCotangents
 from node_cuda.kernels.stage_times import Clock, Interval
-from node_cuda.kernels.step_control import StepControl
+from node_cuda.kernels.step_control import Rule, StepControl
 from node_cuda.kernels.sums import Sums
 
 
@@ -140,14 +140,16 @@ class Arithmetic:
         *,
         outputs: bool,
         limit: float = math.inf,
+        rule: Rule | None = None,
         pauses: bool = False,
         tape: Any = None,
     ) -> Any:
         """The step-size control of a solve. limit: no probe for the first step goes beyond it. outputs: the solve ends
-        with the last of the output times. pauses, tape: of a control on the device; see `kernels.control`."""
+        with the last of the output times. rule: Python, in the place of the law. pauses, tape: of a control on the
+        device; see `kernels.control`."""
         assert not pauses and tape is None
         times = self.output_times[1:] if outputs else ()
-        return StepControl(law, order, max_num_steps, self.norm, landings, jumps, stops, times, limit)
+        return StepControl(law, order, max_num_steps, self.norm, landings, jumps, stops, times, limit, rule)
 
     def control_step(
         self,

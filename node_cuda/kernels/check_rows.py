@@ -112,7 +112,7 @@ def _double(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def _control(a: Any, law: ControlLaw = _STEADY, *, outputs: bool = False, **given: Any) -> Control | None:
+def _control(a: Any, law: ControlLaw = _STEADY, *, outputs: bool = False, **given: Any) -> Any:
     """Step control on the device; None on the host."""
     none: dict[str, Any] = dict(max_num_steps=100, landings=(), jumps=frozenset(), stops=(), pauses=False)
     return a.control(law, _ORDER, outputs=outputs, **(none | given)) if isinstance(a, Fused) else None

@@ -24,6 +24,7 @@ from node_cuda.kernels.memory import address, has_address, resolved
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControlLaw, DenseCotangents
 from node_cuda.kernels.stage_times import Interval
+from node_cuda.kernels.step_control import Rule, StepControl
 from node_cuda.kernels.step_log import Tape
 from node_cuda.kernels.sums import Sums
 from node_cuda.status import InvalidField
@@ -182,10 +183,15 @@ class Fused(Arithmetic):
         *,
         outputs: bool,
         limit: float = math.inf,
+        rule: Rule | None = None,
         pauses: bool = False,
         tape: Tape | None = None,
-    ) -> Control:
-        """Step-size control on the device. pauses: it waits at each output. tape: gets the accepted steps."""
+    ) -> Control | StepControl:
+        """Step-size control on the device, or with a rule on the host. pauses: the device waits at each output. tape:
+        gets the accepted steps."""
+        if rule is not None:
+            given = law, order, max_num_steps, landings, jumps, stops
+            return super().control(*given, limit=limit, outputs=outputs, rule=rule)
         return Control(
             self.plan,
             law,
@@ -203,7 +209,7 @@ class Fused(Arithmetic):
 
     def control_step(
         self,
-        control: Control,
+        control: Control | StepControl,
         at: Interval,
         error: Tensor,
         last: tuple[Tensor, float] | None,
@@ -211,16 +217,18 @@ class Fused(Arithmetic):
         y1: Tensor,
         errors: ErrorTerm | None,
     ) -> None:
-        """See `Arithmetic`. One launch and no read, but for a norm of the user's."""
+        """See `Arithmetic`. One launch and no read, but for a norm of the user's; one read for a rule of the user's."""
+        if isinstance(control, StepControl):
+            return super().control_step(control, at, error, last, y0, y1, errors)
         custom = self.norm.custom
         with torch.no_grad():
             if custom is None:
-                self.judge(at, error, last, y0, y1, None if errors is None else errors.device_ratio())
-                return
+                return self.judge(at, error, last, y0, y1, None if errors is None else errors.device_ratio())
             scaled = self.scaled_error(at, error, last, y0, y1)
             norm = custom(scaled, () if errors is None else errors.scaled_errors())
             ratio = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu")
             control.judge_ratio(ratio.to(scaled.device, torch.float64).abs().reshape(1))
+        return None
 
     def grid_control(self, points: Sequence[float], *, pauses: bool = False, tape: Tape | None = None) -> Control:
         """Steps from point to point of a grid, on the device."""

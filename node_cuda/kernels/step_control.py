@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Protocol
 
 from torch import Tensor
 
@@ -16,13 +17,25 @@ from node_cuda.kernels.reference import ControlLaw
 from node_cuda.status import Status
 
 
+class Rule(Protocol):
+    """How steps are judged, if not by a `ControlLaw`."""
+
+    def start(self) -> None:
+        """A solve begins."""
+        ...
+
+    def __call__(self, h: float, ratio: float) -> tuple[bool, float]:
+        """Is a step of size h with this error ratio good, and how large is the next one?"""
+        ...
+
+
 class StepControl:
     """Where a solve stands, and the step to be tried: from t0 to t1, of size h. Names as in `control.Reading`.
 
     landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
     sliver before them. outputs: the solve ends with the last of them. limit: no probe goes beyond it. proposal: the
     step before it was cut. status: a value of `Status`. reads: host reads since they were last counted. measures: it
-    can choose the first step.
+    can choose the first step. rule: instead of the law.
     """
 
     measures = True
@@ -38,8 +51,10 @@ class StepControl:
         stops: Sequence[float] = (),
         outputs: Sequence[float] = (),
         limit: float = math.inf,
+        rule: Rule | None = None,
     ) -> None:
         self.law = law
+        self.rule = rule
         self.order = order
         self.max_num_steps = max_num_steps
         self.norm = norm
@@ -65,6 +80,8 @@ class StepControl:
         self.accept = self.jump = False
         self.status = Status.SUCCESS.value
         self.active = self.finite = True
+        if self.rule is not None:
+            self.rule.start()
         if h is not None:
             self.proposal = self._within(h)
             self._propose(t0)
@@ -103,7 +120,10 @@ class StepControl:
         self.first_output = self.next_output
         self.last_t0, self.last_t1, self.last_h, self.ratio = self.t0, self.t1, self.h, ratio
         self.jump = False
-        self.accept, self.proposal, self.history = reference.step_control(self.law, self.h, ratio, self.history)
+        if self.rule is None:
+            self.accept, self.proposal, self.history = reference.step_control(self.law, self.h, ratio, self.history)
+        else:
+            self.accept, self.proposal = self.rule(self.h, ratio)
         self.finite = math.isfinite(ratio)
         if not self.accept:
             self.rejected += 1

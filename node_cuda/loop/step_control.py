@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._torch_modes import recorded, refuse_batched
-from node_cuda.controllers import controller
+from node_cuda.controllers import Controller, OnHost, controller, runs_on_host
 from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm
 from node_cuda.kernels.control import Control, Reading
 from node_cuda.kernels.norms import ErrorNorm
@@ -88,7 +88,9 @@ class Adaptive:
         self.options = options
         self.stats = stats
         self.errors = errors
-        self.law = controller(options.controller).law(order, options)
+        chosen = controller(options.controller)
+        own = OnHost(chosen, order, options) if runs_on_host(chosen) else None
+        self.law = (chosen if isinstance(chosen, Controller) else Controller()).law(order, options)
         start, direction = problem.times[0], problem.direction
         step_t = times_option("step_t", options.step_t, direction, start)
         jump_t = times_option("jump_t", options.jump_t, direction, start)
@@ -110,6 +112,7 @@ class Adaptive:
             stops,
             limit=math.inf if problem.bounds is None else problem.times[-1],
             outputs=not endless,
+            rule=own,
             pauses=pauses,
             tape=tape,
         )

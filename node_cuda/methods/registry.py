@@ -15,6 +15,7 @@ DEFAULT = "dopri5"
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 SCIPY = "scipy_solver"
 METHODS = (*TABLEAUS, *ADAMS, SCIPY)
+"""Those that come with the package; `register_method` adds to `TABLEAUS`."""
 
 # torchdiffeq's repository has these, its release 0.2.5 has not; each with the method to take instead.
 IMPLICIT = dict.fromkeys(
@@ -45,8 +46,8 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
         raise ValueError(
             f'Invalid method "{name}": implicit Runge-Kutta methods are not here yet. Use {IMPLICIT[name]}.'
         )
-    if name not in METHODS:
-        known = ", ".join(f'"{known}"' for known in METHODS)
+    if name not in TABLEAUS and name not in (*ADAMS, SCIPY):
+        known = ", ".join(f'"{known}"' for known in (*TABLEAUS, *ADAMS, SCIPY))
         raise ValueError(f'Invalid method "{name}". Must be one of {{{known}}}.')
     if name == SCIPY:
         return Method(name, opt.parse(opt.ScipyOptions, name, options, quiet=quiet))

@@ -1,0 +1,92 @@
+"""`register_method`: an explicit Runge-Kutta method of the user's, by its tableau."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import Any
+
+from node_cuda.methods.order_conditions import attained
+from node_cuda.methods.registry import ADAMS, IMPLICIT, SCIPY
+from node_cuda.methods.tableau import DenseOutput, Tableau, hermite
+from node_cuda.methods.tableaus import TABLEAUS
+from node_cuda.status import InvalidInput, InvalidType
+
+
+def register_method(name: str, tableau: Tableau) -> None:
+    """Make a tableau a method: afterwards `odeint(..., method=name)` takes it, in every gradient mode.
+
+    name: one that no method has. tableau: a `node_cuda.methods.tableau.Tableau`; with `b_hat` the method is adaptive,
+    else it steps on fixed grids. If the last stage of an adaptive method is not f(t_n+1, y_n+1) (FSAL), this stage is
+    added, which costs one evaluation in a rejected step and none in an accepted one. If it has no interpolant
+    (`dense`), the cubic through both ends of a step with the slopes there is taken.
+
+    Raises InvalidType if tableau is no Tableau, and InvalidInput if the name is taken, if the order conditions of
+    b, b_hat or an interpolant do not hold to the order that the tableau states, or if `carry_last_stage` is set for a
+    method that is not FSAL, which would change the method.
+    Source of the conditions: Hairer, Norsett and Wanner, Solving ODEs I, II.2.
+    """
+    if not (isinstance(name, str) and name):
+        raise InvalidType(f'name must be a word, such as "mine"; got {name!r}.')
+    if name in (*TABLEAUS, *ADAMS, *IMPLICIT, SCIPY):
+        raise InvalidInput(f"there is a method {name!r} already. Take another name.")
+    if not isinstance(tableau, Tableau):
+        raise InvalidType(
+            f"tableau must be a node_cuda.methods.tableau.Tableau; got a {type(tableau).__name__}. Make one: "
+            "Tableau(name, order=..., c=..., a=..., b=..., source=...)."
+        )
+    _check_orders(name, tableau)
+    if tableau.carry_last_stage and not tableau.fsal:
+        raise InvalidInput(
+            f"method {name!r}: carry_last_stage is set, but the last stage is not f(t_n+1, y_n+1): it would change the "
+            "method. Leave it out; the stage is then added."
+        )
+    TABLEAUS[name] = replace(_ready(tableau), name=name)
+
+
+def _ready(tableau: Tableau) -> Tableau:
+    """The tableau as the step loop takes it: an adaptive one is FSAL, and has an interpolant."""
+    b_hat = tableau.b_hat
+    if b_hat is None:
+        return tableau
+    if tableau.b_mid is not None:  # it made `dense` already
+        tableau = replace(tableau, b_mid=None, mid_order=None)
+    if not tableau.fsal:
+        tableau = replace(
+            tableau,
+            c=(*tableau.c, Fraction(1)),
+            a=(*tableau.a, tableau.b),
+            b=(*tableau.b, Fraction(0)),
+            b_hat=(*b_hat, Fraction(0)),
+            dense=_with_a_stage(tableau.dense, tableau.stages),
+            accurate=_with_a_stage(tableau.accurate, tableau.stages),
+        )
+    dense = tableau.dense or tableau.accurate or hermite(min(3, tableau.order), tableau.b)
+    return replace(tableau, dense=dense, carry_last_stage=True)
+
+
+def _with_a_stage(dense: DenseOutput | None, stages: int) -> DenseOutput | None:
+    """The interpolant of a method that has one more stage of its own, which the interpolant does not read."""
+    if dense is None:
+        return None
+    nothing = (Fraction(0),) * dense.degree
+    weights = (*dense.weights[:stages], nothing, *dense.weights[stages:])
+    a = tuple((*row[:stages], Fraction(0), *row[stages:]) for row in dense.a)
+    return replace(dense, weights=weights, a=a)
+
+
+def _check_orders(name: str, tableau: Tableau) -> None:
+    stated: list[tuple[str, Any, Any, int | None]] = [
+        ("b", tableau.a, [(x,) for x in tableau.b], tableau.order),
+        ("b_hat", tableau.a, [(x,) for x in tableau.b_hat or ()], tableau.embedded_order),
+    ]
+    for kind in ("dense", "accurate"):
+        dense: DenseOutput | None = getattr(tableau, kind)
+        if dense is not None:
+            stated.append((kind, (*tableau.a, *dense.a), dense.weights, dense.order))
+    for what, a, weights, order in stated:
+        if order is not None and (found := attained(a, weights, order)) < order:
+            raise InvalidInput(
+                f"method {name!r}: {what} is said to be of order {order}, and meets the order conditions of order "
+                f"{found} only. Look for a misprint, or state the order {found}."
+            )
