@@ -1,4 +1,4 @@
-"""How the size of a step follows from the errors of the last ones: controllers by name, PID coefficients, or your own."""
+"""How the size of a step follows from the errors of the last ones: by a name, by PID coefficients, or by your own rule."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class StepSizeController(Protocol):
         ...
 
 
-class ControllerState(NamedTuple):
+class PIDState(NamedTuple):
     """The constants of a solve, and the ratios of its last two accepted steps."""
 
     law: ControlLaw
@@ -69,15 +69,15 @@ class Controller:
             max_step=float(options.max_step),
         )
 
-    def start(self, order: int, options: AdaptiveOptions) -> ControllerState:
+    def start(self, order: int, options: AdaptiveOptions) -> PIDState:
         """See `StepSizeController`."""
-        return ControllerState(self.law(order, options), (1.0, 1.0))
+        return PIDState(self.law(order, options), (1.0, 1.0))
 
-    def accept(self, h: float, ratio: float, state: ControllerState) -> bool:
+    def accept(self, h: float, ratio: float, state: PIDState) -> bool:
         """See `StepSizeController`."""
         return reference.step_control(state.law, h, ratio, state.history).accept
 
-    def propose(self, h: float, ratio: float, accepted: bool, state: ControllerState) -> tuple[float, ControllerState]:
+    def propose(self, h: float, ratio: float, accepted: bool, state: PIDState) -> tuple[float, PIDState]:
         """See `StepSizeController`."""
         judged = reference.step_control(state.law, h, ratio, state.history)
         return judged.h_next, state._replace(history=judged.history if accepted else state.history)

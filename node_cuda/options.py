@@ -44,10 +44,10 @@ class AdaptiveOptions(Common):
     """Options of the adaptive Runge-Kutta methods, with torchdiffeq's names and defaults.
 
     Beyond them: dense picks the interpolant: "accurate" is of the method's order, "torchdiffeq" is torchdiffeq's, and
-    "default" is the accurate one where that costs no evaluation, else torchdiffeq's; controller is "torchdiffeq", "I",
-    "PI", "PID", a `controllers.Controller` or another `controllers.StepSizeController`. max_num_steps counts attempts since the last output time. dtype is that
-    of the times that callbacks see; the arithmetic of time is always double. event_checks: look for an event at so many
-    points inside every step as well, on the interpolant.
+    "default" is the accurate one where that costs no evaluation, else torchdiffeq's. controller is "torchdiffeq", "I",
+    "PI", "PID", a `controllers.Controller` or another `controllers.StepSizeController`. max_num_steps counts attempts
+    since the last output time. dtype is that of the times that callbacks see; the arithmetic of time is always double.
+    event_checks: look for an event at so many points inside every step as well, on the interpolant.
     """
 
     min_step: float = 0.0
