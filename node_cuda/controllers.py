@@ -1,4 +1,4 @@
-"""How the size of a step follows from the errors of the last ones: by a name, by PID coefficients, or by your own rule."""
+"""How the size of a step follows from the errors of the last ones: by a name, by PID coefficients, or by your rule."""
 
 from __future__ import annotations
 
