@@ -30,7 +30,7 @@ class Loop(NamedTuple):
         """Those of a solve that keeps what it captures with these options."""
         if self.tier is None:
             return {}
-        graphs = libraries.function(f"{OURS}.cuda_graphs.cache", "Graphs")
+        graphs = libraries.function(f"{OURS}.cuda_graphs.cache", "GraphCache")
         return {"cuda_graph": graphs(tier=self.tier), **({"throw": "deferred"} if self.deferred else {})}
 
     def times(self, t: Tensor) -> Tensor:

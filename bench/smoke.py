@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 import node_cuda
 from node_cuda import __main__ as about
-from node_cuda.cuda_graphs.cache import Graphs
+from node_cuda.cuda_graphs.cache import GraphCache
 
 AGREE = 1e-10  # of the largest number: what rounding in another order makes of some hundred sums
 DISCRETE_AGREE = 1e-12  # the same of the discrete gradient, by the host and captured
@@ -130,7 +130,7 @@ def captured(tier: str, device: torch.device) -> str:
     """A captured solve has the bits of the host's loop, when it is captured and when it is used again."""
     steps = []
     for rows in ROWS:
-        func, y0, kept = Wave().to(device), state(rows).to(device), Graphs(tier)
+        func, y0, kept = Wave().to(device), state(rows).to(device), GraphCache(tier)
         with torch.no_grad():
             host = solve(func, y0, TIMES, **TIGHT)
             for turn in ("first", "second"):
@@ -167,7 +167,7 @@ def backward(gradient: str, pool: bool, device: torch.device) -> str:
             return solution, [x.grad.clone() for x in (y0, func.w) if x.grad is not None]
 
         alive, expected = step()  # its graph made the nodes that collect the parameters' gradients in this stream
-        kept, why = Graphs(), "ok"
+        kept, why = GraphCache(), "ok"
         for turn in ("first", "second"):
             solution, found = step(cuda_graph=kept)
             stats = solution.stats

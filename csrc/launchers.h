@@ -22,7 +22,7 @@ constexpr int MAX_COPIES = 8;     // pairs in one launch_commit
 constexpr int MAX_POINTERS = 448; // tensors in one launch of accumulate; longer lists take several
 
 // Where a kernel runs.
-struct On {
+struct Launch {
   void* stream;
   int32_t device;
   int32_t unused;
@@ -30,8 +30,8 @@ struct On {
 
 // Which step: ctl->next (dense_eval: ctl->last) in device memory, or `at` where ctl is null (fixed grids, old steps).
 // With a ctl that is not active the kernel does nothing.
-struct Where {
-  const Ctl* ctl;
+struct StepRef {
+  const ControllerState* ctl;
   Interval at;
   double direction;  // where ctl is null
 };
@@ -61,10 +61,10 @@ struct Segments {
 // What the last block of a reduction does with the norm.
 struct Finish {
   double* result;        // gets the norm; may be null
-  Ctl* ctl;              // not null: step_control with the largest of the norm and `also`
+  ControllerState* ctl;              // not null: step_control with the largest of the norm and `also`
   const double* also;    // further norms, already computed
   int64_t also_count;
-  Law law;
+  ControllerParams law;
 };
 
 // One tensor of the list that accumulate works on, in device memory. dtype: of x; the sums are acc of it.
@@ -76,7 +76,7 @@ struct Part {
   int64_t first_chunk; // the sum of chunks_of(size) over the tensors before this one
   int64_t dtype;
 };
-static_assert(sizeof(Where) == 48 && sizeof(Slot) == 24 && sizeof(Tolerance) == 32, "the layout that Python writes");
+static_assert(sizeof(StepRef) == 48 && sizeof(Slot) == 24 && sizeof(Tolerance) == 32, "the layout that Python writes");
 static_assert(sizeof(Finish) == 184 && sizeof(Part) == 48, "the layout that Python writes");
 
 extern "C" {
@@ -91,52 +91,52 @@ int64_t chunks_of(int64_t size);
 
 // z = y0 + dt sum_j a_j k_j over `count` non-zero coefficients (0: z = y0), and the stage's time.
 int launch_rk_stage(int dtype, int64_t n, void* z, const void* y0, int count, const void* const* k, const double* a,
-                    const Where* where, const Slot* slot, On on);
+                    const StepRef* where, const Slot* slot, Launch on);
 // y1 = y0 + dt sum_j b_j k_j and error = dt sum_j e_j k_j (acc; null: none); k are those with b_j or e_j not zero.
 int launch_rk_finish(int dtype, int64_t n, void* y1, void* error, const void* y0, int count, const void* const* k,
-                     const double* b, const double* e, const Where* where, const Slot* slot, On on);
+                     const double* b, const double* e, const StepRef* where, const Slot* slot, Launch on);
 // The times of stages, without a stage.
-int launch_stage_time(int dtype, int count, const Slot* slots, const Where* where, On on);
+int launch_stage_time(int dtype, int count, const Slot* slots, const StepRef* where, Launch on);
 // max over segments of rms |error + dt e_last k_last| / (atol + rtol max(|y0|, |y1|)); last may be null.
 int launch_error_ratio(int dtype, int64_t n, const void* error, const void* last, double e_last, const void* y0,
                        const void* y1, const Tolerance* tolerance, const Segments* segments, void* workspace,
-                       const Where* where, const Finish* finish, On on);
+                       const StepRef* where, const Finish* finish, Launch on);
 // The same quotient element by element, of acc, for a user's own norm. out may be error.
 int launch_scaled_error(int dtype, int64_t n, void* out, const void* error, const void* last, double e_last,
-                        const void* y0, const void* y1, const Tolerance* tolerance, const Where* where, On on);
+                        const void* y0, const void* y1, const Tolerance* tolerance, const StepRef* where, Launch on);
 // step_control with the largest of `count` ratios in device memory.
-int launch_step_control(Ctl* ctl, const Law* law, const double* ratios, int64_t count, On on);
-// start_control: also the only thing that makes a Ctl. t0: in device memory, null: it is t0_otherwise.
-int launch_start_control(Ctl* ctl, const Law* law, double direction, const double* t0, double t0_otherwise, double h,
-                         On on);
-int launch_grid_control(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
+int launch_step_control(ControllerState* ctl, const ControllerParams* law, const double* ratios, int64_t count, Launch on);
+// start_control: also the only thing that makes a ControllerState. t0: in device memory, null: it is t0_otherwise.
+int launch_start_control(ControllerState* ctl, const ControllerParams* law, double direction, const double* t0, double t0_otherwise, double h,
+                         Launch on);
+int launch_grid_control(ControllerState* ctl, const ControllerParams* law, const double* points, int64_t count, Launch on);
 // Go on where the loop pauses at an output; points null: by the error.
-int launch_resume(Ctl* ctl, const Law* law, const double* points, int64_t count, On on);
+int launch_resume(ControllerState* ctl, const ControllerParams* law, const double* points, int64_t count, Launch on);
 // Where the walk back over a tape begins: behind the last step. ctl, the walk's own: active if there is a step to take
 // back; not active, and its status RECORD_FULL, if the tape does not have all steps.
-int launch_set_walk(Ctl* ctl, Tape* tape, On on);
+int launch_begin_reverse(ControllerState* ctl, StepLog* tape, Launch on);
 // The step before the one taken back last becomes the current one of the walk's ctl, as good as judged; tape->row is
 // its number. time: a 0-d tensor of the real dtype that gets the time of its first stage (null: nothing is written).
 // Does nothing if ctl is not active.
-int launch_take_back(int dtype, Ctl* ctl, Tape* tape, void* time, On on);
+int launch_load_step(int dtype, ControllerState* ctl, StepLog* tape, void* time, Launch on);
 // The walk goes on: ctl stays active while there are steps before the one taken back last.
-int launch_taken(Ctl* ctl, const Tape* tape, On on);
+int launch_advance_reverse(ControllerState* ctl, const StepLog* tape, Launch on);
 // The one call that waits: ctl as all launches of the stream before leave it, into (pinned) host memory.
-int read_control(Ctl* host, const Ctl* ctl, On on);
+int read_control(ControllerState* host, const ControllerState* ctl, Launch on);
 // d0 = |y0 / scale|, d1 = |f0 / scale|, scale = atol + rtol |y0|: into norms[0..1] (may be null), then initial_probe of
 // ctl (may be null), whose step rk_stage([f0], {1}, c = 1, side = 0) then takes.
 int launch_initial_norms(int dtype, int64_t n, const void* y0, const void* f0, const Tolerance* tolerance,
-                         const Segments* segments, void* workspace, double* norms, Ctl* ctl, On on);
+                         const Segments* segments, void* workspace, double* norms, ControllerState* ctl, Launch on);
 // |(f1 - f0) / scale|: into norms[0] (may be null), then initial_step of ctl (may be null).
 int launch_initial_change(int dtype, int64_t n, const void* y0, const void* f0, const void* f1,
                           const Tolerance* tolerance, const Segments* segments, void* workspace, double* norms,
-                          Ctl* ctl, const Law* law, On on);
+                          ControllerState* ctl, const ControllerParams* law, Launch on);
 // out[i] = y0 + P(x_i) (y1 - y0) + dt sum_j B_j(x_i) k_j, x_i = (times[i] - t0) / (t1 - t0), y1 itself for
 // times[i] == t1. B_j(x) = sum_d weights[j * degree + d] x^(d + 1); P likewise from end_weights (null: P = 0).
 // Outputs [first, stop) of the rows of n elements at `out`; with a ctl those that its accepted step holds instead.
 int launch_dense_eval(int dtype, int64_t n, void* out, const double* times, int64_t first, int64_t stop,
                       const void* y0, const void* y1, int count, int degree, const void* const* k,
-                      const double* weights, const double* end_weights, const Where* where, On on);
+                      const double* weights, const double* end_weights, const StepRef* where, Launch on);
 // The transpose: of the outputs' gradients g_i, the cotangents of y1, of y0 and of the k_j behind dt B_j, where lam is
 // what y1 has from elsewhere. lam_out = lam + sum g_i + sum P(x_i) g_i, start = sum (1 - P(x_i)) g_i, and
 // extra[j] = dt sum B_j(x_i) g_i, where the first sum is over the outputs with times[i] == t1 and the others are over
@@ -144,23 +144,23 @@ int launch_dense_eval(int dtype, int64_t n, void* out, const double* times, int6
 // rows of n elements at `gradients`; with a ctl those of its current step instead. Not for half precision.
 int launch_dense_adjoint(int dtype, int64_t n, void* lam_out, void* start, void* const* extra, const void* lam,
                          const void* gradients, const double* times, int64_t first, int64_t stop, int count,
-                         int degree, const double* weights, const double* end_weights, const Where* where, On on);
+                         int degree, const double* weights, const double* end_weights, const StepRef* where, Launch on);
 // to[i] = from[i] for `bytes` bytes each, if ctl's last step was accepted.
-int launch_commit(int64_t bytes, int count, void* const* to, const void* const* from, const Ctl* ctl, On on);
+int launch_commit(int64_t bytes, int count, void* const* to, const void* const* from, const ControllerState* ctl, Launch on);
 // row = [f, -vjp], of 2 n elements; vjp null: zeros.
-int launch_pack_adjoint(int dtype, int64_t n, void* row, const void* f, const void* vjp, On on);
+int launch_pack_adjoint(int dtype, int64_t n, void* row, const void* f, const void* vjp, Launch on);
 // sum_i (+)= weight dt x_i and error_i (+)= error_weight dt x_i over a list. add 0: =, 1: +=. x: host array of device
 // pointers; null tensors count as zeros. With `when_accepted` and a ctl: only if its last step was accepted, with dt 1.
 int launch_accumulate(const Part* parts, int64_t count, int64_t chunks, const int64_t* host_first_chunks,
                       const void* const* x, double weight, double error_weight, int add, int when_accepted,
-                      const Where* where, On on);
+                      const StepRef* where, Launch on);
 // total_i += sum_i over the list, if ctl's last step was accepted (null: always).
-int launch_commit_sums(const Part* parts, int64_t count, int64_t chunks, const Ctl* ctl, On on);
+int launch_commit_sums(const Part* parts, int64_t count, int64_t chunks, const ControllerState* ctl, Launch on);
 // max over the list of rms error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)).
 int launch_sums_ratio(const Part* parts, int64_t count, int64_t chunks, double rtol, double atol, void* workspace,
-                      const Ctl* ctl, const Finish* finish, On on);
+                      const ControllerState* ctl, const Finish* finish, Launch on);
 // dot = Re sum conj(g) f, and a += g (a null: only the dot; f and dot null: only the sum).
-int launch_jump(int dtype, int64_t n, void* a, const void* g, const void* f, double* dot, void* workspace, On on);
+int launch_jump(int dtype, int64_t n, void* a, const void* g, const void* f, double* dot, void* workspace, Launch on);
 
 }  // extern "C"
 }  // namespace node_cuda

@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor
 
 from node_cuda._typing import Func, State
-from node_cuda.cuda_graphs.cache import Graphs
+from node_cuda.cuda_graphs.cache import GraphCache
 from node_cuda.odeint import solve
 from node_cuda.solution import Solution
 
@@ -19,7 +19,7 @@ class Compiled:
     def __init__(self, func: Func, solver: Mapping[str, Any]) -> None:
         self.func = func
         self.solver = solver
-        self.graphs: Graphs[Any] = solver["options"]["cuda_graph"]
+        self.graphs: GraphCache[Any] = solver["options"]["cuda_graph"]
 
     def __call__(self, y0: State, t: Tensor) -> Solution:
         """The solution at the times t, from y0."""
@@ -38,8 +38,8 @@ def compile(func: Func, *, tier: str | None = None, **solver: Any) -> Compiled:
     `Solution.stats.why` says why. Raises as `solve` does, and InvalidInput for another tier.
     """
     options = dict(solver.get("options") or {})
-    if not isinstance(options.get("cuda_graph"), Graphs):
-        options["cuda_graph"] = Graphs(tier)
+    if not isinstance(options.get("cuda_graph"), GraphCache):
+        options["cuda_graph"] = GraphCache(tier)
     return Compiled(func, {**solver, "options": options})
 
 
@@ -48,4 +48,4 @@ def with_own_graphs(solver: Mapping[str, Any]) -> dict[str, Any]:
     options = solver.get("options")
     if options is None or options.get("cuda_graph") is not True:
         return dict(solver)
-    return {**solver, "options": {**options, "cuda_graph": Graphs()}}
+    return {**solver, "options": {**options, "cuda_graph": GraphCache()}}

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 from node_cuda.kernels import reference
-from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.reference import ControllerParams
 from node_cuda.options import AdaptiveOptions
 from node_cuda.status import InvalidInput
 
@@ -39,7 +39,7 @@ class StepSizeController(Protocol):
 class PIDState(NamedTuple):
     """The constants of a solve, and the ratios of its last two accepted steps."""
 
-    law: ControlLaw
+    law: ControllerParams
     history: tuple[float, float]
 
 
@@ -56,10 +56,10 @@ class Controller:
     dcoeff: float = 0.0
     keep: bool = False
 
-    def law(self, order: int, options: AdaptiveOptions) -> ControlLaw:
+    def law(self, order: int, options: AdaptiveOptions) -> ControllerParams:
         """The constants for a method of this order."""
         p, i, d = self.pcoeff / order, self.icoeff / order, self.dcoeff / order
-        return ControlLaw(
+        return ControllerParams(
             exponents=(p + i + d, -(p + 2 * d), d),
             safety=float(options.safety),
             ifactor=float(options.ifactor),

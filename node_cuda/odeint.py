@@ -11,13 +11,13 @@ from torch import Tensor
 
 from node_cuda._eager import eager
 from node_cuda._typing import EventFunc, Func, State
-from node_cuda.cuda_graphs.cache import Graphs, graphs_of, refuse_in_capture
+from node_cuda.cuda_graphs.cache import GraphCache, graphs_of, refuse_in_capture
 from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.gradients.registry import GRADIENTS
-from node_cuda.integrals.integral import Beside, Integral, event_of, with_integral
+from node_cuda.integrals.integral import AugmentedField, Integral, event_of, with_integral
 from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
-from node_cuda.loop.request import AdjointArguments, Request
+from node_cuda.loop.request import AdjointSpec, SolveSpec
 from node_cuda.methods.registry import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
 from node_cuda.options import FixedOptions
 from node_cuda.problem.problem import Problem, combined_event, make_problem
@@ -181,13 +181,11 @@ def solve(
     _refuse_callbacks(problem, chosen)
     if isinstance(adjoint_params, Tensor):
         adjoint_params = (adjoint_params,)  # its rows are no parameters
-    given = AdjointArguments(
-        adjoint_rtol, adjoint_atol, adjoint_method, _with_graphs(adjoint_options, func), adjoint_params
-    )
+    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, _with_graphs(adjoint_options, func), adjoint_params)
     beside = _beside(func, problem, integral)
     if beside is not None:
         problem, chosen, given = with_integral(problem, chosen, given, beside)
-    request = Request(problem, chosen, Stats(host_reads=1), method, options, given, checkpoints)
+    request = SolveSpec(problem, chosen, Stats(host_reads=1), method, options, given, checkpoints)
     mode = GRADIENTS[gradient]
     if event_fn is None:
         ys, status = mode.outputs(request)
@@ -257,7 +255,7 @@ def _of_a_fixed_grid(rtol: Any, atol: Any, event_fn: EventFunc | None) -> tuple[
     return RTOL if rtol is None else rtol, ATOL if atol is None else atol
 
 
-def _beside(func: Func, problem: Problem, integral: Any) -> Beside | None:
+def _beside(func: Func, problem: Problem, integral: Any) -> AugmentedField | None:
     """What is to be integrated beside y."""
     if not isinstance(func, Regularized):
         return None if integral is None else Integral(func, problem, integral)
@@ -270,7 +268,12 @@ def _beside(func: Func, problem: Problem, integral: Any) -> Beside | None:
 
 
 def _solution(
-    request: Request, beside: Beside | None, ts: Tensor, ys: Tensor, status: Status, event_t: Tensor | None = None
+    request: SolveSpec,
+    beside: AugmentedField | None,
+    ts: Tensor,
+    ys: Tensor,
+    status: Status,
+    event_t: Tensor | None = None,
 ) -> Solution:
     def as_given(flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[State, Tensor | None]:
         state = request.problem.layout.unflatten(flat, lead)
@@ -307,12 +310,12 @@ def _warn_of_callbacks(problem: Problem, method: Method) -> None:
 def _with_graphs(options: Mapping[str, Any] | None, func: Any) -> Mapping[str, Any] | None:
     """The options, with a place for what is captured: it lives as long as func."""
     wanted = None if options is None else options.get("cuda_graph")
-    if options is None or not wanted or isinstance(wanted, Graphs):
+    if options is None or not wanted or isinstance(wanted, GraphCache):
         return options
     if wanted is not True:
         raise InvalidType(
-            'options["cuda_graph"] must be True, False, or a `node_cuda.cuda_graphs.cache.Graphs`, which keeps what is '
-            f"captured; got {wanted!r:.60}."
+            'options["cuda_graph"] must be True, False, or a `node_cuda.cuda_graphs.cache.GraphCache`, which keeps '
+            f"what is captured; got {wanted!r:.60}."
         )
     return {**options, "cuda_graph": graphs_of(func)}
 

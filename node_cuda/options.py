@@ -18,13 +18,16 @@ from node_cuda.status import InvalidInput, InvalidType
 
 @dataclass(frozen=True)
 class Common:
-    """Options of every method. throw: raise SolveError on failure, else return NaN in what was not reached; "deferred":
-    return so, without waiting for the device, and let `Solution.check()` raise; needs cuda_graph.
-    record_steps: keep the accepted times in `stats.step_times`. norm: of the scaled error. check_reconstruction: with
-    gradient="adjoint", compare what the backward solve rebuilds with the outputs, and warn if it is off. cuda_graph:
-    capture a step and repeat it on the device, where that can be; a `cuda_graphs.cache.Graphs` keeps what was captured,
-    True keeps it with func. clip: func is asked at no time outside of [t[0], t[-1]], and the last step ends at t[-1].
-    By default a step may pass t[-1], as in torchdiffeq, and y there is interpolated. Fixed grids never pass it."""
+    """Options of every method.
+
+    throw: raise SolveError on failure, else return NaN in what was not reached; "deferred": return so, without waiting
+    for the device, and let `Solution.check()` raise; needs cuda_graph. record_steps: keep the accepted times in
+    `stats.step_times`. norm: of the scaled error. check_reconstruction: with gradient="adjoint", compare what the
+    backward solve rebuilds with the outputs, and warn if it is off. cuda_graph: capture a step and repeat it on the
+    device, where that can be; a `cuda_graphs.cache.GraphCache` keeps what was captured, True keeps it with func. clip:
+    func is asked at no time outside of [t[0], t[-1]], and the last step ends at t[-1]. By default a step may pass
+    t[-1], as in torchdiffeq, and y there is interpolated. Fixed grids never pass it.
+    """
 
     throw: bool | Literal["deferred"] = True
     record_steps: bool = False

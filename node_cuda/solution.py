@@ -33,7 +33,7 @@ class Stats:
     not known before `Solution.check()`.
 
     Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
-    most that were; steps_again: steps that the backward pass took again to get at states that were not kept, besides
+    most that were; recomputed_steps: steps that the backward pass took again to get states that were not kept, besides
     the replay of each; graph_of: what the backward pass holds a graph of, a whole "step" or, where that would take too
     much memory, a "stage" at a time. Of gradient="adjoint" with `options=dict(check_reconstruction=True)`:
     reconstruction_error, the largest error of y rebuilt backwards at an output, in units of the tolerances.
@@ -51,12 +51,17 @@ class Stats:
     why_backward: str | None = None
     checkpoint_slots: int | None = None
     peak_checkpoints: int = 0
-    steps_again: int = 0
+    recomputed_steps: int = 0
     graph_of: str | None = None
     reconstruction_error: float | None = None
     pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
     reached: tuple[float, Tensor] | None = field(default=None, repr=False, compare=False)
     """Of a solve that failed: the time and the flat state, without a gradient, after its last accepted step."""
+
+    @property
+    def steps_again(self) -> int:
+        """Another name of `recomputed_steps`."""
+        return self.recomputed_steps
 
     def __getstate__(self) -> dict[str, Any]:
         # What a copy could not wait for: it lies on the device, and is the original's. What is large stays here, too.

@@ -103,6 +103,6 @@ class Everything:
 def eager(shim, monkeypatch):
     """The device's loop runs on the CPU: what would be captured is done anew for every step. The first solves are not
     compared with the host's: tests do that."""
-    monkeypatch.setattr(capture, "Recorder", Eager)
+    monkeypatch.setattr(capture, "GraphCapture", Eager)
     monkeypatch.setattr(first_run_check, "_confirmed", Everything())
     monkeypatch.setattr(VectorField, "release", lambda self: None)

@@ -278,7 +278,7 @@ def test_structs_are_packed_as_csrc_lays_them_out(bench, primitives):
     assert {name: struct.calcsize(layout) for name, layout in launching.LAYOUTS.items()} == {
         name: said[name] for name in launching.LAYOUTS
     }
-    assert said["Ctl"] == launching.CTL_BYTES
+    assert said["ControllerState"] == launching.CTL_BYTES
     dtypes = re.search(r"enum Dtype : int \{(.*?)\}", headers)
     assert dtypes
     codes = dtypes[1]
@@ -717,7 +717,7 @@ def test_the_loops_take_steps_again_and_pass_an_event(bench):
         return found[-1].ys
 
     tiny.outputs(solver)
-    assert found[0].stats.accepted > 1 and found[0].stats.steps_again > 0
+    assert found[0].stats.accepted > 1 and found[0].stats.recomputed_steps > 0
     time, _ = node_cuda.odeint_event(tiny.field, start, tiny.t[0], event_fn=tiny.passed, rtol=1e-3, atol=1e-3)
     assert 0.0 < time.item() < tiny.t[1]
 

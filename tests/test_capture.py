@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from node_cuda.cuda_graphs import capture
-from node_cuda.cuda_graphs.capture import Recorder, Uncapturable, Watch, first_cause
+from node_cuda.cuda_graphs.capture import GraphCapture, Uncapturable, Watch, first_cause
 
 Y = torch.linspace(-1.0, 1.0, 8)
 META = torch.device("meta")
@@ -64,13 +64,13 @@ def test_copies_between_host_and_device_are_refused(copy):
 
 
 def warm_up(work) -> None:
-    """`Recorder.warm_up` of a recorder that has no device."""
+    """`GraphCapture.warm_up` of a recorder that has no device."""
     recorder = SimpleNamespace(
         device=Y.device,
         _random_states=lambda: [torch.get_rng_state().numpy().tobytes(), random.getstate()],
         _stream=SimpleNamespace(synchronize=lambda: None),
     )
-    Recorder.warm_up(recorder, work)  # pyright: ignore[reportArgumentType]
+    GraphCapture.warm_up(recorder, work)  # pyright: ignore[reportArgumentType]
 
 
 def test_random_numbers_that_torch_does_not_see_are_found_by_their_state():

@@ -88,7 +88,7 @@ def test_the_adjoint_solves_backwards_by_the_device_to_the_bit(eager, method, ou
 
 
 def test_what_was_captured_for_the_backward_solve_serves_other_times(eager):
-    func, kept = TimedLinear(), graphs.Graphs()
+    func, kept = TimedLinear(), graphs.GraphCache()
     for start, end in ((0.0, 1.0), (0.3, 1.1)):
         found = []
         for flag in (kept, False):
@@ -127,7 +127,7 @@ def test_a_backward_solve_that_fails_says_so_when_it_is_looked_at(eager, deferre
 
 
 def test_gradients_of_a_solve_are_not_written_by_the_next_one(eager):
-    kept, func = graphs.Graphs(), MLP()
+    kept, func = graphs.GraphCache(), MLP()
     found = []
     for scale in (1.0, 2.0):
         y0 = (scale * Y).requires_grad_()
@@ -145,7 +145,7 @@ def test_threads_take_turns_in_the_memory_of_a_captured_solve(eager):
             time.sleep(1e-4)  # another thread's turn
             return super().forward(t, y)
 
-    func, kept, scales = Slow(), graphs.Graphs(), (1.0, 0.5, 2.0)
+    func, kept, scales = Slow(), graphs.GraphCache(), (1.0, 0.5, 2.0)
 
     def gradients(scale, gradient, flag):
         y0 = (scale * Y).requires_grad_()
@@ -199,7 +199,7 @@ def test_a_deferred_solve_that_nobody_looks_at_keeps_nothing_alive(eager, gradie
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
 def test_captured_loops_do_not_keep_what_keeps_them(eager, gradient):
-    kept, y0 = graphs.Graphs(), Y.clone().requires_grad_()
+    kept, y0 = graphs.GraphCache(), Y.clone().requires_grad_()
     solve(
         MLP(), y0, linspace(0.0, 1.0, 3), gradient=gradient, rtol=1e-3, atol=1e-3, options=dict(cuda_graph=kept)
     ).ys.sum().backward()
@@ -330,7 +330,7 @@ def test_solves_of_all_kinds_have_the_bits_of_the_host_loop(eager, case):
 def test_the_evaluations_are_those_of_the_beginning_and_of_each_attempt(eager, method, options):
     """The host does not evaluate what interpolation needs in a step without outputs; the device does it in each."""
     func = Counting(turn)
-    given = dict(rtol=1e-4, atol=1e-4, method=method, options={**options, "cuda_graph": graphs.Graphs()})
+    given = dict(rtol=1e-4, atol=1e-4, method=method, options={**options, "cuda_graph": graphs.GraphCache()})
     solve(func, Y, linspace(0.0, 1.0, 4), **given)
     before = func.nfe
     stats = solve(func, Y, linspace(0.0, 1.0, 4), **given).stats
@@ -385,7 +385,7 @@ def message(call):
 @torch.no_grad()
 def test_a_failure_is_told_in_the_words_of_the_host_loop(eager, case):
     func, y0, t, options = FAILURES[case]
-    kept = graphs.Graphs()
+    kept = graphs.GraphCache()
 
     def run(**more):
         return solve(func, y0, t, rtol=1e-2, atol=1e-2, options={**options, **more})
@@ -448,7 +448,7 @@ def test_a_grid_that_meets_nan_raises_nothing_before_check(eager, deferred):
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @torch.no_grad()
 def test_solutions_and_states_are_the_user_s_own(eager, method):
-    kept, y0, t = graphs.Graphs(), Y.clone(), linspace(0.0, 1.0, 4)
+    kept, y0, t = graphs.GraphCache(), Y.clone(), linspace(0.0, 1.0, 4)
 
     def run(y0, **more):
         return solve(decay, y0, t, method=method, options={"cuda_graph": kept, **more})

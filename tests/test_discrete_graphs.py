@@ -60,7 +60,7 @@ def test_the_discrete_adjoint_takes_its_steps_back_by_the_device(eager, method, 
     )
     assert (device.loop, device.why) == (device.loop_backward, device.why_backward) == ("eager", None)
     close(found, expected)
-    assert (device.accepted, device.rejected, device.steps_again) == (host.accepted, host.rejected, 0)
+    assert (device.accepted, device.rejected, device.recomputed_steps) == (host.accepted, host.rejected, 0)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
@@ -68,7 +68,7 @@ def test_the_discrete_adjoint_takes_its_steps_back_by_the_device(eager, method, 
 def test_a_solve_with_more_steps_than_states_that_may_be_kept_is_the_host_s(eager, most, method, monkeypatch):
     for module in (recording, by_the_host):
         monkeypatch.setattr(module, "slots_for", lambda *_: 5)
-    func, kept = TimedLinear(), graphs.Graphs()
+    func, kept = TimedLinear(), graphs.GraphCache()
     given = dict(method=method, checkpoints=most)
     options = dict(max_step=0.07) if method == "dopri5" else dict(step_size=0.07)
     expected, host = discrete(func, False, **given, options=options)
@@ -78,10 +78,14 @@ def test_a_solve_with_more_steps_than_states_that_may_be_kept_is_the_host_s(eage
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
         assert (stats.loop, stats.loop_backward, stats.why_backward) == ("host", "host", stats.why)
         assert f"{host.accepted} steps" in stats.why and (f"checkpoints={most!r} gives 5 states" in stats.why) is again
-        assert (stats.accepted, stats.steps_again, stats.checkpoint_slots) == (host.accepted, host.steps_again, 5)
+        assert (stats.accepted, stats.recomputed_steps, stats.checkpoint_slots) == (
+            host.accepted,
+            host.recomputed_steps,
+            5,
+        )
     assert kept.count == (0 if known else 1)
     few = dict(step_size=0.3) if known else dict(first_step=0.25)
-    _, stats = discrete(func, graphs.Graphs(), **given, options=few, tol=1e-2)
+    _, stats = discrete(func, graphs.GraphCache(), **given, options=few, tol=1e-2)
     assert (stats.loop, stats.loop_backward, stats.checkpoint_slots) == ("eager", "eager", 5), "few steps are captured"
     assert 1 < stats.peak_checkpoints == stats.accepted <= 5
 
@@ -89,8 +93,8 @@ def test_a_solve_with_more_steps_than_states_that_may_be_kept_is_the_host_s(eage
 def test_where_the_device_does_not_repeat_steps_the_host_launches_as_many_as_there_were(eager):
     func = TimedLinear()
     expected, _ = discrete(func, False)
-    found, stats = discrete(func, graphs.Graphs("batches"))
-    assert (stats.loop, stats.loop_backward, stats.steps_again) == ("batches", "batches", 0)
+    found, stats = discrete(func, graphs.GraphCache("batches"))
+    assert (stats.loop, stats.loop_backward, stats.recomputed_steps) == ("batches", "batches", 0)
     close(found, expected)
 
 
@@ -102,7 +106,7 @@ def test_dL_dt_of_the_flow_is_that_of_the_host(eager):
 @pytest.mark.parametrize("checkpoints", [None, 60])
 def test_a_solve_with_more_steps_than_there_was_room_for_is_taken_again_and_makes_room(eager, checkpoints, monkeypatch):
     monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
-    func, kept = TimedLinear(), graphs.Graphs()
+    func, kept = TimedLinear(), graphs.GraphCache()
     options = dict(max_step=0.05)
     expected, host = discrete(func, False, options=options, checkpoints=checkpoints)
     (first, a), (second, b) = (discrete(func, kept, options=options, checkpoints=checkpoints) for _ in range(2))
@@ -116,7 +120,7 @@ def test_a_solve_with_more_steps_than_there_was_room_for_is_taken_again_and_make
 def test_room_by_the_free_memory_is_measured_once(eager, monkeypatch):
     free = iter((40, 39, 38))
     monkeypatch.setattr(recording, "slots_for", lambda *_: next(free))
-    func, kept = TimedLinear(), graphs.Graphs()
+    func, kept = TimedLinear(), graphs.GraphCache()
     for _ in range(3):
         _, stats = discrete(func, kept, checkpoints="auto", options=dict(max_step=0.05))
         assert (stats.loop, stats.checkpoint_slots) == ("eager", 40)
@@ -124,7 +128,7 @@ def test_room_by_the_free_memory_is_measured_once(eager, monkeypatch):
 
 
 def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
-    func, kept = TimedLinear(), graphs.Graphs()
+    func, kept = TimedLinear(), graphs.GraphCache()
     given = dict(gradient="discrete", rtol=1e-4, atol=1e-4)
     starts = [(scale * Y).requires_grad_() for scale in (1.0, 0.5, 2.0)]
     times = [linspace(0.0, end, 4) for end in (1.0, 0.7, 1.3)]
@@ -144,7 +148,7 @@ def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_a_walk_that_was_captured_serves_outputs_at_other_times(eager, method):
-    func, kept, found = MLP(), graphs.Graphs(), ([], [])
+    func, kept, found = MLP(), graphs.GraphCache(), ([], [])
     for end in (1.0, 0.1, 4.0, 1.0):
         for flag, gradients in zip((False, kept), found, strict=True):
             y0 = Y.clone().requires_grad_()
@@ -188,15 +192,15 @@ def test_a_backward_pass_that_cannot_be_captured_is_the_hosts_over_what_the_devi
     def refuse(*_, **__):
         raise capture.Uncapturable("it is so")
 
-    monkeypatch.setattr(walk_graphs.CapturedWalk, "__init__", refuse)
+    monkeypatch.setattr(walk_graphs.CapturedReversePass, "__init__", refuse)
     found, stats = discrete(func, True, options=options)
     assert (stats.loop, stats.loop_backward, stats.why_backward) == ("eager", "host", "it is so")
-    assert (stats.steps_again, stats.peak_checkpoints) == (host.steps_again, host.peak_checkpoints)
+    assert (stats.recomputed_steps, stats.peak_checkpoints) == (host.recomputed_steps, host.peak_checkpoints)
     close(found, expected)
 
 
 def test_a_deferred_discrete_gradient_is_known_when_it_is_looked_at(eager, monkeypatch):
-    func, y0, kept = MLP(), Y.clone().requires_grad_(), graphs.Graphs()
+    func, y0, kept = MLP(), Y.clone().requires_grad_(), graphs.GraphCache()
     given = dict(gradient="discrete", rtol=1e-6)
     host = solve(func, y0, linspace(0.0, 1.0, 4), **given)
     expected = torch.autograd.grad(host.ys.sum(), [y0, *func.parameters()])

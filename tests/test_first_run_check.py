@@ -14,10 +14,10 @@ from shim.eager import Eager
 
 from node_cuda import SolveError, Status, solve
 from node_cuda.cuda_graphs import capture, device_loop, first_run_check
-from node_cuda.cuda_graphs.cache import Graphs
+from node_cuda.cuda_graphs.cache import GraphCache
 from node_cuda.cuda_graphs.first_run_check import Outcome, difference
 from node_cuda.gradients.adjoint.cuda_graph import CapturedAdjoint
-from node_cuda.gradients.discrete.cuda_graph_reverse import CapturedWalk
+from node_cuda.gradients.discrete.cuda_graph_reverse import CapturedReversePass
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 T = linspace(0.0, 1.0, 3)
@@ -58,7 +58,7 @@ def same(a, b):
 @pytest.mark.parametrize("throw", [True, "deferred"])
 @pytest.mark.parametrize("kind", KINDS)
 def test_what_is_right_is_compared_once_for_each_dtype_and_counts_once(first, kind, throw):
-    func, kept = TimedLinear(), Graphs()
+    func, kept = TimedLinear(), GraphCache()
     _, host = run(kind, False, func=func)
     backward = []
     for _ in range(2):
@@ -69,7 +69,7 @@ def test_what_is_right_is_compared_once_for_each_dtype_and_counts_once(first, ki
         assert (stats.accepted, stats.rejected, stats.nfe) == (host.stats.accepted, host.stats.rejected, host.stats.nfe)
         assert (stats.loop, stats.why) == ("eager", None)
         assert (stats.loop_backward, stats.why_backward) == ("host" if kind == "solve" else "eager", None)
-        backward.append((stats.nfe_backward, stats.steps_again, stats.peak_checkpoints))
+        backward.append((stats.nfe_backward, stats.recomputed_steps, stats.peak_checkpoints))
     assert backward[0] == backward[1]
     run(kind, kept, func=TimedLinear(dtype=torch.float32), dtype=torch.float32)
     assert len(first) == (2 if kind == "solve" else 4) and not any(first)
@@ -83,7 +83,7 @@ class Early(Eager):
 
 
 def leave_early(monkeypatch):
-    monkeypatch.setattr(capture, "Recorder", Early)
+    monkeypatch.setattr(capture, "GraphCapture", Early)
 
 
 def write_wrong_outputs(monkeypatch):
@@ -97,7 +97,7 @@ def write_wrong_outputs(monkeypatch):
 
 
 def double_a_gradient(monkeypatch):
-    adjoint, walk = CapturedAdjoint.run, CapturedWalk.of_params
+    adjoint, walk = CapturedAdjoint.run, CapturedReversePass.of_params
 
     def doubled(params):
         return [*params[:-1], 2 * params[-1]]
@@ -107,7 +107,7 @@ def double_a_gradient(monkeypatch):
         return adj_t, adj_y0, doubled(params)
 
     monkeypatch.setattr(CapturedAdjoint, "run", run_wrongly)
-    monkeypatch.setattr(CapturedWalk, "of_params", lambda self: doubled(walk(self)))
+    monkeypatch.setattr(CapturedReversePass, "of_params", lambda self: doubled(walk(self)))
 
 
 BROKEN = [
@@ -123,7 +123,7 @@ BROKEN = [
 @pytest.mark.parametrize("throw", [True, "deferred"])
 @pytest.mark.parametrize(("kind", "spoil"), BROKEN, ids=lambda x: x if isinstance(x, str) else x.__name__)
 def test_what_is_wrong_is_the_host_s_from_then_on(first, monkeypatch, kind, spoil, throw):
-    func, kept = TimedLinear(), Graphs()
+    func, kept = TimedLinear(), GraphCache()
     expected, host = run(kind, False, func=func)
 
     def before_the_backward_pass():
@@ -147,7 +147,7 @@ def test_what_is_wrong_is_the_host_s_from_then_on(first, monkeypatch, kind, spoi
 
 
 def test_a_deferred_solve_from_before_is_still_differentiated(first, monkeypatch):
-    func, kept = TimedLinear(), Graphs()
+    func, kept = TimedLinear(), GraphCache()
     expected, _ = run("discrete", False, func=func)
 
     def refute():
@@ -168,7 +168,7 @@ def test_a_solve_that_fails_as_the_host_s_is_right(first, throw):
 
 
 def test_where_there_is_no_memory_to_compare_it_is_done_the_next_time(first, monkeypatch):
-    func, kept = TimedLinear(), Graphs()
+    func, kept = TimedLinear(), GraphCache()
     with monkeypatch.context() as patch:
 
         def no_room(*_):

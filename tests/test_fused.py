@@ -43,11 +43,11 @@ from node_cuda import (
     solve,
 )
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels.control import Control, Reading
+from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
 from node_cuda.kernels.fused import Fused
-from node_cuda.kernels.fused_sums import FusedSums
+from node_cuda.kernels.fused_sums import FusedGradientAccumulator
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.sums import Sums
+from node_cuda.kernels.sums import GradientAccumulator
 
 AGREE = 1e-10
 STEP_TIMES = 1e-12
@@ -678,7 +678,7 @@ SHAPE = (16, 20)  # more elements than the control has bytes
 def cost(path: Path, monkeypatch, steps: int, *, given="fresh", inside=0, method="dopri5", backward=False) -> Cost:
     """What a solve of so many steps costs, f excluded, with `inside` outputs in each step, none of them at its end."""
     counter, reads = Moves(SHAPE[0] * SHAPE[1]), 0
-    read = Control.read
+    read = DeviceStepControl.read
 
     def counted(self):
         nonlocal reads
@@ -692,7 +692,7 @@ def cost(path: Path, monkeypatch, steps: int, *, given="fresh", inside=0, method
     options = dict(first_step=1 / steps, max_step=1 / steps)  # and tolerances with which all are accepted
     path.solves.clear()
     with monkeypatch.context() as patch, node_cuda.backend("fused"):
-        patch.setattr(Control, "read", counted)
+        patch.setattr(DeviceStepControl, "read", counted)
         if backward:
             y0.requires_grad_()
             found = solve(func, y0, t, rtol=1e3, atol=1e3, method=method, options=options, gradient="adjoint")
@@ -1569,20 +1569,20 @@ def test_a_field_that_returns_a_tensor_on_another_device_is_told_so(path, method
 
 # ------------------------------------------------------------------ launches that fail
 FAILING = {  # a primitive, and the method that launches it
-    "start_control": (Control, "start"),
+    "start_control": (DeviceStepControl, "start"),
     "stage_time": (Fused, "times"),
-    "initial_norms": (Control, "initial_norms"),
-    "initial_change": (Control, "initial_change"),
+    "initial_norms": (DeviceStepControl, "initial_norms"),
+    "initial_change": (DeviceStepControl, "initial_change"),
     "rk_stage": (Fused, "rk_stage"),
     "rk_finish": (Fused, "rk_finish"),
     "error_ratio": (Fused, "judge"),
     "scaled_error": (Fused, "scaled_error"),
-    "step_control": (Control, "judge_ratio"),
+    "step_control": (DeviceStepControl, "judge_ratio"),
     "dense_eval": (Fused, "dense_outputs"),
     "pack_adjoint": (Fused, "pack_adjoint"),
-    "accumulate": (FusedSums, "add"),
-    "sums_ratio": (FusedSums, "device_ratio"),
-    "commit_sums": (FusedSums, "commit"),
+    "accumulate": (FusedGradientAccumulator, "add"),
+    "sums_ratio": (FusedGradientAccumulator, "device_ratio"),
+    "commit_sums": (FusedGradientAccumulator, "commit"),
     "jump": (Fused, "real_dot"),
 }
 
@@ -1650,9 +1650,11 @@ def test_a_parameter_s_gradient_without_memory_is_told_so(path):
 def test_the_norm_of_parameters_on_another_device_is_brought_to_the_state(path, monkeypatch):
     """A kernel given an address of the host would end the process' work on the device."""
     seen = []
-    monkeypatch.setattr(Fused, "sums", lambda self, like, *, with_error: Sums(like, with_error=with_error))
-    ratio = Sums.device_ratio
-    monkeypatch.setattr(Sums, "device_ratio", lambda self, norm: Elsewhere(ratio(self, norm), seen))
+    monkeypatch.setattr(
+        Fused, "sums", lambda self, like, *, with_error: GradientAccumulator(like, with_error=with_error)
+    )
+    ratio = GradientAccumulator.device_ratio
+    monkeypatch.setattr(GradientAccumulator, "device_ratio", lambda self, norm: Elsewhere(ratio(self, norm), seen))
     w = torch.tensor(0.5, dtype=F64, requires_grad=True)  # on a GPU this is another device, and legal
     y0 = normal(3).to(path.device)
     with node_cuda.backend("fused"):
@@ -1679,7 +1681,7 @@ class Bits(NamedTuple):
     moves that bit rarely."""
 
     outcome: Outcome
-    readings: list[Reading]
+    readings: list[ControllerSnapshot]
     norms_of_parameters: list[float]
 
 
@@ -1687,9 +1689,9 @@ class Bits(NamedTuple):
 def large(monkeypatch):
     """Solves states and parameters of several blocks and chunks, in segments, with rejected steps; and backwards."""
     n = 9001
-    readings: list[Reading] = []
+    readings: list[ControllerSnapshot] = []
     norms: list[float] = []
-    read, ratio = Control.read, FusedSums.device_ratio
+    read, ratio = DeviceStepControl.read, FusedGradientAccumulator.device_ratio
 
     def reading(self):
         readings.append(read(self))
@@ -1702,8 +1704,8 @@ def large(monkeypatch):
             norms.append(float(other))
         return ratio(self, given)
 
-    monkeypatch.setattr(Control, "read", reading)
-    monkeypatch.setattr(FusedSums, "device_ratio", norm)
+    monkeypatch.setattr(DeviceStepControl, "read", reading)
+    monkeypatch.setattr(FusedGradientAccumulator, "device_ratio", norm)
 
     class Wide(nn.Module):
         def __init__(self):

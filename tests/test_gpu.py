@@ -32,7 +32,7 @@ from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import self_check
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.check_record import Record
-from node_cuda.kernels.control import Control
+from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.fused import DTYPES, Fused
 from node_cuda.kernels.norms import ErrorNorm
 
@@ -333,7 +333,7 @@ def reads(monkeypatch):
     """torch's mode at every read of the step control: the one synchronisation of a step that raises in no mode. The one
     that a backward pass has for dL/dt0 is no step's."""
     found: list[int] = []
-    read, ignores_time = Control.read, adjoint.ignores_time
+    read, ignores_time = DeviceStepControl.read, adjoint.ignores_time
 
     def unwatched(work, *args):
         mode = torch.cuda.get_sync_debug_mode()
@@ -347,7 +347,7 @@ def reads(monkeypatch):
         found.append(torch.cuda.get_sync_debug_mode())
         return unwatched(read, self)
 
-    monkeypatch.setattr(Control, "read", allowed)
+    monkeypatch.setattr(DeviceStepControl, "read", allowed)
     monkeypatch.setattr(adjoint, "ignores_time", lambda *args: unwatched(ignores_time, *args))
     yield found
     torch.cuda.set_sync_debug_mode("default")
@@ -367,7 +367,7 @@ def watch(func: Counting, last: int | None = None) -> None:
     func.before = before
 
 
-class Reading(Wave):
+class ControllerSnapshot(Wave):
     """Reads a number back in every evaluation."""
 
     def forward(self, t, y):
@@ -375,7 +375,7 @@ class Reading(Wave):
 
 
 def test_a_synchronisation_would_be_found(reads):
-    func, y0 = Counting(Reading().to(CUDA)), state().to(CUDA)
+    func, y0 = Counting(ControllerSnapshot().to(CUDA)), state().to(CUDA)
     watch(func)
     with torch.no_grad(), node_cuda.backend("fused"), pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
         odeint(func, y0, TIMES, **LOOSE)

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import node_cuda
 from node_cuda import TABLEAUS, NeuralODE, Solution, SolveError, Stats, Status, odeint, solve
-from node_cuda.cuda_graphs.cache import Graphs
+from node_cuda.cuda_graphs.cache import GraphCache
 
 pytestmark = [
     pytest.mark.gpu,
@@ -126,9 +126,9 @@ def require(stats: Stats, tier: str) -> None:
     assert stats.loop == tier, stats.why
 
 
-def captured(func: Any, y0: Any, t: Tensor, tier: str | Graphs, options: Any = None, **solver: Any) -> Solution:
+def captured(func: Any, y0: Any, t: Tensor, tier: str | GraphCache, options: Any = None, **solver: Any) -> Solution:
     """By a tier, captured for this solve alone, or by graphs that are kept."""
-    graphs = Graphs(tier) if isinstance(tier, str) else tier
+    graphs = GraphCache(tier) if isinstance(tier, str) else tier
     solution = solve(func, y0, t, options={**(options or {}), "cuda_graph": graphs}, **{**LOOSE, **solver})
     assert graphs.tier is not None
     require(solution.stats, graphs.tier)
@@ -204,7 +204,7 @@ def test_a_tuple_of_states_has_the_bits_of_the_host_loop(tier):
 @each_tier
 @torch.no_grad()
 def test_what_was_captured_serves_other_states_and_times_and_other_shapes_are_captured_anew(tier):
-    func, kept = Wave().to(CUDA), Graphs(tier)
+    func, kept = Wave().to(CUDA), GraphCache(tier)
     small, large = state(3).to(CUDA), state(5000).to(CUDA)
     for y0, t, count in (
         (small, TIMES, 1),
@@ -245,7 +245,7 @@ each_failure = pytest.mark.parametrize("status", FAILURES, ids=lambda status: st
 @torch.no_grad()
 def test_a_solve_that_fails_raises_the_error_of_the_host_loop_and_the_next_one_does_not_notice(status, tier):
     func, start, options = FAILURES[status]
-    y0, t, kept = torch.full((10,), start, dtype=F64, device=CUDA), linspace(0.0, 2.0, 5), Graphs(tier)
+    y0, t, kept = torch.full((10,), start, dtype=F64, device=CUDA), linspace(0.0, 2.0, 5), GraphCache(tier)
     with pytest.raises(SolveError) as by_host:
         by_the_host(func, y0, t, options)
     with pytest.raises(SolveError) as by_device:
@@ -309,7 +309,7 @@ def test_every_deferred_solve_of_several_tells_of_its_own_end(tier):
     def func(t, y):
         return y * y
 
-    kept, t = Graphs(tier), linspace(0.0, 2.0, 3)
+    kept, t = GraphCache(tier), linspace(0.0, 2.0, 3)
     starts = [torch.full((10,), start, dtype=F64, device=CUDA) for start in (0.1, 1.0, 0.2)]
     found = [captured(func, y0, t, kept, dict(throw="deferred")) for y0 in starts]
     for solution, y0 in zip(found, starts, strict=True):
@@ -345,7 +345,7 @@ def test_a_deferred_solve_and_its_backward_pass_synchronise_nowhere():
 # ------------------------------------------------------------------ what a captured solve depends on
 @torch.no_grad()
 def test_a_field_that_draws_random_numbers_is_the_host_loop_s():
-    func, y0, kept = Noisy().to(CUDA), state().to(CUDA), Graphs()
+    func, y0, kept = Noisy().to(CUDA), state().to(CUDA), GraphCache()
 
     def drawn(options: Any) -> Solution:
         torch.manual_seed(1)
@@ -360,7 +360,7 @@ def test_a_field_that_draws_random_numbers_is_the_host_loop_s():
 @pytest.mark.parametrize("make, why", [(Reading, "a number"), (Branching, "a number"), (Selecting, "a mask selects")])
 @torch.no_grad()
 def test_a_field_that_waits_for_the_device_is_the_host_loop_s_and_is_not_captured_again(make, why):
-    func, y0, kept = make().to(CUDA), state().to(CUDA), Graphs()
+    func, y0, kept = make().to(CUDA), state().to(CUDA), GraphCache()
     host = by_the_host(func, y0, TIMES)
     for _ in range(2):
         device = solve(func, y0, TIMES, options=dict(cuda_graph=kept), **LOOSE)
@@ -371,7 +371,7 @@ def test_a_field_that_waits_for_the_device_is_the_host_loop_s_and_is_not_capture
 
 @torch.no_grad()
 def test_dropout_is_the_host_loop_s_in_training_and_captured_in_evaluation():
-    func, y0, kept = Dropping().to(CUDA), state().to(CUDA), Graphs()
+    func, y0, kept = Dropping().to(CUDA), state().to(CUDA), GraphCache()
     for training in (True, False, True):
         func.train(training)
         device = solve(func, y0, TIMES, method="rk4", options={**GRID, "cuda_graph": kept})
@@ -383,7 +383,7 @@ def test_dropout_is_the_host_loop_s_in_training_and_captured_in_evaluation():
 
 @torch.no_grad()
 def test_what_was_captured_in_inference_mode_serves_outside_of_it():
-    func, y0, kept = Wave().to(CUDA), state().to(CUDA), Graphs()
+    func, y0, kept = Wave().to(CUDA), state().to(CUDA), GraphCache()
     expected = by_the_host(func, y0, TIMES).ys
     with torch.inference_mode():
         inside = solve(func, y0, TIMES, options=dict(cuda_graph=kept), **LOOSE)
@@ -409,7 +409,7 @@ def test_a_captured_solve_outlives_the_graphs_and_workspaces_of_others(tier):
         def forward(self, t, y):
             return torch.tanh(y @ self.w)
 
-    func, y0, kept = Product().to(CUDA), state(2048, 64).to(CUDA), Graphs(tier)
+    func, y0, kept = Product().to(CUDA), state(2048, 64).to(CUDA), GraphCache(tier)
     expected = by_the_host(func, y0, TIMES).ys
     captured(func, y0, TIMES, kept)
     for rows in (16, 512):  # others come and go
@@ -429,7 +429,7 @@ def test_a_captured_solve_outlives_the_graphs_and_workspaces_of_others(tier):
 @torch.no_grad()
 def test_what_a_field_computes_with_is_seen_when_it_changes(tier):
     """In place by the graph that there is, and otherwise by a new one."""
-    func, y0, kept = Changing().to(CUDA), state().to(CUDA), Graphs(tier)
+    func, y0, kept = Changing().to(CUDA), state().to(CUDA), GraphCache(tier)
     changes: tuple[tuple[Callable[[], Any], int], ...] = (
         (lambda: None, 1),
         (lambda: func.w.mul_(1.5), 1),
@@ -460,7 +460,7 @@ def test_autocast_is_that_of_the_solve_with_the_weights_as_they_are(tier):
         def forward(self, t, y):
             return torch.tanh(self.linear(y)).float()
 
-    func, y0, kept = Linear().to(CUDA), state(dtype=torch.float32).to(CUDA), Graphs(tier)
+    func, y0, kept = Linear().to(CUDA), state(dtype=torch.float32).to(CUDA), GraphCache(tier)
     solver: dict[str, Any] = dict(method="rk4", options=GRID)
     plain = by_the_host(func, y0, TIMES, **solver).ys
     for _ in range(2):
@@ -481,7 +481,7 @@ def test_autocast_is_that_of_the_solve_with_the_weights_as_they_are(tier):
 @each_tier
 @torch.no_grad()
 def test_a_solve_waits_for_what_its_stream_does_before(tier):
-    func, stream, kept = Wave().to(CUDA), torch.cuda.Stream(), Graphs(tier)
+    func, stream, kept = Wave().to(CUDA), torch.cuda.Stream(), GraphCache(tier)
     y0, late = state().to(CUDA), torch.zeros_like(state(), device=CUDA)
     expected = captured(func, y0, TIMES, kept).ys
     torch.cuda.synchronize()
@@ -497,7 +497,7 @@ def test_a_solve_waits_for_what_its_stream_does_before(tier):
 @torch.no_grad()
 def test_solves_on_two_streams_one_after_another_do_not_disturb_each_other(tier):
     """They share memory: the second has to wait for the first, which sleeps, and is not looked at."""
-    func, kept, options = Wave().to(CUDA), Graphs(tier), dict(throw="deferred")
+    func, kept, options = Wave().to(CUDA), GraphCache(tier), dict(throw="deferred")
     starts = [state().to(CUDA), 2 * state().to(CUDA)]
     expected = [by_the_host(func, y0, TIMES).ys for y0 in starts]
     captured(func, starts[0], TIMES, kept, options)
@@ -569,7 +569,7 @@ def test_gradients_are_those_of_the_host_loop(mode, tier, wants_t):
     method = given.get("method")
     options = GRID if method == "rk4" else {}
     host, expected = differentiated(func, y0, t, options, **given)
-    kept = {**options, "cuda_graph": Graphs(tier)}
+    kept = {**options, "cuda_graph": GraphCache(tier)}
     for scale in (1.0, 0.5, 1.0):  # what was captured serves again
         stats, actual = differentiated(func, scale * y0, t, kept, **given)
     if tier == "while" and lacks_while(stats):
@@ -592,7 +592,7 @@ def test_gradients_of_a_tuple_and_of_many_outputs_are_those_of_the_host_loop(gra
 
     func, t = Pair().to(CUDA), linspace(0.0, 1.0, 30)
     found = []
-    for options in ({}, dict(cuda_graph=Graphs(tier))):
+    for options in ({}, dict(cuda_graph=GraphCache(tier))):
         y0 = (state(7).to(CUDA).requires_grad_(), state(7).add(0.5).to(CUDA).requires_grad_())
         ys = solve(func, y0, t, options=options, gradient=gradient, **LOOSE).ys
         loss = weighted(ys[0]) + weighted(ys[1].square())
@@ -610,7 +610,7 @@ def test_twenty_steps_of_adam_have_the_losses_of_the_host_loop(gradient):
         other.w.mul_(1.3)
         target = odeint(other, y0, TIMES, **LOOSE)[-1]
 
-    kept, counts = Graphs(), []
+    kept, counts = GraphCache(), []
 
     def losses(options: Any) -> list[float]:
         net = NeuralODE(Wave(), gradient=gradient, options=options, **LOOSE).to(CUDA)
@@ -695,7 +695,7 @@ def test_a_captured_solve_of_many_steps_takes_no_more_memory_than_one_of_few(tie
     func, y0 = Wave(64).to(CUDA), state(1000, 64).to(CUDA)
 
     def taken(steps: int) -> int:
-        before, kept = held(), Graphs(tier)
+        before, kept = held(), GraphCache(tier)
         options = dict(first_step=1 / steps, max_step=1 / steps)
         stats = captured(func, y0, linspace(0.0, 1.0, 2), kept, options, rtol=1e3, atol=1e3).stats
         assert stats.accepted == steps
@@ -726,7 +726,7 @@ def test_distributed_data_parallel_has_the_gradients_of_the_layer_alone(backend,
     expected = gradients({}, lambda net: net)
     dist.init_process_group(backend, init_method=f"file://{tmp_path / 'rendezvous'}", rank=0, world_size=1)
     try:
-        kept = Graphs()
+        kept = GraphCache()
         actual = gradients(dict(cuda_graph=kept), nn.parallel.DistributedDataParallel)
         torch.cuda.synchronize()
     finally:
@@ -738,7 +738,7 @@ def test_distributed_data_parallel_has_the_gradients_of_the_layer_alone(backend,
 # ------------------------------------------------------------------ apart
 def a_failed_capture() -> dict[str, Any]:
     """A field whose capture fails, and what that leaves behind."""
-    func, y0, kept = Waiting().to(CUDA), state().to(CUDA), Graphs()
+    func, y0, kept = Waiting().to(CUDA), state().to(CUDA), GraphCache()
     with torch.no_grad():
         found = [solve(func, y0, TIMES, options=dict(cuda_graph=kept), **LOOSE) for _ in range(2)]
         host = by_the_host(func, y0, TIMES)
@@ -773,7 +773,7 @@ def a_failed_capture() -> dict[str, Any]:
 def a_capture_of_the_user_s() -> dict[str, Any]:
     """Solves and gradients inside a torch.cuda.graph: what they say, and whether the capture goes on."""
     func, y0 = Wave().to(CUDA), state().to(CUDA)
-    kept = dict(cuda_graph=Graphs(), throw="deferred")
+    kept = dict(cuda_graph=GraphCache(), throw="deferred")
     outside = by_the_host(func, y0.clone().requires_grad_(), TIMES, gradient="adjoint").ys
     found = []
     torch.cuda.synchronize()

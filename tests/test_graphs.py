@@ -24,7 +24,7 @@ import node_cuda
 from node_cuda import NeuralODE, SolveError, Status, odeint, odeint_adjoint, odeint_dense, solve
 from node_cuda.cuda_graphs import cache as graphs
 from node_cuda.cuda_graphs import capture
-from node_cuda.cuda_graphs.cache import MOST, PATIENCE, Graphs, graphs_of
+from node_cuda.cuda_graphs.cache import MOST, PATIENCE, GraphCache, graphs_of
 from node_cuda.cuda_graphs.capture import Uncapturable
 from node_cuda.gradients.inspection import sources
 from node_cuda.kernels import backend
@@ -101,7 +101,7 @@ KINDS = {
 
 @torch.no_grad()
 def test_a_solve_of_another_kind_is_captured_anew_and_the_others_are_kept():
-    kept, func = Graphs(), Scaled().eval()
+    kept, func = GraphCache(), Scaled().eval()
     run(func, kept)
     for count, (name, kind) in enumerate(KINDS.items(), start=2):
         assert run(**{"func": func, "kept": kept, **kind}).stats.loop == "eager"
@@ -113,7 +113,7 @@ def test_a_solve_of_another_kind_is_captured_anew_and_the_others_are_kept():
 
 @torch.no_grad()
 def test_a_tuple_is_captured_by_the_sizes_of_its_parts():
-    kept = Graphs()
+    kept = GraphCache()
 
     def func(t, y):
         return tuple(-part for part in y)
@@ -125,7 +125,7 @@ def test_a_tuple_is_captured_by_the_sizes_of_its_parts():
 
 @torch.no_grad()
 def test_other_values_are_served_by_what_there_is():
-    kept, func = Graphs(), Scaled().eval()
+    kept, func = GraphCache(), Scaled().eval()
     rtol = torch.full((2,), 1e-3, dtype=F64)
     for change in (
         dict(),
@@ -141,7 +141,7 @@ def test_other_values_are_served_by_what_there_is():
         run(**{"func": func, "kept": kept, "rtol": rtol, **change})
     assert kept.count == 1
     assert torch.equal(rtol, torch.full((2,), 1e-3, dtype=F64)), "it is the user's"
-    kept = Graphs()
+    kept = GraphCache()
     for t in (T, 2 * T, T + 1, T.flip(0).neg()):  # as many points
         run(func, kept, t=t, method="rk4")
     assert kept.count == 1
@@ -149,7 +149,7 @@ def test_other_values_are_served_by_what_there_is():
 
 @torch.no_grad()
 def test_what_torch_is_told_is_part_of_the_kind():
-    kept, func = Graphs(), decay
+    kept, func = GraphCache(), decay
     run(func, kept)
     with torch.autocast("cpu", torch.bfloat16):
         run(func, kept)
@@ -166,7 +166,7 @@ def test_what_torch_is_told_is_part_of_the_kind():
 # ------------------------------------------------------------------ what a func holds
 @torch.no_grad()
 def test_what_a_func_computes_with_is_captured_anew_where_it_must_be():
-    kept, func = Graphs(), Scaled().eval()
+    kept, func = GraphCache(), Scaled().eval()
     for change, count in (
         (lambda: None, 1),
         (lambda: func.w.mul_(2.0), 1),
@@ -212,7 +212,7 @@ def test_what_a_func_writes_at_each_evaluation_is_no_change():
             self.last = y.clone()
             return super().forward(t, y)
 
-    kept, func = Graphs(), Logging()
+    kept, func = GraphCache(), Logging()
     for _ in range(3):  # the host loop of `run` evaluates it as well
         run(func, kept)
     assert kept.count == 1
@@ -232,7 +232,7 @@ def test_what_a_func_made_in_its_first_evaluation_is_looked_at():
                 self.ready = torch.full((2,), self.scale, dtype=F64)
             return -self.ready * y
 
-    kept, func = Graphs(), Prepared()
+    kept, func = GraphCache(), Prepared()
     for scale, count in ((1.0, 1), (2.0, 2)):
         func.scale, func.ready = scale, None
         run(func, kept)
@@ -245,7 +245,7 @@ def test_what_a_func_made_in_its_first_evaluation_is_looked_at():
 
 @torch.no_grad()
 def test_a_func_that_is_another_one_each_time_is_left_to_the_host_and_told_so():
-    kept, func = Graphs(), Scaled().eval()
+    kept, func = GraphCache(), Scaled().eval()
     for i in range(PATIENCE + 1):
         func.scale = 1.0 + i
         assert run(func, kept).stats.loop == "eager"
@@ -265,7 +265,7 @@ def test_a_func_that_is_another_one_each_time_is_left_to_the_host_and_told_so():
 
 @torch.no_grad()
 def test_a_field_that_cannot_be_looked_into_is_the_host_loop_s_and_says_why():
-    func, kept = Scaled(), Graphs()
+    func, kept = Scaled(), GraphCache()
     func.table = list(range(2000))
     stats = run(func, kept).stats
     assert (stats.loop, kept.count) == ("host", 0)
@@ -281,7 +281,7 @@ def test_what_an_evaluation_makes_may_be_what_cannot_be_looked_into():
             self.made = (x for x in [1.0])
             return super().forward(t, y)
 
-    kept = Graphs()
+    kept = GraphCache()
     for _ in range(2):
         stats = run(Once(), kept).stats
         assert (stats.loop, kept.count) == ("host", 0) and "func's 'made' is of builtins.generator" in stats.why
@@ -289,7 +289,7 @@ def test_what_an_evaluation_makes_may_be_what_cannot_be_looked_into():
 
 @torch.no_grad()
 def test_no_more_are_kept_than_so_many_and_what_was_used_last_stays():
-    kept = Graphs()
+    kept = GraphCache()
     run(decay, kept)
     for n in range(2, MOST + 3):
         run(decay, kept, t=linspace(0.0, 0.1, n), method="euler")
@@ -313,8 +313,8 @@ def test_why_something_cannot_be_captured_is_kept_as_well(monkeypatch):
             tried.append(1)
             raise Uncapturable("it could not be captured (a reason)")
 
-    monkeypatch.setattr(capture, "Recorder", Failing)
-    kept = Graphs()
+    monkeypatch.setattr(capture, "GraphCapture", Failing)
+    kept = GraphCache()
     for _ in range(2):
         stats = run(decay, kept).stats
         assert (stats.loop, stats.why) == ("host", "it could not be captured (a reason)")
@@ -323,7 +323,7 @@ def test_why_something_cannot_be_captured_is_kept_as_well(monkeypatch):
 
 @torch.no_grad()
 def test_an_error_of_func_while_it_is_captured_is_the_user_s_and_nothing_is_kept():
-    kept, func = Graphs(), Scaled().eval()
+    kept, func = GraphCache(), Scaled().eval()
     func.scale = None
     with pytest.raises(TypeError):
         solve(func, Y, T, options=dict(cuda_graph=kept))
@@ -371,7 +371,7 @@ def test_they_hold_nothing_of_the_function_that_they_are_of_and_go_with_it(monke
         def repeat(self, step, control):
             return type("Repeat", (), {"tier": "once", "run": staticmethod(lambda: None)})(), None
 
-    monkeypatch.setattr(capture, "Recorder", Once)
+    monkeypatch.setattr(capture, "GraphCapture", Once)
     monkeypatch.setattr(VectorField, "release", RELEASE)
 
     class Called(Scaled):
@@ -380,7 +380,7 @@ def test_they_hold_nothing_of_the_function_that_they_are_of_and_go_with_it(monke
             def callback_accept_step(self, t0, y0, dt):
                 raise AssertionError("was called")
 
-    func, kept = Called().eval(), Graphs()
+    func, kept = Called().eval(), GraphCache()
     func.hooked = [func]
     solution = solve(func, Y, T, method=method, options=dict(cuda_graph=True, throw=False))
     assert solution.stats.loop == "once"
@@ -403,7 +403,7 @@ def test_compile_keeps_its_own():
         assert torch.equal(solution.ys, solve(func, y0, T, method="bosh3", options=dict(max_step=0.5), **LOOSE).ys)
     assert solver.graphs.count == 1 and graphs_of(func).count == 0
     assert "bosh3" in repr(solver)
-    shared = Graphs()
+    shared = GraphCache()
     assert node_cuda.compile(func, options=dict(cuda_graph=shared)).graphs is shared
     with pytest.raises(InvalidInput, match="tier must be one of 'while', 'batches' or None; got 'best'"):
         node_cuda.compile(func, tier="best")
@@ -432,7 +432,7 @@ def test_a_copy_of_a_layer_has_graphs_of_its_own(way, throw):
         assert not torch.equal(other(Y, T), expected) and torch.equal(net(Y, T), expected)
     for each in (net, other):
         assert each.solver["options"]["cuda_graph"].count == 1
-    net.solver["options"]["cuda_graph"] = Graphs("batches")
+    net.solver["options"]["cuda_graph"] = GraphCache("batches")
     assert copy.deepcopy(net).solver["options"]["cuda_graph"].tier == "batches"
 
 
@@ -446,7 +446,7 @@ def test_two_layers_over_one_func_do_not_share():
 
 # ------------------------------------------------------------------ modes of torch
 def test_what_was_captured_in_inference_mode_serves_outside_of_it():
-    kept, func = Graphs(), Scaled().eval().requires_grad_(False)
+    kept, func = GraphCache(), Scaled().eval().requires_grad_(False)
     rtol = torch.full((2,), 1e-3, dtype=F64)
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
         for factor in (1.0, 2.0):
@@ -457,7 +457,7 @@ def test_what_was_captured_in_inference_mode_serves_outside_of_it():
 
 @torch.no_grad()
 def test_weights_that_torch_keeps_from_one_evaluation_to_the_next_are_not_captured():
-    kept, func = Graphs(), Scaled().eval()
+    kept, func = GraphCache(), Scaled().eval()
     parametrize.register_parametrization(func, "w", nn.Softplus())
     with parametrize.cached():
         stats = run(func, kept).stats
@@ -473,7 +473,7 @@ def test_a_field_that_differentiates_by_itself_is_captured():
             (slope,) = torch.autograd.grad(y.square().sum() * torch.cos(t), y)
         return -slope
 
-    assert run(hamiltonian, Graphs()).stats.loop == "eager"
+    assert run(hamiltonian, GraphCache()).stats.loop == "eager"
 
 
 # ------------------------------------------------------------------ deferred
@@ -498,7 +498,7 @@ def test_each_of_several_deferred_solves_tells_of_its_own_end():
     def func(t, y):
         return y * y
 
-    kept, t = Graphs(), linspace(0.0, 2.0, 3)
+    kept, t = GraphCache(), linspace(0.0, 2.0, 3)
     options = dict(max_num_steps=20)
     starts = [torch.tensor([start], dtype=F64) for start in (0.1, 3.0, 0.2)]
     found = [solve(func, y0, t, options=dict(options, cuda_graph=kept, throw="deferred"), **LOOSE) for y0 in starts]
@@ -535,7 +535,7 @@ def test_a_solve_inside_a_graph_of_the_user_s_is_refused_before_func_is_evaluate
     outside = solve(func, y0, T, gradient="adjoint", **LOOSE)
     before = func.nfe
     monkeypatch.setattr(graphs, "capturing", lambda device: True)
-    kept = dict(cuda_graph=Graphs(), throw="deferred")
+    kept = dict(cuda_graph=GraphCache(), throw="deferred")
     for call in (
         lambda: odeint(func, y0, T, method="rk4"),
         lambda: solve(func, (y0,), T, options=kept),
@@ -559,11 +559,11 @@ def test_deferred_without_cuda_graph_is_refused():
         solve(decay, Y, T, options=dict(throw="later", cuda_graph=True))
 
 
-@pytest.mark.parametrize("given", [1, "while", np.bool_(True), [Graphs]])
+@pytest.mark.parametrize("given", [1, "while", np.bool_(True), [GraphCache]])
 def test_a_flag_that_is_none_is_refused(given):
     with pytest.raises(
         InvalidType,
-        match=r'options\["cuda_graph"\] must be True, False, or a `node_cuda.cuda_graphs.cache.Graphs`.*got',
+        match=r'options\["cuda_graph"\] must be True, False, or a `node_cuda.cuda_graphs.cache.GraphCache`.*got',
     ):
         solve(decay, Y, T, options=dict(cuda_graph=given))
 
@@ -595,7 +595,7 @@ HOST = {
 @torch.no_grad()
 def test_what_cannot_be_captured_is_the_host_s_and_the_reason_is_told(case):
     given, why = HOST[case]
-    stats = run(decay, Graphs(), **given).stats
+    stats = run(decay, GraphCache(), **given).stats
     assert stats.loop == "host" and why in stats.why
 
 
@@ -631,7 +631,7 @@ def test_what_autograd_records_is_the_host_s_and_its_gradients_are_right():
 @torch.no_grad()
 def test_an_integral_beside_is_captured_once():
     for func in (Scaled().eval(), decay):
-        kept, found = Graphs(), []
+        kept, found = GraphCache(), []
         for options in ({}, dict(cuda_graph=kept), dict(cuda_graph=kept)):
             found.append(solve(func, Y, T, integral=lambda t, y, dy: dy.square().sum(), options=options, **LOOSE))
         assert [solution.stats.loop for solution in found] == ["host", "eager", "eager"] and kept.count == 1
@@ -643,14 +643,14 @@ def test_an_integral_beside_is_captured_once():
 @torch.no_grad()
 def test_without_kernels_it_is_the_host_s():
     with node_cuda.backend("reference"):
-        stats = run(decay, Graphs()).stats
+        stats = run(decay, GraphCache()).stats
     assert (stats.loop, stats.why) == ("host", 'the backend is "reference"')
 
 
 @torch.no_grad()
 def test_on_a_cpu_it_is_the_host_s_and_the_reason_is_told(monkeypatch):
     monkeypatch.setattr(backend, "_has_kernels", lambda device: False)
-    stats = run(decay, Graphs()).stats
+    stats = run(decay, GraphCache()).stats
     assert stats.loop == "host" and "the state is on cpu, and the kernels run on CUDA devices" in stats.why
 
 
@@ -769,7 +769,7 @@ def test_a_captured_backward_pass_goes_through_no_leaf_of_the_user_s_graph(case,
     assert all(seen.nodes), "what this test looks for"
     for override in (None,) if replaceable else (print, None):
         monkeypatch.setattr(capture, "override_of_streams", lambda override=override: override)
-        stats, found = run(Graphs())
+        stats, found = run(GraphCache())
         assert len(seen.nodes) > 3 and any(seen.nodes) is not replaceable
         if replaceable or override:
             assert (stats.loop_backward, stats.why_backward) == ("eager", None)
@@ -781,7 +781,7 @@ def test_a_captured_backward_pass_goes_through_no_leaf_of_the_user_s_graph(case,
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
 def test_a_captured_backward_pass_computes_with_what_an_optimizer_wrote(gradient):
-    func, kept = Weighted(), Graphs()
+    func, kept = Weighted(), GraphCache()
     net = NeuralODE(func, gradient=gradient, options=dict(cuda_graph=kept), **LOOSE)
     found = []
     for _ in range(3):

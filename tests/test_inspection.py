@@ -71,7 +71,7 @@ class Other(nn.Module):
         return self.inner(t, y) * self.own
 
 
-class Kept(nn.Module):
+class SavedIntegrands(nn.Module):
     """Holds a tensor that is no parameter."""
 
     def __init__(self, w):
@@ -120,7 +120,7 @@ HIDDEN = {
     "default argument": (lambda w: lambda t, y, w=w: torch.tanh(y) * w, None),
     "another module": (of_a_module, "w1"),
     "a module not registered": (lambda w: Other(MLP(hidden=4)), "w1"),
-    "attribute": (Kept, "extra"),
+    "attribute": (SavedIntegrands, "extra"),
     "nested attribute": (Nested, None),
     "partial": (lambda w: functools.partial(lambda w, t, y: torch.tanh(y) * w, w), None),
     "partial with a keyword": (lambda w: functools.partial(lambda t, y, w: torch.tanh(y) * w, w=w), None),
@@ -252,7 +252,7 @@ def test_params_left_out_by_adjoint_params_are_told_of_by_name(mode):
 @both
 @pytest.mark.parametrize("interface", ["odeint_adjoint", "solve", "NeuralODE", "a submodule", "event", "odeint_event"])
 def test_the_warning_points_to_the_line_of_the_caller(mode, interface):
-    field = Kept(weight())
+    field = SavedIntegrands(weight())
     module = NeuralODE(field, gradient=mode)
     outer = nn.Sequential()
     outer.forward = lambda y0: module(y0, T)  # the line of the call

@@ -28,8 +28,8 @@ from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.check_rows import ROWS, Case, Side, difference, sides
-from node_cuda.kernels.control import Control, Reading
-from node_cuda.kernels.fused import DTYPES, Fused, On
+from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
+from node_cuda.kernels.fused import DTYPES, Fused, Launch
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE
 from node_cuda.kernels.step_control import StepControl
@@ -46,7 +46,7 @@ class Kernels(NamedTuple):
     """The compiled module and where it runs. shuffle: chooses the order of blocks, where it can be chosen."""
 
     module: ModuleType
-    on: On
+    on: Launch
     device: torch.device
     shuffle: Callable[[int], None]
 
@@ -72,8 +72,8 @@ def kernels(request):
     return Kernels(request.getfixturevalue("shim_module"), (0, 0), torch.device("cpu"), shuffle)
 
 
-def control_of(a, law=LAW, max_num_steps=math.inf, landings=(), jumps=(), stops=(), outputs=False) -> Control:
-    return a.control(law, 5, max_num_steps, landings, frozenset(jumps), stops, outputs=outputs, pauses=False)
+def control_of(a, law=LAW, max_num_steps=math.inf, tstops=(), jumps=(), stops=(), outputs=False) -> DeviceStepControl:
+    return a.control(law, 5, max_num_steps, tstops, frozenset(jumps), stops, outputs=outputs, pauses=False)
 
 
 def unit(a, h=1.0):
@@ -262,14 +262,14 @@ def test_step_control_is_that_of_the_host_call_by_call(kernels, seed):
     law = CONTROLLERS[options["controller"]].law(
         5, AdaptiveOptions(min_step=options["min_step"], max_step=options["max_step"])
     )
-    landings, jumps = sorted(options["step_t"] + options["jump_t"]), frozenset(options["jump_t"])
+    tstops, jumps = sorted(options["step_t"] + options["jump_t"]), frozenset(options["jump_t"])
     a = kernels.arithmetic(kernels.numbers(1), times=times, direction=sign)
     given = 5, options["max_num_steps"]
-    device = control_of(a, law, given[1], landings, options["jump_t"], stops, outputs=True)
-    host = StepControl(law, *given, a.norm, landings, jumps, stops, times[1:])
+    device = control_of(a, law, given[1], tstops, options["jump_t"], stops, outputs=True)
+    host = StepControl(law, *given, a.norm, tstops, jumps, stops, times[1:])
     # Of what the host has in another form, and of waiting at outputs, which it does not do.
     other = "history_0", "history_1", "dt", "last_dt", "direction", "paused"
-    names = [name for name in Reading._fields if name not in other]
+    names = [name for name in ControllerSnapshot._fields if name not in other]
     tolerance = 0.0 if kernels.device.type == "cpu" else 1e-12  # a GPU has another pow
 
     def agree():
@@ -356,7 +356,7 @@ def test_a_launch_goes_to_its_device_and_stream_and_names_what_failed(shim_modul
 
 
 def step(h: float):
-    """struct Where of csrc/launchers.h: a step from 0 by value."""
+    """struct StepRef of csrc/launchers.h: a step from 0 by value."""
     return ctypes.create_string_buffer(struct.pack("=q5d", 0, 0.0, h, h, h, 1.0))
 
 

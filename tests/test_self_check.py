@@ -214,7 +214,7 @@ class Faulty:
 
 
 class Broken(Faulty):
-    """The compiled module with a fault in one method: of a plan (`Plan.name`, `SumsPlan.name`) or of the module."""
+    """The compiled module with a fault in one method: of a plan (`SolveContext.name`, `SumsPlan.name`) or of the module."""
 
     def __init__(self, module: ModuleType, where: str, fault: Fault) -> None:
         self._module, self.where, self.fault = module, where, fault
@@ -225,7 +225,7 @@ class Broken(Faulty):
         value = getattr(self._module, name)
         return self.method(self, "", name, value) if name in ("pack_adjoint", "jump") else value
 
-    def Plan(self, *args: Any) -> OfState:
+    def SolveContext(self, *args: Any) -> OfState:
         return OfState(self, *args)
 
     def SumsPlan(self, *args: Any) -> OfSums:
@@ -246,13 +246,13 @@ class OfState(Faulty):
     def __init__(
         self, broken: Broken, code: int, n: int, size: int, error_size: int, on: Any, direction: float
     ) -> None:
-        if broken.where == "Plan":
+        if broken.where == "SolveContext":
             direction = -direction
         self.broken, self.n, self.size, self.error_size = broken, n, size, error_size
         self.real_size = size // 2 if list(DTYPES)[code].is_complex else size
         self.terms: list[int] = []  # of the rows
-        self._real = broken._module.Plan(code, n, size, error_size, on, direction)
-        self._other = broken._module.Plan(WRONG_CODE[code], n, size, error_size, on, direction)
+        self._real = broken._module.SolveContext(code, n, size, error_size, on, direction)
+        self._other = broken._module.SolveContext(WRONG_CODE[code], n, size, error_size, on, direction)
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._real, name)
@@ -266,8 +266,8 @@ class OfState(Faulty):
                 getattr(self._other, name)(*args)
                 return value(*args)
 
-            return self.broken.method(self, "Plan", name, both)
-        return self.broken.method(self, "Plan", name, value) if callable(value) else value
+            return self.broken.method(self, "SolveContext", name, both)
+        return self.broken.method(self, "SolveContext", name, value) if callable(value) else value
 
 
 class OfSums(Faulty):
@@ -315,7 +315,7 @@ def called(shim_module) -> dict[str, list[check_rows.Primitive]]:
         start = time.perf_counter()
         assert found_by(watched, torch.float32, [row]) is None, row.name
         seconds[row.name] = time.perf_counter() - start
-        for name in {"Plan", *watched.called}:
+        for name in {"SolveContext", *watched.called}:
             rows.setdefault(name, []).append(row)
     return {name: sorted(found, key=lambda row: seconds[row.name]) for name, found in rows.items()}
 
@@ -323,7 +323,7 @@ def called(shim_module) -> dict[str, list[check_rows.Primitive]]:
 def launches(module: ModuleType) -> Iterator[str]:
     """Every method of the plans and every function that Fused calls, but those that launch nothing."""
     quiet = {"launches", "bytes", "workspace_size", "current"}
-    for owner in ("Plan", "SumsPlan"):
+    for owner in ("SolveContext", "SumsPlan"):
         yield from (f"{owner}.{x}" for x in dir(getattr(module, owner)) if not x.startswith("_") and x not in quiet)
     yield from ("pack_adjoint", "jump")
 
@@ -336,63 +336,63 @@ OF_STATE = ["rk_stage", "rk_finish", "combine", "sum", "commit", "scaled_error",
 NORMS = ["judge", "initial_norms", "initial_change"]
 ON_CURRENT = ["rk_stage", "rk_finish", "sum", "stage_times", "judge", "dense_eval", "dense_adjoint"]
 CONTROL = ["start_control", "start_control_at", "judge_ratio", "next_of_grid", "resume", "read_control"]
-WALK = ["set_walk", "take_back", "taken"]
+WALK = ["begin_reverse", "load_step", "advance_reverse"]
 SUMS = [f"SumsPlan.{name}" for name in ("accumulate", "keep", "commit", "ratio")]
-LARGE = [*(f"Plan.{name}" for name in (*OF_STATE, *NORMS)), *SUMS, "pack_adjoint", "jump"]
+LARGE = [*(f"SolveContext.{name}" for name in (*OF_STATE, *NORMS)), *SUMS, "pack_adjoint", "jump"]
 NOT_SUMS = [x for x in LARGE if x not in SUMS]
-TYPED = [x for x in LARGE if x != "Plan.commit"] + ["Plan.stage_times"]  # a commit copies bytes
+TYPED = [x for x in LARGE if x != "SolveContext.commit"] + ["SolveContext.stage_times"]  # a commit copies bytes
 
 NONE = ctypes.create_string_buffer(8)  # of the landings a jump
 COEFFICIENTS = [
-    ("Plan", no_write),  # the direction, see OfState
-    *(("Plan.interval", argument(i, scaled)) for i in range(3)),
-    ("Plan.row", argument(0, of_row)),
-    ("Plan.row", argument(1, of_row)),
-    ("Plan.row", argument(2, scaled)),
-    ("Plan.row", argument(3, lambda side: 1)),
-    ("Plan.combine", argument(0, scaled)),
-    ("Plan.combine", argument(4, scaled)),
-    ("Plan.sum", argument(4, scaled)),
-    ("Plan.stage_times", argument(1, scaled)),
-    ("Plan.stage_times", argument(2, lambda side: -side)),
-    ("Plan.polynomials", argument(1, scaled)),
-    ("Plan.polynomials", argument(2, scaled)),
-    *(("Plan.set_norm", argument(i, scaled)) for i in (0, 1)),
-    ("Plan.set_norm", argument(4, lambda ends: [])),  # one segment
-    *(("Plan.set_law", argument(i, scaled)) for i in (0, 1, 2, 3, 6, 7, 8)),
-    ("Plan.set_law", argument(0, lambda e: [e[0], e[1] + 0.02, e[2]])),
-    *(("Plan.set_law", argument(i, lambda flag: not flag)) for i in (4, 5)),
-    ("Plan.set_law", argument(9, lambda most: min(most + 1, 2**63 - 1))),
-    *(("Plan.set_law", argument(i, shorter)) for i in (10, 12, 13)),
-    ("Plan.set_law", argument(11, lambda is_jump: ctypes.addressof(NONE))),
-    ("Plan.judge", argument(3, scaled)),
-    ("Plan.judge", argument(6, shorter)),
-    ("Plan.judge_ratio", argument(0, shorter)),
-    ("Plan.scaled_error", argument(4, scaled)),
-    *(("Plan.start_control", argument(i, scaled)) for i in (0, 1)),
-    ("Plan.start_control_at", argument(1, scaled)),
-    *((f"Plan.{name}", argument(0, shorter)) for name in ("next_of_grid", "resume")),
-    ("Plan.dense_eval", argument(3, lambda times: times - 8)),
-    ("Plan.dense_adjoint", argument(4, lambda times: times - 8)),
+    ("SolveContext", no_write),  # the direction, see OfState
+    *(("SolveContext.interval", argument(i, scaled)) for i in range(3)),
+    ("SolveContext.row", argument(0, of_row)),
+    ("SolveContext.row", argument(1, of_row)),
+    ("SolveContext.row", argument(2, scaled)),
+    ("SolveContext.row", argument(3, lambda side: 1)),
+    ("SolveContext.combine", argument(0, scaled)),
+    ("SolveContext.combine", argument(4, scaled)),
+    ("SolveContext.sum", argument(4, scaled)),
+    ("SolveContext.stage_times", argument(1, scaled)),
+    ("SolveContext.stage_times", argument(2, lambda side: -side)),
+    ("SolveContext.polynomials", argument(1, scaled)),
+    ("SolveContext.polynomials", argument(2, scaled)),
+    *(("SolveContext.set_norm", argument(i, scaled)) for i in (0, 1)),
+    ("SolveContext.set_norm", argument(4, lambda ends: [])),  # one segment
+    *(("SolveContext.set_law", argument(i, scaled)) for i in (0, 1, 2, 3, 6, 7, 8)),
+    ("SolveContext.set_law", argument(0, lambda e: [e[0], e[1] + 0.02, e[2]])),
+    *(("SolveContext.set_law", argument(i, lambda flag: not flag)) for i in (4, 5)),
+    ("SolveContext.set_law", argument(9, lambda most: min(most + 1, 2**63 - 1))),
+    *(("SolveContext.set_law", argument(i, shorter)) for i in (10, 12, 13)),
+    ("SolveContext.set_law", argument(11, lambda is_jump: ctypes.addressof(NONE))),
+    ("SolveContext.judge", argument(3, scaled)),
+    ("SolveContext.judge", argument(6, shorter)),
+    ("SolveContext.judge_ratio", argument(0, shorter)),
+    ("SolveContext.scaled_error", argument(4, scaled)),
+    *(("SolveContext.start_control", argument(i, scaled)) for i in (0, 1)),
+    ("SolveContext.start_control_at", argument(1, scaled)),
+    *((f"SolveContext.{name}", argument(0, shorter)) for name in ("next_of_grid", "resume")),
+    ("SolveContext.dense_eval", argument(3, lambda times: times - 8)),
+    ("SolveContext.dense_adjoint", argument(4, lambda times: times - 8)),
     *(("SumsPlan.accumulate", argument(i, scaled)) for i in (2, 3)),
     ("SumsPlan.accumulate", argument(4, lambda add: not add)),
     ("SumsPlan.keep", argument(2, lambda add: not add)),
     *(("SumsPlan.ratio", argument(i, scaled)) for i in (0, 1)),
-    ("Plan.commit", argument(1, lambda sources: sources[::-1])),
+    ("SolveContext.commit", argument(1, lambda sources: sources[::-1])),
     ("pack_adjoint", argument(4, lambda vjp: 0)),
     ("jump", argument(5, lambda f: f and f + 4)),
 ]  # fmt: skip
 FAULTS = [
     *(pytest.param(where, no_write, id=f"no write {where}") for where in
-      (*(f"Plan.{name}" for name in (*CONTROL, *WALK, "stage_times")), *LARGE)),
-    *(pytest.param(where, dropped_tail, id=f"dropped tail {where}") for where in (*LARGE, "Plan.stage_times")),
+      (*(f"SolveContext.{name}" for name in (*CONTROL, *WALK, "stage_times")), *LARGE)),
+    *(pytest.param(where, dropped_tail, id=f"dropped tail {where}") for where in (*LARGE, "SolveContext.stage_times")),
     *(pytest.param(where, missing_block, id=f"missing block {where}") for where in LARGE),
-    *(pytest.param(where, wrong_dtype, id=f"wrong dtype {where}") for where in (*TYPED, "Plan.take_back")),
+    *(pytest.param(where, wrong_dtype, id=f"wrong dtype {where}") for where in (*TYPED, "SolveContext.load_step")),
     *(pytest.param(where, no_write_of_current, id=f"no write of the current step {where}") for where in
-      (*(f"Plan.{name}" for name in ON_CURRENT), "SumsPlan.accumulate", "SumsPlan.keep", "SumsPlan.commit")),
+      (*(f"SolveContext.{name}" for name in ON_CURRENT), "SumsPlan.accumulate", "SumsPlan.keep", "SumsPlan.commit")),
     *(pytest.param(where, no_write_of_one, id=f"no write of one element {where}") for where in NOT_SUMS),
     *(pytest.param(where, no_write_unaligned, id=f"no write unaligned {where}") for where in NOT_SUMS),
-    pytest.param("Plan.rk_stage", no_write_of_three_terms, id="no write of three terms Plan.rk_stage"),
+    pytest.param("SolveContext.rk_stage", no_write_of_three_terms, id="no write of three terms SolveContext.rk_stage"),
     pytest.param("SumsPlan.accumulate", no_second_launch, id="no second launch SumsPlan.accumulate"),
     *(pytest.param(where, fault, id=f"coefficient {i} {where}") for i, (where, fault) in enumerate(COEFFICIENTS)),
 ]  # fmt: skip
@@ -412,10 +412,14 @@ QUICK = ("rk_stage", "rk_finish", "combine", "sum", "scaled_error")
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
 def test_the_kernels_as_they_are_pass_in_every_dtype_and_those_of_another_dtype_do_not(shim_module, called, dtype):
     assert found_by(shim_module, dtype, OF_DTYPE) is None
-    faults = [(f"Plan.{name}", wrong_dtype) for name in QUICK]
+    faults = [(f"SolveContext.{name}", wrong_dtype) for name in QUICK]
     if not dtype.is_complex:  # where times are of the dtype that the state is mistaken for
-        faults.append(("Plan.stage_times", wrong_dtype))
-    faults += [("Plan.row", argument(0, of_row)), ("Plan.commit", missing_block), ("jump", missing_block)]
+        faults.append(("SolveContext.stage_times", wrong_dtype))
+    faults += [
+        ("SolveContext.row", argument(0, of_row)),
+        ("SolveContext.commit", missing_block),
+        ("jump", missing_block),
+    ]
     for where, fault in faults:
         assert found_by(Broken(shim_module, where, fault), dtype, called[where]) is not None, where
 
@@ -448,7 +452,7 @@ def unchecked(shim, monkeypatch, tmp_path) -> Callable[[Any], None]:
 
 @pytest.fixture
 def wrong(shim_module) -> Broken:
-    return Broken(shim_module, "Plan.combine", argument(0, scaled))
+    return Broken(shim_module, "SolveContext.combine", argument(0, scaled))
 
 
 def decay(t, y):
@@ -504,7 +508,7 @@ def test_kernels_that_cannot_be_called_are_named_with_the_error(unchecked, shim_
     def too_old(broken, plan, name, call, args):
         raise RuntimeError("node_cuda: stage_time failed: cudaErrorInsufficientDriver\nadvice")
 
-    unchecked(Broken(shim_module, "Plan.stage_times", too_old))
+    unchecked(Broken(shim_module, "SolveContext.stage_times", too_old))
     message = r"in float64: stage_times\. .* it fails: node_cuda: stage_time failed: cudaErrorInsufficientDriver\. For"
     with pytest.warns(RuntimeWarning, match=message):
         run()
@@ -562,12 +566,12 @@ def test_the_check_neither_sees_nor_changes_the_modes_and_random_states_of_the_c
             torch.autocast("cpu", dtype=torch.bfloat16),
             torch.autograd.graph.saved_tensors_hooks(lambda x: 1 / 0, lambda x: x),
         ):
-            assert self_check.obstacle(shim_module, CPU, torch.float32) is None
+            assert self_check.fallback_reason(shim_module, CPU, torch.float32) is None
     finally:
         torch.set_default_dtype(torch.float32)
     assert torch.equal(torch.get_rng_state(), before)
     with torch.enable_grad():
-        assert self_check.obstacle(shim_module, CPU, torch.complex64) is None
+        assert self_check.fallback_reason(shim_module, CPU, torch.complex64) is None
     assert checks == [torch.float32, torch.complex64]
 
 
@@ -575,7 +579,7 @@ def test_a_full_memory_is_no_fault_of_a_kernel_and_the_next_solve_checks_again(u
     def full(broken, plan, name, call, args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
-    unchecked(Broken(shim_module, "Plan.combine", full))
+    unchecked(Broken(shim_module, "SolveContext.combine", full))
     assert not takes_kernels()
     with node_cuda.backend("fused"), pytest.raises(Unsupported, match="had no memory left to check the kernels"):
         run()
@@ -699,7 +703,7 @@ def test_an_error_that_ruins_the_device_is_told_and_left_for_the_next_process(
     def illegal(broken, plan, name, call, args):
         raise RuntimeError("CUDA error: an illegal memory access was encountered\nadvice")
 
-    unchecked(Broken(shim_module, "Plan.combine", illegal))
+    unchecked(Broken(shim_module, "SolveContext.combine", illegal))
     with monkeypatch.context() as ruined:
         ruined.setattr(self_check, "_usable", lambda device: False)
         with pytest.raises(Lost, match=r"self-check of combine in float64 .* illegal memory access was encountered\. "):

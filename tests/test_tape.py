@@ -14,7 +14,7 @@ from typing import NamedTuple
 import pytest
 import torch
 from problems import F64, TimedLinear, linspace
-from shim.graphs import Graphs
+from shim.graphs import GraphCache
 from torch import Tensor
 
 import node_cuda
@@ -22,12 +22,12 @@ from node_cuda.controllers import Controller
 from node_cuda.cuda_graphs.device_loop import OutputLoop, set_apart
 from node_cuda.gradients.discrete.trajectory import Trajectory
 from node_cuda.kernels.arithmetic import Arithmetic, Polynomials
-from node_cuda.kernels.control import Control
+from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.reference import ControlLaw, DenseCotangents
+from node_cuda.kernels.reference import ControllerParams, DenseCotangents
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
-from node_cuda.kernels.step_log import _LAYOUT, _RECORDED, Tape
+from node_cuda.kernels.step_log import _LAYOUT, _RECORDED, StepLog
 from node_cuda.loop.assemble import arithmetic_of, make_loop
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import solve_outputs
@@ -46,25 +46,25 @@ STREAM, DEVICE = 77, 1
 
 
 @pytest.fixture
-def control(shim_module) -> Callable[..., Control]:
+def control(shim_module) -> Callable[..., DeviceStepControl]:
     """Makes the control of a solve that records on a tape, or of a walk."""
 
-    def make(law=LAW, outputs=(), direction=1.0, tape=None, on=(0, 0), dtype=F64) -> Control:
+    def make(law=LAW, outputs=(), direction=1.0, tape=None, on=(0, 0), dtype=F64) -> DeviceStepControl:
         fused = Fused(shim_module, on, torch.zeros(2, dtype=dtype), direction, ErrorNorm(1.0, 1.0), (0.0, *outputs))
         return fused.control(law, 5, math.inf, (), frozenset(), (), outputs=bool(outputs), pauses=False, tape=tape)
 
     return make
 
 
-def walk_in(control: Callable[..., Control], tape: Tape, **given) -> Control:
+def walk_in(control: Callable[..., DeviceStepControl], tape: StepLog, **given) -> DeviceStepControl:
     """A walk over a tape, which has begun."""
     walk = control(**given)
     walk.start(0.0, None)
-    walk.set_walk(tape)
+    walk.begin_reverse(tape)
     return walk
 
 
-def grid_solve(control: Callable[..., Control], tape: Tape, points: Tensor, **given) -> None:
+def grid_solve(control: Callable[..., DeviceStepControl], tape: StepLog, points: Tensor, **given) -> None:
     """A solve goes from point to point of a grid, to its end."""
     made = control(tape=tape, **given)
     made.points = points
@@ -86,7 +86,7 @@ class Recorded(NamedTuple):
     unused: int
 
 
-def read_tape(tape: Tape) -> tuple[int, list[Recorded]]:
+def read_tape(tape: StepLog) -> tuple[int, list[Recorded]]:
     """How many steps were accepted, and those that were recorded."""
     count = _LAYOUT.unpack(tape._struct.numpy().tobytes())[4]
     steps = _RECORDED.iter_unpack(tape._steps.numpy().tobytes())
@@ -98,12 +98,12 @@ def read_tape(tape: Tape) -> tuple[int, list[Recorded]]:
 
 def test_a_tape_without_room_is_refused():
     with pytest.raises(ValueError, match="at least one step; got 0"):
-        Tape(CPU, 0, first=0, carries=True)
+        StepLog(CPU, 0, first=0, carries=True)
 
 
 @pytest.mark.parametrize("capacity", [3, 8])
 def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(control, capacity):
-    tape = Tape(CPU, capacity, first=1, carries=True)
+    tape = StepLog(CPU, capacity, first=1, carries=True)
     solve = control(outputs=[1.0], tape=tape)
     solve.start(0.0, 0.25)
     assert tape.slot.item() == capacity
@@ -120,7 +120,7 @@ def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(c
 
 
 def test_a_step_that_fails_is_not_recorded(control):
-    tape = Tape(CPU, 8, first=0, carries=True)
+    tape = StepLog(CPU, 8, first=0, carries=True)
     law = LAW._replace(min_step=0.5)  # so that it is accepted whatever its error
     solve = control(law, outputs=[1.0], tape=tape)
     solve.start(0.0, 0.5)
@@ -137,7 +137,7 @@ class Solved:
     """A solve by the device loop with a tape, and the same by the host loop."""
 
     loop: OutputLoop
-    tape: Tape
+    tape: StepLog
     states: Tensor
     host: Trajectory
     problem: Problem
@@ -156,8 +156,8 @@ def solved(y0: Tensor, t: Tensor, method: str, options: dict, capacity: int) -> 
         host, interpolant = make_loop(problem, parsed, Stats(), points=points)
         trajectory = Trajectory.of(host, host.stepper, None, None)  # pyright: ignore[reportArgumentType]
         solve_outputs(host, interpolant, False)
-        inside = host.pace.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
-        tape = Tape(CPU, capacity, first=int(inside), carries=parsed.adaptive)
+        inside = host.selector.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
+        tape = StepLog(CPU, capacity, first=int(inside), carries=parsed.adaptive)
         own = set_apart(problem)
         fused = arithmetic_of(own)
         assert isinstance(fused, Fused)
@@ -224,7 +224,7 @@ def test_steps_beyond_the_capacity_are_counted_and_not_written(shim):
     assert count == 20 and len(steps) == 7
     assert [(s.t0, s.t1) for s in steps] == [(x.at.t0, x.at.t1) for x in device.host.steps[:7]]
     walk = walk_of(device.fused)
-    walk.set_walk(device.tape)
+    walk.begin_reverse(device.tape)
     state = walk.read()
     assert (state.active, Status(state.status)) == (0, Status.RECORD_FULL)
 
@@ -232,11 +232,11 @@ def test_steps_beyond_the_capacity_are_counted_and_not_written(shim):
 # --- the walk ----------------------------------------------------------------------------------------------------
 
 
-def walk_of(fused: Fused) -> Control:
+def walk_of(fused: Fused) -> DeviceStepControl:
     """The control of a walk over the tape of a solve with this arithmetic, in a plan of its own."""
     y0 = torch.zeros(fused.shape, dtype=fused.dtype)
     own = Fused(fused.module, fused.on, y0, fused.direction, fused.norm, (0.0,))
-    law = ControlLaw((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
+    law = ControllerParams((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
     walk = own.control(law, 1, math.inf, (), frozenset(), (), outputs=False, pauses=False)
     walk.start(0.0, None)
     return walk
@@ -250,10 +250,10 @@ def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, 
     device = solved(y0, t, method, options, 200)
     walk, fused, (_, steps) = walk_of(device.fused), device.fused, read_tape(device.tape)
     time = torch.zeros((), dtype=dtype.to_real())
-    walk.set_walk(device.tape)
+    walk.begin_reverse(device.tape)
     places = list(reversed(range(len(steps))))
     for n in places:
-        walk.take_back(device.tape, time)
+        walk.load_step(device.tape, time)
         now, (at, carried, start, node, side) = walk.read(), device.host.steps[n]
         assert (now.active, now.accept, now.status) == (1, 1, 0) and device.tape.row.item() == n
         assert (now.t0, now.t1, now.h, now.dt) == (at.t0, at.t1, at.h, at.signed)
@@ -264,11 +264,11 @@ def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, 
         plain = Clock(fused.direction, dtype.to_real(), CPU).at_nodes(start, (node,), side)[0]
         assert torch.equal(time, fused.times(start, (node,), side)[0]) and torch.equal(time, plain)
         assert torch.equal(device.states[n], device.host.checkpoints._kept[n].y0) or n == 0
-        walk.taken(device.tape)
+        walk.advance_reverse(device.tape)
     assert not walk.read().active
     before = walk.read()
-    walk.take_back(device.tape, time.fill_(7.0))  # behind the end
-    walk.taken(device.tape)
+    walk.load_step(device.tape, time.fill_(7.0))  # behind the end
+    walk.advance_reverse(device.tape)
     now = walk.read()
     assert now == before._replace(accept=0, first_output=now.next_output) and time == 7.0
     assert device.tape.row.item() == 0
@@ -280,11 +280,11 @@ def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(control, dtype,
     points = torch.tensor([-3.1, -1.0, 0.0, 1 / 3, 1.0, 2.0, 100.1], dtype=F64)
     clock, time = Clock(direction, dtype, CPU), torch.zeros((), dtype=dtype)
     for first, carries in ((HERE, False), (JUST_AFTER, False), (JUST_AFTER, True)):
-        tape = Tape(CPU, 6, first=first, carries=carries)
+        tape = StepLog(CPU, 6, first=first, carries=carries)
         grid_solve(control, tape, points, direction=direction)
         walk = walk_in(control, tape, direction=direction, dtype=dtype)
         for n in reversed(range(6)):
-            walk.take_back(tape, time)
+            walk.load_step(tape, time)
             t0 = float(points[n])
             at, side = Interval(t0, float(points[n + 1]), 1.0, direction, direction), first
             if carries and n:
@@ -294,47 +294,47 @@ def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(control, dtype,
 
 
 def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(control):
-    points, tape = torch.arange(12.0, dtype=F64), Tape(CPU, 4, first=0, carries=False)
+    points, tape = torch.arange(12.0, dtype=F64), StepLog(CPU, 4, first=0, carries=False)
     grid_solve(control, tape, points)
     walk, time = walk_in(control, tape), torch.full((), 7.0, dtype=F64)
-    walk.take_back(tape, time)
-    walk.taken(tape)
+    walk.load_step(tape, time)
+    walk.advance_reverse(tape)
     now = walk.read()
     assert (now.active, now.accept, Status(now.status)) == (0, 0, Status.RECORD_FULL)
     assert time == 7.0 and int(tape.row) == 4
     grid_solve(control, tape, points[:4])  # the next solve is shorter
-    walk.set_walk(tape)
+    walk.begin_reverse(tape)
     assert (walk.read().active, walk.read().status) == (1, 0)
 
 
 def test_a_solve_without_a_step_has_nothing_to_take_back(control):
-    tape = Tape(CPU, 4, first=0, carries=True)
+    tape = StepLog(CPU, 4, first=0, carries=True)
     walk = walk_in(control, tape)
-    walk.take_back(tape)
+    walk.load_step(tape)
     assert (walk.read().active, walk.read().status, int(tape.row)) == (0, 0, 0)
 
 
 def test_a_dtype_that_there_is_not_is_refused(shim_module, control):
-    tape = Tape(CPU, 4, first=0, carries=True)
-    with pytest.raises(RuntimeError, match="take_back failed"):
-        shim_module.take_back(9, control().address, tape.address, 0, (0, 0))
+    tape = StepLog(CPU, 4, first=0, carries=True)
+    with pytest.raises(RuntimeError, match="load_step failed"):
+        shim_module.load_step(9, control().address, tape.address, 0, (0, 0))
 
 
 def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_module, control):
-    graphs, on = Graphs(shim_library), (STREAM, DEVICE)
+    graphs, on = GraphCache(shim_library), (STREAM, DEVICE)
     graphs.reset()
-    points, tape = torch.arange(9.0, dtype=F64) / 4, Tape(CPU, 8, first=1, carries=True)
+    points, tape = torch.arange(9.0, dtype=F64) / 4, StepLog(CPU, 8, first=1, carries=True)
     grid_solve(control, tape, points, outputs=[0.6, 2.0])
     walk, time, rows = control(on=on), torch.zeros((), dtype=F64), torch.zeros(2, dtype=torch.int64)
     walk.start(0.0, None)
     with graphs.capturing(STREAM) as found:
-        walk.set_walk(tape)
+        walk.begin_reverse(tape)
     with graphs.capturing(STREAM) as bodies:
-        walk.take_back(tape, time)
+        walk.load_step(tape, time)
         for i in range(2):  # the row of this step becomes the first, and the one before it the second
             source = rows if i == 0 else tape.row
             graphs.lib.shim_copy(rows[1 - i :].data_ptr(), source.data_ptr(), 8, STREAM)
-        walk.taken(tape)
+        walk.advance_reverse(tape)
     begin = graphs.lib.shim_instantiate(found[0])
     loop = shim_module.WhileGraph(bodies[0], walk.address, DEVICE)
     for _ in range(2):
@@ -365,9 +365,9 @@ def test_the_cotangents_of_the_current_step_are_those_of_the_same_step_by_value_
     walk.start(0.0, None)
     current, polynomials = fused.current(), polynomials_of(device.loop, fused)
     lam, mu, ys = (torch.randn(*shape, dtype=dtype) for shape in ((2,), (2,), (len(t) - 1, 2)))
-    walk.set_walk(device.tape)
+    walk.begin_reverse(device.tape)
     for taken, step in zip(reversed(device.host.steps), reversed(read_tape(device.tape)[1]), strict=True):
-        walk.take_back(device.tape)
+        walk.load_step(device.tape)
         at, first, stop = taken.at, step.first_output, step.next_output
         for base in (None, lam):
             kappa = fused.adjoint_stage(base, [lam, mu], [0.3, -0.7], current)
@@ -380,7 +380,7 @@ def test_the_cotangents_of_the_current_step_are_those_of_the_same_step_by_value_
         plain = Arithmetic.dense_adjoint(fused, polynomials, at, lam, 1 + first, given)
         for x, y in zip(flat(found), flat(plain), strict=True):
             torch.testing.assert_close(x, y)
-        walk.taken(device.tape)
+        walk.advance_reverse(device.tape)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)

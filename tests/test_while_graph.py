@@ -16,17 +16,17 @@ from typing import Any
 import pytest
 import torch
 from shim import library
-from shim.graphs import Graphs
+from shim.graphs import GraphCache
 from torch import Tensor
 
 import node_cuda
 from node_cuda.extension import build
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels.control import _LAYOUT, Reading
+from node_cuda.kernels.control import _LAYOUT, ControllerSnapshot
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.stage_times import JUST_BEFORE, Interval
 from node_cuda.loop.assemble import arithmetic_of
-from node_cuda.loop.step_control import Adaptive
+from node_cuda.loop.step_control import AdaptiveSteps
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.options import AdaptiveOptions
@@ -47,11 +47,11 @@ def module(shim_library):
 
 
 @pytest.fixture
-def shim(shim_library, module, monkeypatch) -> Iterator[Graphs]:
+def shim(shim_library, module, monkeypatch) -> Iterator[GraphCache]:
     """The runtime's other side. A test that leaves something behind, or does what CUDA leaves undefined, fails."""
     monkeypatch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
     monkeypatch.setattr(dispatch, "_kernels", lambda device: (module, ON))
-    graphs = Graphs(shim_library)
+    graphs = GraphCache(shim_library)
     graphs.reset()
     before = graphs.lib.shim_leaks()
     yield graphs
@@ -61,18 +61,18 @@ def shim(shim_library, module, monkeypatch) -> Iterator[Graphs]:
     assert found == ("", 0, 0), "complaints, objects left behind, the current device"
 
 
-class Captured:
+class CapturedSolve:
     """One attempted step as a graph, and all that it works on. The start is the host loop's."""
 
     def __init__(
-        self, shim: Graphs, y0: Tensor, t: Tensor, method: str = "dopri5", tol: float = 1e-5, **options: Any
+        self, shim: GraphCache, y0: Tensor, t: Tensor, method: str = "dopri5", tol: float = 1e-5, **options: Any
     ) -> None:
         self.shim, self.tableau = shim, TABLEAUS[method]
         problem = make_problem(self.field, y0, t, tol, tol)
         fused = arithmetic_of(problem)
         assert isinstance(fused, Fused)
         self.fused, self.problem = fused, problem
-        self.pace = Adaptive(problem, fused, self.tableau.order, AdaptiveOptions(**options), Stats())
+        self.selector = AdaptiveSteps(problem, fused, self.tableau.order, AdaptiveOptions(**options), Stats())
         self.ys = torch.full((len(t), *y0.shape), math.nan, dtype=y0.dtype)
         self.y0, self.k1 = torch.empty_like(y0), torch.empty_like(y0)
         self.start()
@@ -82,12 +82,12 @@ class Captured:
 
     def field(self, t: Tensor, y: Tensor) -> Tensor:
         f = torch.empty_like(y)
-        self.shim.field(f, t, y, library.On(STREAM, DEVICE, 0))
+        self.shim.field(f, t, y, library.Launch(STREAM, DEVICE, 0))
         return f
 
     @property
     def control(self):
-        return self.pace.control
+        return self.selector.control
 
     @property
     def ctl(self) -> int:
@@ -100,7 +100,7 @@ class Captured:
         self.y0.copy_(self.problem.y0)
         start = self.fused.interval(t0, t0, 0.0)
         self.k1.copy_(self.field(self.fused.times(start, [0.0], 0)[0], self.y0))
-        self.pace.start(t0, self.y0, self.k1)
+        self.selector.start(t0, self.y0, self.k1)
 
     def attempt(self) -> list[Any]:
         """A step at static addresses; returns what must live as long as its graph."""
@@ -141,8 +141,8 @@ def linspace(n: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.linspace(0.2, 3.0, n, dtype=dtype)
 
 
-def reading(flag: Any) -> Reading:
-    return Reading._make(_LAYOUT.unpack(flag.read()))
+def reading(flag: Any) -> ControllerSnapshot:
+    return ControllerSnapshot._make(_LAYOUT.unpack(flag.read()))
 
 
 # Calls of the runtime.
@@ -166,7 +166,7 @@ SOLVES = {
 def test_one_launch_is_the_solve_of_the_host_to_the_bit(shim, module, name):
     n, dtype, t, options = SOLVES[name]
     method = name if name in TABLEAUS else "dopri5"
-    solve = Captured(shim, linspace(n, dtype), torch.tensor(t, dtype=torch.float64), method, **options)
+    solve = CapturedSolve(shim, linspace(n, dtype), torch.tensor(t, dtype=torch.float64), method, **options)
     expected = solve.by_the_host(**options)
     loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
     solve.close()  # the loop has its own copy
@@ -188,7 +188,7 @@ def test_one_launch_is_the_solve_of_the_host_to_the_bit(shim, module, name):
 
 
 def test_a_solve_that_has_ended_is_not_begun(shim, module):
-    solve = Captured(shim, linspace(40), torch.tensor([0.0, 1.0]))
+    solve = CapturedSolve(shim, linspace(40), torch.tensor([0.0, 1.0]))
     loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
     loop.launch(STREAM)
     state, y = solve.control.read(), solve.y0.clone()
@@ -210,7 +210,7 @@ def test_a_solve_that_has_ended_is_not_begun(shim, module):
 )
 def test_a_solve_that_fails_ends_its_loop_and_says_why(shim, module, status, start, options):
     y0 = torch.full((40,), start, dtype=torch.float64)
-    solve = Captured(shim, y0, torch.tensor([0.0, 0.001, 9.0]), **options)
+    solve = CapturedSolve(shim, y0, torch.tensor([0.0, 0.001, 9.0]), **options)
     expected = solve.by_the_host(**options)
     loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
     loop.launch(STREAM)
@@ -222,7 +222,9 @@ def test_a_solve_that_fails_ends_its_loop_and_says_why(shim, module, status, sta
 
 
 def test_what_torch_copies_and_fills_in_a_step_goes_round_the_loop(shim, module):
-    solve = Captured(shim, linspace(40), torch.tensor([0.0, 1.0], dtype=torch.float64), first_step=0.05, max_step=0.05)
+    solve = CapturedSolve(
+        shim, linspace(40), torch.tensor([0.0, 1.0], dtype=torch.float64), first_step=0.05, max_step=0.05
+    )
     source, copy, filled = torch.arange(4.0), torch.zeros(4), torch.zeros(4)
     with shim.capturing(STREAM) as graphs:
         held = solve.attempt()
@@ -237,7 +239,7 @@ def test_what_torch_copies_and_fills_in_a_step_goes_round_the_loop(shim, module)
 
 
 def test_a_plan_without_step_control_has_no_step_of_its_own(shim, module):
-    plan = module.Plan(0, 1, 4, 4, ON, 1.0)
+    plan = module.SolveContext(0, 1, 4, 4, ON, 1.0)
     with pytest.raises(RuntimeError, match="has no current step"):
         plan.current()
 
@@ -355,7 +357,7 @@ def test_a_launch_that_fails_says_so(shim, module):
 
 
 def test_a_loop_may_go_while_its_launch_is_still_to_come(shim, module):
-    solve = Captured(shim, linspace(40), torch.tensor([0.0, 1.0]))
+    solve = CapturedSolve(shim, linspace(40), torch.tensor([0.0, 1.0]))
     shim.lib.shim_lazy(1)
     loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
     loop.launch(STREAM)
@@ -388,7 +390,7 @@ def test_what_goes_during_a_capture_of_somebody_else_leaves_that_in_order(shim, 
 
 def test_batches_with_flags_are_the_same_solve_and_the_next_batch_is_there_before_one_is_waited_for(shim, module):
     t = torch.tensor([0.0, 0.7, 2.0], dtype=torch.float64)
-    solve = Captured(shim, linspace(200), t, first_step=1.5)
+    solve = CapturedSolve(shim, linspace(200), t, first_step=1.5)
     expected = solve.by_the_host(first_step=1.5)
     step = shim.lib.shim_instantiate(solve.graph)
     shim.lib.shim_lazy(1)
@@ -491,7 +493,7 @@ ANY_TOOLKIT = """
 #include <cstdio>
 int main() {
   cudaGraph_t step = nullptr;
-  node_cuda::Ctl ctl{};
+  node_cuda::ControllerState ctl{};
   const int made = cudaGraphCreate(&step, 0);
   try {
     node_cuda::WhileGraph loop(step, &ctl, 0);

@@ -17,7 +17,8 @@ from .launching import Launch, Workplace
 __all__ = ["PRIMITIVES", "STEP", "WITHOUT_STATE", "Launch", "Primitive", "Workplace"]
 
 WITHOUT_STATE = {  # these move numbers only
-    "stage_time", "step_control", "start_control", "grid_control", "resume", "set_walk", "take_back", "taken",
+    "stage_time", "step_control", "start_control", "grid_control", "resume", "begin_reverse", "load_step",
+    "advance_reverse",
 }  # fmt: skip
 
 

@@ -72,7 +72,7 @@ def plain_jump(a: Tensor, g: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
     return a.add_(g), torch.dot(g.to(acc), f.to(acc))
 
 
-class Sums:
+class GradientAccumulator:
     """A list of tensors with their sums, errors and totals, as the launchers want them."""
 
     def __init__(self, place: Workplace) -> None:
@@ -91,7 +91,7 @@ class Sums:
 
 def accumulate(place: Workplace, with_error: bool) -> Launch:
     """What a stage adds to the sums, and to their errors."""
-    of = Sums(place)
+    of = GradientAccumulator(place)
     written = (*of.sums, *of.errors) if with_error else (*of.sums,)
     error_weight = ERROR_WEIGHT if with_error else 0.0
     plain_sums = [x.clone() for x in of.sums]
@@ -112,7 +112,7 @@ def plain_accumulate(
 
 def commit_sums(place: Workplace) -> Launch:
     """total_i += sum_i after an accepted step."""
-    of = Sums(place)
+    of = GradientAccumulator(place)
     plain_totals = [x.clone() for x in of.totals]
     kernel = place.bind("commit_sums", *of.sized, None)
     return Launch(kernel, (plain_totals, of.sums), (*of.totals, *of.totals, *of.sums), (*of.totals,), of)
@@ -126,7 +126,7 @@ def plain_commit_sums(totals: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
 
 def sums_ratio(place: Workplace) -> Launch:
     """The norm of the sums' errors."""
-    of, ratio = Sums(place), place.doubles()
+    of, ratio = GradientAccumulator(place), place.doubles()
     workspace = place.workspace(place.launchers.sums_workspace(of.sized[2]))
     kernel = place.bind("sums_ratio", *of.sized, RTOL, ATOL, workspace, None, packed("Finish", ratio))
     return Launch(kernel, (of.errors, of.totals, of.sums), (*of.errors, *of.sums, *of.totals), (ratio,), of)

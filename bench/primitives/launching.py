@@ -16,7 +16,7 @@ from torch import Tensor
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
 CTL_BYTES = 208
 LAW = "9dq4Q3q2iQ"
-LAYOUTS = {"Where": "Q5d", "Tolerance": "2d2Q", "Law": LAW, "Finish": f"3Qq{LAW}", "Part": "3Q3q"}
+LAYOUTS = {"StepRef": "Q5d", "Tolerance": "2d2Q", "ControllerParams": LAW, "Finish": f"3Qq{LAW}", "Part": "3Q3q"}
 
 
 class Workplace(NamedTuple):

@@ -24,7 +24,7 @@ RTOL, ATOL = 0.1, 1.0  # so large that the reference, which scales its error in 
 
 def where() -> Tensor:
     """The step from T0 to T0 + H."""
-    return packed("Where", None, T0, T0 + H, H, H, 1.0)
+    return packed("StepRef", None, T0, T0 + H, H, H, 1.0)
 
 
 def tolerance() -> Tensor:
@@ -64,7 +64,7 @@ def error_ratio(place: Workplace) -> Launch:
     weight = dict(DOPRI5.err_row or ())[DOPRI5.stages - 1]
     ctl = torch.zeros(CTL_BYTES, dtype=torch.uint8, device=place.device)
     law = (0.2, 0.0, 0.0, 0.9, 10.0, 0.2, H, H, 5.0, 2**31 - 1)
-    place.bind("start_control", ctl, packed("Law", *law), 1.0, 0, T0, H)()
+    place.bind("start_control", ctl, packed("ControllerParams", *law), 1.0, 0, T0, H)()
     finish = packed("Finish", ratio, ctl, None, 0, *law)
     kernel = place.bind(
         "error_ratio", *place.sized, error, last, weight, y0, y1, tolerance(), None, place.workspace(), where(), finish

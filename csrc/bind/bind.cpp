@@ -44,15 +44,15 @@ struct Required {
   }
 };
 template <>
-struct Argument<const Where*> : Required<Where> {};
+struct Argument<const StepRef*> : Required<StepRef> {};
 template <>
 struct Argument<const Tolerance*> : Required<Tolerance> {};
 template <>
 struct Argument<const Finish*> : Required<Finish> {};
 template <>
-struct Argument<On> {
+struct Argument<Launch> {
   using Python = std::pair<std::uintptr_t, int32_t>;
-  static On from(const Python& on) { return On{reinterpret_cast<void*>(on.first), on.second, 0}; }
+  static Launch from(const Python& on) { return Launch{reinterpret_cast<void*>(on.first), on.second, 0}; }
 };
 
 template <class... A>
@@ -70,9 +70,9 @@ void register_launchers(py::module_& m) {
   bind(m, "start_control", launch_start_control);
   bind(m, "grid_control", launch_grid_control);
   bind(m, "resume", launch_resume);
-  bind(m, "set_walk", launch_set_walk);
-  bind(m, "take_back", launch_take_back);
-  bind(m, "taken", launch_taken);
+  bind(m, "begin_reverse", launch_begin_reverse);
+  bind(m, "load_step", launch_load_step);
+  bind(m, "advance_reverse", launch_advance_reverse);
   bind(m, "initial_norms", launch_initial_norms);
   bind(m, "initial_change", launch_initial_change);
   bind(m, "dense_eval", launch_dense_eval);

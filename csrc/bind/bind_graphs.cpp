@@ -26,7 +26,7 @@ T at(Address address) {
 std::unique_ptr<WhileGraph> make_while_graph(Address step, Address ctl, int32_t device) {
   try {
     const py::gil_scoped_release released;
-    return std::make_unique<WhileGraph>(at<cudaGraph_t>(step), at<const Ctl*>(ctl), device);
+    return std::make_unique<WhileGraph>(at<cudaGraph_t>(step), at<const ControllerState*>(ctl), device);
   } catch (const Impossible& why) {
     PyErr_SetString(PyExc_NotImplementedError, why.what());
     throw py::error_already_set();
@@ -40,12 +40,12 @@ void register_graphs(py::module_& m) {
       .def(py::init(&make_while_graph))
       .def("launch", [](const WhileGraph& graph, Address stream) { graph.launch(at<cudaStream_t>(stream)); }, Released());
   py::class_<Flag>(m, "Flag", py::module_local())
-      .def(py::init([](Address ctl, int32_t device) { return std::make_unique<Flag>(at<const Ctl*>(ctl), device); }),
+      .def(py::init([](Address ctl, int32_t device) { return std::make_unique<Flag>(at<const ControllerState*>(ctl), device); }),
            Released())
       .def("record", [](Flag& flag, Address stream) { flag.record(at<cudaStream_t>(stream)); }, Released())
       .def("wait", &Flag::wait, Released())
-      .def("read", [](const Flag& flag) {  // struct Ctl, as bytes
-        return py::bytes(reinterpret_cast<const char*>(&flag.read()), sizeof(Ctl));
+      .def("read", [](const Flag& flag) {  // struct ControllerState, as bytes
+        return py::bytes(reinterpret_cast<const char*>(&flag.read()), sizeof(ControllerState));
       });
   m.def(
       "replay",

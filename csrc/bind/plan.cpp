@@ -31,7 +31,7 @@ T* at(Address address) {
   return reinterpret_cast<T*>(address);
 }
 
-On on_of(const Stream& on) { return On{at<void>(on.first), on.second, 0}; }
+Launch on_of(const Stream& on) { return Launch{at<void>(on.first), on.second, 0}; }
 
 // An address out of a Python list.
 void* item(const py::list& list, int64_t i) {
@@ -71,25 +71,25 @@ struct Polynomials {
   int degree;
 };
 
-class Plan {
+class SolveContext {
  public:
   int64_t launches = 0;
   int64_t bytes = 0;
 
-  Plan(int dtype, int64_t n, int64_t itemsize, int64_t error_itemsize, const Stream& on, double direction)
+  SolveContext(int dtype, int64_t n, int64_t itemsize, int64_t error_itemsize, const Stream& on, double direction)
       : dtype_(dtype), n_(n), size_(n * itemsize), error_size_(n * error_itemsize), on_(on_of(on)),
         direction_(direction) {}
 
   // A step of size h from t0 to t1, as the calls below want it.
-  Where interval(double t0, double t1, double h) const {
-    return Where{nullptr, Interval{t0, t1, h, direction_ * h}, direction_};
+  StepRef interval(double t0, double t1, double h) const {
+    return StepRef{nullptr, Interval{t0, t1, h, direction_ * h}, direction_};
   }
 
   // The step that the control says when the kernel runs, and the host does not know: dense_eval takes the one judged
   // last. With it a captured call serves for every step.
-  Where current() const {
+  StepRef current() const {
     if (ctl_ == nullptr) throw std::logic_error("node_cuda: a plan without step control has no current step");
-    return Where{ctl_, Interval{}, 0.0};
+    return StepRef{ctl_, Interval{}, 0.0};
   }
 
   // Rows b and e over the same stages, e empty for a stage's row; its number is what rk_stage and rk_finish take.
@@ -123,22 +123,22 @@ class Plan {
   // The law's constants in the order of kernels.reference.ControlLaw, lists of times on the device, and the tape that
   // accepted steps go to (0: none).
   void set_law(const std::array<double, 3>& exponents, double safety, double ifactor, double dfactor, bool keep,
-               bool pauses, double min_step, double max_step, double order, int64_t max_num_steps, const DeviceArray& landings,
+               bool pauses, double min_step, double max_step, double order, int64_t max_num_steps, const DeviceArray& tstops,
                Address is_jump, const DeviceArray& stops, const DeviceArray& outputs, Address tape, Address ctl) {
     for (int i = 0; i < 3; ++i) law_.exponents[i] = exponents[i];
     law_.safety = safety, law_.ifactor = ifactor, law_.dfactor = dfactor, law_.keep = keep;
     law_.pauses = pauses;
     law_.min_step = min_step, law_.max_step = max_step;
     law_.order = order, law_.max_num_steps = max_num_steps;
-    law_.landings = at<double>(landings.first), law_.landing_count = landings.second;
+    law_.tstops = at<double>(tstops.first), law_.tstop_count = tstops.second;
     law_.is_jump = at<uint8_t>(is_jump);
     law_.stops = at<double>(stops.first), law_.stop_count = stops.second;
     law_.outputs = at<double>(outputs.first), law_.output_count = outputs.second;
-    law_.tape = at<Tape>(tape);
-    ctl_ = at<Ctl>(ctl);
+    law_.tape = at<StepLog>(tape);
+    ctl_ = at<ControllerState>(ctl);
   }
 
-  void rk_stage(int row, const Where& where, Address z, Address y0, const py::list& k, Address time) {
+  void rk_stage(int row, const StepRef& where, Address z, Address y0, const py::list& k, Address time) {
     const Row& r = rows_.at(row);
     gather(r.stage, k);
     const Slot slot = with_time(r, time);
@@ -146,7 +146,7 @@ class Plan {
     check(launch_rk_stage(dtype_, n_, at<void>(z), at<void>(y0), r.count(), x_, r.a.data(), &where, &slot, on_));
   }
 
-  void rk_finish(int row, const Where& where, Address y1, Address error, Address y0, const py::list& k,
+  void rk_finish(int row, const StepRef& where, Address y1, Address error, Address y0, const py::list& k,
                  Address time) {
     const Row& r = rows_.at(row);
     gather(r.stage, k);
@@ -158,11 +158,11 @@ class Plan {
 
   // out = y0 + dt sum_j a_j x_j for coefficients that are made anew every step.
   void combine(double dt, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
-    sum(Where{nullptr, Interval{0.0, 0.0, dt, dt}, 1.0}, out, y0, x, a);
+    sum(StepRef{nullptr, Interval{0.0, 0.0, dt, dt}, 1.0}, out, y0, x, a);
   }
 
   // The same with the size of a step, which only the device may know (y0 0: zeros).
-  void sum(const Where& where, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
+  void sum(const StepRef& where, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
     if (a.size() > MAX_TERMS || static_cast<Py_ssize_t>(a.size()) != PyList_GET_SIZE(x.ptr()))
       throw std::invalid_argument("node_cuda: a sum with too many terms, or not one coefficient a term");
     for (std::size_t j = 0; j < a.size(); ++j) x_[j] = item(x, static_cast<int64_t>(j));
@@ -172,7 +172,7 @@ class Plan {
   }
 
   // The times of stages at the nodes c, each into its own 0-d tensor.
-  void stage_times(const Where& where, const std::vector<double>& nodes, int64_t side, const py::list& times) {
+  void stage_times(const StepRef& where, const std::vector<double>& nodes, int64_t side, const py::list& times) {
     std::array<Slot, MAX_SLOTS> slots{};
     if (nodes.size() > slots.size()) throw std::invalid_argument("node_cuda: too many stage times at once");
     for (std::size_t i = 0; i < nodes.size(); ++i)
@@ -182,7 +182,7 @@ class Plan {
   }
 
   // The error's norm, and step control with the largest of it and the norms in `also`.
-  void judge(const Where& where, Address error, Address last, double e_last, Address y0, Address y1,
+  void judge(const StepRef& where, Address error, Address last, double e_last, Address y0, Address y1,
              const DeviceArray& also) {
     const Finish finish{nullptr, ctl_, at<double>(also.first), also.second, law_};
     declare(error_size_ + (last == 0 ? 2 : 3) * size_);
@@ -201,7 +201,7 @@ class Plan {
   }
 
   // For a user's own norm: the scaled error, which may lie where the error lies, and step control with its norm.
-  void scaled_error(const Where& where, Address out, Address error, Address last, double e_last, Address y0,
+  void scaled_error(const StepRef& where, Address out, Address error, Address last, double e_last, Address y0,
                     Address y1) {
     declare(2 * error_size_ + (last == 0 ? 2 : 3) * size_);
     check(launch_scaled_error(dtype_, n_, at<void>(out), at<void>(error), at<void>(last), e_last, at<void>(y0),
@@ -237,19 +237,19 @@ class Plan {
   }
 
   // The control is that of a walk back over a tape: launchers.h says what these do.
-  void set_walk(Address tape) {
+  void begin_reverse(Address tape) {
     declare(0);
-    check(launch_set_walk(ctl_, at<Tape>(tape), on_));
+    check(launch_begin_reverse(ctl_, at<StepLog>(tape), on_));
   }
 
-  void take_back(Address tape, Address time) {
+  void load_step(Address tape, Address time) {
     declare(0);
-    check(launch_take_back(dtype_, ctl_, at<Tape>(tape), at<void>(time), on_));
+    check(launch_load_step(dtype_, ctl_, at<StepLog>(tape), at<void>(time), on_));
   }
 
-  void taken(Address tape) {
+  void advance_reverse(Address tape) {
     declare(0);
-    check(launch_taken(ctl_, at<Tape>(tape), on_));
+    check(launch_advance_reverse(ctl_, at<StepLog>(tape), on_));
   }
 
   // Where the solve stands, into host memory. Waits, and lets other threads of Python run meanwhile.
@@ -257,7 +257,7 @@ class Plan {
     int code;
     {
       const py::gil_scoped_release released;
-      code = node_cuda::read_control(at<Ctl>(host), ctl_, on_);
+      code = node_cuda::read_control(at<ControllerState>(host), ctl_, on_);
     }
     check(code);
   }
@@ -276,7 +276,7 @@ class Plan {
 
   // Outputs [first, stop) of the times on the device into the rows at `out`, whose first is output `first`; with the
   // current step those that it holds, of all the times into all the rows.
-  void dense_eval(int polynomials, const Where& where, Address out, Address times, int64_t first, int64_t stop,
+  void dense_eval(int polynomials, const StepRef& where, Address out, Address times, int64_t first, int64_t stop,
                   Address y0, Address y1, const py::list& k) {
     const Polynomials& p = polynomials_.at(polynomials);
     gather(p.stage, k);
@@ -289,7 +289,7 @@ class Plan {
 
   // The transpose, of the rows at `gradients`, into out: the cotangents of y1 with lam, of y0, and of the polynomials'
   // stages in their order.
-  void dense_adjoint(int polynomials, const Where& where, const py::list& out, Address lam, Address times,
+  void dense_adjoint(int polynomials, const StepRef& where, const py::list& out, Address lam, Address times,
                      Address gradients, int64_t first, int64_t stop) {
     const Polynomials& p = polynomials_.at(polynomials);
     const auto count = static_cast<int64_t>(p.stage.size());
@@ -317,7 +317,7 @@ class Plan {
 
   int dtype_;
   int64_t n_, size_, error_size_;
-  On on_;
+  Launch on_;
   double direction_;
   std::vector<Row> rows_;
   std::vector<Polynomials> polynomials_;
@@ -325,8 +325,8 @@ class Plan {
   std::vector<int64_t> ends_;
   Segments segments_{};
   void* workspace_ = nullptr;
-  Law law_{};
-  Ctl* ctl_ = nullptr;
+  ControllerParams law_{};
+  ControllerState* ctl_ = nullptr;
   const void* x_[MAX_TERMS] = {};
 };
 
@@ -348,28 +348,28 @@ class SumsPlan {
 
   // sum_i (+)= weight dt x_i, error_i (+)= error_weight dt x_i; a weight of 0 leaves its list alone, an address of 0 is
   // zeros.
-  void accumulate(const py::list& x, const Where& where, double weight, double error_weight, bool add) {
+  void accumulate(const py::list& x, const StepRef& where, double weight, double error_weight, bool add) {
     launch(x, where, weight, error_weight, add, false);
   }
 
   // sum_i (+)= x_i, if the step judged last was accepted. where: the current step of its plan.
-  void keep(const py::list& x, const Where& where, bool add) { launch(x, where, 1.0, 0.0, add, true); }
+  void keep(const py::list& x, const StepRef& where, bool add) { launch(x, where, 1.0, 0.0, add, true); }
 
   // total_i += sum_i, where the plan judges steps only if the one judged last was accepted.
-  void commit(const Where& where) {
+  void commit(const StepRef& where) {
     ++launches;
     check(launch_commit_sums(parts_, count_, chunks_, where.ctl, on_));
   }
 
   // max_i rms error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)), into one double on the device.
   void ratio(double rtol, double atol, Address workspace, Address result) {
-    const Finish finish{at<double>(result), nullptr, nullptr, 0, Law{}};
+    const Finish finish{at<double>(result), nullptr, nullptr, 0, ControllerParams{}};
     ++launches;
     check(launch_sums_ratio(parts_, count_, chunks_, rtol, atol, at<void>(workspace), nullptr, &finish, on_));
   }
 
  private:
-  void launch(const py::list& x, const Where& where, double weight, double error_weight, bool add, bool accepted) {
+  void launch(const py::list& x, const StepRef& where, double weight, double error_weight, bool add, bool accepted) {
     for (int64_t i = 0; i < count_; ++i) x_[i] = item(x, i);
     launches += (count_ + MAX_POINTERS - 1) / MAX_POINTERS;
     check(launch_accumulate(parts_, count_, chunks_, first_chunks_.data(), x_.data(), weight, error_weight, add,
@@ -378,7 +378,7 @@ class SumsPlan {
 
   const Part* parts_;
   int64_t count_, chunks_ = 0;
-  On on_;
+  Launch on_;
   std::vector<int64_t> first_chunks_;
   std::vector<const void*> x_;
 };
@@ -386,40 +386,40 @@ class SumsPlan {
 }  // namespace
 
 void register_plan(py::module_& m) {
-  py::class_<Where>(m, "Where", py::module_local());
-  py::class_<Plan>(m, "Plan", py::module_local())
+  py::class_<StepRef>(m, "StepRef", py::module_local());
+  py::class_<SolveContext>(m, "SolveContext", py::module_local())
       .def(py::init<int, int64_t, int64_t, int64_t, const Stream&, double>())
-      .def("interval", &Plan::interval)
-      .def("current", &Plan::current)
-      .def("row", &Plan::row)
-      .def("polynomials", &Plan::polynomials)
-      .def("set_norm", &Plan::set_norm)
-      .def("set_law", &Plan::set_law)
-      .def("workspace_size", &Plan::workspace_size)
-      .def("set_workspace", &Plan::set_workspace)
-      .def("rk_stage", &Plan::rk_stage)
-      .def("rk_finish", &Plan::rk_finish)
-      .def("combine", &Plan::combine)
-      .def("sum", &Plan::sum)
-      .def("stage_times", &Plan::stage_times)
-      .def("judge", &Plan::judge)
-      .def("commit", &Plan::commit)
-      .def("scaled_error", &Plan::scaled_error)
-      .def("judge_ratio", &Plan::judge_ratio)
-      .def("start_control", &Plan::start_control)
-      .def("start_control_at", &Plan::start_control_at)
-      .def("next_of_grid", &Plan::next_of_grid)
-      .def("resume", &Plan::resume)
-      .def("set_walk", &Plan::set_walk)
-      .def("take_back", &Plan::take_back)
-      .def("taken", &Plan::taken)
-      .def("read_control", &Plan::read_control)
-      .def("initial_norms", &Plan::initial_norms)
-      .def("initial_change", &Plan::initial_change)
-      .def("dense_eval", &Plan::dense_eval)
-      .def("dense_adjoint", &Plan::dense_adjoint)
-      .def_readonly("launches", &Plan::launches)
-      .def_readonly("bytes", &Plan::bytes);
+      .def("interval", &SolveContext::interval)
+      .def("current", &SolveContext::current)
+      .def("row", &SolveContext::row)
+      .def("polynomials", &SolveContext::polynomials)
+      .def("set_norm", &SolveContext::set_norm)
+      .def("set_law", &SolveContext::set_law)
+      .def("workspace_size", &SolveContext::workspace_size)
+      .def("set_workspace", &SolveContext::set_workspace)
+      .def("rk_stage", &SolveContext::rk_stage)
+      .def("rk_finish", &SolveContext::rk_finish)
+      .def("combine", &SolveContext::combine)
+      .def("sum", &SolveContext::sum)
+      .def("stage_times", &SolveContext::stage_times)
+      .def("judge", &SolveContext::judge)
+      .def("commit", &SolveContext::commit)
+      .def("scaled_error", &SolveContext::scaled_error)
+      .def("judge_ratio", &SolveContext::judge_ratio)
+      .def("start_control", &SolveContext::start_control)
+      .def("start_control_at", &SolveContext::start_control_at)
+      .def("next_of_grid", &SolveContext::next_of_grid)
+      .def("resume", &SolveContext::resume)
+      .def("begin_reverse", &SolveContext::begin_reverse)
+      .def("load_step", &SolveContext::load_step)
+      .def("advance_reverse", &SolveContext::advance_reverse)
+      .def("read_control", &SolveContext::read_control)
+      .def("initial_norms", &SolveContext::initial_norms)
+      .def("initial_change", &SolveContext::initial_change)
+      .def("dense_eval", &SolveContext::dense_eval)
+      .def("dense_adjoint", &SolveContext::dense_adjoint)
+      .def_readonly("launches", &SolveContext::launches)
+      .def_readonly("bytes", &SolveContext::bytes);
   py::class_<SumsPlan>(m, "SumsPlan", py::module_local())
       .def(py::init<Address, const std::vector<int64_t>&, const Stream&>())
       .def("workspace_size", &SumsPlan::workspace_size)
@@ -429,7 +429,7 @@ void register_plan(py::module_& m) {
       .def("ratio", &SumsPlan::ratio)
       .def_readonly("launches", &SumsPlan::launches);
   // Of a sum that is no step's: dt is 1.
-  m.attr("ONE") = Where{nullptr, Interval{0.0, 1.0, 1.0, 1.0}, 1.0};
+  m.attr("ONE") = StepRef{nullptr, Interval{0.0, 1.0, 1.0, 1.0}, 1.0};
   m.attr("MAX_TERMS") = MAX_TERMS;
   m.attr("MAX_DEGREE") = MAX_DEGREE;
 }

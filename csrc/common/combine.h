@@ -94,6 +94,6 @@ __device__ inline void write_time(const Slot& slot, const Step& step) {
 
 // out = base + scale sum_j a_j x_j (base null: 0), with dt as the scale; rk_stage.cu has it.
 int combine(const char* op, int dtype, int64_t n, void* out, const void* base, int count, const void* const* x,
-            const double* a, const Where& where, const Slot& slot, On on);
+            const double* a, const StepRef& where, const Slot& slot, Launch on);
 
 }  // namespace node_cuda

@@ -38,7 +38,7 @@ inline int64_t grid_for(int64_t work) {
 }
 
 template <class... P, class... A>
-int launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, On on, const A&... arguments) {
+int launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, Launch on, const A&... arguments) {
   if (blocks <= 0) return cudaSuccess;
   const DeviceGuard guard(on.device);
   cudaError_t error = guard.error();
@@ -65,7 +65,7 @@ struct Step {
   double direction;
 };
 
-__device__ inline bool read_next(const Where& where, Step* step) {
+__device__ inline bool read_next(const StepRef& where, Step* step) {
   if (where.ctl == nullptr) {
     *step = Step{where.at, where.direction};
     return true;

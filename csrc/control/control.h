@@ -17,23 +17,23 @@ namespace node_cuda {
 enum Status : int32_t { SUCCESS = 0, STEP_UNDERFLOW = 1, NON_FINITE = 2, MAX_STEPS = 3, RECORD_FULL = 6 };
 
 // The constants of a solve. The arrays lie where the control runs: in device memory.
-struct Law {
+struct ControllerParams {
   double exponents[3];  // ControlLaw.exponents
   double safety, ifactor, dfactor, min_step, max_step;
   double order;             // of the method, for the starting step
   int64_t max_num_steps;    // attempts allowed since the last output
-  const double* landings;   // step_t and jump_t, merged, ascending
+  const double* tstops;   // step_t and jump_t, merged, ascending
   const uint8_t* is_jump;   // one a landing
   const double* stops;      // times to land on without a sliver before them, ascending
   const double* outputs;    // times of the outputs after the first, ascending; none: the host says when to end
-  int64_t landing_count, stop_count, output_count;
+  int64_t tstop_count, stop_count, output_count;
   int32_t keep;             // an accepted step is never followed by a smaller one
   int32_t pauses;           // the loop stops at every output, until `resume`
-  Tape* tape;               // gets the accepted steps; null: none
+  StepLog* tape;               // gets the accepted steps; null: none
 };
 
 // Where a solve stands: lies in device memory, all zero but for what start_control writes. Bytes from the front:
-struct Ctl {
+struct ControllerState {
   Interval next;         //   0  the step to be tried: rk_stage, rk_finish, error_ratio and accumulate read it
   Interval last;         //  32  the step judged last: dense_eval reads it
   double h;              //  64  the next step before it was cut (callback_step gets it)
@@ -45,7 +45,7 @@ struct Ctl {
   int64_t attempts;      // 128  since the last output
   int64_t accepted;      // 136
   int64_t rejected;      // 144
-  int64_t next_landing;  // 152  the first of each list that was not passed
+  int64_t next_tstop;  // 152  the first of each list that was not passed
   int64_t next_stop;     // 160
   int64_t first_output;  // 168  outputs [first_output, next_output) lie in `last`
   int64_t next_output;   // 176
@@ -56,10 +56,10 @@ struct Ctl {
   int32_t finite;        // 200  `ratio` was
   int32_t paused;        // 204  `resume` goes on
 };
-static_assert(sizeof(Interval) == 32 && sizeof(Law) == 152 && sizeof(Ctl) == 208, "the layout that Python reads");
-static_assert(offsetof(Law, landings) == 80 && offsetof(Law, tape) == 144, "the layout that Python writes");
-static_assert(offsetof(Ctl, last) == 32 && offsetof(Ctl, h) == 64 && offsetof(Ctl, history) == 88, "as above");
-static_assert(offsetof(Ctl, attempts) == 128 && offsetof(Ctl, accept) == 184 && offsetof(Ctl, active) == 196, "too");
+static_assert(sizeof(Interval) == 32 && sizeof(ControllerParams) == 152 && sizeof(ControllerState) == 208, "the layout that Python reads");
+static_assert(offsetof(ControllerParams, tstops) == 80 && offsetof(ControllerParams, tape) == 144, "the layout that Python writes");
+static_assert(offsetof(ControllerState, last) == 32 && offsetof(ControllerState, h) == 64 && offsetof(ControllerState, history) == 88, "as above");
+static_assert(offsetof(ControllerState, attempts) == 128 && offsetof(ControllerState, accept) == 184 && offsetof(ControllerState, active) == 196, "too");
 
 NODE_CUDA_HD inline double mul(double a, double b) {
 #ifdef __CUDA_ARCH__
@@ -82,21 +82,21 @@ NODE_CUDA_HD inline double nan_max(double a, double b) { return a != a || a > b 
 
 NODE_CUDA_HD inline double node_time(const Interval& at, double c) { return c == 1.0 ? at.t1 : at.t0 + mul(c, at.h); }
 
-NODE_CUDA_HD inline void fail(Ctl& ctl, double t, int32_t status) {
+NODE_CUDA_HD inline void fail(ControllerState& ctl, double t, int32_t status) {
   ctl.status = status;
   ctl.active = 0;
   ctl.next = Interval{t, t, 0.0, 0.0};
 }
 
 // StepControl._cut: move the step's end to the next time that a step must end at.
-NODE_CUDA_HD inline void cut(Ctl& ctl, const Law& law, double t) {
+NODE_CUDA_HD inline void cut(ControllerState& ctl, const ControllerParams& law, double t) {
   double h = ctl.h, t1 = t + h;
   ctl.carried = 0.0;
-  while (ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t) ++ctl.next_landing;
+  while (ctl.next_tstop < law.tstop_count && law.tstops[ctl.next_tstop] <= t) ++ctl.next_tstop;
   const bool landed =
-      ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] <= t1 + mul(4.0, ulp(t1));
+      ctl.next_tstop < law.tstop_count && law.tstops[ctl.next_tstop] <= t1 + mul(4.0, ulp(t1));
   if (landed) {
-    t1 = law.landings[ctl.next_landing];
+    t1 = law.tstops[ctl.next_tstop];
     h = py_min(t1 - t, h);
   }
   while (ctl.next_stop < law.stop_count && law.stops[ctl.next_stop] <= t) ++ctl.next_stop;
@@ -110,7 +110,7 @@ NODE_CUDA_HD inline void cut(Ctl& ctl, const Law& law, double t) {
 }
 
 // StepControl._propose.
-NODE_CUDA_HD inline void propose(Ctl& ctl, const Law& law, double t) {
+NODE_CUDA_HD inline void propose(ControllerState& ctl, const ControllerParams& law, double t) {
   if (!(t + ctl.h > t)) return fail(ctl, t, ctl.finite ? STEP_UNDERFLOW : NON_FINITE);
   if (ctl.attempts >= law.max_num_steps) return fail(ctl, t, MAX_STEPS);
   ++ctl.attempts;
@@ -118,7 +118,7 @@ NODE_CUDA_HD inline void propose(Ctl& ctl, const Law& law, double t) {
 }
 
 // kernels.reference.step_control: sets accept, h and history.
-NODE_CUDA_HD inline void judge(Ctl& ctl, const Law& law, double h, double ratio) {
+NODE_CUDA_HD inline void judge(ControllerState& ctl, const ControllerParams& law, double h, double ratio) {
   const bool finite = is_finite(ratio);
   const bool accept = (finite && ratio <= 1.0 && h <= law.max_step) || h <= law.min_step;
   double factor;
@@ -145,7 +145,7 @@ NODE_CUDA_HD inline void judge(Ctl& ctl, const Law& law, double h, double ratio)
 
 // The outputs that lie in the step just accepted. False if the last of them was reached, which ends the solve, or if it
 // pauses at them.
-NODE_CUDA_HD inline bool pass_outputs(Ctl& ctl, const Law& law) {
+NODE_CUDA_HD inline bool pass_outputs(ControllerState& ctl, const ControllerParams& law) {
   while (ctl.next_output < law.output_count && law.outputs[ctl.next_output] <= ctl.last.t1) ++ctl.next_output;
   if (ctl.next_output == ctl.first_output) return true;
   ctl.attempts = 0;
@@ -158,7 +158,7 @@ NODE_CUDA_HD inline bool pass_outputs(Ctl& ctl, const Law& law) {
 }
 
 // Judge the step ctl.next, move, and propose the one after it.
-NODE_CUDA_HD inline void step_control(Ctl& ctl, const Law& law, double ratio) {
+NODE_CUDA_HD inline void step_control(ControllerState& ctl, const ControllerParams& law, double ratio) {
   ctl.first_output = ctl.next_output;
   record_nothing(law.tape);
   if (!ctl.active) {  // a step that was launched before the end was known: it changes nothing
@@ -180,28 +180,28 @@ NODE_CUDA_HD inline void step_control(Ctl& ctl, const Law& law, double ratio) {
   ctl.h = py_max(ctl.h, ctl.carried);
   ++ctl.accepted;
   // A step never passes the next landing, so that is the only one that it can end at.
-  ctl.jump = ctl.next_landing < law.landing_count && law.landings[ctl.next_landing] == ctl.last.t1 &&
-             law.is_jump[ctl.next_landing];
+  ctl.jump = ctl.next_tstop < law.tstop_count && law.tstops[ctl.next_tstop] == ctl.last.t1 &&
+             law.is_jump[ctl.next_tstop];
   const bool more = pass_outputs(ctl, law);
   record_step(law.tape, ctl.last, ctl.first_output, ctl.next_output, ctl.jump);
   if (more) propose(ctl, law, ctl.last.t1);
 }
 
 // Begin at t0. h >= 0: the first step; else next.t0 alone is set, and initial_probe and initial_step choose h.
-NODE_CUDA_HD inline void start_control(Ctl& ctl, const Law& law, double direction, double t0, double h) {
-  ctl = Ctl{};
+NODE_CUDA_HD inline void start_control(ControllerState& ctl, const ControllerParams& law, double direction, double t0, double h) {
+  ctl = ControllerState{};
   ctl.direction = direction;
   ctl.history[0] = ctl.history[1] = 1.0;
   ctl.active = ctl.finite = 1;
   ctl.next = Interval{t0, t0, 0.0, 0.0};
-  start_tape(law.tape);
+  start_step_log(law.tape);
   if (h < 0.0) return;
   ctl.h = py_min(py_max(h, law.min_step), law.max_step);
   propose(ctl, law, t0);
 }
 
 // The first half of the starting step: d0 and d1 give the Euler step that probes the field's change.
-NODE_CUDA_HD inline void initial_probe(Ctl& ctl, double d0, double d1) {
+NODE_CUDA_HD inline void initial_probe(ControllerState& ctl, double d0, double d1) {
   if (!ctl.active) return;
   const double t = ctl.next.t0;
   ctl.norms[0] = d0;
@@ -212,7 +212,7 @@ NODE_CUDA_HD inline void initial_probe(Ctl& ctl, double d0, double d1) {
 }
 
 // The second half: |f1 - f0| in units of the scale gives the first step, which is then proposed.
-NODE_CUDA_HD inline void initial_step(Ctl& ctl, const Law& law, double change) {
+NODE_CUDA_HD inline void initial_step(ControllerState& ctl, const ControllerParams& law, double change) {
   if (!ctl.active) return;
   const double h0 = ctl.next.h, d1 = ctl.norms[1], d2 = change / h0;
   const double h1 = d1 <= 1e-15 && d2 <= 1e-15 ? py_max(1e-6, h0 * 1e-3) : pow(0.01 / py_max(d1, d2), 1.0 / law.order);
@@ -221,9 +221,9 @@ NODE_CUDA_HD inline void initial_step(Ctl& ctl, const Law& law, double change) {
   propose(ctl, law, ctl.next.t0);
 }
 
-// The step from the next point of a grid. next_landing counts the points.
-NODE_CUDA_HD inline void next_of_grid(Ctl& ctl, const double* points, int64_t count) {
-  const int64_t i = ctl.next_landing++;
+// The step from the next point of a grid. next_tstop counts the points.
+NODE_CUDA_HD inline void next_of_grid(ControllerState& ctl, const double* points, int64_t count) {
+  const int64_t i = ctl.next_tstop++;
   if (i + 1 >= count) {
     ctl.active = 0;
     return;
@@ -233,14 +233,14 @@ NODE_CUDA_HD inline void next_of_grid(Ctl& ctl, const double* points, int64_t co
 }
 
 // Grid: the next step from point to point, all of them good.
-NODE_CUDA_HD inline void grid_control(Ctl& ctl, const Law& law, const double* points, int64_t count) {
+NODE_CUDA_HD inline void grid_control(ControllerState& ctl, const ControllerParams& law, const double* points, int64_t count) {
   ctl.first_output = ctl.next_output;
   record_nothing(law.tape);
   if (!ctl.active) {
     ctl.accept = 0;
     return;
   }
-  if (ctl.next_landing > 0) {
+  if (ctl.next_tstop > 0) {
     ctl.last = ctl.next;
     ctl.accept = 1;
     ++ctl.accepted;
@@ -252,7 +252,7 @@ NODE_CUDA_HD inline void grid_control(Ctl& ctl, const Law& law, const double* po
 }
 
 // Go on where the loop pauses; points null: by the error.
-NODE_CUDA_HD inline void resume(Ctl& ctl, const Law& law, const double* points, int64_t count) {
+NODE_CUDA_HD inline void resume(ControllerState& ctl, const ControllerParams& law, const double* points, int64_t count) {
   if (!ctl.paused) return;
   ctl.paused = 0;
   ctl.active = 1;

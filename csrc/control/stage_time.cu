@@ -9,13 +9,13 @@ struct Slots {
 };
 
 template <class R>
-__global__ void stage_time_kernel(const __grid_constant__ Slots slots, Where where) {
+__global__ void stage_time_kernel(const __grid_constant__ Slots slots, StepRef where) {
   Step step;
   if (!read_next(where, &step)) return;
   if (static_cast<int>(threadIdx.x) < slots.count) write_time<R>(slots.slot[threadIdx.x], step);
 }
 
-extern "C" int launch_stage_time(int dtype, int count, const Slot* slot, const Where* where, On on) {
+extern "C" int launch_stage_time(int dtype, int count, const Slot* slot, const StepRef* where, Launch on) {
   if (count < 0 || count > MAX_SLOTS) return refuse("stage_time");
   Slots slots{};
   slots.count = count;

@@ -3,7 +3,7 @@
 
 namespace node_cuda {
 
-__global__ void set_walk_kernel(Ctl* ctl, Tape* tape) {
+__global__ void begin_reverse_kernel(ControllerState* ctl, StepLog* tape) {
   const bool complete = tape->count <= tape->capacity;
   tape->row = complete ? tape->count : tape->capacity;  // a row that there is, also if no step is taken back
   ctl->status = complete ? SUCCESS : RECORD_FULL;
@@ -11,7 +11,7 @@ __global__ void set_walk_kernel(Ctl* ctl, Tape* tape) {
 }
 
 template <class R>
-__global__ void take_back_kernel(Ctl* ctl, Tape* tape, R* time) {
+__global__ void load_step_kernel(ControllerState* ctl, StepLog* tape, R* time) {
   if (!ctl->active) {  // a step that was launched before the end was known
     ctl->accept = 0;
     ctl->first_output = ctl->next_output;
@@ -28,23 +28,23 @@ __global__ void take_back_kernel(Ctl* ctl, Tape* tape, R* time) {
   write_time<R>(Slot{time, step.begins < 0 ? 1.0 : 0.0, step.begins}, Step{start, ctl->direction});
 }
 
-__global__ void taken_kernel(Ctl* ctl, const Tape* tape) { ctl->active = ctl->active && tape->row > 0; }
+__global__ void advance_reverse_kernel(ControllerState* ctl, const StepLog* tape) { ctl->active = ctl->active && tape->row > 0; }
 
-extern "C" int launch_set_walk(Ctl* ctl, Tape* tape, On on) {
-  return launch("set_walk", set_walk_kernel, 1, 1, on, ctl, tape);
+extern "C" int launch_begin_reverse(ControllerState* ctl, StepLog* tape, Launch on) {
+  return launch("begin_reverse", begin_reverse_kernel, 1, 1, on, ctl, tape);
 }
 
-extern "C" int launch_take_back(int dtype, Ctl* ctl, Tape* tape, void* time, On on) {
+extern "C" int launch_load_step(int dtype, ControllerState* ctl, StepLog* tape, void* time, Launch on) {
   int64_t unused = 0;
   const int error = dispatch_real(dtype, &unused, [&](auto type) {
     using R = typename decltype(type)::type;
-    return launch("take_back", take_back_kernel<R>, 1, 1, on, ctl, tape, static_cast<R*>(time));
+    return launch("load_step", load_step_kernel<R>, 1, 1, on, ctl, tape, static_cast<R*>(time));
   });
-  return error == INVALID_VALUE ? refuse("take_back") : error;
+  return error == INVALID_VALUE ? refuse("load_step") : error;
 }
 
-extern "C" int launch_taken(Ctl* ctl, const Tape* tape, On on) {
-  return launch("taken", taken_kernel, 1, 1, on, ctl, tape);
+extern "C" int launch_advance_reverse(ControllerState* ctl, const StepLog* tape, Launch on) {
+  return launch("advance_reverse", advance_reverse_kernel, 1, 1, on, ctl, tape);
 }
 
 }  // namespace node_cuda

@@ -14,12 +14,12 @@ namespace node_cuda {
 // carried on from the step before; 0: at t0; +1: just after t0, the step's inside (see kernels/stage_times.py).
 struct Recorded {
   Interval at;
-  int64_t first_output, next_output;  // the outputs in it, as in Ctl
+  int64_t first_output, next_output;  // the outputs in it, as in ControllerState
   int32_t begins, unused;
 };
 
 // Bytes from the front:
-struct Tape {
+struct StepLog {
   Recorded* steps;   //   0  the first `capacity` of them; the state that one begins with lies in the row of its number
   int64_t capacity;  //   8
   int32_t first;     //  16  `begins` of the very first step
@@ -31,10 +31,10 @@ struct Tape {
   int32_t jumped;    //  48  the step accepted last ended at a discontinuity
   int32_t unused;    //  52
 };
-static_assert(sizeof(Recorded) == 56 && sizeof(Tape) == 56, "the layout that Python reads and writes");
-static_assert(offsetof(Tape, slot) == 32 && offsetof(Tape, row) == 40 && offsetof(Tape, jumped) == 48, "as above");
+static_assert(sizeof(Recorded) == 56 && sizeof(StepLog) == 56, "the layout that Python reads and writes");
+static_assert(offsetof(StepLog, slot) == 32 && offsetof(StepLog, row) == 40 && offsetof(StepLog, jumped) == 48, "as above");
 
-NODE_CUDA_HD inline void start_tape(Tape* tape) {
+NODE_CUDA_HD inline void start_step_log(StepLog* tape) {
   if (tape == nullptr) return;
   tape->count = 0;
   tape->slot = tape->capacity;
@@ -42,12 +42,12 @@ NODE_CUDA_HD inline void start_tape(Tape* tape) {
 }
 
 // The step judged last was not accepted, or there was none.
-NODE_CUDA_HD inline void record_nothing(Tape* tape) {
+NODE_CUDA_HD inline void record_nothing(StepLog* tape) {
   if (tape != nullptr) tape->slot = tape->capacity;
 }
 
 // A step was accepted, with these outputs in it; jump: the field is discontinuous at its end.
-NODE_CUDA_HD inline void record_step(Tape* tape, const Interval& at, int64_t first_output, int64_t next_output,
+NODE_CUDA_HD inline void record_step(StepLog* tape, const Interval& at, int64_t first_output, int64_t next_output,
                                      int32_t jump) {
   if (tape == nullptr) return;
   const int64_t i = tape->count++;

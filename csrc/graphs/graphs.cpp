@@ -98,7 +98,7 @@ void refuse_old_driver() {
                      (driver == 0 ? "there is none" : "this one is for " + version(driver)));
 }
 
-void add_loop(cudaGraph_t graph, cudaGraph_t step, const Ctl* ctl) {
+void add_loop(cudaGraph_t graph, cudaGraph_t step, const ControllerState* ctl) {
   cudaGraphConditionalHandle goes_on;
   EXPECT(cudaGraphConditionalHandleCreate, &goes_on, graph, 0, cudaGraphCondAssignDefault);
   cudaGraphNode_t before, loop, once, after;
@@ -130,7 +130,7 @@ WhileGraph::~WhileGraph() {
 }
 
 #if NODE_CUDA_HAS_WHILE
-WhileGraph::WhileGraph(cudaGraph_t step, const Ctl* ctl, int32_t device) : WhileGraph(device) {
+WhileGraph::WhileGraph(cudaGraph_t step, const ControllerState* ctl, int32_t device) : WhileGraph(device) {
   refuse_old_driver();
   const DeviceGuard guard(device);
   expect(guard.error(), "cudaSetDevice");
@@ -146,7 +146,7 @@ void WhileGraph::launch(cudaStream_t stream) const {
   EXPECT(cudaGraphLaunch, exec_, stream);
 }
 #else
-WhileGraph::WhileGraph(cudaGraph_t, const Ctl*, int32_t device) : WhileGraph(device) {
+WhileGraph::WhileGraph(cudaGraph_t, const ControllerState*, int32_t device) : WhileGraph(device) {
   throw Impossible("a loop on the GPU needs node_cuda to be compiled with CUDA " + version(DRIVER_WITH_WHILE) +
                    " or newer, and it was with " + version(CUDART_VERSION));
 }
@@ -160,11 +160,11 @@ void replay(cudaGraphExec_t exec, int64_t times, cudaStream_t stream, int32_t de
   for (int64_t i = 0; i < times; ++i) EXPECT(cudaGraphLaunch, exec, stream);
 }
 
-Flag::Flag(const Ctl* ctl, int32_t device) : Flag(device) {
+Flag::Flag(const ControllerState* ctl, int32_t device) : Flag(device) {
   const DeviceGuard guard(device);
   expect(guard.error(), "cudaSetDevice");
   ctl_ = ctl;
-  EXPECT(cudaHostAlloc, reinterpret_cast<void**>(&host_), sizeof(Ctl), cudaHostAllocDefault);
+  EXPECT(cudaHostAlloc, reinterpret_cast<void**>(&host_), sizeof(ControllerState), cudaHostAllocDefault);
   EXPECT(cudaEventCreateWithFlags, &event_, cudaEventDisableTiming);
 }
 
@@ -179,7 +179,7 @@ Flag::~Flag() {
 void Flag::record(cudaStream_t stream) {
   const DeviceGuard guard(device_);
   expect(guard.error(), "cudaSetDevice");
-  EXPECT(cudaMemcpyAsync, host_, ctl_, sizeof(Ctl), cudaMemcpyDeviceToHost, stream);
+  EXPECT(cudaMemcpyAsync, host_, ctl_, sizeof(ControllerState), cudaMemcpyDeviceToHost, stream);
   EXPECT(cudaEventRecord, event_, stream);
   state_ = ON_ITS_WAY;
 }
@@ -192,7 +192,7 @@ void Flag::wait() {
   state_ = THERE;
 }
 
-const Ctl& Flag::read() const {
+const ControllerState& Flag::read() const {
   if (state_ == NEVER) throw std::logic_error("node_cuda: a flag is read before it was recorded");
   if (state_ == ON_ITS_WAY) throw std::logic_error("node_cuda: a flag is read before its copy is there: wait() first");
   return *host_;

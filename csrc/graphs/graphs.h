@@ -25,7 +25,7 @@ class Impossible : public std::runtime_error {
 // The loop holds a copy of the step: its graph may be destroyed afterwards, but not the memory that its nodes work on.
 class WhileGraph {
  public:
-  WhileGraph(cudaGraph_t step, const Ctl* ctl, int32_t device);
+  WhileGraph(cudaGraph_t step, const ControllerState* ctl, int32_t device);
   ~WhileGraph();
   WhileGraph(const WhileGraph&) = delete;
   WhileGraph& operator=(const WhileGraph&) = delete;
@@ -47,14 +47,14 @@ void replay(cudaGraphExec_t exec, int64_t times, cudaStream_t stream, int32_t de
 // waits for one batch of steps has the next one in the stream already.
 class Flag {
  public:
-  Flag(const Ctl* ctl, int32_t device);
+  Flag(const ControllerState* ctl, int32_t device);
   ~Flag();  // waits for a copy that is on its way
   Flag(const Flag&) = delete;
   Flag& operator=(const Flag&) = delete;
 
   void record(cudaStream_t stream);
   void wait();
-  const Ctl& read() const;  // after `wait`
+  const ControllerState& read() const;  // after `wait`
 
  private:
   enum State { NEVER, ON_ITS_WAY, THERE };
@@ -62,8 +62,8 @@ class Flag {
   explicit Flag(int32_t device) : device_(device) {}
 
   int32_t device_;
-  const Ctl* ctl_ = nullptr;
-  Ctl* host_ = nullptr;
+  const ControllerState* ctl_ = nullptr;
+  ControllerState* host_ = nullptr;
   cudaEvent_t event_ = nullptr;
   State state_ = NEVER;
 };

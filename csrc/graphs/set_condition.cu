@@ -8,12 +8,12 @@ namespace node_cuda {
 
 #if NODE_CUDA_HAS_WHILE
 
-__global__ void set_condition_kernel(cudaGraphConditionalHandle condition, const Ctl* ctl) {
+__global__ void set_condition_kernel(cudaGraphConditionalHandle condition, const ControllerState* ctl) {
   cudaGraphSetConditional(condition, ctl->active ? 1 : 0);
 }
 
 cudaError_t add_set_condition(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after, size_t count,
-                              cudaGraphConditionalHandle condition, const Ctl* ctl) {
+                              cudaGraphConditionalHandle condition, const ControllerState* ctl) {
   void* arguments[] = {&condition, &ctl};
   cudaKernelNodeParams kernel{};
   kernel.func = NODE_CUDA_FUNCTION(set_condition_kernel);

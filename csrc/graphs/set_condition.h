@@ -14,7 +14,7 @@ namespace node_cuda {
 
 // A node that sets the condition to ctl->active, behind the `count` nodes at `after`.
 cudaError_t add_set_condition(cudaGraphNode_t* node, cudaGraph_t graph, const cudaGraphNode_t* after, size_t count,
-                              cudaGraphConditionalHandle condition, const Ctl* ctl);
+                              cudaGraphConditionalHandle condition, const ControllerState* ctl);
 
 }  // namespace node_cuda
 #endif

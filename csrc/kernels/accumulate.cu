@@ -52,7 +52,7 @@ __device__ inline void accumulate_chunk(const Part& part, const T* x, int64_t be
 
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     accumulate_kernel(const Part* parts, int64_t count, int64_t first_chunk, const __grid_constant__ Pointers pointers,
-                      Weights weights, int when_accepted, Where where) {
+                      Weights weights, int when_accepted, StepRef where) {
   if (when_accepted) {
     if (where.ctl != nullptr && !where.ctl->accept) return;
   } else {
@@ -74,7 +74,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
-    commit_sums_kernel(const Part* parts, int64_t count, const Ctl* ctl) {
+    commit_sums_kernel(const Part* parts, int64_t count, const ControllerState* ctl) {
   if (ctl != nullptr && !ctl->accept) return;
   const int64_t chunk = blockIdx.x;
   Part part = parts[part_of(parts, count, chunk)];
@@ -94,7 +94,7 @@ extern "C" int64_t chunks_of(int64_t size) { return chunk_count(size); }
 
 extern "C" int launch_accumulate(const Part* parts, int64_t count, int64_t chunks, const int64_t* host_first_chunks,
                                  const void* const* x, double weight, double error_weight, int add,
-                                 int when_accepted, const Where* where, On on) {
+                                 int when_accepted, const StepRef* where, Launch on) {
   const Weights weights{weight, error_weight, add};
   Pointers pointers{};
   for (int64_t first = 0; first < count; first += MAX_POINTERS) {
@@ -109,7 +109,7 @@ extern "C" int launch_accumulate(const Part* parts, int64_t count, int64_t chunk
   return cudaSuccess;
 }
 
-extern "C" int launch_commit_sums(const Part* parts, int64_t count, int64_t chunks, const Ctl* ctl, On on) {
+extern "C" int launch_commit_sums(const Part* parts, int64_t count, int64_t chunks, const ControllerState* ctl, Launch on) {
   return launch("commit_sums", commit_sums_kernel, chunks, THREADS, on, parts, count, ctl);
 }
 

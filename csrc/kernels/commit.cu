@@ -12,7 +12,7 @@ struct Copies {
 };
 
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
-    commit_kernel(Split split, const __grid_constant__ Copies copies, const Ctl* ctl) {
+    commit_kernel(Split split, const __grid_constant__ Copies copies, const ControllerState* ctl) {
   if (ctl != nullptr && !ctl->accept) return;
   for_each<unsigned char>(split, [&](auto width, int64_t i) {
     using Bytes = std::conditional_t<decltype(width)::value == 1, unsigned char, Vec<uint64_t, 2>>;
@@ -22,8 +22,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   });
 }
 
-extern "C" int launch_commit(int64_t bytes, int count, void* const* to, const void* const* from, const Ctl* ctl,
-                             On on) {
+extern "C" int launch_commit(int64_t bytes, int count, void* const* to, const void* const* from, const ControllerState* ctl,
+                             Launch on) {
   if (count < 0 || count > MAX_COPIES) return refuse("commit");
   if (bytes == 0 || count == 0) return cudaSuccess;
   Copies copies{};

@@ -36,7 +36,7 @@ template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     dense_adjoint_kernel(Split split, const __grid_constant__ Cotangents rows, const T* lam, const T* gradients,
                          const double* times, int64_t first, int64_t stop,
-                         const __grid_constant__ Polynomials<0> polynomials, Where where) {
+                         const __grid_constant__ Polynomials<0> polynomials, StepRef where) {
   [[maybe_unused]] __shared__ Acc<T> weight[OUTPUTS_AT_ONCE][ROWS_AT_ONCE];  // g++ does not see the use in the lambda
   Step step;
   if (!read_next(where, &step)) return;
@@ -91,7 +91,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 extern "C" int launch_dense_adjoint(int dtype, int64_t n, void* lam_out, void* start, void* const* extra,
                                     const void* lam, const void* gradients, const double* times, int64_t first,
                                     int64_t stop, int count, int degree, const double* weights,
-                                    const double* end_weights, const Where* where, On on) {
+                                    const double* end_weights, const StepRef* where, Launch on) {
   if (count < 0 || count > MAX_TERMS || degree < 0 || degree > MAX_DEGREE) return refuse("dense_adjoint");
   if (n == 0) return cudaSuccess;
   Cotangents rows{};

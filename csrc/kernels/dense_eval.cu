@@ -34,7 +34,7 @@ template <class T, int S>
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     dense_eval_kernel(Split split, T* out, const double* times, int64_t first, int64_t stop, const T* y0, const T* y1,
                       const __grid_constant__ Terms<S> k, const __grid_constant__ Polynomials<S> polynomials,
-                      Where where) {
+                      StepRef where) {
   __shared__ Acc<T> weight[OUTPUTS_AT_ONCE][Terms<S>::CAPACITY + 1];
   __shared__ bool at_end[OUTPUTS_AT_ONCE];
   if (where.ctl != nullptr) {
@@ -113,7 +113,7 @@ int dispatch_terms(int count, bool has_end, F f) {
 
 extern "C" int launch_dense_eval(int dtype, int64_t n, void* out, const double* times, int64_t first, int64_t stop,
                                  const void* y0, const void* y1, int count, int degree, const void* const* k,
-                                 const double* weights, const double* end_weights, const Where* where, On on) {
+                                 const double* weights, const double* end_weights, const StepRef* where, Launch on) {
   if (degree < 0 || degree > MAX_DEGREE) return refuse("dense_eval");
   if (n == 0 || (where->ctl == nullptr && first >= stop)) return cudaSuccess;
   const int error = dispatch_real(dtype, &n, [&](auto type) {

@@ -8,7 +8,7 @@ namespace node_cuda {
 template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     error_ratio_kernel(int64_t n, int phase, const Error<T>* error, const T* last, double e_last, const T* y0,
-                       const T* y1, Scale<T> tolerance, Segments segments, Partials partials, Where where,
+                       const T* y1, Scale<T> tolerance, Segments segments, Partials partials, StepRef where,
                        Finish finish) {
   // Read before the ticket: the block that finishes moves ctl on, when all the others have read it.
   Step step;
@@ -40,7 +40,7 @@ extern "C" int64_t reduce_workspace(int64_t n, const Segments* segments) {
 
 extern "C" int launch_error_ratio(int dtype, int64_t n, const void* error, const void* last, double e_last,
                                   const void* y0, const void* y1, const Tolerance* tolerance, const Segments* segments,
-                                  void* workspace, const Where* where, const Finish* finish, On on) {
+                                  void* workspace, const StepRef* where, const Finish* finish, Launch on) {
   const int result = dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Scale<T> scale(*tolerance);

@@ -18,7 +18,7 @@ __device__ inline void initial_scale(const T* y0, const Scale<T>& tolerance, int
 template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     initial_norms_kernel(int64_t n, int phase, const T* y0, const T* f0, Scale<T> tolerance, Segments segments,
-                         Partials partials, double* norms, Ctl* ctl) {
+                         Partials partials, double* norms, ControllerState* ctl) {
   double of_y = 0.0, of_f = 0.0;
   for_share<LANES<T>>(share_of_block(segments, n), phase, [&](auto width, int64_t i) {
     constexpr int N = decltype(width)::value;
@@ -49,7 +49,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     initial_change_kernel(int64_t n, int phase, const T* y0, const T* f0, const T* f1, Scale<T> tolerance,
-                          Segments segments, Partials partials, double* norms, Ctl* ctl, Law law) {
+                          Segments segments, Partials partials, double* norms, ControllerState* ctl, ControllerParams law) {
   double sum = 0.0;
   for_share<LANES<T>>(share_of_block(segments, n), phase, [&](auto width, int64_t i) {
     constexpr int N = decltype(width)::value;
@@ -71,7 +71,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 }
 
 extern "C" int launch_initial_norms(int dtype, int64_t n, const void* y0, const void* f0, const Tolerance* tolerance,
-                                    const Segments* segments, void* workspace, double* norms, Ctl* ctl, On on) {
+                                    const Segments* segments, void* workspace, double* norms, ControllerState* ctl, Launch on) {
   const int error = dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Scale<T> scale(*tolerance);
@@ -87,7 +87,7 @@ extern "C" int launch_initial_norms(int dtype, int64_t n, const void* y0, const 
 
 extern "C" int launch_initial_change(int dtype, int64_t n, const void* y0, const void* f0, const void* f1,
                                      const Tolerance* tolerance, const Segments* segments, void* workspace,
-                                     double* norms, Ctl* ctl, const Law* law, On on) {
+                                     double* norms, ControllerState* ctl, const ControllerParams* law, Launch on) {
   const int error = dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;
     const Scale<T> scale(*tolerance);
@@ -97,7 +97,7 @@ extern "C" int launch_initial_change(int dtype, int64_t n, const void* y0, const
     return launch("initial_change", initial_change_kernel<T>, reduce_grid(n, segments), THREADS, on, n,
                   alignment.phase(), static_cast<const T*>(y0), static_cast<const T*>(f0), static_cast<const T*>(f1),
                   scale, segments == nullptr ? Segments{1, nullptr, nullptr} : *segments, Partials(workspace), norms,
-                  ctl, law == nullptr ? Law{} : *law);
+                  ctl, law == nullptr ? ControllerParams{} : *law);
   });
   return error == INVALID_VALUE ? refuse("initial_change") : error;
 }

@@ -43,7 +43,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 }
 
 extern "C" int launch_jump(int dtype, int64_t n, void* a, const void* g, const void* f, double* dot, void* workspace,
-                           On on) {
+                           Launch on) {
   if (n == 0 && dot == nullptr) return cudaSuccess;
   const int error = dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;

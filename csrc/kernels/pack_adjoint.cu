@@ -21,7 +21,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   });
 }
 
-extern "C" int launch_pack_adjoint(int dtype, int64_t n, void* row, const void* f, const void* vjp, On on) {
+extern "C" int launch_pack_adjoint(int dtype, int64_t n, void* row, const void* f, const void* vjp, Launch on) {
   if (n == 0) return cudaSuccess;
   const int error = dispatch_real(dtype, &n, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -7,7 +7,7 @@ namespace node_cuda {
 template <class T, int S>
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     rk_finish_kernel(Split split, T* y1, RealAcc<T>* error, const T* y0, const __grid_constant__ Terms<S> k,
-                     const __grid_constant__ Terms<S> e, Where where, Slot slot) {
+                     const __grid_constant__ Terms<S> e, StepRef where, Slot slot) {
   Step step;
   if (!read_next(where, &step)) return;
   if (slot.time != nullptr && blockIdx.x == 0 && threadIdx.x == 0) write_time<T>(slot, step);
@@ -42,8 +42,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 }
 
 extern "C" int launch_rk_finish(int dtype, int64_t n, void* y1, void* error, const void* y0, int count,
-                                const void* const* k, const double* b, const double* e, const Where* where,
-                                const Slot* slot, On on) {
+                                const void* const* k, const double* b, const double* e, const StepRef* where,
+                                const Slot* slot, Launch on) {
   // Without an error this is a stage.
   if (error == nullptr)
     return combine("rk_finish", dtype, n, y1, y0, count, k, b, *where, slot == nullptr ? Slot{} : *slot, on);

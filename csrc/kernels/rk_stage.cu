@@ -6,7 +6,7 @@ namespace node_cuda {
 
 template <class T, int S>
 __global__ void __launch_bounds__(THREADS)
-    rk_stage_kernel(Split split, T* z, const T* y0, const __grid_constant__ Terms<S> k, Where where, Slot slot) {
+    rk_stage_kernel(Split split, T* z, const T* y0, const __grid_constant__ Terms<S> k, StepRef where, Slot slot) {
   Step step;
   if (!read_next(where, &step)) return;
   if (slot.time != nullptr && blockIdx.x == 0 && threadIdx.x == 0) write_time<T>(slot, step);
@@ -30,7 +30,7 @@ __global__ void __launch_bounds__(THREADS)
 }
 
 int combine(const char* op, int dtype, int64_t n, void* out, const void* base, int count, const void* const* x,
-            const double* a, const Where& where, const Slot& slot, On on) {
+            const double* a, const StepRef& where, const Slot& slot, Launch on) {
   if (n == 0 && slot.time == nullptr) return cudaSuccess;
   const int error = dispatch_real(dtype, &n, [&](auto type) {
     using T = typename decltype(type)::type;
@@ -48,7 +48,7 @@ int combine(const char* op, int dtype, int64_t n, void* out, const void* base, i
 }
 
 extern "C" int launch_rk_stage(int dtype, int64_t n, void* z, const void* y0, int count, const void* const* k,
-                               const double* a, const Where* where, const Slot* slot, On on) {
+                               const double* a, const StepRef* where, const Slot* slot, Launch on) {
   return combine("rk_stage", dtype, n, z, y0, count, k, a, *where, slot == nullptr ? Slot{} : *slot, on);
 }
 

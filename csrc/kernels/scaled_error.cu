@@ -8,7 +8,7 @@ namespace node_cuda {
 template <class T>
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     scaled_error_kernel(Split split, Error<T>* out, const Error<T>* error, const T* last, double e_last, const T* y0,
-                        const T* y1, Scale<T> tolerance, Where where) {
+                        const T* y1, Scale<T> tolerance, StepRef where) {
   Step step;
   if (!read_next(where, &step)) return;
   const RealAcc<T> w = static_cast<RealAcc<T>>(step.at.dt * e_last);
@@ -24,8 +24,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 }
 
 extern "C" int launch_scaled_error(int dtype, int64_t n, void* out, const void* error, const void* last, double e_last,
-                                   const void* y0, const void* y1, const Tolerance* tolerance, const Where* where,
-                                   On on) {
+                                   const void* y0, const void* y1, const Tolerance* tolerance, const StepRef* where,
+                                   Launch on) {
   if (n == 0) return cudaSuccess;
   const int result = dispatch(dtype, [&](auto type) {
     using T = typename decltype(type)::type;

@@ -33,7 +33,7 @@ __device__ inline double squares(const Part& part, int64_t begin, double rtol, d
 }
 
 __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
-    sums_ratio_kernel(const Part* parts, int64_t count, double rtol, double atol, Partials partials, const Ctl* ctl,
+    sums_ratio_kernel(const Part* parts, int64_t count, double rtol, double atol, Partials partials, const ControllerState* ctl,
                       Finish finish) {
   __shared__ double of_warp[THREADS / 32];
   if (ctl != nullptr && !ctl->active) {
@@ -74,7 +74,7 @@ extern "C" int64_t sums_workspace(int64_t chunks) {
 }
 
 extern "C" int launch_sums_ratio(const Part* parts, int64_t count, int64_t chunks, double rtol, double atol,
-                                 void* workspace, const Ctl* ctl, const Finish* finish, On on) {
+                                 void* workspace, const ControllerState* ctl, const Finish* finish, Launch on) {
   return launch("sums_ratio", sums_ratio_kernel, chunks > 0 ? chunks : 1, THREADS, on, parts, count, rtol, atol,
                 Partials(workspace), ctl, *finish);
 }

@@ -34,7 +34,7 @@ from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidInput, Unsupported
 
 MOST = 32
-"""Captured solves that a `Graphs` keeps; the one that was not used for longest goes first."""
+"""Captured solves that a `GraphCache` keeps; the one that was not used for longest goes first."""
 
 PATIENCE = 4
 """Captures in a row, each for a func that had changed, after which it is the host loop's: a capture takes longer."""
@@ -59,7 +59,7 @@ class _Entry:
         return difference(self.found, without(now, self.written))
 
 
-class Graphs(Generic[C]):
+class GraphCache(Generic[C]):
     """Captured solves, for as long as this object lives. A copy is empty. tier: the way to repeat steps, one of
     "while" and "batches"; None: the best."""
 
@@ -74,7 +74,7 @@ class Graphs(Generic[C]):
         self._lock = threading.RLock()
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return Graphs, (self.tier,)
+        return GraphCache, (self.tier,)
 
     @property
     def count(self) -> int:
@@ -140,24 +140,24 @@ def evaluated_once() -> None:
         told()
 
 
-_of_functions: weakref.WeakKeyDictionary[Any, dict[Any, Graphs[Any]]] = weakref.WeakKeyDictionary()
+_of_functions: weakref.WeakKeyDictionary[Any, dict[Any, GraphCache[Any]]] = weakref.WeakKeyDictionary()
 
 
-def graphs_of(func: Any) -> Graphs[Any]:
+def graphs_of(func: Any) -> GraphCache[Any]:
     """The captured solves of this function, which are freed with it; those of a bound method with its object, as the
     method itself is another one each time that it is looked up."""
     owner, method = (func.__self__, func.__func__) if isinstance(func, MethodType) else (func, None)
     try:
-        return _of_functions.setdefault(owner, {}).setdefault(method, Graphs())
+        return _of_functions.setdefault(owner, {}).setdefault(method, GraphCache())
     except TypeError:  # it cannot be referred to weakly
-        return Graphs()
+        return GraphCache()
 
 
 def captured_or_why(
     options: Common, why: str | None, key: Callable[[], Any], problem: Problem, make: Callable[[], C]
 ) -> C | str:
     """The captured solve of this key, made where it is needed, or why there is none."""
-    graphs: Graphs[C] = options.cuda_graph
+    graphs: GraphCache[C] = options.cuda_graph
     why = why if why is not None else refuted(problem.y0.device)
     return why if why is not None else graphs.get(key(), problem.func, problem.y0.device, make)
 
@@ -172,7 +172,7 @@ def refuse_in_capture(y0: Any) -> None:
         )
 
 
-def obstacle(problem: Problem, method: Method) -> str | None:
+def fallback_reason(problem: Problem, method: Method) -> str | None:
     """Why a solve cannot be captured, as far as that is known before."""
     options = method.options
     if method.name == SCIPY or method.name in ADAMS:

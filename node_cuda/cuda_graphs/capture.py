@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from node_cuda.kernels.control import Control, Reading, reading
+from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl, reading
 
 TIERS = ("while", "batches")
 
@@ -77,7 +77,7 @@ class Repeat(Protocol):
     def run(self) -> None: ...
 
 
-class Recorder:
+class GraphCapture:
     """Records work on a device, in a stream of its own. tier: the way to repeat steps; None: the best."""
 
     def __init__(self, device: torch.device, module: ModuleType, tier: str | None = None) -> None:
@@ -87,7 +87,7 @@ class Recorder:
         self._stream = torch.cuda.Stream(device)
         # Nothing outlives the graph that made it but what was there before, so that all may share their memory.
         self._pool = torch.cuda.graph_pool_handle()
-        self._looks: dict[int, Look] = {}
+        self._looks: dict[int, StatusReader] = {}
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
@@ -153,7 +153,7 @@ class Recorder:
         except RuntimeError as failure:
             self._mend(graph)
             raise Uncapturable(f"it could not be captured ({first_cause(failure, handled)})") from failure
-        return Recorded(self, graph)
+        return CapturedGraph(self, graph)
 
     def _mend(self, graph: Any) -> None:
         """Torch leaves a capture that failed half open: its allocator waits for the end of it, and its random numbers,
@@ -167,9 +167,9 @@ class Recorder:
             with torch.cuda.graph(torch.cuda.CUDAGraph(), stream=self._stream, capture_error_mode="thread_local"):
                 one.add_(1)
 
-    def repeat(self, step: Recording, control: Control) -> tuple[Repeat, str | None]:
+    def repeat(self, step: Recording, control: DeviceStepControl) -> tuple[Repeat, str | None]:
         """The best way to repeat a step, and why it is not the WHILE node."""
-        assert isinstance(step, Recorded)
+        assert isinstance(step, CapturedGraph)
         why = "batches were asked for"
         if self.tier != "batches":
             if step.raw is None:
@@ -180,12 +180,12 @@ class Recorder:
                     return WhileLoop(self, made, step), None
                 except RuntimeError as refusal:  # what no loop may hold, or what this driver does not take
                     why = str(refusal)
-        return Batches(step, Look(self, control), Look(self, control)), why
+        return Batches(step, StatusReader(self, control), StatusReader(self, control)), why
 
-    def look(self, control: Control) -> Look:
+    def look(self, control: DeviceStepControl) -> StatusReader:
         """A look at where a solve stands: the same one each time, as its memory on the host is slow to come by."""
         if control.address not in self._looks:
-            self._looks[control.address] = Look(self, control)
+            self._looks[control.address] = StatusReader(self, control)
         return self._looks[control.address]
 
     @property
@@ -223,10 +223,10 @@ class Watch(TorchDispatchMode):
         return out
 
 
-class Recorded:
+class CapturedGraph:
     """A graph of torch's, which owns the memory that its work uses. raw: as CUDA has it; None: this torch keeps it."""
 
-    def __init__(self, recorder: Recorder, graph: Any) -> None:
+    def __init__(self, recorder: GraphCapture, graph: Any) -> None:
         self._recorder = recorder
         self._graph = graph
         self.raw: int | None = graph.raw_cuda_graph() if hasattr(graph, "raw_cuda_graph") else None
@@ -297,10 +297,10 @@ def first_cause(failure: BaseException, until: BaseException | None = None) -> s
     return str(failure).split("\n")[0].rstrip(".")
 
 
-class Look:
+class StatusReader:
     """A copy of the control's state, as it is where the stream has come to the last `ask`, for the host to wait for."""
 
-    def __init__(self, recorder: Recorder, control: Control) -> None:
+    def __init__(self, recorder: GraphCapture, control: DeviceStepControl) -> None:
         # Not the recorder, which has looks of its own: nothing here waits for a collection.
         self.device = recorder.device
         self._flag = recorder.module.Flag(control.address, recorder.device.index)
@@ -309,7 +309,7 @@ class Look:
         """Let the current stream make the copy."""
         self._flag.record(torch.cuda.current_stream(self.device).cuda_stream)
 
-    def answer(self) -> Reading:
+    def answer(self) -> ControllerSnapshot:
         """Wait for it."""
         self._flag.wait()
         return reading(self._flag.read())
@@ -320,7 +320,7 @@ class WhileLoop:
 
     tier = "while"
 
-    def __init__(self, recorder: Recorder, graph: Any, step: Recorded) -> None:
+    def __init__(self, recorder: GraphCapture, graph: Any, step: CapturedGraph) -> None:
         self._recorder = recorder
         self._graph = graph
         self._step = step
@@ -335,7 +335,7 @@ class Batches:
 
     tier = "batches"
 
-    def __init__(self, step: Recording, now: Look, behind: Look) -> None:
+    def __init__(self, step: Recording, now: StatusReader, behind: StatusReader) -> None:
         self._step = step
         self._looks = now, behind
         self._first = FIRST_BATCH

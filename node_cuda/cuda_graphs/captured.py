@@ -14,18 +14,18 @@ from torch import Tensor
 from node_cuda.cuda_graphs import capture
 from node_cuda.cuda_graphs.cache import evaluated_once
 from node_cuda.kernels.backend import module_for
-from node_cuda.kernels.control import Control, Reading, reading
+from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl, reading
 from node_cuda.options import AdaptiveOptions, Common
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Pending, Stats
 from node_cuda.status import SolveError, Status
 
-Account = Callable[[Reading, Stats], SolveError | None]
+OnFinish = Callable[[ControllerSnapshot, Stats], SolveError | None]
 """What is made of where a solve ended: it fills in what that cost, and says how it failed, if it did. Keeps neither
 these statistics, which may keep it, nor what the user's graph hangs on."""
 
 
-class Captured:
+class CapturedSolve:
     """Solves of one kind as graphs. One solve after another uses their memory, whatever their streams and threads.
 
     lock: to be held from `follow` until nothing of the solve is left in that memory.
@@ -35,7 +35,7 @@ class Captured:
         self.device = problem.y0.device
         module = module_for(self.device)
         assert module is not None
-        self.recorder = capture.Recorder(self.device, module, tier)
+        self.recorder = capture.GraphCapture(self.device, module, tier)
         self.lock = threading.RLock()
         self._last_stream: Any = None
 
@@ -59,12 +59,14 @@ class Captured:
         self.recorder.warm_up(all_of_them)
         return [self.recorder.record(part) for part in (begin, *parts)]
 
-    def begun(self, control: Control, stats: Stats, account: Account, options: Common) -> Run | None:
+    def begun(
+        self, control: DeviceStepControl, stats: Stats, on_finish: OnFinish, options: Common
+    ) -> PendingStatus | None:
         """The solve that was just launched, for the host to look at its end; None: with throw="deferred" whoever asks
         `stats` does that."""
         if options.throw != "deferred":
-            return Run(self, control, None, account)
-        stats.pending.append(Run(self, control, control.state.clone(), account, self._last_stream))
+            return PendingStatus(self, control, None, on_finish)
+        stats.pending.append(PendingStatus(self, control, control.state.clone(), on_finish, self._last_stream))
         return None
 
     def __del__(self) -> None:
@@ -75,16 +77,16 @@ class Captured:
 
 
 @dataclass
-class Run(Pending):
+class PendingStatus(Pending):
     """A solve by graphs that may not have ended yet.
 
     state: a copy of its control's state where it ended, made in `stream`; None: the control has it still.
     """
 
-    captured: Captured
-    control: Control
+    captured: CapturedSolve
+    control: DeviceStepControl
     state: Tensor | None
-    account: Account
+    on_finish: OnFinish
     stream: Any = None
     _failure: SolveError | None = field(default=None, init=False)
     _ended: bool = field(default=False, init=False)
@@ -94,10 +96,10 @@ class Run(Pending):
         if not self._ended:
             self._ended = True
             stats.host_reads += 1
-            self._failure = self.account(self._reading(), stats)
+            self._failure = self.on_finish(self._reading(), stats)
         return self._failure
 
-    def _reading(self) -> Reading:
+    def _reading(self) -> ControllerSnapshot:
         if self.state is not None:
             if self.stream is not None:
                 torch.cuda.current_stream(self.captured.device).wait_stream(self.stream)
@@ -108,7 +110,7 @@ class Run(Pending):
 
 
 def failure_of(
-    now: Reading, direction: float, stats: Stats, options: Common | None = None, detail: str | None = None
+    now: ControllerSnapshot, direction: float, stats: Stats, options: Common | None = None, detail: str | None = None
 ) -> SolveError | None:
     """How a solve that is over failed, if it did, as the host loop says it. detail: what went wrong, where it is
     known."""

@@ -17,15 +17,15 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from node_cuda.kernels.control import Control, Reading
+from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
 from node_cuda.kernels.fused import Fused
-from node_cuda.kernels.fused_sums import Kept
+from node_cuda.kernels.fused_sums import SavedIntegrands
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE, Interval
-from node_cuda.kernels.step_log import Tape
+from node_cuda.kernels.step_log import StepLog
 from node_cuda.loop.assemble import make_loop
-from node_cuda.loop.grids import Grid
-from node_cuda.loop.step_control import Adaptive
+from node_cuda.loop.grids import GridSteps
+from node_cuda.loop.step_control import AdaptiveSteps
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Quadrature, Step
@@ -42,7 +42,7 @@ class DeviceQuadrature(Quadrature, Protocol):
         """A solve begins: the sums over steps are zero."""
         ...
 
-    def keep(self, integrands: Sequence[Tensor | None]) -> Kept:
+    def keep(self, integrands: Sequence[Tensor | None]) -> SavedIntegrands:
         """A copy of the integrands with which a step begins, in memory that is always the same."""
         ...
 
@@ -72,7 +72,7 @@ class DeviceLoop:
         stops: Sequence[float] = (),
         pauses: bool = False,
         quadrature: DeviceQuadrature | None = None,
-        tape: Tape | None = None,
+        tape: StepLog | None = None,
     ) -> None:
         # What keeps this loop is in the options, and would be kept by it.
         method = replace(method, options=replace(method.options, cuda_graph=False))
@@ -92,7 +92,7 @@ class DeviceLoop:
         self.arithmetic = arithmetic
         self.quadrature = quadrature
         self.stepper = loop.stepper
-        self.pace = loop.pace
+        self.selector = loop.selector
         self.y = problem.y0
         self.k1 = torch.empty_like(self.y)
         self.kept: Sequence[Tensor | None] = ()  # the integrands of k1
@@ -101,13 +101,13 @@ class DeviceLoop:
         self.jumps = False
         self.times = problem.times
         self.first_step: float | None = None
-        self.control: Control
-        if isinstance(self.pace, Adaptive):
+        self.control: DeviceStepControl
+        if isinstance(self.selector, AdaptiveSteps):
             assert isinstance(method.options, AdaptiveOptions)
             self.jumps, self.first_step = method.options.jump_t is not None, method.options.first_step
-            self.control = self.pace.control
+            self.control = self.selector.control
         else:
-            assert isinstance(self.pace, Grid) and points is not None
+            assert isinstance(self.selector, GridSteps) and points is not None
             self.control = arithmetic.grid_control(points, pauses=pauses, tape=tape)
         self.first_nfe = self.nfe = 0  # of `begin`, and of an attempt
 
@@ -123,15 +123,15 @@ class DeviceLoop:
             self.quadrature.restart()
         t0 = self.arithmetic.device_times
         self.control.start_at(t0, None)
-        if isinstance(self.pace, Adaptive):
-            self.set_slope(inside=self.pace.starts_at_jump)
+        if isinstance(self.selector, AdaptiveSteps):
+            self.set_slope(inside=self.selector.starts_at_jump)
             self._choose_first_step(t0)
         else:
             self.control.next_of_grid()
         self.first_nfe = self.problem.field.nfe - before
 
     def _choose_first_step(self, t: Tensor) -> None:
-        """As `Adaptive.start` at a time on the device, with nothing read: the step that probes the field is the
+        """As `AdaptiveSteps.start` at a time on the device, with nothing read: the step that probes the field is the
         control's."""
         control, fused = self.control, self.arithmetic
         if self.first_step is not None:
@@ -141,7 +141,7 @@ class DeviceLoop:
         at = fused.current()
         (probed,) = fused.slots(at, (1.0,), HERE)
         z = fused.rk_stage(fused.stage(((0, 1.0),), 1.0, HERE), at, self.y, [self.k1], probed)
-        control.initial_change(self.y, self.k1, fused.own(self.problem.field(probed, z)))
+        control.initial_change(self.y, self.k1, fused.as_contiguous(self.problem.field(probed, z)))
         return None
 
     def resume(self) -> None:
@@ -204,7 +204,7 @@ class DeviceLoop:
             return self.stepper.attempt_at(at, self.y, self.k1)
         return self.stepper.attempt_at(at, self.y, self.slope())
 
-    def cost(self, now: Reading, stats: Stats) -> int:
+    def cost(self, now: ControllerSnapshot, stats: Stats) -> int:
         """What a solve that is over cost: its steps, and how often it evaluated the field."""
         stats.accepted, stats.rejected = now.accepted, now.rejected
         return self.first_nfe + self.nfe * (now.accepted + now.rejected + now.gave_up)
@@ -243,7 +243,7 @@ class OutputLoop(DeviceLoop):
         arithmetic: Fused,
         *,
         points: Sequence[float] | None = None,
-        tape: Tape | None = None,
+        tape: StepLog | None = None,
     ) -> None:
         super().__init__(problem, method, arithmetic, points=points, tape=tape)
         self.ys = self.y.new_empty((len(problem.times), *self.y.shape))

@@ -8,11 +8,11 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from node_cuda.cuda_graphs.cache import captured_or_why, key_of, obstacle
-from node_cuda.cuda_graphs.captured import Account, Captured, failure_of
+from node_cuda.cuda_graphs.cache import captured_or_why, fallback_reason, key_of
+from node_cuda.cuda_graphs.captured import CapturedSolve, OnFinish, failure_of
 from node_cuda.cuda_graphs.device_loop import OutputLoop, release, set_apart
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
-from node_cuda.kernels.control import Reading
+from node_cuda.kernels.control import ControllerSnapshot
 from node_cuda.kernels.fused import Fused
 from node_cuda.loop.assemble import arithmetic_of, make_loop
 from node_cuda.loop.grids import grid_of
@@ -25,7 +25,7 @@ from node_cuda.solution import Stats
 from node_cuda.status import SolveError, Status
 
 
-class CapturedSolve(Captured):
+class CapturedForward(CapturedSolve):
     """A forward solve."""
 
     def __init__(self, problem: Problem, method: Method, points: Sequence[float] | None, tier: str | None) -> None:
@@ -61,14 +61,14 @@ def solve_by_graphs(
     """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why. why: what is known to
     stand in the way."""
     options = method.options
-    why = why or _gradient_obstacle(problem) or obstacle(problem, method)
+    why = why or _gradient_obstacle(problem) or fallback_reason(problem, method)
     points = points_of(problem, method) if why is None else None
-    found: CapturedSolve | str = captured_or_why(
+    found: CapturedForward | str = captured_or_why(
         options,
         why,
         lambda: ("forward", *key_of(problem, method), points and len(points)),
         problem,
-        lambda: CapturedSolve(problem, method, points, options.cuda_graph.tier),
+        lambda: CapturedForward(problem, method, points, options.cuda_graph.tier),
     )
     if isinstance(found, str):
         stats.why = found
@@ -83,7 +83,7 @@ def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
 
 
 def solve_captured(
-    captured: CapturedSolve, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
+    captured: CapturedForward, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
 ) -> tuple[Tensor, Status] | None:
     """A solve by graphs that are there, whose lock is held; its end is looked at, but with throw="deferred". None where
     it is the host's, as the first one was not what the host computes."""
@@ -118,7 +118,7 @@ def _by_the_host(problem: Problem, method: Method, points: Sequence[float] | Non
     return Outcome(status, [ys], (stats.accepted, stats.rejected))
 
 
-def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) -> Account:
+def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) -> OnFinish:
     """What is made of where a solve ended."""
     direction, times = problem.direction, problem.times
     # A grid judges no step. Now, as ys is the user's from here on.
@@ -126,7 +126,7 @@ def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) ->
     # The next solve writes over the slope, and y0 would keep the user's graph.
     began = None if options.throw == "deferred" else (problem.norm, problem.y0, loop.k1)
 
-    def account(now: Reading, stats: Stats) -> SolveError | None:
+    def on_finish(now: ControllerSnapshot, stats: Stats) -> SolveError | None:
         stats.nfe = loop.cost(now, stats)
         detail = None
         if now.never_began:
@@ -143,7 +143,7 @@ def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) ->
                 failure = SolveError(Status.NON_FINITE, direction * t, stats)
         return failure
 
-    return account
+    return on_finish
 
 
 def _gradient_obstacle(problem: Problem) -> str | None:

@@ -1,8 +1,8 @@
 """A solve as one operation of the user's graph: what autograd, the transforms of torch.func and vmap see of it.
 
-The solve itself, with its backward pass by hand, is a `Task`, one for each mode. vmap takes one sample after another,
-each with steps of its own, so that it says what a loop over the samples says; who wants samples to share their steps
-gives them as one state.
+A `DifferentiableSolve`, a class for each mode, is the solve and its backward pass. vmap solves for one sample after
+another, each with other steps, and so gives what a loop over the samples gives. Samples that share their steps are one
+state.
 """
 
 from __future__ import annotations
@@ -24,8 +24,8 @@ from node_cuda.gradients.context import autocast_state, refuse_second_derivative
 from node_cuda.gradients.inspection import Inspection, refuse_hidden
 from node_cuda.gradients.members import Members
 from node_cuda.gradients.parameters import Parameters
-from node_cuda.gradients.reached import Reached
-from node_cuda.loop.request import Request
+from node_cuda.gradients.reached import UsedParameters
+from node_cuda.loop.request import SolveSpec
 from node_cuda.problem.field import VectorField
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -52,7 +52,7 @@ class Gradients(NamedTuple):
     params: Sequence[Tensor]
 
 
-class Task(ABC):
+class DifferentiableSolve(ABC):
     """A solve that can be differentiated once. Its tensors are plain: wrappers of torch.func stay outside.
 
     samples: under vmap, the tasks that did the work. status: how the solve ended.
@@ -61,17 +61,17 @@ class Task(ABC):
     what: ClassVar[str]
     replays: ClassVar[bool]
 
-    def __init__(self, request: Request, parameters: Parameters) -> None:
+    def __init__(self, request: SolveSpec, parameters: Parameters) -> None:
         self.stats = request.stats
         self.parameters = parameters
         self.status = Status.SUCCESS
-        self.samples: list[Task] = []
+        self.samples: list[DifferentiableSolve] = []
         self._request = request
         self._inspects = torch.is_grad_enabled()
         self._inspection: Inspection | None = None
 
     @abstractmethod
-    def solve(self, request: Request) -> tuple[Tensor, float]:
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
         """(y at the outputs, the user's time of the last one)."""
 
     @abstractmethod
@@ -135,12 +135,12 @@ class Task(ABC):
             return None
         return "func computes with tensors in the place of its own (functional_call, a transform, or hooks)"
 
-    def reached(self, problem: Problem) -> Reached:
+    def reached(self, problem: Problem) -> UsedParameters:
         """What the backward pass is to find a gradient of, as far as the forward pass knows."""
         used = self._inspection.used(self.parameters.wanted) if self._inspection is not None else ()
-        return Reached(used if problem is self._request.problem else ())
+        return UsedParameters(used if problem is self._request.problem else ())
 
-    def per_sample(self, count: int) -> list[Task]:
+    def per_sample(self, count: int) -> list[DifferentiableSolve]:
         """As many tasks like this one, not yet run. The first of them looks at func for all."""
         if count == 0:
             raise InvalidInput("torch.func.vmap over no samples: got a batch of size 0. Skip the solve.")
@@ -158,7 +158,7 @@ class Task(ABC):
     def gather(self) -> None:
         """What the samples cost, and how the first one that failed ended."""
         if self.samples:
-            for name in ("nfe", "nfe_backward", "accepted", "rejected", "host_reads", "steps_again"):
+            for name in ("nfe", "nfe_backward", "accepted", "rejected", "host_reads", "recomputed_steps"):
                 setattr(self.stats, name, sum(getattr(sample.stats, name) for sample in self.samples))
             self.stats.peak_checkpoints = max(sample.stats.peak_checkpoints for sample in self.samples)
             failed = [sample.status for sample in self.samples if sample.status is not Status.SUCCESS]

@@ -10,24 +10,24 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import EventFunc
-from node_cuda.cuda_graphs.cache import obstacle
+from node_cuda.cuda_graphs.cache import fallback_reason
 from node_cuda.cuda_graphs.forward import solve_by_graphs
 from node_cuda.gradients.changed import LastStep
 from node_cuda.loop.assemble import find_event, make_loop
 from node_cuda.loop.outputs import solve_outputs
-from node_cuda.loop.request import Request
+from node_cuda.loop.request import SolveSpec
 from node_cuda.loop.scipy_solver import solve_scipy
 from node_cuda.methods.registry import SCIPY
 from node_cuda.options import ScipyOptions
 from node_cuda.status import Status, Unsupported
 
 
-def outputs(request: Request, why: str | None = None, last: LastStep | None = None) -> tuple[Tensor, Status]:
+def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = None) -> tuple[Tensor, Status]:
     """y at the problem's times, on the tape where autograd records (scipy's steps are not on any tape). why: what
     stands in the way of graphs. last: told of the steps that the host takes."""
     problem, method = request.problem, request.method
     if isinstance(method.options, ScipyOptions):
-        request.stats.why = obstacle(problem, method) if method.options.cuda_graph else None
+        request.stats.why = fallback_reason(problem, method) if method.options.cuda_graph else None
         return solve_scipy(problem, method.options, request.stats)
     if method.options.cuda_graph:
         done = solve_by_graphs(problem, method, request.stats, why)
@@ -39,7 +39,7 @@ def outputs(request: Request, why: str | None = None, last: LastStep | None = No
     return solve_outputs(loop, interpolant, method.options.raises)
 
 
-def event(request: Request, event_fn: EventFunc, last: LastStep | None = None) -> tuple[Tensor, Tensor]:
+def event(request: SolveSpec, event_fn: EventFunc, last: LastStep | None = None) -> tuple[Tensor, Tensor]:
     """The event's time (no gradient), and y0 and y there, on the tape where autograd records. last: as of `outputs`."""
     problem, method = request.problem, request.method
     if method.name == SCIPY:

@@ -9,7 +9,7 @@ from torch import Tensor
 from node_cuda.status import InvalidField
 
 
-class Reached:
+class UsedParameters:
     """The parameters, by their places, that func was seen to use, and of which no vjp has given a gradient yet."""
 
     def __init__(self, used: Iterable[int]) -> None:
@@ -22,7 +22,7 @@ class Reached:
         if self._missing:
             self._missing = {i for i in self._missing if vjp[i] is None}
 
-    def reach_as(self, other: Reached) -> None:
+    def reach_as(self, other: UsedParameters) -> None:
         """What the vjps gave that `other` saw, which a captured solve does again."""
         self._vjps += other._vjps
         self._missing &= other._missing

@@ -9,15 +9,15 @@ from node_cuda._typing import EventFunc
 from node_cuda.gradients import forward
 from node_cuda.gradients.adjoint import mode as adjoint
 from node_cuda.gradients.discrete import mode as discrete
-from node_cuda.loop.request import Request
+from node_cuda.loop.request import SolveSpec
 from node_cuda.status import Status
 
 
 class Mode(NamedTuple):
     """A way to differentiate. outputs: (y at the problem's times, status). event: (event_t, y0 and y there)."""
 
-    outputs: Callable[[Request], tuple[Tensor, Status]]
-    event: Callable[[Request, EventFunc], tuple[Tensor, Tensor]]
+    outputs: Callable[[SolveSpec], tuple[Tensor, Status]]
+    event: Callable[[SolveSpec, EventFunc], tuple[Tensor, Tensor]]
 
 
 GRADIENTS = {

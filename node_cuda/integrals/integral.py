@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
 from node_cuda.kernels.norms import ErrorNorm, rms
-from node_cuda.loop.request import AdjointArguments
+from node_cuda.loop.request import AdjointSpec
 from node_cuda.methods.registry import Method
 from node_cuda.options import FixedOptions
 from node_cuda.problem.field import Layout, VectorField
@@ -25,7 +25,7 @@ from node_cuda.problem.problem import Callback, Problem, check_tolerance
 from node_cuda.status import InvalidField, InvalidType
 
 
-class Beside(nn.Module):
+class AugmentedField(nn.Module):
     """The field of (y, s): func, and the rate of s, which is evaluated with it. A module, so that the parameters of
     both are found.
 
@@ -71,7 +71,7 @@ class Beside(nn.Module):
         return dy if isinstance(dy, Tensor) else parts
 
 
-class Integral(Beside):
+class Integral(AugmentedField):
     """The user's integral(t, y, dy)."""
 
     measured = True
@@ -115,8 +115,8 @@ class Integral(Beside):
 
 
 def with_integral(
-    problem: Problem, method: Method, given: AdjointArguments, field: Beside
-) -> tuple[Problem, Method, AdjointArguments]:
+    problem: Problem, method: Method, given: AdjointSpec, field: AugmentedField
+) -> tuple[Problem, Method, AdjointSpec]:
     """The problem of (y, s), from that of y; what the user gave in terms of y is asked about y alone."""
     y0, layout = problem.y0, Layout((*(problem.layout.shapes or (problem.y0.shape,)), field.shape))
     func = field if isinstance(field.func, nn.Module) else lambda t, state: field(t, state)
@@ -150,7 +150,7 @@ def with_integral(
     return extended, replace(method, options=options), adjoint
 
 
-def event_of(field: Beside, event_fn: EventFunc) -> EventFunc:
+def event_of(field: AugmentedField, event_fn: EventFunc) -> EventFunc:
     """The user's event function, of (t, (y, s))."""
     return lambda t, state: event_fn(t, field.users(state))
 
@@ -160,7 +160,7 @@ def as_tuple(state: Any) -> tuple[Any, ...]:
     return tuple(state) if isinstance(state, (tuple, list)) else (state,)
 
 
-def _extended(tol: Tol, problem: Problem, field: Beside, value: float | None) -> Tol:
+def _extended(tol: Tol, problem: Problem, field: AugmentedField, value: float | None) -> Tol:
     """A tolerance of y as one of (y, s): for s this value, by default the smallest."""
     if value is None and not isinstance(tol, Tensor):
         return tol
@@ -169,7 +169,7 @@ def _extended(tol: Tol, problem: Problem, field: Beside, value: float | None) ->
     return torch.cat([flat, flat.new_full((field.shape.numel(),), float(flat.min()) if value is None else value)])
 
 
-def _norm(field: Beside, norm: Norm) -> Norm:
+def _norm(field: AugmentedField, norm: Norm) -> Norm:
     """The user's norm of y, and the size of s (0 of an infinite atol); the larger of both."""
 
     def of_both(state: tuple[Tensor, ...]) -> float:
@@ -194,7 +194,7 @@ def _adjoint_options(problem: Problem, options: Mapping[str, Any] | None) -> Map
     return {**options, "norm": of_y}
 
 
-def _callback(field: Beside, callback: Callback) -> Callback:
+def _callback(field: AugmentedField, callback: Callback) -> Callback:
     return lambda t0, state, dt: callback(t0, field.users(state), dt)
 
 

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from node_cuda._typing import Func, State
 from node_cuda.gradients.parameters import is_wrapped
-from node_cuda.integrals.integral import Beside, as_tuple
+from node_cuda.integrals.integral import AugmentedField, as_tuple
 from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidInput, InvalidType, Unsupported
 
@@ -144,7 +144,7 @@ def _noise(law: str, shape: torch.Size, dtype: torch.dtype, device: torch.device
     return noise
 
 
-class Penalty(Beside):
+class Penalty(AugmentedField):
     """The penalty of one solve. noise: one tensor for each of the parts; none if the Jacobian does not count."""
 
     measured = False

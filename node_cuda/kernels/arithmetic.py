@@ -16,10 +16,10 @@ from torch import Tensor
 from node_cuda._typing import Row
 from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.reference import ControlLaw, DenseCotangents
+from node_cuda.kernels.reference import ControllerParams, DenseCotangents
 from node_cuda.kernels.stage_times import Clock, Interval
 from node_cuda.kernels.step_control import Rule, StepControl
-from node_cuda.kernels.sums import Sums
+from node_cuda.kernels.sums import GradientAccumulator
 
 
 class Stage(NamedTuple):
@@ -71,7 +71,7 @@ class Arithmetic:
         self.output_times = times
         self.clock = Clock(direction, y0.dtype.to_real(), y0.device)
 
-    def own(self, x: Tensor) -> Tensor:
+    def as_contiguous(self, x: Tensor) -> Tensor:
         """x as the primitives can read it."""
         return x
 
@@ -131,10 +131,10 @@ class Arithmetic:
 
     def control(
         self,
-        law: ControlLaw,
+        law: ControllerParams,
         order: int,
         max_num_steps: float,
-        landings: Sequence[float],
+        tstops: Sequence[float],
         jumps: frozenset[float],
         stops: Sequence[float],
         *,
@@ -149,7 +149,7 @@ class Arithmetic:
         device; see `kernels.control`."""
         assert not pauses and tape is None
         times = self.output_times[1:] if outputs else ()
-        return StepControl(law, order, max_num_steps, self.norm, landings, jumps, stops, times, limit, rule)
+        return StepControl(law, order, max_num_steps, self.norm, tstops, jumps, stops, times, limit, rule)
 
     def control_step(
         self,
@@ -210,9 +210,9 @@ class Arithmetic:
 
     # ------------------------------------------------------------------ adjoint
 
-    def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
+    def sums(self, like: Sequence[Tensor], *, with_error: bool) -> GradientAccumulator:
         """Accumulators for a list of tensors like these."""
-        return Sums(like, with_error=with_error)
+        return GradientAccumulator(like, with_error=with_error)
 
     def adjoint_stage(
         self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None

@@ -14,7 +14,7 @@ from torch import Tensor
 from node_cuda.extension import loading as extension
 from node_cuda.kernels import self_check
 from node_cuda.kernels.arithmetic import Arithmetic
-from node_cuda.kernels.fused import DTYPES, Fused, On
+from node_cuda.kernels.fused import DTYPES, Fused, Launch
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.status import InvalidInput, Unsupported
 
@@ -55,14 +55,14 @@ def _checked(name: str, where: str) -> str:
 
 def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]) -> Arithmetic:
     """The arithmetic of a solve. Raises Unsupported where "fused" is wanted and cannot be had."""
-    obstacle = why_plain(wanted, y0)
-    if obstacle is None:
+    fallback_reason = why_plain(wanted, y0)
+    if fallback_reason is None:
         module, on = _kernels(y0.device)
         assert module is not None
         return Fused(module, on, y0, direction, norm, times)
     if wanted == "fused":
         raise Unsupported(
-            f'The backend "fused" was asked for, but {obstacle}. Use "auto" to solve without the kernels.'
+            f'The backend "fused" was asked for, but {fallback_reason}. Use "auto" to solve without the kernels.'
         )
     return Arithmetic(y0, direction, norm, times)
 
@@ -71,12 +71,12 @@ def why_plain(wanted: str, y0: Tensor) -> str | None:
     """Why the steps of a solve are plain PyTorch's, as half a sentence; None: they are the kernels'."""
     if wanted == "reference":
         return 'the backend is "reference"'
-    if (obstacle := _obstacle(y0)) is not None:
-        return obstacle
+    if (fallback_reason := _fallback_reason(y0)) is not None:
+        return fallback_reason
     module = module_for(y0.device)
     if module is None:
         return "there are no kernels for this device; `python -m node_cuda` says why"
-    return self_check.obstacle(module, y0.device, y0.dtype)
+    return self_check.fallback_reason(module, y0.device, y0.dtype)
 
 
 def module_for(device: torch.device) -> ModuleType | None:
@@ -84,7 +84,7 @@ def module_for(device: torch.device) -> ModuleType | None:
     return _kernels(device)[0]
 
 
-def _obstacle(y0: Tensor) -> str | None:
+def _fallback_reason(y0: Tensor) -> str | None:
     """Why kernels cannot work on a state like y0, as half a sentence."""
     if not _has_kernels(y0.device):
         return f"the state is on {y0.device}, and the kernels run on CUDA devices"
@@ -106,7 +106,7 @@ def _has_kernels(device: torch.device) -> bool:
     return device.type == "cuda" and torch.version.hip is None
 
 
-def _kernels(device: torch.device) -> tuple[ModuleType | None, On]:
+def _kernels(device: torch.device) -> tuple[ModuleType | None, Launch]:
     """The compiled module, and the stream and device to launch on."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return extension.kernels(device), (torch.cuda.current_stream(device).cuda_stream, index)

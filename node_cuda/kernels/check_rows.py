@@ -1,8 +1,8 @@
 """The rows of the self-check: one function for each primitive, which is run on two sides and compared.
 
-One side is the device: the objects that solves use (`Fused`, `FusedSums`, `Control`, `Tape`) on small tensors. The
-other side is the host: the same calls of `Arithmetic` and `Sums`, so kernels/reference.py, on the same numbers in
-double. Of what only the device has (step control), the row says what is right.
+One side is the device: the objects that solves use (`Fused`, `FusedGradientAccumulator`, `DeviceStepControl`,
+`StepLog`), on small tensors. The other side is the host: the same calls of `Arithmetic` and `GradientAccumulator` (that
+is kernels/reference.py), on the same numbers in double. For step control, the row itself says what is right.
 
 A new primitive is a function here, with the cases for which it runs. Every tensor is made of other numbers, so that
 memory that held the right result of an earlier call is not right again.
@@ -22,12 +22,12 @@ from torch import Tensor
 from node_cuda._typing import Row, Tolerance
 from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
-from node_cuda.kernels.control import Control
-from node_cuda.kernels.fused import DTYPES, Fused, On
+from node_cuda.kernels.control import DeviceStepControl
+from node_cuda.kernels.fused import DTYPES, Fused, Launch
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.reference import ControllerParams
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock
-from node_cuda.kernels.step_log import Tape
+from node_cuda.kernels.step_log import StepLog
 from node_cuda.status import Status
 
 Value = Tensor | float
@@ -47,13 +47,15 @@ CASES = (Case(0, 0), ONE, LARGE, ODD)
 
 _RTOL, _ATOL, _ORDER = 0.3, 0.2, 5
 _T0, _H = 0.5, 0.25  # a step from 1/2 to 3/4: all times in it are exact in every dtype
-_STEADY = ControlLaw((1.0, 0.0, 0.0), 1.0, 4.0, 0.25, False, 0.0, math.inf)  # with a ratio of 1 the step stays as it is
+_STEADY = ControllerParams(
+    (1.0, 0.0, 0.0), 1.0, 4.0, 0.25, False, 0.0, math.inf
+)  # with a ratio of 1 the step stays as it is
 
 
 class Side:
     """Where a row runs. module, on: the device's; None on the host, where numbers are double."""
 
-    def __init__(self, dtype: torch.dtype, device: torch.device, module: ModuleType | None, on: On | None) -> None:
+    def __init__(self, dtype: torch.dtype, device: torch.device, module: ModuleType | None, on: Launch | None) -> None:
         self.dtype = dtype
         self.device = device
         self.half = dtype in (torch.float16, torch.bfloat16)
@@ -103,7 +105,7 @@ class Side:
         return torch.tensor(values, dtype=torch.float64, device=self.device)
 
 
-def sides(module: ModuleType, on: On, device: torch.device, dtype: torch.dtype) -> tuple[Side, Side]:
+def sides(module: ModuleType, on: Launch, device: torch.device, dtype: torch.dtype) -> tuple[Side, Side]:
     """The device's and the host's."""
     return Side(dtype, device, module, on), Side(dtype, torch.device("cpu"), None, None)
 
@@ -112,13 +114,13 @@ def _double(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def _control(a: Any, law: ControlLaw = _STEADY, *, outputs: bool = False, **given: Any) -> Any:
+def _control(a: Any, law: ControllerParams = _STEADY, *, outputs: bool = False, **given: Any) -> Any:
     """Step control on the device; None on the host."""
-    none: dict[str, Any] = dict(max_num_steps=100, landings=(), jumps=frozenset(), stops=(), pauses=False)
+    none: dict[str, Any] = dict(max_num_steps=100, tstops=(), jumps=frozenset(), stops=(), pauses=False)
     return a.control(law, _ORDER, outputs=outputs, **(none | given)) if isinstance(a, Fused) else None
 
 
-def _judged(side: Side, control: Control, ratio: float) -> None:
+def _judged(side: Side, control: DeviceStepControl, ratio: float) -> None:
     """A step was judged by this ratio: the last one of the control, from here on."""
     control.start(_T0, _H)
     control.judge_ratio(side.doubles(ratio))
@@ -256,16 +258,24 @@ def _initial_step(side: Side) -> Iterator[Value]:
 
 # --------------------------------------------------------------------------------------------------------- step control
 _JUDGED = (
-    (1.0, ControlLaw((0.2, -0.08, 0.04), 0.9, 10.0, 0.2, False, 1e-3, 2.0), (0.5, 3.0, math.nan, 0.1, 0.0, 0.7, 40.0)),
-    (-1.0, ControlLaw((0.25, 0.0, 0.0), 0.8, 5.0, 0.1, True, 1e-3, 2.0), (0.5, 3.0, math.nan, 0.1, 0.0, 0.7, 40.0)),
-    (1.0, ControlLaw((0.2, 0.0, 0.0), 0.9, 10.0, 0.2, False, 0.2, 0.4), (0.0, 40.0, 40.0, 0.5)),
+    (
+        1.0,
+        ControllerParams((0.2, -0.08, 0.04), 0.9, 10.0, 0.2, False, 1e-3, 2.0),
+        (0.5, 3.0, math.nan, 0.1, 0.0, 0.7, 40.0),
+    ),
+    (
+        -1.0,
+        ControllerParams((0.25, 0.0, 0.0), 0.8, 5.0, 0.1, True, 1e-3, 2.0),
+        (0.5, 3.0, math.nan, 0.1, 0.0, 0.7, 40.0),
+    ),
+    (1.0, ControllerParams((0.2, 0.0, 0.0), 0.9, 10.0, 0.2, False, 0.2, 0.4), (0.0, 40.0, 40.0, 0.5)),
 )
 """Directions, laws and error ratios: of steps that are good, too large, not finite, without error; the largest and the
 smallest step."""
 
 
 def _script(
-    side: Side, control: Control | None, calls: Sequence[Callable[[Any], Any]], expected: Sequence[Any]
+    side: Side, control: DeviceStepControl | None, calls: Sequence[Callable[[Any], Any]], expected: Sequence[Any]
 ) -> Iterator[Value]:
     """Where the control stands after each call: (t0, t1, dt, proposal), accepted, status, active, jump, paused, and the
     outputs in the step."""
@@ -295,10 +305,10 @@ def _step_control(side: Side) -> Iterator[Value]:
 
 
 @_row(ONE)
-def _landings(side: Side) -> Iterator[Value]:
+def _tstops(side: Side) -> Iterator[Value]:
     """Steps that are cut: on a jump, before and on a stop, at outputs, where the solve waits and where it ends."""
     a = side.arithmetic(times=(0.0, 0.4375, 1.0), direction=1.0)
-    given: dict[str, Any] = dict(landings=(0.25, 1.0), jumps=frozenset((0.25,)), stops=(0.625,), pauses=True)
+    given: dict[str, Any] = dict(tstops=(0.25, 1.0), jumps=frozenset((0.25,)), stops=(0.625,), pauses=True)
     start, judge = (lambda c: c.start(0.0, 0.4)), (lambda c: c.judge_ratio(side.doubles(1.0)))
     expected = (
         ((0.0, 0.25, 0.25, 0.4), 0, 0, 1, 0, 0, 0),
@@ -309,7 +319,7 @@ def _landings(side: Side) -> Iterator[Value]:
         ((0.875, 1.0, 0.125, 0.25), 4, 0, 1, 0, 0, 0),
         ((1.0, 1.0, 0.0, 0.125), 5, 0, 0, 0, 0, 1),
     )
-    calls = start, judge, judge, Control.resume, judge, judge, judge
+    calls = start, judge, judge, DeviceStepControl.resume, judge, judge, judge
     yield from _script(side, _control(a, outputs=True, **given), calls, expected)
     end = (0.8, 0.8, 0.0, 0.4), 2, Status.MAX_STEPS.value, 0, 0, 0, 0
     expected = ((0.0, 0.4, 0.4, 0.4), 0, 0, 1, 0, 0, 0), ((0.4, 0.8, 0.4, 0.4), 1, 0, 1, 0, 0, 0), end
@@ -322,8 +332,8 @@ def _grid(side: Side) -> Iterator[Value]:
     points = (0.0, 0.25, 0.75, 1.0)
     for wait in (1, 2):
         a = side.arithmetic(times=(0.0, points[wait], 1.0))
-        calls: list[Any] = [lambda c: (c.start(0.0, None), c.next_of_grid()), *[Control.next_of_grid] * 3]
-        calls.insert(wait + 1, Control.resume)
+        calls: list[Any] = [lambda c: (c.start(0.0, None), c.next_of_grid()), *[DeviceStepControl.next_of_grid] * 3]
+        calls.insert(wait + 1, DeviceStepControl.resume)
         expected = [
             ((t0, t1, t0 - t1, 0.0), i, 0, 1, 0, 0, int(i == wait)) for i, (t0, t1) in enumerate(pairwise(points))
         ]
@@ -507,7 +517,7 @@ def _tape(side: Side) -> Iterator[Value]:
     lam, *gradients = side.take(3)
     rows = torch.stack(gradients)
     walk, solve = (side.arithmetic(x, times=times, direction=1.0) for x in (lam, lam[:1]))
-    tape, interpolant = Tape(side.device, 4, first=0, carries=False), _polynomials(walk, 6, False)
+    tape, interpolant = StepLog(side.device, 4, first=0, carries=False), _polynomials(walk, 6, False)
     control, back = _control(solve, outputs=True, tape=tape), None
     steps = [(t0, t0 + 0.25, 0.25) for t0 in starts]
     if control is not None:
@@ -517,20 +527,20 @@ def _tape(side: Side) -> Iterator[Value]:
         steps = [step[:3] for step in tape.read(3)]
         back = walk.grid_control(())
         back.start(0.0, 0.0)
-        back.set_walk(tape)
+        back.begin_reverse(tape)
     yield from (side.doubles(*step) for step in steps)
     for row, t0 in reversed(list(enumerate(starts))):
         at, given, now = walk.interval(t0, t0 + 0.25, 0.25), rows[: row == 0], (row, t0, t0, t0 + 0.25, int(row > 0))
         if back is not None:
             at, given = walk.current(), rows
             (time,) = walk.slots(at, (0.0,), HERE)
-            back.take_back(tape, time)
+            back.load_step(tape, time)
             now = int(tape.row.item()), time.item(), back.read().t0, back.read().t1
         if not side.half:  # the kernels have no cotangents of outputs in half precision
             found = walk.dense_adjoint(interpolant, at, lam, 1, given)
             yield from (found.lam, found.start, *found.extra)
         if back is not None:
-            back.taken(tape)
+            back.advance_reverse(tape)
             now = *now, back.read().active
         yield from now
 

@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from node_cuda.kernels.reference import ControlLaw
-from node_cuda.kernels.step_log import Tape
+from node_cuda.kernels.reference import ControllerParams
+from node_cuda.kernels.step_log import StepLog
 
 _LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control/control.h
 _MOST = 2**63 - 1
@@ -19,7 +19,7 @@ _NON_FINITE = 2  # as in csrc/control/control.h
 _JUMP, _STATUS = 47, 48  # Ctl.jump and Ctl.status, as the number of a word of four bytes
 
 
-class Reading(NamedTuple):
+class ControllerSnapshot(NamedTuple):
     """Where a solve stands; the names are those of struct Ctl. `t0`, `t1`, `h`, `dt`: the step to be tried."""
 
     t0: float
@@ -41,7 +41,7 @@ class Reading(NamedTuple):
     attempts: int
     accepted: int
     rejected: int
-    next_landing: int
+    next_tstop: int
     next_stop: int
     first_output: int
     next_output: int
@@ -63,10 +63,10 @@ class Reading(NamedTuple):
         return self.status == _NON_FINITE and self.proposal == 0.0 and self.accepted == self.rejected == 0
 
 
-class Control:
+class DeviceStepControl:
     """The state of step-size control in device memory, and the lists of times that it looks at.
 
-    landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
+    tstops: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
     sliver before them. outputs: on the device, the solve ends with the last of them; pauses: and waits at each of the
     others for `resume`. measures: it can choose the first step, by the norm of the kernels and without a `limit`.
     points: those of a grid, whose steps are all good; then the law does not matter. tape: gets the accepted steps; a
@@ -76,10 +76,10 @@ class Control:
     def __init__(
         self,
         plan: Any,
-        law: ControlLaw,
+        law: ControllerParams,
         order: int,
         max_num_steps: float,
-        landings: Sequence[float],
+        tstops: Sequence[float],
         jumps: frozenset[float],
         stops: Sequence[float],
         outputs: Tensor,
@@ -88,7 +88,7 @@ class Control:
         limit: float = math.inf,
         measures: bool = True,
         pauses: bool = False,
-        tape: Tape | None = None,
+        tape: StepLog | None = None,
     ) -> None:
         device = outputs.device
         self.limit, self.measures = limit, measures
@@ -98,8 +98,8 @@ class Control:
         # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
         self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         self._bytes = self._host.numpy().data
-        self._landings = torch.tensor(list(landings), dtype=torch.float64, device=device)
-        self._is_jump = torch.tensor([s in jumps for s in landings], dtype=torch.uint8, device=device)
+        self._tstops = torch.tensor(list(tstops), dtype=torch.float64, device=device)
+        self._is_jump = torch.tensor([s in jumps for s in tstops], dtype=torch.uint8, device=device)
         self.stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
         self._outputs = outputs
         self._tape = tape
@@ -115,7 +115,7 @@ class Control:
             law.max_step,
             float(order),
             min(math.ceil(min(max_num_steps, _MOST)), _MOST),  # attempts are whole: 2.5 allows three of them
-            _array(self._landings),
+            _array(self._tstops),
             self._is_jump.data_ptr(),
             _array(self.stops),
             _array(outputs),
@@ -151,18 +151,18 @@ class Control:
         """Go on where the solve waits at an output."""
         self._plan.resume(_array(self.points))
 
-    def set_walk(self, tape: Tape) -> None:
+    def begin_reverse(self, tape: StepLog) -> None:
         """Begin a walk back over a tape, of which this is the control, behind the last step. Active if there is a step
         to take back; with the status RECORD_FULL if the tape does not have all steps."""
-        self._plan.set_walk(tape.address)
+        self._plan.begin_reverse(tape.address)
 
-    def take_back(self, tape: Tape, time: Tensor | None = None) -> None:
+    def load_step(self, tape: StepLog, time: Tensor | None = None) -> None:
         """Make the walk's next step the current one, `tape.row` its number, and write the time of its first stage."""
-        self._plan.take_back(tape.address, 0 if time is None else time.data_ptr())
+        self._plan.load_step(tape.address, 0 if time is None else time.data_ptr())
 
-    def taken(self, tape: Tape) -> None:
+    def advance_reverse(self, tape: StepLog) -> None:
         """Stay active while there are steps to take back."""
-        self._plan.taken(tape.address)
+        self._plan.advance_reverse(tape.address)
 
     @property
     def address(self) -> int:
@@ -184,16 +184,16 @@ class Control:
         """Has nothing failed so far? 0-d, on the device."""
         return self._ctl.view(torch.int32)[_STATUS] == 0
 
-    def read(self) -> Reading:
+    def read(self) -> ControllerSnapshot:
         """Where the solve stands. The one host read of a step, and the one time that the host waits."""
         self.reads += 1
         self._plan.read_control(self._host.data_ptr())
         return reading(self._bytes)
 
 
-def reading(state: bytes | memoryview) -> Reading:
+def reading(state: bytes | memoryview) -> ControllerSnapshot:
     """A copy of struct Ctl as the host reads it."""
-    return Reading._make(_LAYOUT.unpack(state))
+    return ControllerSnapshot._make(_LAYOUT.unpack(state))
 
 
 def _array(x: Tensor) -> tuple[int, int]:

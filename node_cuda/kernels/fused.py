@@ -18,15 +18,15 @@ from torch import Tensor
 from node_cuda._typing import Row
 from node_cuda._typing import Tolerance as Tol
 from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm, Polynomials, Stage
-from node_cuda.kernels.control import Control
-from node_cuda.kernels.fused_sums import FusedSums
+from node_cuda.kernels.control import DeviceStepControl
+from node_cuda.kernels.fused_sums import FusedGradientAccumulator
 from node_cuda.kernels.memory import address, has_address, resolved
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.reference import ControlLaw, DenseCotangents
+from node_cuda.kernels.reference import ControllerParams, DenseCotangents
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.kernels.step_control import Rule, StepControl
-from node_cuda.kernels.step_log import Tape
-from node_cuda.kernels.sums import Sums
+from node_cuda.kernels.step_log import StepLog
+from node_cuda.kernels.sums import GradientAccumulator
 from node_cuda.status import InvalidField
 
 # csrc/launchers.h, enum Dtype.
@@ -36,7 +36,7 @@ DTYPES = {
         (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
     )
 }
-On = tuple[int, int]
+Launch = tuple[int, int]
 """A stream's address and a device's index."""
 
 
@@ -44,7 +44,7 @@ class Fused(Arithmetic):
     """The primitives on the device of `y0`, in the stream `on`. module: the compiled one."""
 
     def __init__(
-        self, module: ModuleType, on: On, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]
+        self, module: ModuleType, on: Launch, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]
     ) -> None:
         super().__init__(y0, direction, norm, times)
         self.module = module
@@ -53,7 +53,7 @@ class Fused(Arithmetic):
         self.dtype = y0.dtype
         self.shape = y0.shape
         self.acc_dtype = torch.float32 if y0.dtype in (torch.float16, torch.bfloat16) else y0.dtype
-        self.plan = module.Plan(
+        self.plan = module.SolveContext(
             DTYPES[y0.dtype], y0.numel(), y0.itemsize, self.acc_dtype.itemsize, on, float(direction)
         )
         # Once a solve: what the kernels find on the device.
@@ -63,7 +63,7 @@ class Fused(Arithmetic):
         self._polynomials: dict[Polynomials, Polynomials] = {}
         self._dot_workspace: Tensor | None = None
 
-    def own(self, x: Tensor) -> Tensor:
+    def as_contiguous(self, x: Tensor) -> Tensor:
         """x on this device, contiguous, and its numbers as they lie in memory; x itself where it is so already."""
         if x.device != self.device:
             raise InvalidField(
@@ -174,10 +174,10 @@ class Fused(Arithmetic):
 
     def control(
         self,
-        law: ControlLaw,
+        law: ControllerParams,
         order: int,
         max_num_steps: float,
-        landings: Sequence[float],
+        tstops: Sequence[float],
         jumps: frozenset[float],
         stops: Sequence[float],
         *,
@@ -185,19 +185,19 @@ class Fused(Arithmetic):
         limit: float = math.inf,
         rule: Rule | None = None,
         pauses: bool = False,
-        tape: Tape | None = None,
-    ) -> Control | StepControl:
+        tape: StepLog | None = None,
+    ) -> DeviceStepControl | StepControl:
         """Step-size control on the device, or with a rule on the host. pauses: the device waits at each output. tape:
         gets the accepted steps."""
         if rule is not None:
-            given = law, order, max_num_steps, landings, jumps, stops
+            given = law, order, max_num_steps, tstops, jumps, stops
             return super().control(*given, limit=limit, outputs=outputs, rule=rule)
-        return Control(
+        return DeviceStepControl(
             self.plan,
             law,
             order,
             max_num_steps,
-            landings,
+            tstops,
             jumps,
             stops,
             self.device_times[1:] if outputs else self.device_times[:0],
@@ -209,7 +209,7 @@ class Fused(Arithmetic):
 
     def control_step(
         self,
-        control: Control | StepControl,
+        control: DeviceStepControl | StepControl,
         at: Interval,
         error: Tensor,
         last: tuple[Tensor, float] | None,
@@ -230,11 +230,15 @@ class Fused(Arithmetic):
             control.judge_ratio(ratio.to(scaled.device, torch.float64).abs().reshape(1))
         return None
 
-    def grid_control(self, points: Sequence[float], *, pauses: bool = False, tape: Tape | None = None) -> Control:
+    def grid_control(
+        self, points: Sequence[float], *, pauses: bool = False, tape: StepLog | None = None
+    ) -> DeviceStepControl:
         """Steps from point to point of a grid, on the device."""
-        law = ControlLaw((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
+        law = ControllerParams((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
         outputs = self.device_times[1:]
-        return Control(self.plan, law, 1, math.inf, (), frozenset(), (), outputs, points, pauses=pauses, tape=tape)
+        return DeviceStepControl(
+            self.plan, law, 1, math.inf, (), frozenset(), (), outputs, points, pauses=pauses, tape=tape
+        )
 
     def commit(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         """to_i = source_i, if the step judged last was accepted. One launch."""
@@ -313,11 +317,11 @@ class Fused(Arithmetic):
 
     # ------------------------------------------------------------------ adjoint
 
-    def sums(self, like: Sequence[Tensor], *, with_error: bool) -> Sums:
+    def sums(self, like: Sequence[Tensor], *, with_error: bool) -> GradientAccumulator:
         """See `Arithmetic`. One launch a list."""
         if not (like and can_sum(like, self.device)):
             return super().sums(like, with_error=with_error)
-        return FusedSums(like, self.module, self.on, DTYPES, with_error=with_error)
+        return FusedGradientAccumulator(like, self.module, self.on, DTYPES, with_error=with_error)
 
     def adjoint_stage(
         self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None
@@ -339,7 +343,7 @@ class Fused(Arithmetic):
         among all the rows."""
         if polynomials.native is None or self.acc_dtype != self.dtype:
             return super().dense_adjoint(polynomials, at, lam, first, gradients)
-        lam, gradients = self.own(lam), self.own(gradients)
+        lam, gradients = self.as_contiguous(lam), self.as_contiguous(gradients)
         out = [torch.empty_like(lam) for _ in range(2 + len(polynomials.rows))]
         self.plan.dense_adjoint(
             polynomials.native,
@@ -355,7 +359,7 @@ class Fused(Arithmetic):
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
         """See `Arithmetic`. One launch."""
-        f, vjp = self.own(f), None if vjp is None else self.own(vjp)
+        f, vjp = self.as_contiguous(f), None if vjp is None else self.as_contiguous(vjp)
         row = f.new_empty(2 * f.numel())
         self.module.pack_adjoint(
             DTYPES[f.dtype], f.numel(), row.data_ptr(), f.data_ptr(), 0 if vjp is None else vjp.data_ptr(), self.on
@@ -365,7 +369,7 @@ class Fused(Arithmetic):
     def real_dot(self, g: Tensor, f: Tensor) -> Tensor:
         """See `Arithmetic`. One launch; in double."""
         dot = torch.empty((), dtype=torch.float64, device=self.device)
-        g, f, n = self.own(g), self.own(f), g.numel()
+        g, f, n = self.as_contiguous(g), self.as_contiguous(f), g.numel()
         if self._dot_workspace is None:
             self._dot_workspace = self._zeros(self.module.reduce_workspace(n, 0))
         self.module.jump(

@@ -13,17 +13,18 @@ from torch import Tensor
 from node_cuda.kernels.memory import address, resolved
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import Interval
-from node_cuda.kernels.sums import Sums
+from node_cuda.kernels.sums import GradientAccumulator
 
 _PART = struct.Struct("=6q")  # struct Part of csrc/launchers.h
 
 
-class Kept(list[Tensor]):
+class SavedIntegrands(list[Tensor]):
     """Tensors that a step begins with and that outlive its rejection, in the dtypes of the sums."""
 
 
-class FusedSums(Sums):
-    """See `Sums`. The buffers are laid out as the first tensors that come, so that transposed ones need no copy.
+class FusedGradientAccumulator(GradientAccumulator):
+    """The same by the kernels. The buffers are laid out as the first tensors that come, so that transposed ones need no
+    copy.
 
     code_of: the dtypes as csrc knows them.
     """
@@ -45,7 +46,7 @@ class FusedSums(Sums):
         self._plan: Any = None
         self._of_kept: Any = None  # the same sums, for what is kept
         self._keeper: Any = None
-        self._kept = Kept()
+        self._kept = SavedIntegrands()
         self._has_sum = self._has_error = False
 
     def begin(self) -> None:
@@ -54,8 +55,8 @@ class FusedSums(Sums):
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
-        """See `Sums`. One launch; two where one of the sums begins and the other goes on."""
-        plan, given = (self._of_kept, tensors) if isinstance(tensors, Kept) else self._laid_out(tensors)
+        """See `GradientAccumulator`. One launch; two where one of the sums begins and the other goes on."""
+        plan, given = (self._of_kept, tensors) if isinstance(tensors, SavedIntegrands) else self._laid_out(tensors)
         error_weight = error_weight if self.with_error else 0.0
         where = self._module.ONE if at is None else at.native
         addresses = _addresses(given)
@@ -71,14 +72,14 @@ class FusedSums(Sums):
         return super().scaled_errors(norm) if self._has_sum and self._has_error else []
 
     def device_ratio(self, norm: ErrorNorm) -> Tensor | None:
-        """See `Sums`. One launch."""
+        """See `GradientAccumulator`. One launch."""
         if not (self._has_sum and self._has_error):
             return None
         self._plan.ratio(norm.rtol, norm.atol, self._workspace.data_ptr(), self._ratio.data_ptr())
         return self._ratio
 
     def commit(self) -> None:
-        """See `Sums`. One launch."""
+        """See `GradientAccumulator`. One launch."""
         self._next = None
         if self._has_sum:
             self._plan.commit(self._module.ONE)
@@ -92,7 +93,7 @@ class FusedSums(Sums):
         """The totals are zero again, where they are."""
         torch._foreach_zero_(self.total)
 
-    def keep(self, tensors: Sequence[Tensor | None]) -> Kept:
+    def keep(self, tensors: Sequence[Tensor | None]) -> SavedIntegrands:
         """A copy of the tensors in memory that is always the same. One launch."""
         _, given = self._laid_out(tensors)
         keeper = self._keeper or self._make_keeper()
@@ -128,7 +129,7 @@ class FusedSums(Sums):
     def _make_keeper(self) -> Any:
         """Memory for what is kept, and the plans that read it and that write it, which is returned."""
         codes = [self._code_of[d] for d in self.dtypes]
-        self._kept = Kept(map(torch.empty_like, self.total))
+        self._kept = SavedIntegrands(map(torch.empty_like, self.total))
         self._parts_of_kept, self._of_kept = self._bind(self._sum, self._error, self.total, codes)
         self._parts_of_keeper, self._keeper = self._bind(self._kept, (), (), self._codes)
         return self._keeper

@@ -135,7 +135,7 @@ def initial_change(y0: Tensor, f0: Tensor, f1: Tensor, norm: ErrorNorm) -> float
         return norm((f1 - f0).div_(norm.scale(y0.abs())))
 
 
-class ControlLaw(NamedTuple):
+class ControllerParams(NamedTuple):
     """The constants of step control, and how the next step follows from the last errors.
 
     factor = safety * r_n^-e0 * r_{n-1}^-e1 * r_{n-2}^-e2, clipped to [dfactor, ifactor]; e = (e0, e1, e2) are the
@@ -159,7 +159,7 @@ class Judgement(NamedTuple):
     history: tuple[float, float]
 
 
-def step_control(law: ControlLaw, h: float, ratio: float, history: tuple[float, float]) -> Judgement:
+def step_control(law: ControllerParams, h: float, ratio: float, history: tuple[float, float]) -> Judgement:
     """Judge a step of size h > 0 with error ratio `ratio`, in double. history: the ratios of the last accepted steps.
 
     A ratio that is not finite rejects, and shrinks the step as far as one rejection may: the field may only be

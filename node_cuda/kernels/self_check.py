@@ -24,7 +24,7 @@ from node_cuda._torch_modes import capturing
 from node_cuda._version import __version__
 from node_cuda.kernels.check_record import Lost, Record
 from node_cuda.kernels.check_rows import ROWS, Primitive, Side, difference, sides
-from node_cuda.kernels.fused import DTYPES, On
+from node_cuda.kernels.fused import DTYPES, Launch
 
 T = TypeVar("T")
 
@@ -43,7 +43,7 @@ class Outcome(NamedTuple):
     why: str = ""
 
 
-def obstacle(module: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
+def fallback_reason(module: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why a solve is not to use the kernels, as half a sentence. The first call for a dtype checks them; later ones
     look into a dict."""
     key = device, dtype
@@ -107,7 +107,7 @@ def outcomes(
     """Run all rows in this dtype, but for those that a process did not survive; remember it if all passed. Raises Lost
     where an error ruins the device for this process: the next process finds what it was."""
 
-    def run(on: On) -> list[Outcome]:
+    def run(on: Launch) -> list[Outcome]:
         pair = sides(module, on, device, dtype)
         return [_outcome(row, *pair, note, died) for row in ROWS]
 
@@ -178,7 +178,7 @@ def _usable(device: torch.device) -> bool:
         return _is_full(error)
 
 
-def _apart(device: torch.device, work: Callable[[On], T]) -> T:
+def _apart(device: torch.device, work: Callable[[Launch], T]) -> T:
     """What the work gives in a thread and a stream for itself: the modes of this thread (autocast, inference mode,
     torch.func, default device, hooks) are not there, and no work of the user's is waited for or held up."""
 

@@ -13,12 +13,12 @@ from torch import Tensor
 
 from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.reference import ControlLaw
+from node_cuda.kernels.reference import ControllerParams
 from node_cuda.status import Status
 
 
 class Rule(Protocol):
-    """How steps are judged, if not by a `ControlLaw`."""
+    """How steps are judged, if not by a `ControllerParams`."""
 
     def start(self) -> None:
         """A solve begins."""
@@ -30,9 +30,10 @@ class Rule(Protocol):
 
 
 class StepControl:
-    """Where a solve stands, and the step to be tried: from t0 to t1, of size h. Names as in `control.Reading`.
+    """Where a solve stands, and the step to be tried: from t0 to t1, of size h. The names are those of
+    `control.ControllerSnapshot`.
 
-    landings: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
+    tstops: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
     sliver before them. outputs: the solve ends with the last of them. limit: no probe goes beyond it. proposal: the
     step before it was cut. status: a value of `Status`. reads: host reads since they were last counted. measures: it
     can choose the first step. rule: instead of the law.
@@ -42,11 +43,11 @@ class StepControl:
 
     def __init__(
         self,
-        law: ControlLaw,
+        law: ControllerParams,
         order: int,
         max_num_steps: float,
         norm: ErrorNorm,
-        landings: Sequence[float] = (),
+        tstops: Sequence[float] = (),
         jumps: frozenset[float] = frozenset(),
         stops: Sequence[float] = (),
         outputs: Sequence[float] = (),
@@ -58,7 +59,7 @@ class StepControl:
         self.order = order
         self.max_num_steps = max_num_steps
         self.norm = norm
-        self.landings, self.jumps, self.stops, self.outputs = landings, jumps, stops, outputs
+        self.tstops, self.jumps, self.stops, self.outputs = tstops, jumps, stops, outputs
         self.limit = limit
         self.reads = 0
         self.start(0.0, None)
@@ -76,7 +77,7 @@ class StepControl:
         self.history = (1.0, 1.0)
         self.norm_0 = self.norm_1 = 0.0
         self.attempts = self.accepted = self.rejected = 0
-        self.next_landing = self.next_stop = self.first_output = self.next_output = 0
+        self.next_tstop = self.next_stop = self.first_output = self.next_output = 0
         self.accept = self.jump = False
         self.status = Status.SUCCESS.value
         self.active = self.finite = True
@@ -164,15 +165,15 @@ class StepControl:
         h = self.proposal
         t1 = t + h
         self.carried = 0.0
-        if not (self.landings or self.stops):
+        if not (self.tstops or self.stops):
             self.t0, self.t1, self.h = t, t1, h
             return
-        while self.next_landing < len(self.landings) and self.landings[self.next_landing] <= t:
-            self.next_landing += 1
+        while self.next_tstop < len(self.tstops) and self.tstops[self.next_tstop] <= t:
+            self.next_tstop += 1
         # A landing that the step misses by rounding would leave a sliver for the next one.
-        landed = self.next_landing < len(self.landings) and self.landings[self.next_landing] <= t1 + 4 * math.ulp(t1)
+        landed = self.next_tstop < len(self.tstops) and self.tstops[self.next_tstop] <= t1 + 4 * math.ulp(t1)
         if landed:
-            t1 = self.landings[self.next_landing]
+            t1 = self.tstops[self.next_tstop]
             h = min(t1 - t, h)  # rounding may make the difference larger than max_step
         while self.next_stop < len(self.stops) and self.stops[self.next_stop] <= t:
             self.next_stop += 1

@@ -16,7 +16,7 @@ _RECORDED = struct.Struct("=4d2q2i")  # struct Recorded
 _SLOT, _ROW = 4, 5  # Tape.slot and Tape.row, as numbers of words of eight bytes
 
 
-class Tape:
+class StepLog:
     """In device memory. capacity: the steps that can be recorded, at least one.
 
     first: when the first stage of the first step takes place: at its start (0) or just beyond it (1). carries: those of

@@ -13,7 +13,7 @@ from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import Interval
 
 
-class Sums:
+class GradientAccumulator:
     """total: what accepted steps gave, a list of tensors like `like`; half and bfloat16 accumulate in float32.
 
     with_error: the sum of a step gets an error estimate.

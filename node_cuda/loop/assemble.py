@@ -10,11 +10,11 @@ from torch import Tensor
 from node_cuda import options as opt
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.backend import make_arithmetic
-from node_cuda.kernels.step_log import Tape
+from node_cuda.kernels.step_log import StepLog
 from node_cuda.loop.events import solve_event
-from node_cuda.loop.grids import Grid, endless_grid, grid_of
+from node_cuda.loop.grids import GridSteps, endless_grid, grid_of
 from node_cuda.loop.host_loop import HostLoop
-from node_cuda.loop.step_control import Adaptive, Pace
+from node_cuda.loop.step_control import AdaptiveSteps, StepSelector
 from node_cuda.methods.adams import Adams
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_method
@@ -43,7 +43,7 @@ def make_loop(
     quadrature: Quadrature | None = None,
     arithmetic: Arithmetic | None = None,
     points: Iterable[float] | None = None,
-    tape: Tape | None = None,
+    tape: StepLog | None = None,
 ) -> tuple[HostLoop, Interpolant]:
     """A solve that is ready to run, and how its outputs are interpolated.
 
@@ -54,12 +54,12 @@ def make_loop(
     """
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
-    problem = replace(problem, y0=arithmetic.own(problem.y0))
+    problem = replace(problem, y0=arithmetic.as_contiguous(problem.y0))
     stepper: Stepper
-    pace: Pace
+    selector: StepSelector
     if isinstance(options, opt.AdaptiveOptions) and tableau is not None:
         stepper = ExplicitRK(problem, arithmetic, tableau, estimate=True, quadrature=quadrature)
-        pace = Adaptive(
+        selector = AdaptiveSteps(
             problem,
             arithmetic,
             tableau.order,
@@ -85,9 +85,9 @@ def make_loop(
         tensors = None
         if points is None:
             points, tensors = endless_grid(problem, options) if endless else grid_of(problem, options)
-        pace = Grid(problem, points, stats, tensors)
+        selector = GridSteps(problem, points, stats, tensors)
         interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
-    return HostLoop(problem, stepper, pace, stats, record=options.record_steps), interpolant
+    return HostLoop(problem, stepper, selector, stats, record=options.record_steps), interpolant
 
 
 def find_event(

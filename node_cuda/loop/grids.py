@@ -10,13 +10,13 @@ from torch import Tensor
 
 from node_cuda import options as opt
 from node_cuda._torch_modes import recorded
-from node_cuda.methods.step import Move, Step
+from node_cuda.methods.step import ProposedStep, Step
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput
 
 
-class Grid:
+class GridSteps:
     """Steps from one point of a grid to the next, all of them good.
 
     points: ascending solver times. tensors: the first of them, at least one, in the user's time, where the tape must
@@ -35,7 +35,7 @@ class Grid:
         """Pass the first point, which is where the solve starts."""
         next(self._points)
 
-    def propose(self, t: float, y: Tensor) -> Move | None:
+    def propose(self, t: float, y: Tensor) -> ProposedStep | None:
         """The next point."""
         t1 = next(self._points, None)
         if t1 is None:
@@ -45,10 +45,10 @@ class Grid:
         i = self._index
         self._index += 1
         if self.tensors is None or i >= len(self.tensors):
-            return Move(t1, t1 - t)
+            return ProposedStep(t1, t1 - t)
         start = self.tensors[i]
         stop = self.tensors[i + 1] if i + 1 < len(self.tensors) else start.new_tensor(self.problem.direction * t1)
-        return Move(t1, t1 - t, (start, stop))
+        return ProposedStep(t1, t1 - t, (start, stop))
 
     def judge(self, step: Step) -> bool:
         """Always."""

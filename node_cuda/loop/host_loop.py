@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from node_cuda._torch_modes import recorded
-from node_cuda.loop.step_control import Pace
+from node_cuda.loop.step_control import StepSelector
 from node_cuda.methods.step import Step, Stepper
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -22,10 +22,12 @@ from node_cuda.status import SolveError
 class HostLoop:
     """Where a solve stands: (t, y) in solver time, and k1 if it is known. accepted: told of every accepted step."""
 
-    def __init__(self, problem: Problem, stepper: Stepper, pace: Pace, stats: Stats, record: bool = False) -> None:
+    def __init__(
+        self, problem: Problem, stepper: Stepper, selector: StepSelector, stats: Stats, record: bool = False
+    ) -> None:
         self.problem = problem
         self.stepper = stepper
-        self.pace = pace
+        self.selector = selector
         self.stats = stats
         self.t = problem.times[0]
         self.y = problem.y0
@@ -45,11 +47,11 @@ class HostLoop:
 
     def _steps(self) -> Iterator[Step]:
         span = (self.problem.t[0], self.problem.t[0]) if self._taped() else None
-        self.k1 = self.stepper.first(self.t, self.y, span, self.pace.starts_at_jump)
-        self.pace.start(self.t, self.y, self.k1)
-        while (move := self.pace.propose(self.t, self.y)) is not None:
+        self.k1 = self.stepper.first(self.t, self.y, span, self.selector.starts_at_jump)
+        self.selector.start(self.t, self.y, self.k1)
+        while (move := self.selector.propose(self.t, self.y)) is not None:
             step = self.stepper.attempt(self.t, move, self.y, self.k1)
-            if self.pace.judge(step):
+            if self.selector.judge(step):
                 self.t, self.y, self.k1 = step.t1, step.y1, self.stepper.carry(step)
                 if self.stats.step_times is not None:
                     self.stats.step_times.append(self.problem.direction * step.t1)

@@ -40,7 +40,7 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
     loop.stats.nfe = problem.field.nfe
     ys = outputs.stacked()
     # A fixed grid judges no step: as in torchdiffeq its NaN is returned, but the status says so.
-    if status is Status.SUCCESS and len(ys) > 1 and not loop.pace.judges and not batched(ys):
+    if status is Status.SUCCESS and len(ys) > 1 and not loop.selector.judges and not batched(ys):
         loop.stats.host_reads += 1
         if not bool(torch.isfinite(ys[-1]).all()):
             status = Status.NON_FINITE

@@ -14,7 +14,7 @@ from node_cuda.solution import Stats
 
 
 @dataclass(frozen=True)
-class AdjointArguments:
+class AdjointSpec:
     """The user's adjoint_* arguments, as given; None takes the forward solve's."""
 
     rtol: Any = None
@@ -25,7 +25,7 @@ class AdjointArguments:
 
 
 @dataclass(frozen=True)
-class Request:
+class SolveSpec:
     """A problem, the method to solve it by, where to count the cost, and method and options as the user gave them.
 
     checkpoints: the states that the discrete adjoint may keep; None: one a step; "auto": as many as memory allows.
@@ -36,5 +36,5 @@ class Request:
     stats: Stats
     method_name: str | None
     options: Mapping[str, Any] | None
-    adjoint: AdjointArguments
+    adjoint: AdjointSpec
     checkpoints: int | str | None = None

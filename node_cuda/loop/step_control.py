@@ -1,7 +1,7 @@
 """How large the next step is: Hairer's starting step, and the step-size control on the host.
 
-A pace proposes where the next step ends and judges the step that was taken: `Adaptive` by its error, `grids.Grid` by a
-list that was made before.
+A step selector proposes where the next step ends, and judges the step that was taken: `AdaptiveSteps` by its error,
+`grids.GridSteps` by a list that was made before.
 """
 
 from __future__ import annotations
@@ -16,19 +16,19 @@ from torch import Tensor
 from node_cuda._torch_modes import recorded, refuse_batched
 from node_cuda.controllers import Controller, OnHost, controller, runs_on_host
 from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm
-from node_cuda.kernels.control import Control, Reading
+from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE
 from node_cuda.kernels.step_control import StepControl
-from node_cuda.kernels.step_log import Tape
-from node_cuda.methods.step import Move, Step
+from node_cuda.kernels.step_log import StepLog
+from node_cuda.methods.step import ProposedStep, Step
 from node_cuda.options import AdaptiveOptions, times_option
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, SolveError, Status
 
 
-class Pace(Protocol):
+class StepSelector(Protocol):
     """Where steps end, and whether they are good. starts_at_jump: the field is discontinuous where the solve
     begins. judges: steps may be rejected."""
 
@@ -39,7 +39,7 @@ class Pace(Protocol):
         """Called once, before the first step."""
         ...
 
-    def propose(self, t: float, y: Tensor) -> Move | None:
+    def propose(self, t: float, y: Tensor) -> ProposedStep | None:
         """The next step from (t, y); None: there is none."""
         ...
 
@@ -59,7 +59,7 @@ def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
     )
 
 
-class Adaptive:
+class AdaptiveSteps:
     """Steps by the error estimate, cut to land on step_t, jump_t and `stops`.
 
     The control of the arithmetic decides (`kernels.step_control`, on CUDA `kernels.control`); this is what a solve on
@@ -80,7 +80,7 @@ class Adaptive:
         *,
         endless: bool = False,
         pauses: bool = False,
-        tape: Tape | None = None,
+        tape: StepLog | None = None,
     ) -> None:
         self.problem = problem
         self.arithmetic = arithmetic
@@ -97,8 +97,8 @@ class Adaptive:
         self.starts_at_jump = start in jump_t
         self.judges = True
         last = [problem.times[-1]] if problem.bounds is not None and problem.times[-1] not in step_t + jump_t else []
-        landings = sorted(step_t + jump_t + last)
-        if len(set(landings)) < len(landings):
+        tstops = sorted(step_t + jump_t + last)
+        if len(set(tstops)) < len(tstops):
             raise ValueError(
                 "`step_t` and `jump_t` must not have any repeated elements between them; got "
                 f"step_t = {step_t} and jump_t = {jump_t}. A jump_t is a step_t already: drop it there."
@@ -107,7 +107,7 @@ class Adaptive:
             self.law,
             order,
             options.max_num_steps,
-            landings,
+            tstops,
             frozenset(jump_t),
             stops,
             limit=math.inf if problem.bounds is None else problem.times[-1],
@@ -135,7 +135,7 @@ class Adaptive:
             control.start(t, self._read(on_host).proposal)
         self._read(control)
 
-    def propose(self, t: float, y: Tensor) -> Move | None:
+    def propose(self, t: float, y: Tensor) -> ProposedStep | None:
         """The next step; None where the solve has ended."""
         now = self.now
         self._notify("callback_step", t, y, now.proposal)
@@ -163,7 +163,7 @@ class Adaptive:
         self.stats.rejected += 1
         return False
 
-    def _choose_first_step(self, control: StepControl | Control, t: float, y: Tensor, k1: Tensor) -> None:
+    def _choose_first_step(self, control: StepControl | DeviceStepControl, t: float, y: Tensor, k1: Tensor) -> None:
         control.start(t, None)
         control.initial_norms(y, k1)
         now = self._read(control)
@@ -177,20 +177,22 @@ class Adaptive:
         at = arithmetic.interval(t0, t1, h)
         (t,) = arithmetic.slots(at, (1.0,), HERE)
         z = arithmetic.rk_stage(arithmetic.stage(((0, 1.0),), 1.0, HERE), at, y, [f0], t)
-        return arithmetic.own(self.problem.field(t, z).detach())
+        return arithmetic.as_contiguous(self.problem.field(t, z).detach())
 
-    def _read(self, control: StepControl | Control) -> StepControl | Reading:
+    def _read(self, control: StepControl | DeviceStepControl) -> StepControl | ControllerSnapshot:
         self.now = control.read()
         self.stats.host_reads += control.reads
         control.reads = 0
         return self.now
 
-    def _move(self, t: float, t1: float, h: float) -> Move:
+    def _move(self, t: float, t1: float, h: float) -> ProposedStep:
         """The step from t, with its ends where the tape must see them."""
         if not (self._taped and t == self.problem.times[0]):
-            return Move(t1, h)
+            return ProposedStep(t1, h)
         start = self.problem.t[0]
-        return Move(t1, h, (start, torch.tensor(self.problem.direction * t1, dtype=start.dtype, device=start.device)))
+        return ProposedStep(
+            t1, h, (start, torch.tensor(self.problem.direction * t1, dtype=start.dtype, device=start.device))
+        )
 
     def _refuse_empty(self, y: Tensor) -> None:
         if y.numel() == 0:

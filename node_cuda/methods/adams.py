@@ -23,7 +23,7 @@ from node_cuda._typing import Row
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.explicit_rk import ExplicitRK
-from node_cuda.methods.step import Move, Quadrature, Span, Step
+from node_cuda.methods.step import ProposedStep, Quadrature, Span, Step
 from node_cuda.methods.tableau import Number
 from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.options import AdamsOptions
@@ -116,7 +116,7 @@ class Adams:
         """f(t1, y1), for interpolation."""
         return self.starter.slope_at_end(step)
 
-    def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
+    def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
         """A step from (t0, y0)."""
         f0 = self.starter.slope_at_start(t0, move.span, y0)
         integrands = self.quadrature.take() if self.quadrature is not None else ()

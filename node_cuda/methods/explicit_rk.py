@@ -11,7 +11,7 @@ from torch import Tensor
 
 from node_cuda.kernels.arithmetic import Arithmetic, Stage
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Interval
-from node_cuda.methods.step import Move, Quadrature, Span, Step
+from node_cuda.methods.step import ProposedStep, Quadrature, Span, Step
 from node_cuda.methods.tableau import SparseRow, Tableau
 from node_cuda.problem.field import share_memory
 from node_cuda.problem.problem import Problem
@@ -59,7 +59,7 @@ class ExplicitRK:
             return None
         return self._evaluate(0, self._start_time(t0, span, inside), y0)
 
-    def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
+    def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
         """A step from (t0, y0)."""
         if k1 is None:
             k1 = self.slope_at_start(t0, move.span, y0)
@@ -102,7 +102,7 @@ class ExplicitRK:
             return step.k[-1]
         return None
 
-    def interval(self, t0: float, move: Move) -> Interval:
+    def interval(self, t0: float, move: ProposedStep) -> Interval:
         """The step from t0; its size a 0-d tensor where the tape must see it."""
         if move.span is None:
             return self.arithmetic.interval(t0, move.t1, move.h)
@@ -140,7 +140,7 @@ class ExplicitRK:
         return k
 
     def _f(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.arithmetic.own(self.field(t, z))
+        return self.arithmetic.as_contiguous(self.field(t, z))
 
     def _evaluate(self, i: int, t: Tensor, z: Tensor) -> Tensor:
         """Stage i, and its integrands."""

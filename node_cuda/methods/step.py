@@ -15,7 +15,7 @@ Span = tuple[Tensor, Tensor]
 """The ends of a step as 0-d tensors in the user's time, where the tape must see them."""
 
 
-class Move(NamedTuple):
+class ProposedStep(NamedTuple):
     """A step to be tried: its end and size in solver time, and its ends where the tape must see them.
 
     h is what t1 was made from, and not t1 - t0, which is another number once t1 is rounded.
@@ -62,7 +62,7 @@ class Stepper(Protocol):
         jump at t0."""
         ...
 
-    def attempt(self, t0: float, move: Move, y0: Tensor, k1: Tensor | None) -> Step:
+    def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
         """A step, not judged yet."""
         ...
 

@@ -48,8 +48,8 @@ void check(int error) {
 }
 
 void run(int dtype, int64_t n, int offset) {
-  const On on{nullptr, 0, 0};
-  const Where where{nullptr, Interval{0.0, 0.5, 0.5, -0.5}, -1.0};
+  const Launch on{nullptr, 0, 0};
+  const StepRef where{nullptr, Interval{0.0, 0.5, 0.5, -0.5}, -1.0};
   const Tolerance tolerance{1e-2, 1e-2, nullptr, nullptr};
   Array y0(dtype, n, offset), y1(dtype, n, offset), k1(dtype, n, offset), k2(dtype, n, 1), z(dtype, n, offset);
   Array error(FLOAT, n, offset), scaled(FLOAT, n, offset), row(dtype, 2 * n, offset), out(dtype, 3 * n, offset);
@@ -71,15 +71,15 @@ void run(int dtype, int64_t n, int offset) {
   const Segments segments{2, ends, ends};
   std::vector<char> workspace(reduce_workspace(n, &segments) + reduce_workspace(n, nullptr));
   double norms[2] = {0.0, 0.0};
-  Ctl ctl;
-  Law law{};
+  ControllerState ctl;
+  ControllerParams law{};
   law.safety = 0.9, law.ifactor = 10.0, law.dfactor = 0.2, law.max_step = 1e9, law.order = 5.0, law.exponents[0] = 0.2;
   law.max_num_steps = 1000;
   check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, -1.0, on));
   check(launch_initial_norms(dtype, n, y0.data(), k1.data(), &tolerance, &segments, workspace.data(), norms, &ctl, on));
   check(launch_initial_change(dtype, n, y0.data(), k1.data(), k2.data(), &tolerance, nullptr, workspace.data(), norms,
                               &ctl, &law, on));
-  const Where next{&ctl, Interval{}, 0.0};
+  const StepRef next{&ctl, Interval{}, 0.0};
   Finish finish{norms, &ctl, nullptr, 0, law};
   for (int i = 0; i < 2; ++i)
     check(launch_error_ratio(dtype, n, error.data(), k1.data(), 0.1, y0.data(), y1.data(), &tolerance, &segments,
@@ -119,19 +119,19 @@ void run(int dtype, int64_t n, int offset) {
 // A solve by Heun's method whose steps are captured once and repeated by a graph, and by the host.
 void run_graph(int64_t n) {
   int stream = 0;
-  const On on{&stream, 0, 0};
+  const Launch on{&stream, 0, 0};
   const Tolerance tolerance{1e-2, 1e-2, nullptr, nullptr};
   Array y0(FLOAT, n, 0), y1(FLOAT, n, 0), z(FLOAT, n, 1), k1(FLOAT, n, 0), k2(FLOAT, n, 0);
   Array error(FLOAT, n, 0), out(FLOAT, 2 * n, 0), time(FLOAT, 3, 0);
   float* const t = reinterpret_cast<float*>(time.data());
   const double outputs[2] = {0.3, 1.0}, half[2] = {0.5, 0.5}, error_row[2] = {0.5, -0.5}, weights[1] = {1.0};
   const void* k[2] = {k1.data(), k2.data()};
-  Ctl ctl;
-  Law law{};
+  ControllerState ctl;
+  ControllerParams law{};
   law.safety = 0.9, law.ifactor = 10.0, law.dfactor = 0.2, law.max_step = 1e9, law.order = 2.0, law.exponents[0] = 0.5;
   law.max_num_steps = 1000, law.outputs = outputs, law.output_count = 2;
   std::vector<char> workspace(reduce_workspace(n, nullptr));
-  const Where next{&ctl, Interval{}, 0.0};
+  const StepRef next{&ctl, Interval{}, 0.0};
   const Finish finish{nullptr, &ctl, nullptr, 0, law};
   const Slot start{t, 0.0, 1}, end{t + 1, 1.0, -1};
   check(launch_start_control(&ctl, &law, 1.0, nullptr, 0.0, 0.5, on));

@@ -50,8 +50,8 @@ class Eager:
         return Repeat(), None
 
     def look(self, control):
-        class Look:
+        class StatusReader:
             ask = staticmethod(lambda: None)
             answer = staticmethod(control.read)
 
-        return Look()
+        return StatusReader()

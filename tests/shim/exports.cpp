@@ -63,7 +63,7 @@ int shim_copy(void* to, const void* from, int64_t bytes, void* stream) {
   return cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream);
 }
 int shim_fill(void* to, int value, int64_t bytes, void* stream) { return cudaMemsetAsync(to, value, bytes, stream); }
-int shim_field(int dtype, int64_t n, void* f, const void* t, const void* y, node_cuda::On on) {
+int shim_field(int dtype, int64_t n, void* f, const void* t, const void* y, node_cuda::Launch on) {
   return node_cuda::launch_field(dtype, n, f, t, y, on);
 }
 }

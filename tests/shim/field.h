@@ -12,7 +12,7 @@ __global__ void field_kernel(int64_t n, T* f, const T* t, const T* y) {
     f[i] = swing * y[i] - y[i] * y[i];
 }
 
-inline int launch_field(int dtype, int64_t n, void* f, const void* t, const void* y, On on) {
+inline int launch_field(int dtype, int64_t n, void* f, const void* t, const void* y, Launch on) {
   const auto with = [&](auto type) {
     using T = typename decltype(type)::type;
     return launch("field", field_kernel<T>, 2, 64, on, n, static_cast<T*>(f), static_cast<const T*>(t),

@@ -9,7 +9,7 @@ from ctypes import CDLL, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
 from typing import NamedTuple
 
-from shim.library import On
+from shim.library import Launch
 from torch import Tensor
 
 from node_cuda.kernels.fused import DTYPES
@@ -39,7 +39,7 @@ class Call(NamedTuple):
     gil: int
 
 
-class Graphs:
+class GraphCache:
     """The shim's own controls. A graph, a node and an executable graph are addresses."""
 
     def __init__(self, library: Path) -> None:
@@ -68,13 +68,13 @@ class Graphs:
             "destroy_exec": (c_int, c_void_p),
             "copy": (c_int, c_void_p, c_void_p, c_int64, c_void_p),
             "fill": (c_int, c_void_p, c_int, c_int64, c_void_p),
-            "field": (c_int, c_int, c_int64, c_void_p, c_void_p, c_void_p, On),
+            "field": (c_int, c_int, c_int64, c_void_p, c_void_p, c_void_p, Launch),
         }
         for name, (result, *arguments) in signatures.items():
             function = getattr(lib, f"shim_{name}")
             function.restype, function.argtypes = result, arguments
 
-    def field(self, f: Tensor, t: Tensor, y: Tensor, on: On) -> None:
+    def field(self, f: Tensor, t: Tensor, y: Tensor, on: Launch) -> None:
         """f = 3 cos(4 t) y - y^2, by a kernel."""
         assert self.lib.shim_field(DTYPES[y.dtype], y.numel(), f.data_ptr(), t.data_ptr(), y.data_ptr(), on) == 0
 

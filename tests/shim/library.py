@@ -103,7 +103,7 @@ def built(name: str, make: Callable[[Path], Path]) -> Path:
         return folder / done.read_text()
 
 
-class On(Structure):
+class Launch(Structure):
     """struct On of csrc/launchers.h."""
 
     _fields_ = [("stream", c_void_p), ("device", c_int32), ("unused", c_int32)]

@@ -140,5 +140,5 @@ def stand_in(module: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(torch._C, "_cuda_clearCublasWorkspaces", lambda: None, raising=False)
     patch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
     patch.setattr(dispatch, "_kernels", lambda device: (module, (cuda.current_stream().cuda_stream, 0)))
-    patch.setattr(capture, "Recorder", WhileByDefault)
+    patch.setattr(capture, "GraphCapture", WhileByDefault)
     patch.setattr(VectorField, "release", lambda self: None)  # Eager calls func as long as it lives

@@ -15,7 +15,7 @@ from node_cuda._typing import Tolerance
 from node_cuda.gradients.adjoint.field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint.norm import AdjointNorm, backward_error_norm, smallest
 from node_cuda.gradients.adjoint.reconstruction import Reconstruction
-from node_cuda.gradients.reached import Reached
+from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.loop.assemble import arithmetic_of, make_loop
 from node_cuda.loop.scipy_solver import ScipySolve
@@ -28,7 +28,7 @@ from node_cuda.solution import Stats
 
 
 @dataclass
-class Settings:
+class BackwardSettings:
     """How the backward solve is done: its tolerances (of the flat state), its method from the options, and the options
     as the user sees them in `grad_fn.adjoint_options`, read when it runs. checks: compare what it rebuilds. jumps: the
     field has discontinuities in time."""
@@ -55,7 +55,7 @@ class Backward:
     def __init__(
         self,
         forward: Problem,
-        settings: Settings,
+        settings: BackwardSettings,
         t: Tensor,
         times: Sequence[float],
         ys: Tensor,
@@ -102,7 +102,7 @@ class Backward:
 class BackwardSolve:
     """The solve of (y, a) from the last time back to the first, its steps chosen by the host."""
 
-    def __init__(self, backward: Backward, reached: Reached) -> None:
+    def __init__(self, backward: Backward, reached: UsedParameters) -> None:
         self.backward = backward
         self.forward, self.method = backward.forward, backward.method
         self.t, self.ys, self.grad_ys = backward.t, backward.ys, backward.grad_ys

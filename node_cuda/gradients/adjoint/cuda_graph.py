@@ -16,14 +16,14 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from node_cuda.cuda_graphs.cache import captured_or_why, key_of, obstacle
-from node_cuda.cuda_graphs.captured import Account, Captured, failure_of
+from node_cuda.cuda_graphs.cache import captured_or_why, fallback_reason, key_of
+from node_cuda.cuda_graphs.captured import CapturedSolve, OnFinish, failure_of
 from node_cuda.cuda_graphs.device_loop import DeviceLoop, release, with_field_of_its_own
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSolve, Found
 from node_cuda.gradients.leaves import with_leaves
-from node_cuda.gradients.reached import Reached
-from node_cuda.kernels.control import Reading
+from node_cuda.gradients.reached import UsedParameters
+from node_cuda.kernels.control import ControllerSnapshot
 from node_cuda.kernels.fused import Fused, can_sum
 from node_cuda.loop.grids import grid_of
 from node_cuda.options import FixedOptions
@@ -31,7 +31,7 @@ from node_cuda.solution import Stats
 from node_cuda.status import SolveError, Status
 
 
-class CapturedAdjoint(Captured):
+class CapturedAdjoint(CapturedSolve):
     """A backward solve. timed: with dL/dt."""
 
     def __init__(self, backward: Backward, points: Sequence[float] | None, tier: str | None, *, timed: bool) -> None:
@@ -40,7 +40,7 @@ class CapturedAdjoint(Captured):
         with self.recorder.aside(), torch.no_grad():
             forward, params = with_leaves(backward.forward, backward.params, backward.ys[-1])
             own = with_field_of_its_own(forward)
-            self.reached = Reached(range(len(params)))
+            self.reached = UsedParameters(range(len(params)))
             solve = BackwardSolve(backward.apart(own, params), self.reached)
             assert isinstance(solve.arithmetic, Fused)
             self.arithmetic, self.gradient, self.field = solve.arithmetic, solve.gradient, solve.field
@@ -92,18 +92,18 @@ class CapturedAdjoint(Captured):
             adj_t[0].copy_(self._dot)
         return adj_t, self.a + grad_ys[0], self.gradient.gradients(copies=True)
 
-    def account(self, direction: float, *, timed: bool) -> Account:
+    def on_finish(self, direction: float, *, timed: bool) -> OnFinish:
         """What is made of where it ended."""
-        landings = len(self.loop.times) - 2
-        around = self.nfe["begin"] + landings * self.nfe["land"] + timed * self.nfe["end"]
+        tstops = len(self.loop.times) - 2
+        around = self.nfe["begin"] + tstops * self.nfe["land"] + timed * self.nfe["end"]
 
-        def account(now: Reading, stats: Stats) -> SolveError | None:
+        def on_finish(now: ControllerSnapshot, stats: Stats) -> SolveError | None:
             own = Stats()
             stats.nfe_backward += around - self.loop.first_nfe + self.loop.cost(now, own)
             own.nfe = stats.nfe_backward
             return failure_of(now, direction, own)
 
-        return account
+        return on_finish
 
     def _begin_at_last(self, *, timed: bool) -> None:
         """At the last output: [y, a] and its gradient are in place."""
@@ -144,12 +144,14 @@ class CapturedAdjoint(Captured):
         return counted
 
 
-def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, why: str | None, *, timed: bool) -> Found | None:
+def solve_by_graphs(
+    backward: Backward, used: UsedParameters, stats: Stats, why: str | None, *, timed: bool
+) -> Found | None:
     """As `BackwardSolve.run`, or None where that is to do it: then `stats.why_backward` says why. why: what is known
     to stand in the way."""
     method, problem = backward.method, backward.problem
     options = method.options
-    why = why or _obstacle(backward)
+    why = why or _fallback_reason(backward)
     points = _points(backward) if why is None and isinstance(options, FixedOptions) else None
     found: CapturedAdjoint | str = captured_or_why(
         options,
@@ -176,7 +178,7 @@ def solve_by_graphs(backward: Backward, used: Reached, stats: Stats, why: str | 
         adj_t, adj_y0, adj_params = found.run(backward, points, timed=timed)
         adj_t = None if adj_t is None else adj_t.to(backward.t)
         ok = control.succeeded
-        run = found.begun(control, stats, found.account(problem.direction, timed=timed), options)
+        run = found.begun(control, stats, found.on_finish(problem.direction, timed=timed), options)
         failure = None if run is None else run.end(stats)
     if trial.due:
         end = (run or stats.pending[-1]).end(stats)
@@ -200,7 +202,7 @@ def _by_the_host(backward: Backward, *, timed: bool) -> Outcome:
     forward, params = backward.forward, backward.params
     own = replace(forward, field=forward.field_of(forward.func))
     try:
-        found = BackwardSolve(backward.apart(own, params), Reached(range(len(params)))).run(timed)
+        found = BackwardSolve(backward.apart(own, params), UsedParameters(range(len(params)))).run(timed)
     except SolveError as failure:
         return Outcome(failure.status, ())
     return _outcome(None, *found)
@@ -210,7 +212,7 @@ def _outcome(end: SolveError | None, adj_t: Tensor | None, adj_y0: Tensor, adj_p
     return Outcome(Status.SUCCESS, [adj_t, adj_y0, *adj_params]) if end is None else Outcome(end.status, ())
 
 
-def _obstacle(backward: Backward) -> str | None:
+def _fallback_reason(backward: Backward) -> str | None:
     """Why a backward solve cannot be captured, as far as that is known before."""
     if backward.settings.checks:
         return "check_reconstruction compares on the host"
@@ -218,7 +220,7 @@ def _obstacle(backward: Backward) -> str | None:
         return "func has callbacks for the backward pass"
     if not can_sum(backward.params, backward.problem.y0.device):
         return "a parameter is on another device than the state, or of a kind that the kernels do not have"
-    return obstacle(backward.problem, backward.method)
+    return fallback_reason(backward.problem, backward.method)
 
 
 def _points(backward: Backward) -> tuple[float, ...]:

@@ -7,9 +7,9 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from node_cuda.gradients.reached import Reached
+from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic
-from node_cuda.kernels.fused_sums import FusedSums, Kept
+from node_cuda.kernels.fused_sums import FusedGradientAccumulator, SavedIntegrands
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.problem.problem import Problem
@@ -21,7 +21,9 @@ class AdjointField:
     problem: the forward one. arithmetic: the backward solve's. first: told of f and y of the first evaluation.
     """
 
-    def __init__(self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor], reached: Reached) -> None:
+    def __init__(
+        self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor], reached: UsedParameters
+    ) -> None:
         self.field = problem.field
         self.arithmetic = arithmetic
         self.params = tuple(params)
@@ -108,8 +110,8 @@ class ParameterGradient:
         if self.field.params:
             self._on_device.restart()
 
-    def keep(self, integrands: Sequence[Tensor | None]) -> Kept:
-        return self._on_device.keep(integrands) if self.field.params else Kept()
+    def keep(self, integrands: Sequence[Tensor | None]) -> SavedIntegrands:
+        return self._on_device.keep(integrands) if self.field.params else SavedIntegrands()
 
     def keep_if_accepted(self, integrands: Sequence[Tensor | None], at: Interval) -> None:
         if self.field.params:
@@ -120,8 +122,8 @@ class ParameterGradient:
             self._on_device.commit_if_accepted(at)
 
     @property
-    def _on_device(self) -> FusedSums:
-        assert isinstance(self.sums, FusedSums)
+    def _on_device(self) -> FusedGradientAccumulator:
+        assert isinstance(self.sums, FusedGradientAccumulator)
         return self.sums
 
     def gradients(self, *, copies: bool = False) -> list[Tensor]:

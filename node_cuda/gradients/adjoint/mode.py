@@ -17,40 +17,40 @@ from torch import Tensor
 from node_cuda._typing import EventFunc
 from node_cuda.gradients import forward
 from node_cuda.gradients.adjoint.autonomy import ignores_time
-from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSolve, Found, Settings
+from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSettings, BackwardSolve, Found
 from node_cuda.gradients.adjoint.cuda_graph import solve_by_graphs
 from node_cuda.gradients.adjoint.norm import chosen_norm
-from node_cuda.gradients.autograd import Gradients, Saved, Task, refuse_transforms
+from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison, Evaluated, LastStep
 from node_cuda.gradients.parameters import Parameters
-from node_cuda.gradients.reached import Reached
-from node_cuda.loop.request import Request
+from node_cuda.gradients.reached import UsedParameters
+from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.registry import lookup
 from node_cuda.problem.problem import Problem, check_tolerance
 from node_cuda.status import Status
 
 
-def outputs(request: Request) -> tuple[Tensor, Status]:
+def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """y at the problem's times; its gradient by the adjoint method."""
-    task = _AdjointTask(request, None)
+    task = _AdjointSolve(request, None)
     return task()[0], task.status
 
 
-def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
+def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
     refuse_transforms("An event")
-    ys, at = _AdjointTask(request, event_fn)()
+    ys, at = _AdjointSolve(request, event_fn)()
     return at.to(request.problem.t), ys
 
 
-class _AdjointTask(Task):
+class _AdjointSolve(DifferentiableSolve):
     """A solve and its backward solve."""
 
     what = 'gradient="adjoint"'
     replays = False
     kept: Evaluated | None = None
 
-    def __init__(self, request: Request, event_fn: EventFunc | None) -> None:
+    def __init__(self, request: SolveSpec, event_fn: EventFunc | None) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
         self.settings = _settings(request, self.parameters)
         self.event_fn = event_fn
@@ -59,7 +59,7 @@ class _AdjointTask(Task):
     def shown(self) -> dict[str, Any]:
         return {"adjoint_options": self.settings.options}
 
-    def solve(self, request: Request) -> tuple[Tensor, float]:
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
         last = LastStep()
         if self.event_fn is not None:
             event_t, ys = forward.event(request, self.event_fn, last)
@@ -104,7 +104,7 @@ class _AdjointTask(Task):
         self.stats.nfe_backward += backward.forward.field.nfe - before
         return found
 
-    def _by_the_host(self, backward: Backward, used: Reached, wants_t: bool) -> Found:
+    def _by_the_host(self, backward: Backward, used: UsedParameters, wants_t: bool) -> Found:
         solve = BackwardSolve(backward, used)
         if self.kept is not None and not self.by_chance:
             compare = Comparison(backward.forward, self.members, self.what, solve.field.f_alone)
@@ -116,13 +116,13 @@ class _AdjointTask(Task):
             solve.reconstruction.warn()
         return found
 
-    def _by_graphs(self, backward: Backward, used: Reached, wants_t: bool) -> Found | None:
+    def _by_graphs(self, backward: Backward, used: UsedParameters, wants_t: bool) -> Found | None:
         if not backward.method.options.cuda_graph:
             return None
         return solve_by_graphs(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
 
 
-def _settings(request: Request, parameters: Parameters) -> Settings:
+def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     """The backward solve's arguments, each by default the forward one, checked before anything is solved."""
     problem, given = request.problem, request.adjoint
     method = request.method_name if given.method is None else given.method
@@ -154,4 +154,4 @@ def _settings(request: Request, parameters: Parameters) -> Settings:
     )
     both = request.method.options, lookup(method, options, quiet=True).options
     jumps = any(getattr(x, "jump_t", None) is not None for x in both)
-    return Settings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)
+    return BackwardSettings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)

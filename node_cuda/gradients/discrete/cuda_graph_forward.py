@@ -13,16 +13,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node_cuda.cuda_graphs.cache import Graphs, captured_or_why, key_of, obstacle
+from node_cuda.cuda_graphs.cache import GraphCache, captured_or_why, fallback_reason, key_of
 from node_cuda.cuda_graphs.device_loop import OutputLoop
-from node_cuda.cuda_graphs.forward import CapturedSolve, points_of, solve_captured
+from node_cuda.cuda_graphs.forward import CapturedForward, points_of, solve_captured
 from node_cuda.gradients.discrete.checkpoints import Checkpoints, slots_for
-from node_cuda.gradients.discrete.trajectory import State, Taken, Trajectory
+from node_cuda.gradients.discrete.trajectory import State, StepRecord, Trajectory
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused import Fused, can_sum
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE
-from node_cuda.kernels.step_log import Tape
-from node_cuda.loop.request import Request
+from node_cuda.kernels.step_log import StepLog
+from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step
 from node_cuda.options import AdaptiveOptions, FixedOptions, times_option
@@ -38,7 +38,7 @@ class RecordingLoop(OutputLoop):
     """A solve that records its steps. states: a row a step, and one more, for what is not kept."""
 
     def __init__(
-        self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None, tape: Tape
+        self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None, tape: StepLog
     ) -> None:
         super().__init__(problem, method, arithmetic, points=points, tape=tape)
         self.tape = tape
@@ -50,8 +50,8 @@ class RecordingLoop(OutputLoop):
         self.states.index_copy_(0, self.tape.slot, self.y.unsqueeze(0))
 
 
-class CapturedRecording(CapturedSolve):
-    """A forward solve that leaves a `Record`. capacity: the steps that it has room for, with their states."""
+class CapturedRecording(CapturedForward):
+    """A forward solve that leaves a `SavedTrajectory`. capacity: the steps that it has room for, with their states."""
 
     loop: RecordingLoop
 
@@ -59,19 +59,19 @@ class CapturedRecording(CapturedSolve):
         self, problem: Problem, method: Method, points: Sequence[float] | None, tier: str | None, capacity: int
     ) -> None:
         self.capacity = capacity
-        self.holder: weakref.ref[Record] | None = None
+        self.holder: weakref.ref[SavedTrajectory] | None = None
         super().__init__(problem, method, points, tier)
 
     def make_loop(
         self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None
     ) -> OutputLoop:
-        """See `CapturedSolve`."""
+        """See `CapturedForward`."""
         first, carries = _first_stages(problem, method)
-        tape = Tape(problem.y0.device, self.capacity, first=first, carries=carries)
+        tape = StepLog(problem.y0.device, self.capacity, first=first, carries=carries)
         return RecordingLoop(problem, method, arithmetic, points, tape)
 
     def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
-        """See `CapturedSolve`. What the solve before left is saved first, if somebody still wants it."""
+        """See `CapturedForward`. What the solve before left is saved first, if somebody still wants it."""
         self.evict()
         return super().run(problem, points)
 
@@ -84,7 +84,7 @@ class CapturedRecording(CapturedSolve):
             holder.save()
 
 
-class Record:
+class SavedTrajectory:
     """What a solve left for its backward pass. count: its accepted steps; None: nobody looked yet. succeeded: did it
     end well, where nobody looked."""
 
@@ -119,15 +119,15 @@ class Record:
             self.load()
             read = self.owner.loop.tape.read(self.count)
             states = self.owner.loop.states[: self.count].clone()
-        steps: list[Taken] = []
+        steps: list[StepRecord] = []
         checkpoints: Checkpoints[State] = Checkpoints(None)
         for i, (t0, t1, h, begins) in enumerate(read):
             checkpoints.offer(i, State(states[i], None))
             at = arithmetic.interval(t0, t1, h)
             if begins < 0:
-                steps.append(Taken(at, True, steps[-1].at, 1.0, JUST_BEFORE))
+                steps.append(StepRecord(at, True, steps[-1].at, 1.0, JUST_BEFORE))
             else:
-                steps.append(Taken(at, False, at, 0.0, JUST_AFTER if begins else HERE))
+                steps.append(StepRecord(at, False, at, 0.0, JUST_AFTER if begins else HERE))
         return Trajectory(steps, checkpoints)
 
     def _memory(self) -> list[Tensor]:
@@ -135,12 +135,12 @@ class Record:
         return [*loop.tape.memory(self.count), loop.states[: self.count]]
 
 
-def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, Record] | None:
+def solve_recorded(request: SolveSpec, why: str | None) -> tuple[Tensor, Status, SavedTrajectory] | None:
     """The forward solve by graphs, or None where that is the host loop's: then `stats.why` says why."""
     problem, method, stats = request.problem, request.method, request.stats
-    why = why or obstacle(problem, method)
+    why = why or fallback_reason(problem, method)
     points = points_of(problem, method) if why is None else None
-    graphs: Graphs[CapturedRecording] = method.options.cuda_graph
+    graphs: GraphCache[CapturedRecording] = method.options.cuda_graph
     key = () if why is not None else ("discrete", *key_of(problem, method), points and len(points))
     steps = len(points) - 1 if points is not None else graphs.rooms.get(key)
     most = _most_states(request, graphs, key)
@@ -164,7 +164,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
             return None
         ys, status = done
         count = None if status is Status.PENDING else stats.accepted
-        record = Record(found, count)
+        record = SavedTrajectory(found, count)
     stats.checkpoint_slots = most
     if count is not None and count > capacity:
         graphs.rooms[key] = count  # for the next solve
@@ -174,7 +174,7 @@ def solve_recorded(request: Request, why: str | None) -> tuple[Tensor, Status, R
     return ys, status, record
 
 
-def _most_states(request: Request, graphs: Graphs[CapturedRecording], key: Any) -> int | None:
+def _most_states(request: SolveSpec, graphs: GraphCache[CapturedRecording], key: Any) -> int | None:
     """How many may be kept; None: all. Memory is asked for once, as there is less when the first solve has its own."""
     if request.checkpoints != "auto" or not key:
         return request.checkpoints if isinstance(request.checkpoints, int) else None

@@ -15,16 +15,16 @@ import torch
 from torch import Tensor
 
 from node_cuda.cuda_graphs.cache import captured_or_why, key_of
-from node_cuda.cuda_graphs.captured import Account, Captured
+from node_cuda.cuda_graphs.captured import CapturedSolve, OnFinish
 from node_cuda.cuda_graphs.device_loop import release, upload, with_field_of_its_own
-from node_cuda.gradients.discrete.cuda_graph_forward import Record
-from node_cuda.gradients.discrete.step_adjoint import Cotangent, Form, Outputs, StepAdjoint
-from node_cuda.gradients.discrete.trajectory import State, Taken
+from node_cuda.gradients.discrete.cuda_graph_forward import SavedTrajectory
+from node_cuda.gradients.discrete.step_adjoint import Cotangent, Outputs, StageTable, StepAdjoint
+from node_cuda.gradients.discrete.trajectory import State, StepRecord
 from node_cuda.gradients.leaves import with_leaves
-from node_cuda.gradients.reached import Reached
-from node_cuda.kernels.control import Reading
+from node_cuda.gradients.reached import UsedParameters
+from node_cuda.kernels.control import ControllerSnapshot
 from node_cuda.kernels.fused import Fused
-from node_cuda.kernels.fused_sums import FusedSums
+from node_cuda.kernels.fused_sums import FusedGradientAccumulator
 from node_cuda.kernels.stage_times import HERE
 from node_cuda.loop.assemble import arithmetic_of
 from node_cuda.methods.registry import Method
@@ -38,23 +38,23 @@ class DeviceStepAdjoint(StepAdjoint):
     """Takes back the step `here`, which the device says; its first stage takes place at the 0-d tensor `start`."""
 
     start: Tensor
-    here: Taken
+    here: StepRecord
 
-    def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
+    def first_stage(self, taken: StepRecord, state: State) -> tuple[Tensor, Tensor]:
         """See `StepAdjoint`."""
         return self.start, state.y0
 
     def commit_sums(self) -> None:
         """See `StepAdjoint`; nothing where there was no step to take back."""
-        if isinstance(self.sums, FusedSums):
+        if isinstance(self.sums, FusedGradientAccumulator):
             self.sums.commit_if_accepted(self.here.at)
 
 
-class CapturedWalk(Captured):
+class CapturedReversePass(CapturedSolve):
     """A walk back. `lam`: when it is over, of the state that the solve began with, without its output's part."""
 
     def __init__(
-        self, record: Record, problem: Problem, form: Form, params: Sequence[Tensor], tier: str | None
+        self, record: SavedTrajectory, problem: Problem, form: StageTable, params: Sequence[Tensor], tier: str | None
     ) -> None:
         super().__init__(problem, tier)
         self.owner = record.owner  # its memory is used
@@ -69,14 +69,14 @@ class CapturedWalk(Captured):
             self.control = arithmetic.grid_control(())
             self.y, self.lam = torch.empty_like(loop.y), torch.zeros_like(loop.y)
             self.times, self.gradients = problem.times, torch.zeros_like(loop.ys)
-            self.reached = Reached(range(len(params)))
+            self.reached = UsedParameters(range(len(params)))
             self.params = params
             self.sums = arithmetic.sums(params, with_error=False)
             self.adjoint = DeviceStepAdjoint(
                 own, arithmetic, arithmetic, form, params, self.sums, self.reached, timed=False
             )
             (self.adjoint.start,) = arithmetic.slots(arithmetic.current(), (0.0,), HERE)
-            self.adjoint.here = Taken(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
+            self.adjoint.here = StepRecord(arithmetic.current(), False, arithmetic.current(), 0.0, HERE)
             self.times = problem.times
             self._several = len(problem.times) > 2
             self.nfe: dict[str, int] = {}
@@ -88,7 +88,7 @@ class CapturedWalk(Captured):
             self.repeat, self.why = self.recorder.repeat(self._step, self.control)
         release(own)
 
-    def run(self, record: Record, times: tuple[float, ...], grad_ys: Tensor) -> None:
+    def run(self, record: SavedTrajectory, times: tuple[float, ...], grad_ys: Tensor) -> None:
         """Takes all steps of a record back, from outputs at these times; nothing is read."""
         self.owner.follow()
         self.follow()
@@ -114,21 +114,21 @@ class CapturedWalk(Captured):
 
     def _begin_walk(self) -> None:
         self.control.start(0.0, 0.0)
-        if isinstance(self.sums, FusedSums):
+        if isinstance(self.sums, FusedGradientAccumulator):
             self.sums.restart()
         self.lam.zero_()
-        self.control.set_walk(self.tape)
+        self.control.begin_reverse(self.tape)
 
     def _take_back(self, *, dense: bool) -> None:
         state = self._load()
         outputs = Outputs(1, self.gradients[1:], None) if dense else None
         lam = self.adjoint.back(self.adjoint.here, state, Cotangent(self.lam), outputs).cotangent.lam
         self.arithmetic.commit([self.lam], [lam])
-        self.control.taken(self.tape)
+        self.control.advance_reverse(self.tape)
 
     def _load(self) -> State:
         """The state that the walk's next step began with."""
-        self.control.take_back(self.tape, self.adjoint.start)
+        self.control.load_step(self.tape, self.adjoint.start)
         torch.index_select(self.states, 0, self.tape.row, out=self.y.unsqueeze(0))
         return State(self.y, None)
 
@@ -143,20 +143,20 @@ class CapturedWalk(Captured):
         return counted
 
 
-def walk_by_graphs(
-    record: Record,
+def reverse_by_graphs(
+    record: SavedTrajectory,
     problem: Problem,
     method: Method,
-    form: Form,
+    form: StageTable,
     grad_ys: Tensor,
     params: Sequence[Tensor],
-    used: Reached,
+    used: UsedParameters,
     stats: Stats,
     why: str | None,
 ) -> tuple[Tensor, list[Tensor]] | None:
     """(lam at the first state, dL/dtheta), or None where the walk is the host's: then `stats.why_backward` says why."""
     options = method.options
-    found: CapturedWalk | str = captured_or_why(
+    found: CapturedReversePass | str = captured_or_why(
         options,
         why,
         lambda: (
@@ -190,17 +190,19 @@ def walk_by_graphs(
     return torch.where(ok, lam, math.nan), [torch.where(ok, g, math.nan) for g in of_params]
 
 
-def _capture(record: Record, problem: Problem, form: Form, params: Sequence[Tensor], options: Common) -> CapturedWalk:
+def _capture(
+    record: SavedTrajectory, problem: Problem, form: StageTable, params: Sequence[Tensor], options: Common
+) -> CapturedReversePass:
     with record.owner.lock:
         record.owner.follow()
         record.load()  # the steps that warm it up are those of this record
-        return CapturedWalk(record, problem, form, params, options.cuda_graph.tier)
+        return CapturedReversePass(record, problem, form, params, options.cuda_graph.tier)
 
 
-def _account(walk: CapturedWalk) -> Account:
+def _account(walk: CapturedReversePass) -> OnFinish:
     """What is made of where a walk ended of which nobody knew the length; the forward solve is asked first."""
 
-    def account(now: Reading, stats: Stats) -> SolveError | None:
+    def on_finish(now: ControllerSnapshot, stats: Stats) -> SolveError | None:
         status = Status(now.status)
         if status is not Status.SUCCESS:
             return SolveError(status, math.nan, stats)
@@ -208,4 +210,4 @@ def _account(walk: CapturedWalk) -> Account:
         stats.peak_checkpoints = max(stats.peak_checkpoints, stats.accepted)
         return None
 
-    return account
+    return on_finish

@@ -18,16 +18,16 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
-from node_cuda.gradients.autograd import Gradients, Saved, Task, refuse_transforms
+from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison
 from node_cuda.gradients.discrete.checkpoints import slots_for
-from node_cuda.gradients.discrete.cuda_graph_forward import Record, solve_recorded, why_not_recorded
-from node_cuda.gradients.discrete.cuda_graph_reverse import walk_by_graphs
+from node_cuda.gradients.discrete.cuda_graph_forward import SavedTrajectory, solve_recorded, why_not_recorded
+from node_cuda.gradients.discrete.cuda_graph_reverse import reverse_by_graphs
 from node_cuda.gradients.discrete.step_adjoint import (
     Cotangent,
     Evaluation,
-    Form,
     Outputs,
+    StageTable,
     StepAdjoint,
     adaptive_form,
     grid_form,
@@ -35,7 +35,7 @@ from node_cuda.gradients.discrete.step_adjoint import (
 )
 from node_cuda.gradients.discrete.trajectory import State, Trajectory
 from node_cuda.gradients.parameters import Parameters
-from node_cuda.gradients.reached import Reached
+from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic, position
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import real_dot
@@ -43,7 +43,7 @@ from node_cuda.loop.assemble import arithmetic_of, find_event, make_loop
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.outputs import solve_outputs
-from node_cuda.loop.request import Request
+from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -53,22 +53,22 @@ from node_cuda.solution import Stats
 from node_cuda.status import Status, Unsupported
 
 
-def outputs(request: Request) -> tuple[Tensor, Status]:
+def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """y at the problem's times; its gradient by the discrete adjoint."""
     options = request.method.options
     points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
-    task = _DiscreteTask(request, None, points, taped_grid=grid is not None)
+    task = _DiscreteSolve(request, None, points, taped_grid=grid is not None)
     return task(grid)[0], task.status
 
 
-def event(request: Request, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
+def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """The event's time (no gradient), and y0 and y there; their gradient by the discrete adjoint."""
     refuse_transforms("An event")
-    ys, at = _DiscreteTask(request, event_fn, None)()
+    ys, at = _DiscreteSolve(request, event_fn, None)()
     return at.to(request.problem.t), ys
 
 
-class _DiscreteTask(Task):
+class _DiscreteSolve(DifferentiableSolve):
     """A solve that records its steps, and the walk back over them.
 
     points: the grid that the steps lie on, in solver time, where it is known before. times: those of the outputs, in
@@ -78,11 +78,11 @@ class _DiscreteTask(Task):
     what = 'gradient="discrete"'
     replays = True
     trajectory: Trajectory
-    record: Record | None = None
+    record: SavedTrajectory | None = None
     times: tuple[float, ...]
 
     def __init__(
-        self, request: Request, event_fn: EventFunc | None, points: list[float] | None, *, taped_grid: bool = False
+        self, request: SolveSpec, event_fn: EventFunc | None, points: list[float] | None, *, taped_grid: bool = False
     ) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "discrete adjoint"))
         self.form = _form(request)
@@ -90,8 +90,8 @@ class _DiscreteTask(Task):
         self.points = points
         self.taped_grid = taped_grid
 
-    def solve(self, request: Request) -> tuple[Tensor, float]:
-        """See `Task`."""
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
+        """See `DifferentiableSolve`."""
         problem, method, stats = request.problem, request.method, request.stats
         endless = self.event_fn is not None
         if method.options.cuda_graph:
@@ -111,7 +111,7 @@ class _DiscreteTask(Task):
             ys, self.times = torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at)
         return ys, problem.direction * self.times[-1]
 
-    def _why_not_recorded(self, request: Request) -> str | None:
+    def _why_not_recorded(self, request: SolveSpec) -> str | None:
         if self.event_fn is not None:
             return "an event is looked for by the host"
         if self.taped_grid:
@@ -120,7 +120,7 @@ class _DiscreteTask(Task):
         return self.replaced(problem) or why_not_recorded(problem, request.method, self.parameters.wanted)
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        """See `Task`."""
+        """See `DifferentiableSolve`."""
         stats = self.stats
         if self.record is not None:
             trial = Trial("backward pass", stats.loop, saved.ys)
@@ -131,7 +131,7 @@ class _DiscreteTask(Task):
             if found is not None:
 
                 def by_the_host() -> Outcome:
-                    return _outcome(self._walked(problem, saved, grad_ys, wants_t, False, Reached(()), Stats()))
+                    return _outcome(self._walked(problem, saved, grad_ys, wants_t, False, UsedParameters(()), Stats()))
 
                 if not compared or trial.agrees(stats, _outcome(found), by_the_host):
                     reached.check(saved.params)
@@ -143,7 +143,7 @@ class _DiscreteTask(Task):
                 )
         return self._walked(problem, saved, grad_ys, wants_t, wants_grid, self.reached(problem), stats)
 
-    def _looked_at(self, record: Record) -> bool:
+    def _looked_at(self, record: SavedTrajectory) -> bool:
         """Wait for the end of a deferred solve. False: its steps are not all recorded."""
         if record.count is None and self.stats.pending[0].end(self.stats) is None:
             count = self.stats.accepted
@@ -157,7 +157,7 @@ class _DiscreteTask(Task):
         grad_ys: Tensor,
         wants_t: bool,
         wants_grid: bool,
-        reached: Reached,
+        reached: UsedParameters,
         stats: Stats,
     ) -> Gradients:
         """By the host."""
@@ -168,20 +168,26 @@ class _DiscreteTask(Task):
         adj_y0, adj_t, adj_grid = walk.run(saved.t, wants_t)
         reached.check(saved.params)
         stats.nfe_backward += walk.adjoint.nfe
-        stats.steps_again += walk.steps_again
+        stats.recomputed_steps += walk.recomputed_steps
         stats.peak_checkpoints = max(stats.peak_checkpoints, self.trajectory.checkpoints.peak)
         stats.graph_of = "stage" if walk.adjoint.at_once is False else "step"
         return Gradients(adj_t, adj_grid, adj_y0, walk.of_params())
 
     def _by_graphs(
-        self, record: Record, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, reached: Reached
+        self,
+        record: SavedTrajectory,
+        problem: Problem,
+        saved: Saved,
+        grad_ys: Tensor,
+        wants_t: bool,
+        reached: UsedParameters,
     ) -> Gradients | None:
         """By a captured walk; None: by the host."""
         why = self.replaced(problem)
         if self.status not in (Status.SUCCESS, Status.PENDING):
             why = "the solve did not reach its end"
         method, params, stats = self._request.method, saved.params, self.stats
-        found = walk_by_graphs(record, problem, method, self.form, grad_ys, params, reached, stats, why)
+        found = reverse_by_graphs(record, problem, method, self.form, grad_ys, params, reached, stats, why)
         if found is None:
             return None
         lam, of_params = found
@@ -213,7 +219,7 @@ def by_the_flow(
         adj_t[m] = real_dot(-lam0 if m == 0 else grad_ys[m], f)
 
 
-def _recorded(loop: HostLoop, request: Request, steps: int | None) -> Trajectory:
+def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajectory:
     """The trajectory that the loop will fill. steps: how many, where that is known."""
     assert isinstance(loop.stepper, ExplicitRK)
     y0, slots, tableau = request.problem.y0, request.checkpoints, loop.stepper.tableau
@@ -224,7 +230,7 @@ def _recorded(loop: HostLoop, request: Request, steps: int | None) -> Trajectory
     return Trajectory.of(loop, loop.stepper, slots, steps)
 
 
-def _form(request: Request) -> Form:
+def _form(request: SolveSpec) -> StageTable:
     """The method's stages as the backward pass sees them. Raises Unsupported for what is no Runge-Kutta method."""
     method, options = request.method, request.method.options
     if method.tableau is None:
@@ -243,12 +249,12 @@ class _Backwards:
 
     def __init__(
         self,
-        task: _DiscreteTask,
+        task: _DiscreteSolve,
         problem: Problem,
         saved: Saved,
         grad_ys: Tensor,
         wants_grid: bool,
-        reached: Reached,
+        reached: UsedParameters,
     ) -> None:
         ys, self.params = saved.ys, saved.params
         # A view of ys itself would hold the graph that holds the trajectory.
@@ -258,7 +264,7 @@ class _Backwards:
         self.trajectory.begin(problem.y0)
         self.arithmetic = arithmetic_of(problem)
         self.sums = self.arithmetic.sums(self.params, with_error=False)
-        self.steps_again = 0
+        self.recomputed_steps = 0
         # Small cotangents would vanish in the sum of many in half precision.
         wide = torch.promote_types(ys.dtype, torch.float32)
         self.cotangents = self.arithmetic
@@ -277,7 +283,7 @@ class _Backwards:
         failed = task.status not in (Status.SUCCESS, Status.PENDING)
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
         self.reached = len(ys) if finite is None else max(int(finite.sum()), 1)
-        self.grad_ys = self.cotangents.own(grad_ys[: self.reached].to(wide))
+        self.grad_ys = self.cotangents.as_contiguous(grad_ys[: self.reached].to(wide))
 
     def run(self, t: Tensor, wants_t: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
@@ -291,7 +297,7 @@ class _Backwards:
         stop = len(times)
 
         def advance(n: int, state: State) -> State:
-            self.steps_again += 1
+            self.recomputed_steps += 1
             return self.adjoint.advance(steps[n], state, steps[n + 1])
 
         def back(n: int, state: State) -> None:

@@ -19,18 +19,18 @@ import torch
 from torch import Tensor
 
 from node_cuda.gradients.discrete.memory import fits, graph_size
-from node_cuda.gradients.discrete.trajectory import State, Taken
-from node_cuda.gradients.reached import Reached
+from node_cuda.gradients.discrete.trajectory import State, StepRecord
+from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.stage_times import HERE, JUST_BEFORE, Interval
-from node_cuda.kernels.sums import Sums
+from node_cuda.kernels.sums import GradientAccumulator
 from node_cuda.methods.interpolation import HERMITE, HERMITE_END
 from node_cuda.methods.tableau import DenseOutput, SparseRow, Tableau
 from node_cuda.problem.problem import Problem
 
 
 @dataclass(frozen=True)
-class Form:
+class StageTable:
     """A method with its interpolant as one list of stages.
 
     rows, nodes, sides: of every stage, first the method's own, then those that only outputs need. b: of y1. own: the
@@ -61,10 +61,10 @@ class Form:
         return columns
 
 
-def adaptive_form(tableau: Tableau, dense: DenseOutput) -> Form:
+def adaptive_form(tableau: Tableau, dense: DenseOutput) -> StageTable:
     """An adaptive method with its polynomial outputs."""
     count, extra = tableau.stages, dense.extra
-    return Form(
+    return StageTable(
         rows=(*tableau.rows, *dense.rows),
         nodes=(*tableau.nodes, *dense.nodes),
         sides=(JUST_BEFORE,) * (count + extra),
@@ -75,11 +75,11 @@ def adaptive_form(tableau: Tableau, dense: DenseOutput) -> Form:
     )
 
 
-def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> Form:
+def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> StageTable:
     """A method on a fixed grid: outputs on the chord, or on the cubic, which has the field at y1 as a further stage."""
     count = tableau.stages
     slopes = ((0, HERMITE[0][1]), (count, HERMITE[1][1])) if cubic else ()
-    return Form(
+    return StageTable(
         rows=(*tableau.rows, *((tableau.b_row,) if cubic else ())),
         nodes=(*tableau.nodes, *((1.0,) if cubic else ())),
         sides=((JUST_BEFORE if inside else HERE),) * count + ((HERE,) if cubic else ()),
@@ -151,10 +151,10 @@ class StepAdjoint:
         problem: Problem,
         arithmetic: Arithmetic,
         cotangents: Arithmetic,
-        form: Form,
+        form: StageTable,
         params: Sequence[Tensor],
-        sums: Sums,
-        reached: Reached,
+        sums: GradientAccumulator,
+        reached: UsedParameters,
         *,
         timed: bool,
     ) -> None:
@@ -177,7 +177,7 @@ class StepAdjoint:
         self._finish = arithmetic.last_stage(b_row, None, 1.0, HERE)
         self._polynomials = cotangents.polynomials(form.dense, form.end)
 
-    def advance(self, taken: Taken, state: State, then: Taken) -> State:
+    def advance(self, taken: StepRecord, state: State, then: StepRecord) -> State:
         """The state behind a step, with which the step `then` begins."""
         k = [self.plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
         for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
@@ -185,7 +185,7 @@ class StepAdjoint:
         y1 = self._end(taken.at, state.y0, k)
         return State(y1, k[-1] if then.carried and not self.form.fsal else None)
 
-    def back(self, taken: Taken, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
+    def back(self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
         """The cotangents in front of a step, from those behind it and from its outputs."""
         form, at, y0 = self.form, taken.at, state.y0
         self.sums.begin()
@@ -220,7 +220,7 @@ class StepAdjoint:
         return Back(Cotangent(lam, kappas.get(0), stages[0]) if taken.carried else Cotangent(lam), timed)
 
     def _replay(
-        self, taken: Taken, state: State, outgoing: Cotangent, *, dense: bool
+        self, taken: StepRecord, state: State, outgoing: Cotangent, *, dense: bool
     ) -> tuple[list[Evaluation | None], list[Tensor]]:
         """The step's stages again, each with its graph; those that nobody asks for are left out at the end."""
         form, arithmetic, at = self.form, self.arithmetic, taken.at
@@ -252,7 +252,7 @@ class StepAdjoint:
                 add(self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t), i in read))
         return stages, k
 
-    def first_stage(self, taken: Taken, state: State) -> tuple[Tensor, Tensor]:
+    def first_stage(self, taken: StepRecord, state: State) -> tuple[Tensor, Tensor]:
         """(t, z) of the first stage."""
         return self.arithmetic.times(taken.start, (taken.node,), taken.side)[0], state.y0
 
@@ -289,7 +289,7 @@ class StepAdjoint:
     def plain(self, t: Tensor, z: Tensor) -> Tensor:
         """The field at (t, z), without a graph."""
         self.nfe += 1
-        return self.arithmetic.own(self.field(t, z))
+        return self.arithmetic.as_contiguous(self.field(t, z))
 
     def _evaluate(self, t: Tensor, z: Tensor, read: bool) -> Evaluation:
         """The field at (t, z), for its vjp and, if it is read, for later stages."""
@@ -318,7 +318,7 @@ class StepAdjoint:
             if self.timed:
                 t = t.detach().requires_grad_(True)
             f = self.field(t, z)
-        return Evaluation(t, z, f, self.arithmetic.own(f.detach()))
+        return Evaluation(t, z, f, self.arithmetic.as_contiguous(f.detach()))
 
     def _vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """(mu, tau): kappa pulled back to the argument and to the time; its part in the parameters is added up."""
@@ -335,7 +335,7 @@ class StepAdjoint:
             self.reached.see(rest)
             self.sums.add(rest, 1.0, 0.0)
         if mu is not None:
-            mu = self.cotangents.own(mu if mu.dtype is wide else mu.to(wide))
+            mu = self.cotangents.as_contiguous(mu if mu.dtype is wide else mu.to(wide))
         return mu, tau
 
     def commit_sums(self) -> None:

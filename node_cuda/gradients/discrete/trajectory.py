@@ -21,7 +21,7 @@ class State(NamedTuple):
     k1: Tensor | None
 
 
-class Taken(NamedTuple):
+class StepRecord(NamedTuple):
     """An accepted step: its interval, and how its first stage comes about.
 
     carried: it was the last stage of the step before. start, node, side: the time at which the field at y0 gives it, as
@@ -41,7 +41,7 @@ class Trajectory:
     replayed: the first stage of the last step that its replay evaluates, where the host took the steps.
     """
 
-    def __init__(self, steps: list[Taken], checkpoints: Checkpoints[State]) -> None:
+    def __init__(self, steps: list[StepRecord], checkpoints: Checkpoints[State]) -> None:
         self.steps = steps
         self.checkpoints = checkpoints
         self.replayed: Tensor | None = None
@@ -53,7 +53,7 @@ class Trajectory:
         """That of the solve that this loop will do. slots: the states that may be kept. count: the steps that there
         will be, where that is known."""
         self = cls([], Checkpoints(slots, count))
-        self._jump = loop.pace.starts_at_jump
+        self._jump = loop.selector.starts_at_jump
         loop.accepted = lambda step: self._record(step, stepper)
         return self
 
@@ -62,11 +62,11 @@ class Trajectory:
         k1 = None
         if tableau.carry_last_stage and before is not None and not self._jump:
             k1 = None if tableau.fsal else step.k[0]
-            taken = Taken(step.at, True, before, 1.0, JUST_BEFORE)
+            taken = StepRecord(step.at, True, before, 1.0, JUST_BEFORE)
         else:
             # Adaptive methods begin where the solve does, and beyond a jump on its far side.
             inside = self._jump if tableau.adaptive else stepper.inside
-            taken = Taken(step.at, False, step.at, 0.0, JUST_AFTER if inside else HERE)
+            taken = StepRecord(step.at, False, step.at, 0.0, JUST_AFTER if inside else HERE)
         # The first state is the user's, who may write it: `begin` gets it again, from the outputs.
         self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
         self.steps.append(taken)
