@@ -33,8 +33,8 @@ NO_SPILLS = ("sm_80", "sm_90")
 COUNTED_UP_TO_7 = ("rk_stage_kernel", "rk_finish_kernel")  # a variant for each count, and "0" for more
 
 NO_STATE = (
-    "grid_control_kernel", "resume_kernel", "set_condition_kernel", "set_walk_kernel", "stage_time_kernel",
-    "start_control_kernel", "step_control_kernel", "take_back_kernel", "taken_kernel",
+    "grid_control_kernel", "resume_kernel", "set_condition_kernel", "begin_reverse_kernel", "stage_time_kernel",
+    "start_control_kernel", "step_control_kernel", "load_step_kernel", "advance_reverse_kernel",
 )  # fmt: skip
 ONLY_READ = ("error_ratio_kernel", "initial_change_kernel", "initial_norms_kernel", "sums_ratio_kernel")
 
