@@ -214,7 +214,7 @@ class Faulty:
 
 
 class Broken(Faulty):
-    """The compiled module with a fault in one method: of a plan (`SolveContext.name`, `SumsPlan.name`) or of the module."""
+    """The compiled module with a fault in one method: `SolveContext.name`, `SumsPlan.name`, or one of the module."""
 
     def __init__(self, module: ModuleType, where: str, fault: Fault) -> None:
         self._module, self.where, self.fault = module, where, fault
