@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from node_cuda.methods.tableau import Tableau, row, rows
+
 F64 = torch.float64
 State = Tensor | tuple[Tensor, ...]
 
@@ -211,3 +213,16 @@ class Parted(nn.Module):
 
     def forward(self, t, y):
         return torch.tanh(y @ self.used.T) * self.fixed
+
+
+KUTTA3 = Tableau(
+    "kutta3",
+    order=3,
+    embedded_order=2,
+    c=row("0 1/2 1"),
+    a=rows("", "1/2", "-1 2"),
+    b=row("1/6 2/3 1/6"),
+    b_hat=row("0 1 0"),
+    source="Kutta, Z. Math. Phys. 46 (1901) 435",
+)
+"""Three stages of third order, with an embedded row; not FSAL, and without an interpolant."""

@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import node_cuda
 from node_cuda import InvalidInput, solve
 from node_cuda.controllers import CONTROLLERS, Controller, StepSizeController
 
@@ -101,10 +102,15 @@ def test_a_step_that_is_not_finite_shrinks_without_asking():
 
 
 def test_the_kernels_take_a_controller_of_the_users_at_one_read_a_step(shim):
-    on_kernels, plain = found(Halving(), "discrete"), found(Halving(), "discrete")
-    assert torch.equal(on_kernels[0].ys, plain[0].ys)
-    stats = on_kernels[0].stats
-    assert stats.host_reads <= stats.accepted + stats.rejected + 5
+    on_kernels, _ = found(Halving(), "discrete")
+    with node_cuda.backend("reference"):
+        plain, _ = found(Halving(), "discrete")
+    # Norms are summed in another order, which moves the first step by rounding.
+    assert on_kernels.ys.detach() == pytest.approx(plain.ys.detach(), rel=1e-12)
+    assert on_kernels.stats.accepted == plain.stats.accepted
+    # The times, three for the first step and one a step.
+    assert on_kernels.stats.host_reads == 4 + on_kernels.stats.accepted + on_kernels.stats.rejected
+    assert shim.lib.shim_launches() > 0
 
 
 def test_a_captured_solve_says_why_it_is_the_hosts(eager):

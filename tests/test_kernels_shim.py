@@ -32,7 +32,7 @@ from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
 from node_cuda.kernels.fused import DTYPES, Fused, Launch
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE
-from node_cuda.kernels.step_control import StepControl
+from node_cuda.kernels.step_control import ControlSpec, StepControl
 from node_cuda.options import AdaptiveOptions
 from node_cuda.status import Status
 
@@ -72,8 +72,8 @@ def kernels(request):
     return Kernels(request.getfixturevalue("shim_module"), (0, 0), torch.device("cpu"), shuffle)
 
 
-def control_of(a, law=LAW, max_num_steps=math.inf, tstops=(), jumps=(), stops=(), outputs=False) -> DeviceStepControl:
-    return a.control(law, 5, max_num_steps, tstops, frozenset(jumps), stops, outputs=outputs, pauses=False)
+def control_of(a, law=LAW, **given) -> DeviceStepControl:
+    return a.control(ControlSpec(law, 5, **given))
 
 
 def unit(a, h=1.0):
@@ -262,11 +262,10 @@ def test_step_control_is_that_of_the_host_call_by_call(kernels, seed):
     law = CONTROLLERS[options["controller"]].law(
         5, AdaptiveOptions(min_step=options["min_step"], max_step=options["max_step"])
     )
-    tstops, jumps = sorted(options["step_t"] + options["jump_t"]), frozenset(options["jump_t"])
     a = kernels.arithmetic(kernels.numbers(1), times=times, direction=sign)
-    given = 5, options["max_num_steps"]
-    device = control_of(a, law, given[1], tstops, options["jump_t"], stops, outputs=True)
-    host = StepControl(law, *given, a.norm, tstops, jumps, stops, times[1:])
+    tstops, jumps = sorted(options["step_t"] + options["jump_t"]), frozenset(options["jump_t"])
+    spec = ControlSpec(law, 5, options["max_num_steps"], tstops, jumps, stops, ends=True)
+    device, host = a.control(spec), StepControl(spec, a.norm, times[1:])
     # Of what the host has in another form, and of waiting at outputs, which it does not do.
     other = "history_0", "history_1", "dt", "last_dt", "direction", "paused"
     names = [name for name in ControllerSnapshot._fields if name not in other]
@@ -294,7 +293,7 @@ def test_step_control_is_that_of_the_host_call_by_call(kernels, seed):
 def test_a_control_that_has_ended_changes_nothing(kernels):
     y = kernels.numbers(100)
     a = kernels.arithmetic(y, times=(0.0, 0.5))
-    control, at = control_of(a, outputs=True), a.current()
+    control, at = control_of(a, ends=True), a.current()
     control.start(0.0, 1.0)
     control.judge_ratio(kernels.doubles(0.5))
     before = control.read()

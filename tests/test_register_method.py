@@ -6,6 +6,7 @@ from fractions import Fraction
 
 import pytest
 import torch
+from problems import KUTTA3
 from rooted_trees import trees as independent_trees
 
 from node_cuda import TABLEAUS, InvalidInput, InvalidType, odeint, odeint_adjoint, register_method, solve
@@ -13,16 +14,6 @@ from node_cuda.methods.order_conditions import attained, trees
 from node_cuda.methods.tableau import DenseOutput, Tableau, row, rows
 
 F64 = torch.float64
-KUTTA = Tableau(
-    "any",
-    order=3,
-    embedded_order=2,
-    c=row("0 1/2 1"),
-    a=rows("", "1/2", "-1 2"),
-    b=row("1/6 2/3 1/6"),
-    b_hat=row("0 1 0"),
-    source="Kutta, Z. Math. Phys. 46 (1901) 435",
-)
 RALSTON = Tableau("any", order=2, c=row("0 2/3"), a=rows("", "2/3"), b=row("1/4 3/4"), source="Ralston 1962")
 
 
@@ -40,7 +31,7 @@ def decay(t, y):
 
 
 def test_a_method_that_is_not_fsal_solves_and_differentiates_in_every_mode(registered):
-    register_method("kutta3", KUTTA)
+    register_method("kutta3", KUTTA3)
     a = torch.tensor(1.0, dtype=F64, requires_grad=True)
     t = torch.tensor([0.0, 0.3, 1.0], dtype=F64)
     for gradient in ("backprop", "adjoint", "discrete"):
@@ -56,7 +47,7 @@ def test_a_method_that_is_not_fsal_solves_and_differentiates_in_every_mode(regis
 
 
 def test_an_accepted_step_costs_its_own_evaluations_and_a_rejected_one_one_more(registered):
-    register_method("kutta3", KUTTA)
+    register_method("kutta3", KUTTA3)
     calls = []
 
     def counted(t, y):
@@ -81,14 +72,14 @@ def test_a_fixed_grid_takes_the_method_without_changes(registered):
 
 
 def test_the_default_interpolant_is_of_third_order(registered):
-    register_method("kutta3", KUTTA)
+    register_method("kutta3", KUTTA3)
     dense = TABLEAUS["kutta3"].dense
     assert attained((*TABLEAUS["kutta3"].a, *dense.a), dense.weights, 4) == 3
 
 
 def test_an_interpolant_of_the_users_is_kept(registered):
     given = DenseOutput(order=2, weights=rows("1 -3/2 2/3", "0 2 -4/3", "0 -1/2 2/3"))
-    register_method("kutta3", replace(KUTTA, dense=given))
+    register_method("kutta3", replace(KUTTA3, dense=given))
     assert TABLEAUS["kutta3"].dense.weights == (*given.weights, (0, 0, 0))
 
 
@@ -104,18 +95,18 @@ def test_an_interpolant_of_the_users_is_kept(registered):
 )
 def test_a_tableau_that_does_not_keep_what_it_states_is_refused(change, words):
     with pytest.raises(InvalidInput, match=f"method 'mine': {words}"):
-        register_method("mine", replace(KUTTA, **change))
+        register_method("mine", replace(KUTTA3, **change))
     assert "mine" not in TABLEAUS
 
 
 def test_a_name_that_is_taken_and_what_is_no_tableau_are_refused():
     for name in ("dopri5", "scipy_solver", "explicit_adams", "gl4"):
         with pytest.raises(InvalidInput, match=f"there is a method '{name}' already"):
-            register_method(name, KUTTA)
+            register_method(name, KUTTA3)
     with pytest.raises(InvalidType, match=r"tableau must be a .*Tableau; got a dict"):
         register_method("mine", {})
     with pytest.raises(InvalidType, match="name must be a word"):
-        register_method(3, KUTTA)
+        register_method(3, KUTTA3)
     with pytest.raises(ValueError, match='Invalid method "mine"'):
         odeint_adjoint(decay, torch.ones(1), torch.tensor([0.0, 1.0]), method="mine", adjoint_params=())
 
@@ -134,5 +125,5 @@ def test_the_methods_of_the_package_meet_the_conditions_and_no_higher_ones(name)
 
 
 def test_exact_numbers_stay_exact(registered):
-    register_method("kutta3", KUTTA)
+    register_method("kutta3", KUTTA3)
     assert all(isinstance(x, (int, Fraction)) for x in TABLEAUS["kutta3"].b)

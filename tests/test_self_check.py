@@ -342,7 +342,7 @@ LARGE = [*(f"SolveContext.{name}" for name in (*OF_STATE, *NORMS)), *SUMS, "pack
 NOT_SUMS = [x for x in LARGE if x not in SUMS]
 TYPED = [x for x in LARGE if x != "SolveContext.commit"] + ["SolveContext.stage_times"]  # a commit copies bytes
 
-NONE = ctypes.create_string_buffer(8)  # of the landings a jump
+NONE = ctypes.create_string_buffer(8)  # of the tstops a jump
 COEFFICIENTS = [
     ("SolveContext", no_write),  # the direction, see OfState
     *(("SolveContext.interval", argument(i, scaled)) for i in range(3)),

@@ -15,6 +15,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from problems import KUTTA3
 from rooted_trees import elementary_weights, trees
 
 from node_cuda.methods.tableau import DenseOutput, Row, Tableau, hermite, row, rows
@@ -331,17 +332,8 @@ def test_the_extra_stages_are_those_that_the_script_prints(name):
 
 
 def test_adding_a_method_is_one_entry():
-    kutta = Tableau(
-        "kutta3",
-        order=3,
-        embedded_order=2,
-        c=row("0 1/2 1"),
-        a=rows("", "1/2", "-1 2"),
-        b=row("1/6 2/3 1/6"),
-        b_hat=row("0 1 0"),
-        dense=DenseOutput(order=2, weights=rows("1 -3/2 2/3", "0 2 -4/3", "0 -1/2 2/3")),
-        source="Kutta, Z. Math. Phys. 46 (1901) 435",
-    )
+    dense = DenseOutput(order=2, weights=rows("1 -3/2 2/3", "0 2 -4/3", "0 -1/2 2/3"))
+    kutta = replace(KUTTA3, dense=dense)
     check_order(kutta, kutta.b, 3, bound=0.0)
     check_order(kutta, kutta.b_hat, 2, bound=0.0)
     assert attained(dense_residuals(kutta, kutta.dense, 3), 0.0) == kutta.dense.order

@@ -27,6 +27,7 @@ from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControllerParams, DenseCotangents
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
+from node_cuda.kernels.step_control import ControlSpec
 from node_cuda.kernels.step_log import _LAYOUT, _RECORDED, StepLog
 from node_cuda.loop.assemble import arithmetic_of, make_loop
 from node_cuda.loop.grids import grid_of
@@ -51,7 +52,7 @@ def control(shim_module) -> Callable[..., DeviceStepControl]:
 
     def make(law=LAW, outputs=(), direction=1.0, tape=None, on=(0, 0), dtype=F64) -> DeviceStepControl:
         fused = Fused(shim_module, on, torch.zeros(2, dtype=dtype), direction, ErrorNorm(1.0, 1.0), (0.0, *outputs))
-        return fused.control(law, 5, math.inf, (), frozenset(), (), outputs=bool(outputs), pauses=False, tape=tape)
+        return fused.control(ControlSpec(law, 5, ends=bool(outputs)), tape=tape)
 
     return make
 
@@ -237,7 +238,7 @@ def walk_of(fused: Fused) -> DeviceStepControl:
     y0 = torch.zeros(fused.shape, dtype=fused.dtype)
     own = Fused(fused.module, fused.on, y0, fused.direction, fused.norm, (0.0,))
     law = ControllerParams((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
-    walk = own.control(law, 1, math.inf, (), frozenset(), (), outputs=False, pauses=False)
+    walk = own.control(ControlSpec(law, 1))
     walk.start(0.0, None)
     return walk
 

@@ -23,7 +23,7 @@ struct ControllerParams {
   double order;             // of the method, for the starting step
   int64_t max_num_steps;    // attempts allowed since the last output
   const double* tstops;   // step_t and jump_t, merged, ascending
-  const uint8_t* is_jump;   // one a landing
+  const uint8_t* is_jump;   // one a tstop
   const double* stops;      // times to land on without a sliver before them, ascending
   const double* outputs;    // times of the outputs after the first, ascending; none: the host says when to end
   int64_t tstop_count, stop_count, output_count;
@@ -179,7 +179,7 @@ NODE_CUDA_HD inline void step_control(ControllerState& ctl, const ControllerPara
   }
   ctl.h = py_max(ctl.h, ctl.carried);
   ++ctl.accepted;
-  // A step never passes the next landing, so that is the only one that it can end at.
+  // A step never passes the next tstop, so that is the only one that it can end at.
   ctl.jump = ctl.next_tstop < law.tstop_count && law.tstops[ctl.next_tstop] == ctl.last.t1 &&
              law.is_jump[ctl.next_tstop];
   const bool more = pass_outputs(ctl, law);

@@ -1,1 +1,1 @@
-"""Solves captured as CUDA graphs. Outside of this folder, only `try_captured` and `Stats.why` know of them."""
+"""Solves captured as CUDA graphs: what is captured, when it serves again, and why the host takes the steps instead."""

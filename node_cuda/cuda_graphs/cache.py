@@ -82,7 +82,7 @@ class GraphCache(Generic[C]):
         return len(self._entries)
 
     def __repr__(self) -> str:
-        return f"Graphs(tier={self.tier!r})"
+        return f"GraphCache(tier={self.tier!r})"
 
     def get(self, key: Any, func: Any, device: torch.device, make: Callable[[], C]) -> C | str:
         """The captured solve, made where it is needed, or why there is none. One thread after another."""

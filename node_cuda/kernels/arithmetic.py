@@ -6,7 +6,6 @@ again (rows, polynomials) is prepared once: a handle that also says what it was 
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -16,9 +15,9 @@ from torch import Tensor
 from node_cuda._typing import Row
 from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.reference import ControllerParams, DenseCotangents
+from node_cuda.kernels.reference import DenseCotangents
 from node_cuda.kernels.stage_times import Clock, Interval
-from node_cuda.kernels.step_control import Rule, StepControl
+from node_cuda.kernels.step_control import ControlSpec, StepControl
 from node_cuda.kernels.sums import GradientAccumulator
 
 
@@ -129,27 +128,10 @@ class Arithmetic:
         weighted = None if last is None else (last[0], at.signed * last[1])
         return reference.error_ratio(error, weighted, y0, y1, self.norm, also)
 
-    def control(
-        self,
-        law: ControllerParams,
-        order: int,
-        max_num_steps: float,
-        tstops: Sequence[float],
-        jumps: frozenset[float],
-        stops: Sequence[float],
-        *,
-        outputs: bool,
-        limit: float = math.inf,
-        rule: Rule | None = None,
-        pauses: bool = False,
-        tape: Any = None,
-    ) -> Any:
-        """The step-size control of a solve. limit: no probe for the first step goes beyond it. outputs: the solve ends
-        with the last of the output times. rule: Python, in the place of the law. pauses, tape: of a control on the
-        device; see `kernels.control`."""
+    def control(self, spec: ControlSpec, *, pauses: bool = False, tape: Any = None) -> Any:
+        """The step-size control of a solve. pauses, tape: of one on the device; see `kernels.control`."""
         assert not pauses and tape is None
-        times = self.output_times[1:] if outputs else ()
-        return StepControl(law, order, max_num_steps, self.norm, tstops, jumps, stops, times, limit, rule)
+        return StepControl(spec, self.norm, self.output_times[1:])
 
     def control_step(
         self,

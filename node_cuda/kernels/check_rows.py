@@ -27,6 +27,7 @@ from node_cuda.kernels.fused import DTYPES, Fused, Launch
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControllerParams
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock
+from node_cuda.kernels.step_control import ControlSpec
 from node_cuda.kernels.step_log import StepLog
 from node_cuda.status import Status
 
@@ -47,9 +48,8 @@ CASES = (Case(0, 0), ONE, LARGE, ODD)
 
 _RTOL, _ATOL, _ORDER = 0.3, 0.2, 5
 _T0, _H = 0.5, 0.25  # a step from 1/2 to 3/4: all times in it are exact in every dtype
-_STEADY = ControllerParams(
-    (1.0, 0.0, 0.0), 1.0, 4.0, 0.25, False, 0.0, math.inf
-)  # with a ratio of 1 the step stays as it is
+# With a ratio of 1 the step stays as it is.
+_STEADY = ControllerParams((1.0, 0.0, 0.0), 1.0, 4.0, 0.25, False, 0.0, math.inf)
 
 
 class Side:
@@ -114,10 +114,12 @@ def _double(dtype: torch.dtype) -> torch.dtype:
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def _control(a: Any, law: ControllerParams = _STEADY, *, outputs: bool = False, **given: Any) -> Any:
+def _control(
+    a: Any, law: ControllerParams = _STEADY, *, pauses: bool = False, tape: StepLog | None = None, **given: Any
+) -> Any:
     """Step control on the device; None on the host."""
-    none: dict[str, Any] = dict(max_num_steps=100, tstops=(), jumps=frozenset(), stops=(), pauses=False)
-    return a.control(law, _ORDER, outputs=outputs, **(none | given)) if isinstance(a, Fused) else None
+    spec = ControlSpec(law, _ORDER, **{"max_num_steps": 100, **given})
+    return a.control(spec, pauses=pauses, tape=tape) if isinstance(a, Fused) else None
 
 
 def _judged(side: Side, control: DeviceStepControl, ratio: float) -> None:
@@ -320,7 +322,7 @@ def _tstops(side: Side) -> Iterator[Value]:
         ((1.0, 1.0, 0.0, 0.125), 5, 0, 0, 0, 0, 1),
     )
     calls = start, judge, judge, DeviceStepControl.resume, judge, judge, judge
-    yield from _script(side, _control(a, outputs=True, **given), calls, expected)
+    yield from _script(side, _control(a, ends=True, **given), calls, expected)
     end = (0.8, 0.8, 0.0, 0.4), 2, Status.MAX_STEPS.value, 0, 0, 0, 0
     expected = ((0.0, 0.4, 0.4, 0.4), 0, 0, 1, 0, 0, 0), ((0.4, 0.8, 0.4, 0.4), 1, 0, 1, 0, 0, 0), end
     yield from _script(side, _control(a, max_num_steps=2), (start, judge, judge), expected)
@@ -479,7 +481,7 @@ def _current_step(side: Side) -> Iterator[Value]:
     """Kernels that find their step in the control: a step, its outputs, and nothing more after the end."""
     y0, *k = side.take(8)
     a, at = side.step(y0, times=(0.0, _T0 + _H / 2, _T0 + _H))
-    control = _control(a, outputs=True)
+    control = _control(a, ends=True)
     if control is not None:
         control.start(_T0, _H)
         at = a.current()
@@ -518,7 +520,7 @@ def _tape(side: Side) -> Iterator[Value]:
     rows = torch.stack(gradients)
     walk, solve = (side.arithmetic(x, times=times, direction=1.0) for x in (lam, lam[:1]))
     tape, interpolant = StepLog(side.device, 4, first=0, carries=False), _polynomials(walk, 6, False)
-    control, back = _control(solve, outputs=True, tape=tape), None
+    control, back = _control(solve, ends=True, tape=tape), None
     steps = [(t0, t0 + 0.25, 0.25) for t0 in starts]
     if control is not None:
         control.start(0.0, 0.25)

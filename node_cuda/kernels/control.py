@@ -10,17 +10,20 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from node_cuda.kernels.reference import ControllerParams
+from node_cuda.kernels.step_control import ControlSpec
 from node_cuda.kernels.step_log import StepLog
 
-_LAYOUT = struct.Struct("=16d7q6i")  # struct Ctl of csrc/control/control.h
+_LAYOUT = struct.Struct("=16d7q6i")  # struct ControllerState of csrc/control/control.h
 _MOST = 2**63 - 1
 _NON_FINITE = 2  # as in csrc/control/control.h
-_JUMP, _STATUS = 47, 48  # Ctl.jump and Ctl.status, as the number of a word of four bytes
+_JUMP, _STATUS = 47, 48  # ControllerState.jump and .status, as the number of a word of four bytes
 
 
 class ControllerSnapshot(NamedTuple):
-    """Where a solve stands; the names are those of struct Ctl. `t0`, `t1`, `h`, `dt`: the step to be tried."""
+    """Where a solve stands; the names are those of struct ControllerState.
+
+    `t0`, `t1`, `h`, `dt`: the step to be tried.
+    """
 
     t0: float
     t1: float
@@ -66,42 +69,35 @@ class ControllerSnapshot(NamedTuple):
 class DeviceStepControl:
     """The state of step-size control in device memory, and the lists of times that it looks at.
 
-    tstops: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
-    sliver before them. outputs: on the device, the solve ends with the last of them; pauses: and waits at each of the
-    others for `resume`. measures: it can choose the first step, by the norm of the kernels and without a `limit`.
-    points: those of a grid, whose steps are all good; then the law does not matter. tape: gets the accepted steps; a
-    walk back over it has another control, without one.
+    outputs: on the device. pauses: the solve waits at each of them but the last for `resume`. measures: it can choose
+    the first step, by the norm of the kernels and without a limit. points: those of a grid, whose steps are all good;
+    then the law does not matter. tape: gets the accepted steps; a reverse pass over it has another control, without
+    one. reads: host reads since they were last counted.
     """
 
     def __init__(
         self,
         plan: Any,
-        law: ControllerParams,
-        order: int,
-        max_num_steps: float,
-        tstops: Sequence[float],
-        jumps: frozenset[float],
-        stops: Sequence[float],
+        spec: ControlSpec,
         outputs: Tensor,
         points: Sequence[float] = (),
         *,
-        limit: float = math.inf,
         measures: bool = True,
         pauses: bool = False,
         tape: StepLog | None = None,
     ) -> None:
-        device = outputs.device
-        self.limit, self.measures = limit, measures
+        device, law = outputs.device, spec.law
+        self.measures = measures
         self.reads = 0
         self._plan = plan
         self._ctl = torch.empty(_LAYOUT.size, dtype=torch.uint8, device=device)
         # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
         self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
         self._bytes = self._host.numpy().data
-        self._tstops = torch.tensor(list(tstops), dtype=torch.float64, device=device)
-        self._is_jump = torch.tensor([s in jumps for s in tstops], dtype=torch.uint8, device=device)
-        self.stops = torch.tensor(list(stops), dtype=torch.float64, device=device)
-        self._outputs = outputs
+        self._tstops = torch.tensor(list(spec.tstops), dtype=torch.float64, device=device)
+        self._is_jump = torch.tensor([s in spec.jumps for s in spec.tstops], dtype=torch.uint8, device=device)
+        self.stops = torch.tensor(list(spec.stops), dtype=torch.float64, device=device)
+        self._outputs = outputs if spec.ends else outputs[:0]
         self._tape = tape
         self.points = torch.tensor(list(points), dtype=torch.float64, device=device)
         plan.set_law(
@@ -113,12 +109,12 @@ class DeviceStepControl:
             pauses,
             law.min_step,
             law.max_step,
-            float(order),
-            min(math.ceil(min(max_num_steps, _MOST)), _MOST),  # attempts are whole: 2.5 allows three of them
+            float(spec.order),
+            min(math.ceil(min(spec.max_num_steps, _MOST)), _MOST),  # attempts are whole: 2.5 allows three of them
             _array(self._tstops),
             self._is_jump.data_ptr(),
             _array(self.stops),
-            _array(outputs),
+            _array(self._outputs),
             0 if tape is None else tape.address,
             self._ctl.data_ptr(),
         )
@@ -192,7 +188,7 @@ class DeviceStepControl:
 
 
 def reading(state: bytes | memoryview) -> ControllerSnapshot:
-    """A copy of struct Ctl as the host reads it."""
+    """A copy of struct ControllerState as the host reads it."""
     return ControllerSnapshot._make(_LAYOUT.unpack(state))
 
 

@@ -24,7 +24,7 @@ from node_cuda.kernels.memory import address, has_address, resolved
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControllerParams, DenseCotangents
 from node_cuda.kernels.stage_times import Interval
-from node_cuda.kernels.step_control import Rule, StepControl
+from node_cuda.kernels.step_control import ControlSpec, StepControl
 from node_cuda.kernels.step_log import StepLog
 from node_cuda.kernels.sums import GradientAccumulator
 from node_cuda.status import InvalidField
@@ -173,39 +173,14 @@ class Fused(Arithmetic):
     # ------------------------------------------------------------------ error
 
     def control(
-        self,
-        law: ControllerParams,
-        order: int,
-        max_num_steps: float,
-        tstops: Sequence[float],
-        jumps: frozenset[float],
-        stops: Sequence[float],
-        *,
-        outputs: bool,
-        limit: float = math.inf,
-        rule: Rule | None = None,
-        pauses: bool = False,
-        tape: StepLog | None = None,
+        self, spec: ControlSpec, *, pauses: bool = False, tape: StepLog | None = None
     ) -> DeviceStepControl | StepControl:
-        """Step-size control on the device, or with a rule on the host. pauses: the device waits at each output. tape:
-        gets the accepted steps."""
-        if rule is not None:
-            given = law, order, max_num_steps, tstops, jumps, stops
-            return super().control(*given, limit=limit, outputs=outputs, rule=rule)
-        return DeviceStepControl(
-            self.plan,
-            law,
-            order,
-            max_num_steps,
-            tstops,
-            jumps,
-            stops,
-            self.device_times[1:] if outputs else self.device_times[:0],
-            limit=limit,
-            measures=self.norm.custom is None and limit == math.inf,
-            pauses=pauses,
-            tape=tape,
-        )
+        """Step-size control on the device; on the host if the spec has a rule."""
+        if spec.rule is not None:
+            return super().control(spec)
+        measures = self.norm.custom is None and spec.limit == math.inf
+        outputs = self.device_times[1:]
+        return DeviceStepControl(self.plan, spec, outputs, measures=measures, pauses=pauses, tape=tape)
 
     def control_step(
         self,
@@ -236,9 +211,7 @@ class Fused(Arithmetic):
         """Steps from point to point of a grid, on the device."""
         law = ControllerParams((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
         outputs = self.device_times[1:]
-        return DeviceStepControl(
-            self.plan, law, 1, math.inf, (), frozenset(), (), outputs, points, pauses=pauses, tape=tape
-        )
+        return DeviceStepControl(self.plan, ControlSpec(law, 1, ends=True), outputs, points, pauses=pauses, tape=tape)
 
     def commit(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         """to_i = source_i, if the step judged last was accepted. One launch."""

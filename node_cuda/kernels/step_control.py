@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from torch import Tensor
 
@@ -29,38 +29,42 @@ class Rule(Protocol):
         ...
 
 
+class ControlSpec(NamedTuple):
+    """What the step-size control of a solve is made from.
+
+    order: of the method, for the starting step. max_num_steps: attempts allowed since the last output. tstops: times
+    that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a sliver before them.
+    ends: the solve ends with the last of the output times. limit: no probe for the first step goes beyond it. rule:
+    Python, in the place of the law.
+    """
+
+    law: ControllerParams
+    order: int
+    max_num_steps: float = math.inf
+    tstops: Sequence[float] = ()
+    jumps: frozenset[float] = frozenset()
+    stops: Sequence[float] = ()
+    ends: bool = False
+    limit: float = math.inf
+    rule: Rule | None = None
+
+
 class StepControl:
     """Where a solve stands, and the step to be tried: from t0 to t1, of size h. The names are those of
     `control.ControllerSnapshot`.
 
-    tstops: times that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a
-    sliver before them. outputs: the solve ends with the last of them. limit: no probe goes beyond it. proposal: the
-    step before it was cut. status: a value of `Status`. reads: host reads since they were last counted. measures: it
-    can choose the first step. rule: instead of the law.
+    outputs: ascending, the start not among them. proposal: the step before it was cut. status: a value of `Status`.
+    reads: host reads since they were last counted. measures: it can choose the first step.
     """
 
     measures = True
 
-    def __init__(
-        self,
-        law: ControllerParams,
-        order: int,
-        max_num_steps: float,
-        norm: ErrorNorm,
-        tstops: Sequence[float] = (),
-        jumps: frozenset[float] = frozenset(),
-        stops: Sequence[float] = (),
-        outputs: Sequence[float] = (),
-        limit: float = math.inf,
-        rule: Rule | None = None,
-    ) -> None:
-        self.law = law
-        self.rule = rule
-        self.order = order
-        self.max_num_steps = max_num_steps
+    def __init__(self, spec: ControlSpec, norm: ErrorNorm, outputs: Sequence[float] = ()) -> None:
+        self.law, self.rule = spec.law, spec.rule
+        self.order, self.max_num_steps, self.limit = spec.order, spec.max_num_steps, spec.limit
+        self.tstops, self.jumps, self.stops = spec.tstops, spec.jumps, spec.stops
         self.norm = norm
-        self.tstops, self.jumps, self.stops, self.outputs = tstops, jumps, stops, outputs
-        self.limit = limit
+        self.outputs = outputs if spec.ends else ()
         self.reads = 0
         self.start(0.0, None)
 
@@ -170,7 +174,7 @@ class StepControl:
             return
         while self.next_tstop < len(self.tstops) and self.tstops[self.next_tstop] <= t:
             self.next_tstop += 1
-        # A landing that the step misses by rounding would leave a sliver for the next one.
+        # A tstop that the step misses by rounding would leave a sliver for the next one.
         landed = self.next_tstop < len(self.tstops) and self.tstops[self.next_tstop] <= t1 + 4 * math.ulp(t1)
         if landed:
             t1 = self.tstops[self.next_tstop]

@@ -11,9 +11,9 @@ import struct
 import torch
 from torch import Tensor
 
-_LAYOUT = struct.Struct("=2q2i3q2i")  # struct Tape of csrc/control/tape.h
+_LAYOUT = struct.Struct("=2q2i3q2i")  # struct StepLog of csrc/control/tape.h
 _RECORDED = struct.Struct("=4d2q2i")  # struct Recorded
-_SLOT, _ROW = 4, 5  # Tape.slot and Tape.row, as numbers of words of eight bytes
+_SLOT, _ROW = 4, 5  # StepLog.slot and StepLog.row, as numbers of words of eight bytes
 
 
 class StepLog:

@@ -1,4 +1,4 @@
-"""What a solve is made of, from the problem and the method: arithmetic, stepper, pace and interpolant."""
+"""What a solve is made of, from the problem and the method: arithmetic, stepper, step selector and interpolant."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Fixed grids: where their points lie, and the pace that goes from one to the next."""
+"""Fixed grids: where their points lie, and the selector that steps from one to the next."""
 
 from __future__ import annotations
 

@@ -2,7 +2,7 @@
 
     propose, attempt, judge, move
 
-A pace (step_control.py, grids.py) proposes and judges, a stepper (methods/) attempts, the loop moves.
+A step selector (step_control.py, grids.py) proposes and judges, a stepper (methods/) attempts, the loop moves.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class HostLoop:
             stats.step_times = [problem.direction * self.t]
 
     def steps(self) -> Iterator[Step]:
-        """The accepted steps, one after another, until the pace proposes no more or the caller has enough."""
+        """The accepted steps, one after another, until the selector proposes no more or the caller has enough."""
         try:
             yield from self._steps()
         except SolveError:

@@ -19,7 +19,7 @@ from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm
 from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE
-from node_cuda.kernels.step_control import StepControl
+from node_cuda.kernels.step_control import ControlSpec, StepControl
 from node_cuda.kernels.step_log import StepLog
 from node_cuda.methods.step import ProposedStep, Step
 from node_cuda.options import AdaptiveOptions, times_option
@@ -84,13 +84,11 @@ class AdaptiveSteps:
     ) -> None:
         self.problem = problem
         self.arithmetic = arithmetic
-        self.order = order
         self.options = options
         self.stats = stats
         self.errors = errors
         chosen = controller(options.controller)
-        own = OnHost(chosen, order, options) if runs_on_host(chosen) else None
-        self.law = (chosen if isinstance(chosen, Controller) else Controller()).law(order, options)
+        law = (chosen if isinstance(chosen, Controller) else Controller()).law(order, options)
         start, direction = problem.times[0], problem.direction
         step_t = times_option("step_t", options.step_t, direction, start)
         jump_t = times_option("jump_t", options.jump_t, direction, start)
@@ -103,19 +101,18 @@ class AdaptiveSteps:
                 "`step_t` and `jump_t` must not have any repeated elements between them; got "
                 f"step_t = {step_t} and jump_t = {jump_t}. A jump_t is a step_t already: drop it there."
             )
-        self.control = arithmetic.control(
-            self.law,
+        self.spec = ControlSpec(
+            law,
             order,
             options.max_num_steps,
             tstops,
             frozenset(jump_t),
             stops,
+            ends=not endless,
             limit=math.inf if problem.bounds is None else problem.times[-1],
-            outputs=not endless,
-            rule=own,
-            pauses=pauses,
-            tape=tape,
+            rule=OnHost(chosen, order, options) if runs_on_host(chosen) else None,
         )
+        self.control = arithmetic.control(self.spec, pauses=pauses, tape=tape)
         # Only the first step moves with t[0]; the ends of later ones are the solver's choice, and stay.
         self._taped = recorded(problem.t)
 
@@ -130,7 +127,7 @@ class AdaptiveSteps:
         elif control.measures:
             self._choose_first_step(control, t, y, k1)
         else:
-            on_host = StepControl(self.law, self.order, math.inf, self.problem.norm, limit=control.limit)
+            on_host = StepControl(self.spec, self.problem.norm)
             self._choose_first_step(on_host, t, y, k1)
             control.start(t, self._read(on_host).proposal)
         self._read(control)

@@ -10,7 +10,7 @@ from node_cuda.cuda_graphs import capture
 
 
 class Eager:
-    """Stands in for a Recorder: work is not recorded, its Python runs again."""
+    """Stands in for a GraphCapture: work is not recorded, its Python runs again."""
 
     def __init__(self, device, module, tier=None):
         self.tier = tier or "eager"

@@ -104,7 +104,7 @@ def built(name: str, make: Callable[[Path], Path]) -> Path:
 
 
 class Launch(Structure):
-    """struct On of csrc/launchers.h."""
+    """struct Launch of csrc/launchers.h."""
 
     _fields_ = [("stream", c_void_p), ("device", c_int32), ("unused", c_int32)]
 

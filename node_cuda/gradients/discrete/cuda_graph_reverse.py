@@ -82,8 +82,8 @@ class CapturedReversePass(CapturedSolve):
             self.nfe: dict[str, int] = {}
             self._begin, self._last, self._step = self.record(
                 self._begin_walk,
-                self._counted("last", lambda: self._take_back(dense=True)),
-                self._counted("step", lambda: self._take_back(dense=self._several)),
+                self._counted("last", lambda: self._reverse_step(dense=True)),
+                self._counted("step", lambda: self._reverse_step(dense=self._several)),
             )
             self.repeat, self.why = self.recorder.repeat(self._step, self.control)
         release(own)
@@ -119,7 +119,7 @@ class CapturedReversePass(CapturedSolve):
         self.lam.zero_()
         self.control.begin_reverse(self.tape)
 
-    def _take_back(self, *, dense: bool) -> None:
+    def _reverse_step(self, *, dense: bool) -> None:
         state = self._load()
         outputs = Outputs(1, self.gradients[1:], None) if dense else None
         lam = self.adjoint.back(self.adjoint.here, state, Cotangent(self.lam), outputs).cotangent.lam
