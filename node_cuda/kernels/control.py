@@ -148,16 +148,20 @@ class DeviceStepControl:
         self._plan.resume(_array(self.points))
 
     def begin_reverse(self, tape: StepLog) -> None:
-        """Begin a walk back over a tape, of which this is the control, behind the last step. Active if there is a step
-        to take back; with the status RECORD_FULL if the tape does not have all steps."""
+        """Begin a reverse pass over the recorded steps, at the end of the last one.
+
+        Active if there is a step to reverse; with the status RECORD_FULL if the tape does not have all steps. This
+        control is the reverse pass's.
+        """
         self._plan.begin_reverse(tape.address)
 
     def load_step(self, tape: StepLog, time: Tensor | None = None) -> None:
-        """Make the walk's next step the current one, `tape.row` its number, and write the time of its first stage."""
+        """Make the next step of the reverse pass the current one: `tape.row` is its number, and the time of its first
+        stage is written to `time`."""
         self._plan.load_step(tape.address, 0 if time is None else time.data_ptr())
 
     def advance_reverse(self, tape: StepLog) -> None:
-        """Stay active while there are steps to take back."""
+        """Stay active while there are steps to reverse."""
         self._plan.advance_reverse(tape.address)
 
     @property

@@ -66,7 +66,7 @@ def _ready(tableau: Tableau) -> Tableau:
 
 
 def _with_a_stage(dense: DenseOutput | None, stages: int) -> DenseOutput | None:
-    """The interpolant of a method that has one more stage of its own, which the interpolant does not read."""
+    """The interpolant, for the same method with one more stage, which the interpolant does not read."""
     if dense is None:
         return None
     nothing = (Fraction(0),) * dense.degree
