@@ -5,6 +5,7 @@ import math
 
 import pytest
 import torch
+from shim.pretend_gpu import CUDA
 from torch import nn
 
 import node_cuda
@@ -44,8 +45,8 @@ class Wrapped:
         self.start, self.accept, self.propose = inner.start, inner.accept, inner.propose
 
 
-def found(choice, gradient="backprop", **more):
-    field, y0 = Field(), torch.ones(2, dtype=F64, requires_grad=True)
+def found(choice, gradient="backprop", device="cpu", **more):
+    field, y0 = Field().to(device), torch.ones(2, dtype=F64, device=device, requires_grad=True)
     options = dict(controller=choice, record_steps=True, **more)
     solution = solve(field, y0, T, rtol=1e-7, atol=1e-9, options=options, gradient=gradient)
     return solution, torch.autograd.grad(solution.ys[-1].sum(), (y0, field.a))
@@ -111,6 +112,16 @@ def test_the_kernels_take_a_controller_of_the_users_at_one_read_a_step(shim):
     # The times, three for the first step and one a step.
     assert on_kernels.stats.host_reads == 4 + on_kernels.stats.accepted + on_kernels.stats.rejected
     assert shim.lib.shim_launches() > 0
+
+
+@pytest.mark.gpu
+def test_a_controller_of_the_users_takes_the_steps_of_the_cpu_on_a_gpu():
+    there, _ = found(Halving(), "discrete", CUDA)
+    with node_cuda.backend("reference"):
+        here, _ = found(Halving(), "discrete")
+    assert there.ys.detach().cpu() == pytest.approx(here.ys.detach(), rel=1e-9)
+    assert there.stats.accepted == here.stats.accepted
+    assert there.stats.host_reads == 4 + there.stats.accepted + there.stats.rejected
 
 
 def test_a_captured_solve_says_why_it_is_the_hosts(eager):
