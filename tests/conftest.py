@@ -1,6 +1,6 @@
 """Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one.
 
-`pytest -m gpu --pretend-gpu` runs them on the CPU (shim/pretend_gpu.py).
+`pytest -m gpu --pretend-gpu` runs them on the CPU (support/shim/pretend_gpu.py).
 """
 
 import shutil
@@ -15,7 +15,7 @@ from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import self_check
 from node_cuda.problem.field import VectorField
 
-self_check.trust(torch.device("cpu"))  # where the shim runs the kernels: tests/test_self_check.py checks them there
+self_check.trust(torch.device("cpu"))  # where the shim runs the kernels: kernels/test_self_check.py checks them there
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
 
 

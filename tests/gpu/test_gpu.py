@@ -23,6 +23,7 @@ from problems import F64, MLP, Counting, linspace
 from shim.pretend_gpu import CUDA
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity
+from waves import TIMES, Wave, assert_near, same_bits, state, weighted
 
 import node_cuda
 from node_cuda import odeint, odeint_adjoint, solve
@@ -42,32 +43,7 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 
-AGREE = 1e-10
 LOOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
-TIMES = linspace(0.0, 1.0, 4)
-ROOT = Path(__file__).resolve().parent.parent
-
-
-class Wave(nn.Module):
-    """y' = w sin(y) cos(3 t), a weight a column. No matrix product: its bits may depend on what else runs."""
-
-    def __init__(self, columns: int = 8, dtype: torch.dtype = F64):
-        super().__init__()
-        self.w = nn.Parameter(torch.linspace(0.5, 1.5, columns, dtype=F64).to(dtype))
-
-    def forward(self, t, y):
-        return self.w * torch.sin(y) * torch.cos(3 * t)
-
-
-def state(rows: int = 100, columns: int = 8, dtype: torch.dtype = F64) -> Tensor:
-    """Numbers between -1 and 1, on the CPU."""
-    return torch.rand(rows, columns, generator=torch.Generator().manual_seed(1), dtype=F64).mul(2).sub(1).to(dtype)
-
-
-def weighted(ys: Tensor) -> Tensor:
-    """A loss that sees every number with a weight of its own."""
-    weights = torch.linspace(0.5, 1.5, ys.numel(), dtype=F64, device=ys.device)
-    return (weights * ys.reshape(-1).to(F64)).sum()
 
 
 def differentiated(
@@ -79,15 +55,6 @@ def differentiated(
     t = TIMES.clone().to(device if t_on is None else t_on).requires_grad_()
     ys = odeint_adjoint(func, y0, t, **{**LOOSE, **solver})
     return (ys.detach(), *torch.autograd.grad(weighted(ys), (y0, t, *func.parameters())))
-
-
-def assert_near(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> None:
-    for a, b in zip(actual, expected, strict=True):
-        torch.testing.assert_close(a.cpu(), b.cpu(), rtol=0.0, atol=AGREE * float(b.abs().max()))
-
-
-def same_bits(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...]) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(actual, expected, strict=True))
 
 
 @pytest.fixture

@@ -152,14 +152,14 @@ def test_a_compiled_field_runs_compiled_inside_the_solve(breaks, gradient, aroun
 
 
 # ------------------------------------------------------------------ in a fresh process
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 FRESH = """
 import sys, time, torch
 before = set(sys.modules)
 import node_cuda
 print(*set(sys.modules) - before)
-import test_compile
-model, seconds = torch.compile(test_compile.Around("odeint"), backend="eager"), []
+import test_compiled
+model, seconds = torch.compile(test_compiled.Around("odeint"), backend="eager"), []
 for size in (4, 5):
     start = time.process_time()
     model(torch.ones(size, 2))
@@ -169,7 +169,7 @@ for size in (4, 5):
 
 def test_import_leaves_scipy_and_the_compiler_alone_and_a_first_compiled_call_is_quick():
     """scipy.integrate and torch._dynamo would take most of the import."""
-    environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests'}", OMP_NUM_THREADS="1")
+    environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{Path(__file__).parent}", OMP_NUM_THREADS="1")
     run = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, env=environment, check=True)
     loaded, first, other = run.stdout.splitlines()
     assert not [name for name in loaded.split() if name.startswith(("scipy", "torch._dynamo", "torch._inductor"))]

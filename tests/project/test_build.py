@@ -26,7 +26,7 @@ from filelock import FileLock  # torch depends on it
 from node_cuda.extension import build
 from node_cuda.extension import loading as extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 DECIDING = ("NODE_CUDA_BUILD", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX", "PYTHONPATH")
 TOOLKIT = build.find_toolkit()
 
@@ -229,7 +229,7 @@ def test_the_sources_in_a_pure_python_install_find_all_their_headers_in_it(
     csrc = installed("python") / "node_cuda" / "csrc"
     own = build.include_folders(build.Recipe("cuda", ""), csrc)
     torchs = Path(torch.__file__).parent / "include"
-    folders = [*own, str(ROOT / "tests" / "shim"), sysconfig.get_path("include"), str(torchs)]
+    folders = [*own, str(ROOT / "tests" / "support" / "shim"), sysconfig.get_path("include"), str(torchs)]
     for source in build.sources(csrc, kernels=True):  # one by one: each must name all that it needs
         flags = ["-x", "c++", "-std=c++20", "-MM", "-DNODE_CUDA_WITH_KERNELS", *(f"-I{folder}" for folder in folders)]
         done = run("g++", *flags, source, cwd=tmp_path)

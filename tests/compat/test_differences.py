@@ -19,7 +19,7 @@ from torch import nn
 import node_cuda
 from node_cuda import METHODS, TABLEAUS, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGE = ROOT / "docs" / "differences.md"
 Y = torch.tensor([1.0, 0.5], dtype=F64)
 GRID = dict(step_size=0.25)
@@ -46,7 +46,7 @@ def test_every_test_that_the_page_names_exists():
     named = re.findall(r"`(test_\w+)`", PAGE.read_text())
     existing = {
         node.name
-        for path in (ROOT / "tests").glob("test_*.py")
+        for path in (ROOT / "tests").rglob("test_*.py")
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef)
     }

@@ -16,7 +16,7 @@ from node_cuda.gradients.registry import GRADIENTS
 from node_cuda.methods.adams import MAX_ORDER, MIN_ORDER
 from node_cuda.options import AdamsOptions
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 PAGES = [ROOT / "README.md", ROOT / "docs" / "differences.md"]
 README = PAGES[0].read_text()
 EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

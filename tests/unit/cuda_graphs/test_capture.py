@@ -1,4 +1,4 @@
-"""What is known before a capture, without a GPU: which fields cannot be recorded. The rest is test_gpu_graphs.py's."""
+"""What is known before a capture, without a GPU: which fields cannot be recorded. The rest: gpu/test_gpu_graphs.py."""
 
 from __future__ import annotations
 

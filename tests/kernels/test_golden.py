@@ -1,6 +1,6 @@
 """The golden record: a fixed set of problems gives what it gave before the code was rearranged.
 
-`RECORD_GOLDEN=1 python -m pytest tests/test_golden.py` records anew, after a change that is wanted.
+`RECORD_GOLDEN=1 python -m pytest tests/kernels/test_golden.py` records anew, after a change that is wanted.
 Bits are compared on the kind of machine that they were recorded on, counts and rounded numbers everywhere.
 """
 
@@ -15,7 +15,7 @@ import pytest
 from golden.problems import PROBLEMS
 from golden.record import machine, record
 
-PATH = Path(__file__).parent / "golden" / "golden.json"
+PATH = Path(__file__).parents[1] / "support" / "golden" / "golden.json"
 ANEW = "RECORD_GOLDEN" in os.environ
 SLOW = ("adaptive_heun", "no event", "explodes", "limits", "explicit_", "fixed_", "fehlberg2", "bosh3 adjoint")
 BY_KERNELS = [  # the others do the same on this path, or take long where a thread stands for each of a GPU's

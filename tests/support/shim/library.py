@@ -20,8 +20,9 @@ from types import ModuleType
 import torch
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent.parent / "csrc"
-BUILDS = HERE.parent.parent / "build" / "tests"
+ROOT = HERE.parents[2]
+CSRC = ROOT / "csrc"
+BUILDS = ROOT / "build" / "tests"
 
 MODULE = "shim_C"
 FLAGS = ("-std=c++20", "-Wall", "-Wextra", "-Werror", "-Wno-unknown-pragmas", "-ffp-contract=off")

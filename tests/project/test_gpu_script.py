@@ -19,7 +19,7 @@ import node_cuda
 from node_cuda.cuda_graphs import cache as graphs
 from node_cuda.extension import loading as extension
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 CPU = torch.device("cpu")
 MACHINE = {

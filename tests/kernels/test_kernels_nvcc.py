@@ -2,7 +2,7 @@
 
 `broken_rules` is what must hold on any day. The budget (kernel_budget.json) is what nvcc said last: the most registers
 that any variant of a kernel uses on each architecture, and the spills that the rules let pass, by name and bytes. To
-write it anew: `python tests/test_kernels_nvcc.py`; look at the difference.
+write it anew: `python tests/kernels/test_kernels_nvcc.py`; look at the difference.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pathlib import Path
 import pytest
 
 HERE = Path(__file__).resolve().parent
-CSRC = HERE.parent / "csrc"
+CSRC = HERE.parents[1] / "csrc"
 BUDGET = HERE / "kernel_budget.json"
 # Two front ends, which is where the time goes: what one makes differs little within a row, and much between them.
 FRONT_ENDS = {80: (80, 86, 89, 90), 100: (100, 120)}
@@ -126,7 +126,7 @@ def over_budget(usages: Iterable[Usage], budget: dict[str, dict]) -> list[str]:
     """Sentences on what came, went or grew since the budget was written."""
     now, over = budget_of(usages), []
     if now["registers"].keys() != budget["registers"].keys():
-        over.append("a kernel came or went: run `python tests/test_kernels_nvcc.py`")
+        over.append("a kernel came or went: run `python tests/kernels/test_kernels_nvcc.py`")
     for kernel in sorted(now["registers"].keys() & budget["registers"].keys()):
         for architecture, count in now["registers"][kernel].items():
             before = budget["registers"][kernel][architecture]
@@ -229,7 +229,7 @@ def test_what_grows_is_over_budget():
         "jump_kernel on sm_90 takes 41 registers, 40 before",
         "jump_kernel<float> on sm_120 spills: 9 bytes, 8 before",
     ]
-    assert over_budget([], budget) == ["a kernel came or went: run `python tests/test_kernels_nvcc.py`"]
+    assert over_budget([], budget) == ["a kernel came or went: run `python tests/kernels/test_kernels_nvcc.py`"]
 
 
 def test_scalar_access_is_seen_in_ptx():

@@ -1,7 +1,7 @@
 """Captured solves as they are kept: what serves again, what is captured anew, and what is the host loop's, and why.
 
 The recorder stands in for CUDA graphs (test_device_loop.py), so that `count`, how many were captured, is what is looked
-at: test_fingerprint.py says that a change is seen.
+at: unit/cuda_graphs/test_fingerprint.py says that a change is seen.
 """
 
 from __future__ import annotations

@@ -268,7 +268,7 @@ def adjoint_run(odeint_adjoint, problem_name, **arguments):
 @pytest.mark.parametrize("rtol", [1e-3, 1e-7])
 @pytest.mark.parametrize("name", [p.name for p in PROBLEMS if p.name not in ("stiffish", "complex")])
 def test_adjoint_gradients_agree_and_cost_no_more_evaluations_than_torchdiffeqs(name, rtol):
-    """(stiffish: unstable backwards in either library. complex: test_gradients.py, where dL/dt is right too.)"""
+    """(stiffish: unstable backwards in either library. complex: gradients/adjoint/test_mode.py, dL/dt right too.)"""
     ours, our_nfe = adjoint_run(node_cuda.odeint_adjoint, name, rtol=rtol, atol=rtol * 1e-2)
     theirs, their_nfe = adjoint_run(torchdiffeq.odeint_adjoint, name, rtol=rtol, atol=rtol * 1e-2)
     assert relative_difference(ours, theirs) <= GLOBAL_ERROR_OVER_RTOL * rtol

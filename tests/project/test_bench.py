@@ -18,7 +18,7 @@ import pytest
 import torch
 from shim import library as shim
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 BENCH = ROOT / "bench"
 MACHINE_FIELDS = {"date", "command", "commit", "dirty", "device", "cores", "threads", "torch", "node_cuda"}
 

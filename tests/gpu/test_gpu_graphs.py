@@ -24,9 +24,9 @@ import torch
 import torch.distributed as dist
 from problems import F64, linspace
 from shim.pretend_gpu import CUDA
-from test_gpu import TIMES, Wave, assert_near, same_bits, state, weighted
 from torch import Tensor, nn
 from torch.profiler import ProfilerActivity, profile, record_function
+from waves import TIMES, Wave, assert_near, same_bits, state, weighted
 
 import node_cuda
 from node_cuda import TABLEAUS, NeuralODE, Solution, SolveError, Stats, Status, odeint, solve
@@ -44,7 +44,7 @@ LOOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
 GRID: dict[str, Any] = dict(step_size=0.13)
 # How the reasons of a machine without WHILE nodes begin: an older torch, driver or toolkit.
 NO_WHILE = ("this torch gives", "a loop on the GPU needs")
-TESTS = Path(__file__).resolve().parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 class Kicked(Wave):
@@ -844,11 +844,11 @@ def main() -> None:
 def apart(tmp_path_factory) -> Callable[[Callable[[], Any]], dict[str, Any]]:
     """What one of APART found; skips where it says so, fails where it did not come to its end."""
     folder = tmp_path_factory.mktemp("apart")
-    paths = [str(TESTS.parent), str(TESTS), os.environ.get("PYTHONPATH", "")]
+    paths = [*map(str, (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "gpu")), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
         [sys.executable, "-c", "import test_gpu_graphs; test_gpu_graphs.main()"],
         env={**os.environ, "APART": str(folder), "PYTHONPATH": os.pathsep.join(filter(None, paths))},
-        cwd=TESTS.parent,
+        cwd=ROOT,
         capture_output=True,
         text=True,
         timeout=120,
