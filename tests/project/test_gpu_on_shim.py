@@ -33,7 +33,7 @@ gpu/test_gpu_graphs.py::test_gradients_are_those_of_the_host_loop[not of t-discr
 gpu/test_gpu_graphs.py::test_gradients_of_a_tuple_and_of_many_outputs_are_those_of_the_host_loop[discrete-while]
 unit/test_odeint.py::test_a_gpu_gives_the_cpus_solution[mlp]
 compat/test_differences.py::test_times_on_another_device_are_no_warning
-unit/loop/test_events.py::test_dense_output_stays_on_its_device
+unit/loop/test_dense.py::test_dense_output_stays_on_its_device
 """.strip().splitlines()
 
 

@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from node_cuda import TABLEAUS
+
 F64 = torch.float64
 State = Tensor | tuple[Tensor, ...]
 
@@ -211,3 +213,15 @@ class Parted(nn.Module):
 
     def forward(self, t, y):
         return torch.tanh(y @ self.used.T) * self.fixed
+
+
+def precise(method: str) -> dict:
+    """The arguments by which a method solves as exactly as tests of events and of dense output ask."""
+    if method in TABLEAUS and TABLEAUS[method].adaptive:
+        rtol = 1e-5 if TABLEAUS[method].order < 3 else 1e-8
+        # (the default interpolant of bosh3 is of second order only, and its steps through a parabola grow and grow)
+        options = dict(max_step=0.05) if method == "bosh3" else {}
+        return dict(method=method, rtol=rtol, atol=rtol, options=options)
+    extra = dict(max_order=4) if "adams" in method else {}
+    # (the state of a fixed grid is linear between its steps unless it is asked to be cubic)
+    return dict(method=method, rtol=1e-8, atol=1e-8, options=dict(step_size=0.01, interp="cubic", **extra))

@@ -11,7 +11,6 @@ import node_cuda
 from node_cuda import SolveError, Status, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.kernels.stage_times import Clock
 
 F64 = torch.float64
 T = torch.tensor([0.0, 1.0], dtype=F64)
@@ -124,20 +123,6 @@ def test_a_nan_on_a_fixed_grid_is_a_nan_in_the_adjoint_gradient_too():
     y0 = ones(requires_grad=True)
     odeint_adjoint(lambda t, y: y * float("nan"), y0, T, method="rk4", adjoint_params=())[-1].sum().backward()
     assert y0.grad.isnan().all()
-
-
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("s", [0.0, 1.0, -1.0, 0.3, 1e-3, -0.7])
-def test_the_neighbours_of_a_time_are_those_of_nextafter(s, dtype):
-    clock, x = Clock(1.0, dtype, torch.device("cpu")), torch.tensor(s, dtype=dtype)
-    assert torch.tensor(clock.after(s), dtype=dtype) == torch.nextafter(x, x + 1)
-    assert torch.tensor(clock.before(s), dtype=dtype) == torch.nextafter(x, x - 1)
-
-
-def test_the_neighbours_of_zero_in_half_precision_are_its_least_numbers():
-    least = torch.finfo(torch.float16).smallest_normal * torch.finfo(torch.float16).eps
-    clock = Clock(1.0, torch.float16, torch.device("cpu"))
-    assert (clock.before(0.0), clock.after(0.0)) == (-least, least)
 
 
 @pytest.mark.parametrize("landing", [0.1, 1e-3, 1e-6, 1e-12])

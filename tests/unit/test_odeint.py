@@ -1,39 +1,22 @@
-"""The step loop, in sentences: where its steps are, what states and tolerances it takes, what it reports."""
+"""odeint and solve, in sentences: the times, states, callbacks and options that they take, and what they return."""
 
 from __future__ import annotations
 
 import copy
-import itertools
 import math
 
 import pytest
 import torch
-from problems import BY_NAME, F64, PROBLEMS, Counting, as_tuple, linspace, relative_difference
+from problems import BY_NAME, F64, PROBLEMS, as_tuple, linspace, relative_difference
 from shim.pretend_gpu import CUDA
-from tolerances import GLOBAL_ERROR_OVER_RTOL, ROUNDING, SLOPE, rtol_and_limit
+from timed import LOOSE, Y, exact, steps, timed
+from tolerances import GLOBAL_ERROR_OVER_RTOL, ROUNDING, rtol_and_limit
 from torch import nn
 
 import node_cuda
-from node_cuda import TABLEAUS, Status, odeint, solve
+from node_cuda import TABLEAUS, odeint, solve
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
-Y = torch.tensor([1.0, -2.0], dtype=F64)
-LOOSE = dict(rtol=1e3, atol=1e3)  # accepts every step
-
-
-def timed(t, y):
-    return y * torch.cos(t)
-
-
-def exact(t, y0=Y):
-    return y0 * torch.exp(torch.sin(t) - torch.sin(t[0]))[:, None]
-
-
-def steps(func=timed, y0=Y, t=None, *, rtol=1e-6, atol=1e-8, method=None, **options):
-    """(step times, solution) of a solve."""
-    t = linspace(0.0, 2.0, 3) if t is None else t
-    solution = solve(func, y0, t, rtol=rtol, atol=atol, method=method, options=dict(options, record_steps=True))
-    return solution.stats.step_times, solution
 
 
 # ------------------------------------------------------------------ every method, every problem
@@ -78,143 +61,6 @@ def test_outputs_do_not_change_the_steps():
 def test_more_outputs_cost_no_evaluations():
     nfe = [steps(t=linspace(0.0, 2.0, n))[1].stats.nfe for n in (2, 301)]
     assert nfe[0] == nfe[1]
-
-
-# ------------------------------------------------------------------ steps
-def test_first_step_is_the_first_step():
-    assert steps(first_step=0.125, **LOOSE)[0][1] == 0.125
-
-
-def test_without_first_step_the_start_costs_two_evaluations():
-    func = Counting(timed)
-    _, solution = steps(func, **LOOSE)
-    assert func.nfe == 2 + 6 * solution.stats.accepted
-
-
-def test_no_step_is_longer_than_max_step():
-    times, _ = steps(max_step=0.125, **LOOSE)
-    assert max(b - a for a, b in itertools.pairwise(times)) <= 0.125 * (1 + 1e-12)
-
-
-def test_a_step_of_min_step_is_accepted_whatever_its_error():
-    times, solution = steps(lambda t, y: -1e3 * y, t=linspace(0.0, 0.01, 2), min_step=1e-3, rtol=1e-12, atol=1e-12)
-    assert min(b - a for a, b in itertools.pairwise(times)) >= 1e-3 * (1 - 1e-9)
-    assert solution.status is Status.SUCCESS
-
-
-def test_steps_end_on_every_step_t():
-    wanted = [0.1, 0.75, 1.3, 1.9]
-    times, _ = steps(step_t=torch.tensor(wanted, dtype=F64), **LOOSE)
-    assert set(wanted) <= set(times)
-
-
-def test_step_t_may_be_unsorted_a_list_and_reach_beyond_the_interval():
-    times, _ = steps(step_t=[1.3, -5.0, 0.1, 99.0], **LOOSE)
-    assert {0.1, 1.3} <= set(times) and -5.0 not in times
-
-
-@pytest.mark.parametrize("key", ["step_t", "jump_t"])
-def test_a_step_that_is_rounded_up_to_max_step_is_not_rejected_for_ever(key):
-    """1/2 - (1/6 + 1/6) is an ulp more than 1/6: the third step, cut to end on 1/2, exceeds max_step by rounding."""
-    options = {key: torch.tensor([0.5, 1.0, 1.5], dtype=F64)}
-    times, solution = steps(first_step=1 / 6, max_step=1 / 6, max_num_steps=40, **options, **LOOSE)
-    assert {0.5, 1.0, 1.5} <= set(times)
-    assert solution.stats.accepted <= 13
-
-
-def test_a_jump_is_hit_and_the_field_is_evaluated_anew_behind_it():
-    seen = []
-
-    def func(t, y):
-        seen.append(float(t))
-        return torch.where(t < 0.5, 1.0, -3.0) * torch.ones_like(y)
-
-    times, solution = steps(func, t=linspace(0.0, 1.0, 2), jump_t=torch.tensor([0.5], dtype=F64))
-    assert 0.5 in times
-    assert 0.5 not in seen, "neither side of the jump is the jump itself"
-    assert any(0.5 < t < 0.5 + 1e-15 for t in seen) and any(0.5 - 1e-15 < t < 0.5 for t in seen)
-    assert torch.allclose(solution.ys[-1], Y - 1.0, atol=1e-12)
-    assert solution.stats.rejected == 0
-
-
-@pytest.mark.parametrize("key", ["step_t", "jump_t"])
-@pytest.mark.parametrize("kind", [list, lambda v: torch.tensor(v, dtype=F64)], ids=["list", "tensor"])
-def test_step_t_and_jump_t_are_the_users_times_when_time_runs_backwards(key, kind):
-    times, _ = steps(t=linspace(1.0, 0.0, 2), **{key: kind([0.25, 0.6])}, **LOOSE)
-    assert {0.25, 0.6} <= set(times)
-    assert times == sorted(times, reverse=True)
-
-
-def test_max_num_steps_is_counted_per_output_interval():
-    _, free = steps(max_step=0.1, t=linspace(0.0, 2.0, 5))
-    _, counted = steps(max_step=0.1, t=linspace(0.0, 2.0, 5), max_num_steps=8)
-    assert counted.stats.accepted == free.stats.accepted > 8
-
-
-def test_a_rejected_step_leaves_the_state_untouched():
-    states = []
-
-    class Field(nn.Module):
-        def forward(self, t, y):
-            return torch.where(t < 0.5, 1.0, 50.0) * torch.cos(40 * t) * y
-
-        def callback_step(self, t0, y0, dt):
-            states.append((float(t0), y0.clone()))
-
-    _, solution = steps(Field(), first_step=0.4)
-    assert solution.stats.rejected > 0
-    repeated = [(a, b) for (s, a), (t, b) in itertools.pairwise(states) if s == t]
-    assert len(repeated) == solution.stats.rejected
-    assert all(torch.equal(a, b) for a, b in repeated)
-
-
-def test_the_recorded_steps_start_at_t0_and_cover_the_interval():
-    times, solution = steps(t=linspace(0.5, 2.0, 4))
-    assert times[0] == 0.5 and times[-1] >= 2.0
-    assert len(times) == solution.stats.accepted + 1
-    assert all(b > a for a, b in itertools.pairwise(times))
-
-
-def test_steps_are_recorded_on_request_only():
-    assert solve(timed, Y, linspace(0.0, 1.0, 2)).stats.step_times is None
-
-
-@pytest.mark.parametrize("option", [dict(safety=0.5), dict(ifactor=1.5), dict(dfactor=0.9)], ids=str)
-def test_a_more_careful_controller_takes_no_fewer_steps(option):
-    _, plain = steps()
-    _, careful = steps(**option)
-    assert careful.stats.accepted + careful.stats.rejected >= plain.stats.accepted
-
-
-@pytest.mark.parametrize("controller", ["I", "PI", "PID"])
-@pytest.mark.parametrize("name", ["linear", "stiffish", "reversed", "tuple", "complex"])
-def test_every_controller_reaches_the_tolerance(controller, name):
-    problem = BY_NAME[name]
-    ys = odeint(problem.make(), problem.y0, problem.t, rtol=1e-6, atol=1e-8, options=dict(controller=controller))
-    fine = odeint(problem.make(), problem.y0, problem.t, rtol=1e-9, atol=1e-11)
-    assert relative_difference(ys, fine) <= GLOBAL_ERROR_OVER_RTOL * 1e-6
-
-
-def test_an_unknown_controller_is_a_value_error_that_names_the_known_ones():
-    with pytest.raises(ValueError, match="PID"):
-        steps(controller="PIDD")
-
-
-def test_the_statistics_count_what_happened():
-    func = Counting(timed)
-    _, solution = steps(func)
-    assert solution.stats.nfe == func.nfe
-    assert solution.stats.nfe_backward == 0
-    assert solution.stats.host_reads > 0
-
-
-def test_a_solution_carries_the_times_it_was_asked_for():
-    t = linspace(0.0, 1.0, 4)
-    solution = solve(timed, Y, t)
-    assert torch.equal(solution.ts, t)
-    assert solution.ys.shape == (4, 2)
-    assert solution.status is Status.SUCCESS
-    assert solution.event_t is None
 
 
 def test_odeint_is_the_ys_of_solve():
@@ -392,81 +238,6 @@ def test_half_precision_does_not_stop_moving_where_a_step_is_below_its_resolutio
     assert float(ys[-1]) == pytest.approx(1.0, abs=2**-6)
 
 
-# ------------------------------------------------------------------ tolerances and norms
-def test_a_component_with_a_loose_tolerance_takes_no_part_in_the_step_control():
-    def func(t, y):
-        return torch.stack([-y[0], 30 * torch.cos(30 * t)])
-
-    y0 = torch.tensor([1.0, 0.0], dtype=F64)
-    both = solve(func, y0, linspace(0.0, 1.0, 2), rtol=1e-6, atol=1e-6)
-    first = solve(func, y0, linspace(0.0, 1.0, 2), rtol=1e-6, atol=torch.tensor([1e-6, 1e3], dtype=F64))
-    assert first.stats.nfe < both.stats.nfe / 2
-
-
-def test_tolerances_may_be_given_by_element_by_component_and_as_tensors():
-    t = linspace(0.0, 1.0, 3)
-    plain = odeint(timed, Y, t, rtol=1e-5, atol=1e-7)
-    elementwise = odeint(timed, Y, t, rtol=torch.full((2,), 1e-5, dtype=F64), atol=torch.tensor(1e-7, dtype=F64))
-    assert relative_difference(elementwise, plain) < 1e-10
-    state = (Y, Y.repeat(2, 1))
-
-    def func(t, state):
-        return tuple(timed(t, part) for part in state)
-
-    plain = odeint(func, state, t, rtol=1e-5, atol=1e-7)
-    tupled = odeint(func, state, t, rtol=(1e-5, 1e-5), atol=(1e-7, torch.full((4,), 1e-7, dtype=F64)))
-    assert relative_difference(tupled, plain) < 1e-10
-
-
-def test_rtol_of_zero_controls_by_atol_alone():
-    t = linspace(0.0, 2.0, 3)
-    ys = odeint(timed, Y, t, rtol=0.0, atol=1e-6)
-    assert relative_difference(ys, exact(t)) < 1e-4
-
-
-def test_a_custom_norm_sees_a_tensor_of_the_states_shape():
-    shapes = set()
-
-    def norm(y):
-        shapes.add(y.shape)
-        return y.abs().max()
-
-    odeint(timed, torch.ones(2, 3, dtype=F64), linspace(0.0, 1.0, 3), options=dict(norm=norm))
-    assert shapes == {torch.Size([2, 3])}
-
-
-def test_a_custom_norm_sees_a_tuple_when_the_state_is_one():
-    problem, seen = BY_NAME["tuple"], []
-
-    def norm(state):
-        seen.append([part.shape for part in state])
-        assert isinstance(state, tuple)
-        return max(part.abs().max() for part in state)
-
-    odeint(problem.make(), problem.y0, problem.t, options=dict(norm=norm))
-    assert all(shapes == [(2, 2), (2, 2)] for shapes in seen) and seen
-
-
-def test_a_larger_norm_takes_more_evaluations():
-    small = solve(timed, Y, linspace(0.0, 2.0, 2), options=dict(norm=lambda y: y.abs().max()))
-    large = solve(timed, Y, linspace(0.0, 2.0, 2), options=dict(norm=lambda y: 100 * y.abs().max()))
-    assert large.stats.nfe > small.stats.nfe
-
-
-def test_the_norm_of_a_tuple_is_the_largest_of_its_components():
-    """A long quiet component does not dilute the error of a short lively one."""
-
-    def func(t, state):
-        return 30 * torch.cos(30 * t) * torch.ones_like(state[0]), torch.zeros_like(state[1])
-
-    t = linspace(0.0, 1.0, 2)
-    quiet = torch.zeros(10000, dtype=F64)
-    lively = torch.zeros(1, dtype=F64)
-    together = solve(func, (lively, quiet), t, rtol=1e-5, atol=1e-5)
-    alone = solve(lambda t, y: 30 * torch.cos(30 * t) * torch.ones_like(y), lively, t, rtol=1e-5, atol=1e-5)
-    assert together.stats.accepted == alone.stats.accepted
-
-
 # ------------------------------------------------------------------ callbacks
 class Reporting(nn.Module):
     def __init__(self, func=timed):
@@ -554,32 +325,6 @@ def test_the_input_times_are_never_written_to():
     assert torch.equal(t, before)
 
 
-@pytest.mark.parametrize("name", ADAPTIVE)
-def test_accurate_dense_output_has_the_order_of_the_method_between_the_steps_too(name):
-    order = TABLEAUS[name].order
-    coarse = {2: 32, 3: 32, 5: 10}.get(order, 5)
-    t = linspace(0.0, 2.0, 64)
-    errors = []
-    for n in (coarse, 2 * coarse):
-        options = dict(first_step=2 / n, max_step=2 / n, dense="accurate")
-        errors.append(relative_difference(odeint(timed, Y, t, method=name, options=options, **LOOSE), exact(t)))
-    assert math.log2(errors[0] / errors[1]) >= order - 2 * SLOPE  # the outputs lie elsewhere in the finer steps
-
-
-def test_accurate_dense_output_costs_evaluations_only_in_steps_that_hold_an_output():
-    def nfe(t, **options):
-        return steps(t=t, method="dopri8", first_step=0.1, max_step=0.1, **options, **LOOSE)[1].stats.nfe
-
-    ends_only = nfe(linspace(0.0, 2.0, 2), dense="accurate") - nfe(linspace(0.0, 2.0, 2))
-    everywhere = nfe(linspace(0.0, 2.0, 101), dense="accurate") - nfe(linspace(0.0, 2.0, 101))
-    assert 0 <= ends_only < everywhere / 5
-
-
-def test_the_accurate_dense_output_does_not_change_the_steps():
-    t = linspace(0.0, 2.0, 21)
-    assert steps(t=t, method="dopri8", dense="accurate")[0] == steps(t=t, method="dopri8")[0]
-
-
 # ------------------------------------------------------------------ odd circumstances
 def test_a_solve_inside_inference_mode_and_without_gradients():
     t = linspace(0.0, 1.0, 3)
@@ -629,12 +374,3 @@ def test_a_gpu_gives_the_cpus_solution(name):
     there = odeint(func, y0 if isinstance(problem.y0, tuple) else y0[0], problem.t.to(device), rtol=1e-6, atol=1e-8)
     there = tuple(part.cpu() for part in there) if isinstance(there, tuple) else there.cpu()
     assert relative_difference(there, here) < 1e-9
-
-
-def test_a_jump_that_is_not_told_costs_rejected_steps():
-    def func(t, y):
-        return torch.where(t < 0.5, 1.0, -3.0) * torch.ones_like(y)
-
-    _, told = steps(func, t=linspace(0.0, 1.0, 2), jump_t=torch.tensor([0.5], dtype=F64))
-    _, untold = steps(func, t=linspace(0.0, 1.0, 2))
-    assert told.stats.nfe < untold.stats.nfe

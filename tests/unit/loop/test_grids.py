@@ -8,7 +8,6 @@ import pytest
 import torch
 from problems import BY_NAME, F64, Counting, linspace, max_difference, relative_difference
 
-import node_cuda
 from node_cuda import TABLEAUS, odeint, solve
 
 # High Adams orders are unstable at the step sizes used here (the eleventh's stability interval is below 1/1000).
@@ -211,73 +210,3 @@ def test_callback_step_sees_every_step_of_the_grid(method):
     assert [t0 for t0, _, _ in steps] == pytest.approx([0.0, 0.25, 0.5, 0.75])
     assert [dt for _, _, dt in steps] == pytest.approx([0.25] * 4)
     assert torch.equal(torch.stack([y0 for _, y0, _ in steps]), ys[:-1])
-
-
-# ------------------------------------------------------------------ Adams
-def test_the_implicit_adams_method_is_more_accurate_than_the_explicit_one():
-    t = linspace(0.0, 2.0, 2)
-    errors = {
-        method: max_difference(odeint(timed, Y, t, method=method, options=dict(step_size=0.02, max_order=4)), exact(t))
-        for method in ("explicit_adams", "implicit_adams")
-    }
-    assert errors["implicit_adams"] < errors["explicit_adams"] < 1e-4
-
-
-def test_fixed_adams_is_the_implicit_one():
-    t, options = linspace(0.0, 1.0, 3), dict(step_size=0.05)
-    assert torch.equal(
-        odeint(timed, Y, t, method="fixed_adams", options=options),
-        odeint(timed, Y, t, method="implicit_adams", options=options),
-    )
-
-
-def test_an_explicit_adams_step_costs_one_evaluation_after_the_start():
-    counts = []
-    for steps in (40, 80):
-        func = Counting(timed)
-        odeint(func, Y, linspace(0.0, 1.0, 2), method="explicit_adams", options=dict(step_size=1 / steps))
-        counts.append(func.nfe)
-    assert counts[1] - counts[0] == 40
-
-
-def test_adams_methods_follow_a_grid_of_uneven_steps():
-    """The coefficients belong to equal steps: uneven ones must start afresh or be of lower order, not be wrong."""
-    t = torch.tensor([0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.1, 0.13, 0.16, 0.2, 0.24, 0.28, 0.32], dtype=F64)
-    for method in ("explicit_adams", "implicit_adams"):
-        assert max_difference(odeint(timed, Y, t, method=method, options=dict(max_order=4)), exact(t)) < 1e-3
-
-
-# ------------------------------------------------------------------ scipy
-@pytest.mark.parametrize("solver", ["LSODA", "RK45", "DOP853", "Radau"])
-def test_scipy_solver_solves_with_the_solver_that_was_named(solver):
-    pytest.importorskip("scipy")
-    problem = BY_NAME["stiffish"]
-    ys = odeint(
-        problem.make(), problem.y0, problem.t, rtol=1e-6, atol=1e-8, method="scipy_solver", options=dict(solver=solver)
-    )
-    assert relative_difference(ys, torch.stack([problem.exact(t) for t in problem.t])) < 1e-4
-
-
-@pytest.mark.parametrize("name", ["tuple", "reversed", "mlp"])
-def test_scipy_solver_takes_tuples_and_decreasing_time(name):
-    pytest.importorskip("scipy")
-    problem = BY_NAME[name]
-    with torch.no_grad():
-        ours = odeint(problem.make(), problem.y0, problem.t, rtol=1e-8, atol=1e-10, method="scipy_solver")
-        fine = odeint(problem.make(), problem.y0, problem.t, rtol=1e-8, atol=1e-10)
-    assert relative_difference(ours, fine) < 1e-5
-
-
-def test_scipy_solver_keeps_the_dtype_and_the_shape():
-    pytest.importorskip("scipy")
-    ys = odeint(lambda t, y: -y, torch.ones(2, 3), torch.linspace(0, 1, 4), method="scipy_solver")
-    assert ys.dtype == torch.float32 and ys.shape == (4, 2, 3)
-    assert odeint(lambda t, y: -y, torch.ones(2, 3), torch.zeros(1), method="scipy_solver").shape == (1, 2, 3)
-
-
-def test_scipy_solver_counts_its_evaluations():
-    pytest.importorskip("scipy")
-    func = Counting(lambda t, y: -y)
-    solution = solve(func, Y, linspace(0.0, 1.0, 3), method="scipy_solver")
-    assert solution.stats.nfe == func.nfe > 0
-    assert solution.status is node_cuda.Status.SUCCESS

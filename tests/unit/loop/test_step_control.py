@@ -1,140 +1,120 @@
-"""options=dict(clip=True): func is asked at no time outside of [t[0], t[-1]], and the last step ends there."""
+"""Steps: the first, the longest, the shortest, those that must end somewhere, and those that are rejected."""
 
 from __future__ import annotations
 
-import math
+import itertools
 
 import pytest
 import torch
-from problems import F64
+from problems import F64, Counting, linspace
+from timed import LOOSE, Y, steps, timed
 from torch import nn
 
-import node_cuda
-from node_cuda import TABLEAUS, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
-
-ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
-CLIP = dict(clip=True)
+from node_cuda import Status, solve
 
 
-class Table(nn.Module):
-    """y' = -rate y, known between two times only, as a table of inputs is."""
-
-    def __init__(self, low, high, rate=1.0, dtype=F64):
-        super().__init__()
-        self.low, self.high = low, high
-        self.rate = nn.Parameter(torch.tensor(rate, dtype=dtype))
-        self.asked = []
-
-    def forward(self, t, y):
-        self.asked.append(at := float(t.detach()))
-        if not self.low <= at <= self.high:
-            raise ValueError(f"no data at t = {at!r}")
-        return -self.rate * y
+def test_first_step_is_the_first_step():
+    assert steps(first_step=0.125, **LOOSE)[0][1] == 0.125
 
 
-def times(low, high, *, reverse=False, dtype=F64):
-    t = torch.tensor([low, high], dtype=dtype)
-    return t.flip(0) if reverse else t
+def test_without_first_step_the_start_costs_two_evaluations():
+    func = Counting(timed)
+    _, solution = steps(func, **LOOSE)
+    assert func.nfe == 2 + 6 * solution.stats.accepted
 
 
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
-@pytest.mark.parametrize("method", [*ADAPTIVE, "scipy_solver"])
-def test_no_method_asks_outside_and_the_last_step_ends_at_the_last_time(method, reverse):
-    func = Table(0.0, 1.0)
-    options = dict(CLIP, record_steps=True)
-    with torch.no_grad():
-        solution = solve(
-            func, torch.ones(1, dtype=F64), times(0.0, 1.0, reverse=reverse), rtol=1e-6, atol=1e-6, method=method,
-            options=options,
-        )  # fmt: skip
-    assert solution.stats.step_times[-1] == float(not reverse)
-    limit = 5e-3 if method == "fehlberg2" else 1e-4  # whose stage that is carried on is not estimated well
-    assert float(solution.ys[-1]) == pytest.approx(math.exp(1.0 if reverse else -1.0), rel=limit)
+def test_no_step_is_longer_than_max_step():
+    times, _ = steps(max_step=0.125, **LOOSE)
+    assert max(b - a for a, b in itertools.pairwise(times)) <= 0.125 * (1 + 1e-12)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
-def test_times_are_rounded_inwards_to_the_dtype_of_the_state(dtype, reverse):
-    """0.1 and 0.7 are rounded up or down, and func compares with the numbers in double."""
-    func = Table(0.1, 0.7, dtype=dtype)
-    with torch.no_grad():
-        y = odeint(
-            func, torch.ones(1, dtype=dtype), times(0.1, 0.7, reverse=reverse), rtol=1e-3, atol=1e-3, options=CLIP
-        )
-    assert float(y[-1]) == pytest.approx(math.exp(0.6 if reverse else -0.6), rel=1e-2)
+def test_a_step_of_min_step_is_accepted_whatever_its_error():
+    times, solution = steps(lambda t, y: -1e3 * y, t=linspace(0.0, 0.01, 2), min_step=1e-3, rtol=1e-12, atol=1e-12)
+    assert min(b - a for a, b in itertools.pairwise(times)) >= 1e-3 * (1 - 1e-9)
+    assert solution.status is Status.SUCCESS
 
 
-@pytest.mark.parametrize("path", ["reference", "fused"])
-def test_the_probe_of_the_first_step_stays_inside_too(path, request):
-    """It would be at t = 10: the field is slow, and the interval short."""
-    if path == "fused":
-        request.getfixturevalue("shim")
-    func = Table(0.0, 1e-3, rate=1e-3)
-    with torch.no_grad(), node_cuda.backend(path):
-        y = odeint(func, torch.ones(1, dtype=F64), times(0.0, 1e-3), rtol=1e-6, atol=1e-6, options=CLIP)
-    assert float(y[-1]) == pytest.approx(1.0 - 1e-6, abs=1e-12)
-    assert max(func.asked) == 1e-3
+def test_steps_end_on_every_step_t():
+    wanted = [0.1, 0.75, 1.3, 1.9]
+    times, _ = steps(step_t=torch.tensor(wanted, dtype=F64), **LOOSE)
+    assert set(wanted) <= set(times)
 
 
-@pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
-@pytest.mark.parametrize("dense", ["default", "accurate"])
-def test_gradients_ask_inside_as_well(gradient, dense):
-    func, t = Table(0.0, 1.0), torch.linspace(0.0, 1.0, 4, dtype=F64, requires_grad=True)
-    y0 = torch.ones(1, dtype=F64, requires_grad=True)
-    solution = solve(func, y0, t, rtol=1e-8, atol=1e-8, options=dict(CLIP, dense=dense), gradient=gradient)
-    found = torch.autograd.grad(solution.ys[-1], (y0, t, func.rate))
-    e = math.exp(-1.0)
-    for g, right in zip(found, ([e], [e, 0.0, 0.0, -e], -e), strict=True):
-        torch.testing.assert_close(g, torch.tensor(right, dtype=F64), rtol=0, atol=1e-5)
+def test_step_t_may_be_unsorted_a_list_and_reach_beyond_the_interval():
+    times, _ = steps(step_t=[1.3, -5.0, 0.1, 99.0], **LOOSE)
+    assert {0.1, 1.3} <= set(times) and -5.0 not in times
 
 
-def test_jumps_and_step_times_keep_their_meaning():
-    func = Table(0.0, 1.0)
-    options = dict(CLIP, step_t=[0.3, 1.0], jump_t=[0.5], record_steps=True)
-    with torch.no_grad():
-        solution = solve(func, torch.ones(1, dtype=F64), times(0.0, 1.0), rtol=1e-4, atol=1e-4, options=options)
-    assert {0.3, 0.5, 1.0} <= set(solution.stats.step_times)
+@pytest.mark.parametrize("key", ["step_t", "jump_t"])
+def test_a_step_that_is_rounded_up_to_max_step_is_not_rejected_for_ever(key):
+    """1/2 - (1/6 + 1/6) is an ulp more than 1/6: the third step, cut to end on 1/2, exceeds max_step by rounding."""
+    options = {key: torch.tensor([0.5, 1.0, 1.5], dtype=F64)}
+    times, solution = steps(first_step=1 / 6, max_step=1 / 6, max_num_steps=40, **options, **LOOSE)
+    assert {0.5, 1.0, 1.5} <= set(times)
+    assert solution.stats.accepted <= 13
 
 
-def test_dense_output_asks_inside():
-    y = odeint_dense(Table(0.0, 1.0), torch.ones(1, dtype=F64), 0.0, 1.0, rtol=1e-6, atol=1e-6, options=CLIP)
-    assert float(y(0.37).detach()) == pytest.approx(math.exp(-0.37), abs=1e-5)
+def test_a_jump_is_hit_and_the_field_is_evaluated_anew_behind_it():
+    seen = []
+
+    def func(t, y):
+        seen.append(float(t))
+        return torch.where(t < 0.5, 1.0, -3.0) * torch.ones_like(y)
+
+    times, solution = steps(func, t=linspace(0.0, 1.0, 2), jump_t=torch.tensor([0.5], dtype=F64))
+    assert 0.5 in times
+    assert 0.5 not in seen, "neither side of the jump is the jump itself"
+    assert any(0.5 < t < 0.5 + 1e-15 for t in seen) and any(0.5 - 1e-15 < t < 0.5 for t in seen)
+    assert torch.allclose(solution.ys[-1], Y - 1.0, atol=1e-12)
+    assert solution.stats.rejected == 0
 
 
-def test_an_event_has_no_end_to_stay_before():
-    with pytest.raises(ValueError, match="t\\[1\\] only gives the direction of time"):
-        odeint_event(
-            Table(0.0, 1.0), torch.ones(1, dtype=F64), torch.tensor(0.0), event_fn=lambda t, y: y - 0.5, options=CLIP
-        )
+@pytest.mark.parametrize("key", ["step_t", "jump_t"])
+@pytest.mark.parametrize("kind", [list, lambda v: torch.tensor(v, dtype=F64)], ids=["list", "tensor"])
+def test_step_t_and_jump_t_are_the_users_times_when_time_runs_backwards(key, kind):
+    times, _ = steps(t=linspace(1.0, 0.0, 2), **{key: kind([0.25, 0.6])}, **LOOSE)
+    assert {0.25, 0.6} <= set(times)
+    assert times == sorted(times, reverse=True)
 
 
-@pytest.mark.parametrize("value", ["no", (0.0, 1.0), torch.tensor([0.0, 1.0])])
-def test_what_is_neither_true_nor_false_is_refused(value):
-    with pytest.raises(TypeError, match="must be True or False"):
-        odeint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]), options=dict(clip=value))
+def test_max_num_steps_is_counted_per_output_interval():
+    _, free = steps(max_step=0.1, t=linspace(0.0, 2.0, 5))
+    _, counted = steps(max_step=0.1, t=linspace(0.0, 2.0, 5), max_num_steps=8)
+    assert counted.stats.accepted == free.stats.accepted > 8
 
 
-def test_a_fixed_grid_is_as_it_was():
-    def run(options):
-        return odeint(lambda t, y: -t * y, torch.ones(1), torch.tensor([0.1, 0.7]), method="rk4", options=options)
+def test_a_rejected_step_leaves_the_state_untouched():
+    states = []
 
-    assert torch.equal(run(dict(step_size=0.2, clip=True)), run(dict(step_size=0.2)))
+    class Field(nn.Module):
+        def forward(self, t, y):
+            return torch.where(t < 0.5, 1.0, 50.0) * torch.cos(40 * t) * y
 
+        def callback_step(self, t0, y0, dt):
+            states.append((float(t0), y0.clone()))
 
-def test_a_dtype_without_a_time_inside_is_told_so():
-    with pytest.raises(ValueError, match="Use a wider state"):
-        odeint(lambda t, y: -y, torch.ones(1, dtype=torch.bfloat16), times(1.001, 1.002), options=CLIP)
-
-
-def test_a_captured_solve_is_the_hosts_with_its_reason(eager):
-    with node_cuda.backend("fused"), torch.no_grad():
-        options = dict(CLIP, cuda_graph=True)
-        solution = solve(Table(0.0, 1.0), torch.ones(1, dtype=F64), times(0.0, 1.0), rtol=1e-4, options=options)
-    assert "clip=True" in solution.stats.why and solution.stats.loop == "host"
+    _, solution = steps(Field(), first_step=0.4)
+    assert solution.stats.rejected > 0
+    repeated = [(a, b) for (s, a), (t, b) in itertools.pairwise(states) if s == t]
+    assert len(repeated) == solution.stats.rejected
+    assert all(torch.equal(a, b) for a, b in repeated)
 
 
-def test_the_backward_solve_alone_may_be_clipped_by_its_forward_options():
-    func, y0 = Table(0.0, 1.0), torch.ones(1, dtype=F64, requires_grad=True)
-    y = odeint_adjoint(func, y0, times(0.0, 1.0), rtol=1e-8, atol=1e-8, options=CLIP, adjoint_options={})[-1]
-    (g,) = torch.autograd.grad(y, y0)
-    assert float(g) == pytest.approx(math.exp(-1.0), abs=1e-6)
+def test_the_recorded_steps_start_at_t0_and_cover_the_interval():
+    times, solution = steps(t=linspace(0.5, 2.0, 4))
+    assert times[0] == 0.5 and times[-1] >= 2.0
+    assert len(times) == solution.stats.accepted + 1
+    assert all(b > a for a, b in itertools.pairwise(times))
+
+
+def test_steps_are_recorded_on_request_only():
+    assert solve(timed, Y, linspace(0.0, 1.0, 2)).stats.step_times is None
+
+
+def test_a_jump_that_is_not_told_costs_rejected_steps():
+    def func(t, y):
+        return torch.where(t < 0.5, 1.0, -3.0) * torch.ones_like(y)
+
+    _, told = steps(func, t=linspace(0.0, 1.0, 2), jump_t=torch.tensor([0.5], dtype=F64))
+    _, untold = steps(func, t=linspace(0.0, 1.0, 2))
+    assert told.stats.nfe < untold.stats.nfe
