@@ -78,6 +78,7 @@ def train_on_half(rank, file, results):
         dist.destroy_process_group()
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not dist.is_available() or not dist.is_gloo_available(), reason="torch was built without gloo")
 @pytest.mark.skipif(sys.platform == "win32", reason="file:// rendezvous of two processes")
 def test_two_processes_over_gloo_have_the_gradients_of_one(tmp_path):

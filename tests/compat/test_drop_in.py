@@ -121,6 +121,7 @@ def differences(problem, method, rtol, counts, times, ys, moved):
         yield f"{where}: outputs differ by {off:.1e}, allowed {limit:.1e}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "rtol"), [(m, r) for m, rtols in (ADAPTIVE | FIXED).items() for r in rtols])
 def test_steps_evaluations_times_and_outputs_are_those_of_torchdiffeq(method, rtol):
     """Cases whose counts in torchdiffeq itself change with one ulp of f are left out; at least eight must remain."""
@@ -265,6 +266,7 @@ def adjoint_run(odeint_adjoint, problem_name, **arguments):
     return tuple(grads), func.nfe - forward
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rtol", [1e-3, 1e-7])
 @pytest.mark.parametrize("name", [p.name for p in PROBLEMS if p.name not in ("stiffish", "complex")])
 def test_adjoint_gradients_agree_and_cost_no_more_evaluations_than_torchdiffeqs(name, rtol):
@@ -297,6 +299,7 @@ class Wide(nn.Module):
         return self.net(y)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("T", [1.0, 5.0, 20.0])
 def test_fifty_outputs_cost_at_most_three_fifths_of_torchdiffeqs_backward_evaluations(T):
     y0 = torch.randn(16, 2, generator=torch.Generator().manual_seed(1), dtype=F64)

@@ -49,6 +49,7 @@ def report(bench):
     return bench("report")
 
 
+@pytest.mark.slow
 def test_memory_vs_steps_trains_measures_and_writes_its_results(tmp_path):
     for needed in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(needed)
@@ -415,6 +416,7 @@ def test_the_report_of_the_kernels_says_what_is_met_and_what_is_not(bench, primi
 # ---- whole solves
 
 
+@pytest.mark.slow
 def test_solve_runs_without_a_gpu_and_writes_its_results(tmp_path):
     pytest.importorskip("torchdiffeq")
     result = run_quick("solve", tmp_path)
@@ -508,6 +510,7 @@ def pretended(program, what, **asked):
     return {"accepted": asked["steps"], "state_mib": 4.0, "owned_mib": [60.0, 62.0], "left_mib": [0.0, 0.0]}
 
 
+@pytest.mark.slow
 def test_device_loop_measures_every_section_and_writes_its_results(bench, any_loop, monkeypatch, tmp_path, report):
     pytest.importorskip("torchdiffeq")
     device_loop = bench("device_loop")
@@ -614,6 +617,7 @@ def test_the_cells_of_device_loop_run_without_a_gpu_as_far_as_they_can(bench, an
 # ---- gradients
 
 
+@pytest.mark.slow
 def test_gradients_compares_its_modes_and_writes_its_results(tmp_path, report):
     for needed in ("matplotlib", "torchdiffeq"):
         pytest.importorskip(needed)
@@ -694,6 +698,7 @@ def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_pa
 # ---- endurance
 
 
+@pytest.mark.slow
 def test_endurance_watches_every_way_to_a_gradient_and_writes_its_results(tmp_path, report):
     pytest.importorskip("rich")
     result = run_quick("endurance", tmp_path)

@@ -30,7 +30,14 @@ ROOT = Path(__file__).resolve().parents[2]
 DECIDING = ("NODE_CUDA_BUILD", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX", "PYTHONPATH")
 TOOLKIT = build.find_toolkit()
 
-compiler = pytest.mark.skipif(build.missing_compiler() is not None, reason=build.missing_compiler() or "")
+has_compiler = pytest.mark.skipif(build.missing_compiler() is not None, reason=build.missing_compiler() or "")
+
+
+def compiler(test: Callable[..., None]) -> Callable[..., None]:
+    """The test needs a C++ compiler."""
+    return pytest.mark.compiler(has_compiler(test))
+
+
 nvcc = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit on this machine")
 cpu_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="this is about a torch without CUDA")
 
@@ -169,6 +176,7 @@ INFO = "import torch, node_cuda._C; print(node_cuda._C.__file__, *node_cuda._C.b
 # --- the three settings ----------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @compiler
 @nvcc
 @cpu_torch
@@ -221,6 +229,7 @@ def test_csrc_is_in_the_source_archive_and_in_the_install_so_that_kernels_can_be
         assert {Path(path).relative_to(csrc).as_posix() for path in build.sources(csrc, kernels=True)} == compiled
 
 
+@pytest.mark.compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which the shim is for")
 def test_the_sources_in_a_pure_python_install_find_all_their_headers_in_it(
     installed: Callable[[str], Path], tmp_path: Path
@@ -236,6 +245,7 @@ def test_the_sources_in_a_pure_python_install_find_all_their_headers_in_it(
         assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 @compiler
 def test_the_c_plus_plus_part_builds_against_a_cpu_torch_and_says_that_it_has_no_kernels(
     installed: Callable[[str], Path],
@@ -265,6 +275,7 @@ def test_a_compiled_module_is_not_even_imported_by_a_solve_on_the_cpu_and_change
     assert without.endswith("False\n")
 
 
+@pytest.mark.slow
 @compiler
 def test_an_editable_install_builds_in_place_and_a_pure_python_one_after_it_takes_the_module_away(
     tmp_path: Path,
@@ -583,6 +594,7 @@ def test_kernels_for_another_gpu_are_not_used(first_use, monkeypatch) -> None:
     assert "this GPU has compute capability 9.0" in extension.installed((9, 0)).why
 
 
+@pytest.mark.slow
 @compiler
 @nvcc
 @cpu_torch

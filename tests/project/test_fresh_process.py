@@ -7,6 +7,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).resolve().parents[2]
 FIRST, OTHER = 5.0, 1.0
 """Seconds of processor time of a first call, the compiler's import included, and of one at another batch size. Measured
@@ -26,6 +28,7 @@ for size in (4, 5):
 """
 
 
+@pytest.mark.slow
 def test_import_leaves_scipy_and_the_compiler_alone_and_a_first_compiled_call_is_quick():
     """scipy.integrate and torch._dynamo would take most of the import."""
     environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'unit'}", OMP_NUM_THREADS="1")

@@ -10,6 +10,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
 from shim.pretend_gpu import LEFT_OUT
 
 TESTS = Path(__file__).resolve().parents[1]
@@ -37,6 +38,7 @@ unit/loop/test_dense.py::test_dense_output_stays_on_its_device
 """.strip().splitlines()
 
 
+@pytest.mark.slow
 def test_tests_that_need_a_gpu_pass_on_the_cpu(shim_library):
     run = [
         sys.executable,

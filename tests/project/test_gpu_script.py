@@ -67,6 +67,7 @@ def smoke(bench, eager, shim_module, monkeypatch):
     return smoke
 
 
+@pytest.mark.slow
 def test_every_check_of_smoke_passes_on_the_shim(smoke):
     lines = {name: smoke.checked(name, CPU) for name in smoke.CHECKS}
     assert all(line.startswith(f"ok {name}: ") for name, line in lines.items()), lines
