@@ -48,7 +48,7 @@ bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and tim
 	$(PY) bench/memory_vs_steps.py
 
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f node_cuda/_C.*.so node_cuda/_build.json
 	find node_cuda tests bench -name __pycache__ -prune -exec rm -rf {} +
 

@@ -132,6 +132,7 @@ def test_a_nan_beyond_the_end_of_a_domain_only_shortens_the_step(torchdiffeq):
         torchdiffeq.odeint(*arguments, options=options)
 
 
+@pytest.mark.slow
 def test_max_num_steps_suffices_exactly_where_torchdiffeqs_does(torchdiffeq):
     def enough(library, outputs):
         def works(steps):

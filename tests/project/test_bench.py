@@ -71,6 +71,7 @@ def test_memory_vs_steps_trains_measures_and_writes_its_results(tmp_path):
     assert (tmp_path / "memory_vs_steps-cpu.png").stat().st_size > 10_000
 
 
+@pytest.mark.slow
 def test_speed_compares_with_torchdiffeq_and_writes_its_results(tmp_path):
     for needed in ("rich", "torchdiffeq"):
         pytest.importorskip(needed)
@@ -604,6 +605,7 @@ def test_calls_are_counted_between_the_beginning_and_the_end_of_a_run(bench):
         cell.calls_of([mark, event("cudaMalloc", 9.0)])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:CUDA is not available")
 def test_the_cells_of_device_loop_run_without_a_gpu_as_far_as_they_can(bench, any_loop):
     cell, cpu = bench("device_loop_cell"), torch.device("cpu")

@@ -208,6 +208,7 @@ def test_force_cuda_builds_the_kernels_against_a_cpu_torch_and_each_fails_with_a
     assert "sees no CUDA device" in rows["because"]
 
 
+@pytest.mark.slow
 def test_a_pure_python_install_has_no_compiled_module_and_says_why(installed: Callable[[str], Path]) -> None:
     target = installed("python")
     assert not [*target.rglob("*.so")]
@@ -259,6 +260,7 @@ def test_the_c_plus_plus_part_builds_against_a_cpu_torch_and_says_that_it_has_no
     assert "reference" in rows["live"]
 
 
+@pytest.mark.slow
 @compiler
 def test_a_compiled_module_is_not_even_imported_by_a_solve_on_the_cpu_and_changes_no_bit(
     installed: Callable[[str], Path],
@@ -327,6 +329,7 @@ def test_a_build_that_was_asked_for_kernels_and_cannot_make_them_fails_with_a_se
     assert not (tmp_path / "target").exists()
 
 
+@pytest.mark.slow
 @compiler
 @cpu_torch
 def test_sources_that_do_not_compile_give_pure_python_and_a_loud_line_unless_they_were_asked_for(

@@ -38,6 +38,7 @@ def test_import_leaves_scipy_and_the_compiler_alone_and_a_first_compiled_call_is
     assert float(first) < FIRST and float(other) < OTHER
 
 
+@pytest.mark.slow
 def test_watching_imports_no_compiler():
     """Which takes seconds."""
     code = (

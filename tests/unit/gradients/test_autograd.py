@@ -15,7 +15,6 @@ from torch import nn
 from torch.func import functional_call, grad, grad_and_value, jacfwd, jacrev, jvp, stack_module_state, vjp, vmap
 
 from node_cuda import (
-    METHODS,
     TABLEAUS,
     MissingGradientWarning,
     NeuralODE,
@@ -715,6 +714,7 @@ def test_vmap_of_grad_of_a_complex_state(mode):
         assert_near((ours[0]["func.w"][i], ours[1][i]), theirs, OF_MODE[mode])
 
 
+@pytest.mark.slow
 @both
 @pytest.mark.parametrize(
     "solver",
@@ -935,7 +935,6 @@ def test_forward_mode_is_an_error_or_right(mode, how, by):
 # ------------------------------------------------------------------ forward mode through odeint
 W = torch.tensor([[0.0, 1.0], [-1.0, 0.3]], dtype=F64)
 FORWARD = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
-EXPLICIT = [name for name in METHODS if name in TABLEAUS] + ["explicit_adams"]
 
 
 def exact(y0, w, t):
@@ -944,7 +943,8 @@ def exact(y0, w, t):
     return torch.stack([torch.matrix_exp(w * (a - age[0])) @ y0 for a in age])
 
 
-@pytest.mark.parametrize("method", EXPLICIT)
+# One of each kind of step: on a grid of one and four stages, two stages with an error, FSAL, a stage carried, Adams.
+@pytest.mark.parametrize("method", ["euler", "rk4", "adaptive_heun", "dopri5", "dopri8", "explicit_adams"])
 def test_forward_mode_through_odeint_is_right_by_state_parameters_and_times(method):
     """By y0, w and t at once, while a parameter wants a gradient, and under no_grad."""
     wanted = nn.Parameter(torch.ones((), dtype=F64))

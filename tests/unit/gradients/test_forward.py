@@ -25,8 +25,16 @@ def curved(w):
     return lambda t, y: torch.tanh(y @ w.T) * torch.cos(t) + 0.1 * y * y
 
 
-@pytest.mark.parametrize("options", [dict(), dict(step_size=0.3), dict(step_size=0.3, interp="cubic")], ids=str)
-@pytest.mark.parametrize("method", [*FIXED, *ADAMS])
+GRID, CUBIC = dict(step_size=0.3), dict(step_size=0.3, interp="cubic")
+
+
+# What lies between the steps, and a grid that is the output times, are the same for every method of one step.
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [(name, GRID) for name in (*FIXED, *ADAMS)] + [(name, o) for name in ("rk4", *ADAMS) for o in ({}, CUBIC)],
+    ids=str,
+)
 def test_gradcheck_through_a_fixed_grid(method, options):
     """For y0, t and the parameters; with a step size the inner grid points move with t[0], the last with t[-1]."""
     if method in ADAMS:
@@ -46,8 +54,14 @@ REPLAYED = torch.tensor([0.25, 0.5, 0.8, 1.1, 1.5], dtype=F64)  # the accepted s
 OUTPUTS = torch.tensor([0.0, 0.1, 0.4, 0.65, 0.9, 1.3], dtype=F64)  # inside of steps: interpolants have kinks between
 
 
-@pytest.mark.parametrize("dense", [None, "accurate"])
-@pytest.mark.parametrize("method", ADAPTIVE)
+# Where an accurate interpolant costs no stage, it is the default.
+INTERPOLANTS = [(name, None) for name in ADAPTIVE] + [
+    (name, "accurate") for name in ADAPTIVE if (accurate := TABLEAUS[name].accurate) is not None and accurate.extra
+]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("method", "dense"), INTERPOLANTS)
 def test_gradcheck_through_an_adaptive_method_with_the_accepted_steps_replayed(method, dense):
     """Every step ends on a `step_t`, so that no step moves with the inputs but the first, which begins at t[0]."""
     options = dict(step_t=REPLAYED, first_step=1.0) | (dict(dense=dense) if dense else {})

@@ -56,7 +56,13 @@ def error_of_a_sum(steps):
     return float(np.sqrt(np.mean((y - path[-1]) ** 2)))
 
 
-@pytest.mark.parametrize("method", [*TABLEAUS, *ADAMS])
+# Methods whose steps end by the same sum cannot round differently: one of each kind. What is left out has more than two
+# stages, and the end of one of its steps is looked at below.
+KINDS = [name for name, tableau in TABLEAUS.items() if tableau.stages <= 2] + ["rk4", "dopri5", "dopri8", *ADAMS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", KINDS)
 def test_many_small_steps_round_as_a_sum_of_their_increments_and_as_torchdiffeqs(method, torchdiffeq):
     error = error_of(odeint, method)
     assert error <= MOST * error_of_a_sum(steps_of(method))

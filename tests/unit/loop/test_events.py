@@ -139,8 +139,8 @@ def test_the_event_is_that_of_torchdiffeq(torchdiffeq):
         assert relative_difference(ys, zs) < 1e-8
 
 
-@pytest.mark.parametrize("method", ADAPTIVE)
-@pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
+# Time that runs backwards is turned round before any method sees it: one method shows it.
+@pytest.mark.parametrize(("method", "reverse"), [*((name, False) for name in ADAPTIVE), ("dopri5", True)])
 def test_the_event_of_a_parabola_is_where_it_is_by_every_adaptive_method(method, reverse):
     """Steps of a parabola are exact and grow, so that the interpolant alone decides (torchdiffeq issue 199)."""
     sign = -1.0 if reverse else 1.0
