@@ -404,7 +404,12 @@ def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
     linked = subprocess.run(["g++", f"-fsanitize={sanitizer}", str(probe), "-o", str(tmp_path / "probe")])
     if linked.returncode:
         pytest.skip(f"this g++ has no {sanitizer} sanitizer")
-    program = shim.compile_with_shim(tmp_path, *flags, main=shim.HERE / "driver.cpp")
+    version = subprocess.run(["g++", "--version"], check=True, capture_output=True, text=True).stdout
+    program = shim.built(
+        sanitizer.replace(",", "-"),
+        lambda folder: shim.compile_with_shim(folder, *flags, main=shim.HERE / "driver.cpp"),
+        f"{flags} {version}",
+    )
     hashes = set()
     for seed, workers in ((0, 1), (1, 3)):
         # The thread sanitizer cannot map its shadow where addresses are too random.

@@ -85,12 +85,13 @@ def import_module(library: Path) -> ModuleType:
     return module
 
 
-def built(name: str, make: Callable[[Path], Path]) -> Path:
+def built(name: str, make: Callable[[Path], Path], settings: str = "") -> Path:
     """What `make` builds of csrc/ and the shim, in a folder that is kept as long as neither changes.
 
-    Several test processes may ask at once: one builds, the others wait.
+    settings: what else it depends on, as flags and the version of a compiler. Several test processes may ask at once:
+    one builds, the others wait.
     """
-    digest = hashlib.sha256(f"{sys.version} {torch.__version__} {platform.platform()}".encode())
+    digest = hashlib.sha256(f"{sys.version} {torch.__version__} {platform.platform()} {settings}".encode())
     for path in sorted([*CSRC.rglob("*"), *HERE.iterdir()]):
         if path.is_file():
             digest.update(os.path.relpath(path, HERE).encode() + path.read_bytes())
