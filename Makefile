@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test pretend-gpu lint types format bench clean
+.PHONY: help install test test-fast pretend-gpu lint types format bench clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -26,6 +26,9 @@ install: $(INSTALLED)  ## .venv with torch (kept where there is one already), th
 
 test: lint types  ## ruff, pyright, then the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)  # one torch thread a process: the processes already fill the cores
+
+test-fast: $(INSTALLED)  ## the unit tests that are quick and compile nothing
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m 'not compiler and not slow' tests/unit
 
 pretend-gpu: $(INSTALLED)  ## tests of the tests: those that need a GPU, on the CPU
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m gpu --pretend-gpu
@@ -45,7 +48,7 @@ bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and tim
 	$(PY) bench/memory_vs_steps.py
 
 clean:  ## remove .venv, builds and caches
-	rm -rf .venv build dist *.egg-info .hypothesis .pytest_cache .ruff_cache
+	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f node_cuda/_C.*.so node_cuda/_build.json
 	find node_cuda tests bench -name __pycache__ -prune -exec rm -rf {} +
 

@@ -208,7 +208,8 @@ def cuda_device(name: str) -> torch.device:
         return device
     print(
         "device_loop.py times steps that a GPU repeats, and needs an NVIDIA GPU, a CUDA build of torch and the "
-        f"kernels of node_cuda (--device {name}: {lacking}). Without one, tests/test_bench.py checks its parts.",
+        f"kernels of node_cuda (--device {name}: {lacking}). "
+        "Without one, tests/project/test_bench.py checks its parts.",
         file=sys.stderr,
     )
     raise SystemExit(2)

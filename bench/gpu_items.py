@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 ROOT = Path(__file__).resolve().parent.parent
 BUDGETS = {"smoke": 150, "prove": 150, "measure": 230}  # seconds, of each stage
-KERNEL_TESTS, GRAPH_TESTS = "tests/test_kernels_shim.py", "tests/test_gpu_graphs.py"
+KERNEL_TESTS, GRAPH_TESTS = "tests/kernels/test_kernels_shim.py", "tests/gpu/test_gpu_graphs.py"
 
 
 class Item(NamedTuple):
@@ -96,8 +96,9 @@ def pytest(scratch: Path, jobs: int, each: int) -> list[str | Path]:
 
 def with_gpu_tests() -> list[str]:
     """The files with gpu tests, but those of the kernels and the graphs; others may import what is not installed."""
-    marked = (path for path in sorted((ROOT / "tests").glob("test_*.py")) if "mark.gpu" in path.read_text())
-    return [name for path in marked if (name := f"tests/{path.name}") not in (KERNEL_TESTS, GRAPH_TESTS)]
+    marked = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text())
+    names = [path.relative_to(ROOT).as_posix() for path in marked]
+    return [name for name in names if name not in (KERNEL_TESTS, GRAPH_TESTS)]
 
 
 def installed(module: str) -> bool:

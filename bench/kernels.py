@@ -101,7 +101,7 @@ def cuda_device(name: str) -> torch.device:
         lacking = "this is no CUDA device" if device.type != "cuda" else "torch finds none here"
         raise SystemExit(
             f"kernels.py times CUDA kernels, and needs an NVIDIA GPU with a CUDA build of torch (--device {name}: "
-            f"{lacking}). Without one, tests/test_bench.py checks the same launches on the CPU."
+            f"{lacking}). Without one, tests/project/test_bench.py checks the same launches on the CPU."
         )
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 

@@ -1,9 +1,10 @@
 """Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one.
 
-`pytest -m gpu --pretend-gpu` runs them on the CPU (shim/pretend_gpu.py).
+`pytest -m gpu --pretend-gpu` runs them on the CPU (support/shim/pretend_gpu.py).
 """
 
 import shutil
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,7 +16,9 @@ from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import self_check
 from node_cuda.problem.field import VectorField
 
-self_check.trust(torch.device("cpu"))  # where the shim runs the kernels: tests/test_self_check.py checks them there
+KERNELS = Path(__file__).parent / "kernels"
+
+self_check.trust(torch.device("cpu"))  # where the shim runs the kernels: kernels/test_self_check.py checks them there
 torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
 
 
@@ -29,6 +32,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(items):
+    for item in items:
+        if KERNELS in item.path.parents or "shim_library" in item.fixturenames:
+            item.add_marker("compiler")
+    skip_without_gpu(items)
+
+
+def skip_without_gpu(items):
     left_out = {name: why for why, names in pretend_gpu.LEFT_OUT.items() for name in names}
     for item in items:
         if not item.get_closest_marker("gpu"):

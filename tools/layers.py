@@ -1,6 +1,6 @@
 """The layers of the package, and their picture in the pages: `python tools/layers.py` draws it anew.
 
-tests/test_architecture.py says that imports point down only, and that the pictures are up to date.
+tests/project/test_architecture.py says that imports point down only, and that the pictures are up to date.
 """
 
 from __future__ import annotations

@@ -1,6 +1,7 @@
 """Step-size control on the host, laid out function by function as csrc/control/control.h, its twin on the device.
 
-Times are solver times, which ascend; all numbers are doubles. tests/test_kernels_shim.py compares both call by call.
+Times are solver times, which ascend; all numbers are doubles. tests/kernels/test_kernels_shim.py compares both
+call by call.
 """
 
 from __future__ import annotations

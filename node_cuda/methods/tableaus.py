@@ -1,7 +1,7 @@
 """The explicit Runge-Kutta methods, as data: adding a method is adding an entry to `TABLEAUS`.
 
 Each entry can be laid beside its paper. Everything else (stages, FSAL, error weights, default interpolants from
-mid-point weights) is derived by `Tableau`; every order is proved in tests/test_tableaus.py.
+mid-point weights) is derived by `Tableau`; every order is proved in tests/unit/methods/test_tableaus.py.
 """
 
 from fractions import Fraction

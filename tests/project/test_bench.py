@@ -1,0 +1,760 @@
+"""The benchmarks run from end to end at their smallest settings, and their pages are made from their JSON.
+
+What only a GPU can measure is tested up to the measurement: the launches of kernels.py on the CPU behind the shim, the
+reports from numbers that are made up here. gpu.sh has test_gpu_script.py.
+"""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import struct
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from shim import library as shim
+
+ROOT = Path(__file__).resolve().parents[2]
+BENCH = ROOT / "bench"
+MACHINE_FIELDS = {"date", "command", "commit", "dirty", "device", "cores", "threads", "torch", "node_cuda"}
+
+
+def run_quick(script: str, out: Path) -> dict:
+    """The JSON that `bench/SCRIPT --quick` writes."""
+    paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
+    run = subprocess.run(
+        [sys.executable, str(BENCH / f"{script}.py"), "--quick", "--out", str(out)],
+        capture_output=True,
+        text=True,
+        env=environment,
+    )
+    assert run.returncode == 0, run.stderr or run.stdout
+    return json.loads((out / f"{script}-cpu.json").read_text())
+
+
+@pytest.fixture
+def bench(monkeypatch):
+    """Imports a module of bench/ by its name."""
+    monkeypatch.syspath_prepend(str(BENCH))
+    return importlib.import_module
+
+
+@pytest.fixture
+def report(bench):
+    return bench("report")
+
+
+@pytest.mark.slow
+def test_memory_vs_steps_trains_measures_and_writes_its_results(tmp_path):
+    for needed in ("matplotlib", "rich", "sklearn"):
+        pytest.importorskip(needed)
+    result = run_quick("memory_vs_steps", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS
+    assert result["training"]["test_accuracy"] > 0.1  # guessing gets a tenth of the digits right
+    assert len(result["cells"]) == 8
+    for cell in result["cells"]:
+        assert cell["peak_mib"] > 0 and cell["seconds"] > 0, cell
+        assert cell["nfe"] == 2 * cell["steps"]  # midpoint
+    cells = {(cell["gradient"], cell["steps"]): cell for cell in result["cells"]}
+    few, many = sorted({cell["steps"] for cell in result["cells"]})
+    memory = {key: cell["peak_mib"] for key, cell in cells.items()}
+    assert memory["backprop", many] > 2 * memory["backprop", few]
+    assert memory["backprop", many] > max(memory["adjoint", many], memory["discrete", many])
+    assert cells["discrete", many]["recompute"] == 0 < cells["discrete, 8 checkpoints", many]["recompute"] < 1
+    assert "recompute" not in cells["backprop", many].keys() | cells["adjoint", many].keys()
+    assert "peak memory" in result["sentence"] and "N steps taken again" in result["sentence"]
+    assert (tmp_path / "memory_vs_steps-cpu.png").stat().st_size > 10_000
+
+
+@pytest.mark.slow
+def test_speed_compares_with_torchdiffeq_and_writes_its_results(tmp_path):
+    for needed in ("rich", "torchdiffeq"):
+        pytest.importorskip(needed)
+    result = run_quick("speed", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS
+    forward, backward = result["rows"]
+    for row in (forward, backward):
+        assert len(row["ratio"]) == 3  # median and quartiles
+        for library in ("node_cuda", "torchdiffeq"):
+            assert row["libraries"][library].keys() >= {"milliseconds", "nfe", "nfe_backward", "error"}
+    assert forward["libraries"]["node_cuda"]["nfe"] == forward["libraries"]["torchdiffeq"]["nfe"]
+    assert backward["libraries"]["node_cuda"]["nfe_backward"] > 0
+
+
+@pytest.fixture
+def report_memory(bench):
+    return bench("report_memory")
+
+
+def test_a_cell_that_failed_is_a_value_in_the_table(report_memory):
+    cells = [
+        {"library": "node_cuda", "gradient": "backprop", "steps": 8, "peak_mib": 5.0, "seconds": 0.5},
+        {"library": "node_cuda", "gradient": "backprop", "steps": 16, "failed": "out of memory"},
+    ]
+    cells.append({"library": "node_cuda", "gradient": "backprop", "steps": 32, "peak_mib": 9.0})  # its time was over
+    shown = [row[1] for row in report_memory.memory_rows({"cells": cells})[1:]]
+    assert shown == ["5.0 / 0.500", "failed", "9.0 / not timed"]
+
+
+def memory_cells(growth, library="node_cuda", size=1.0):
+    """A cell for each of the modes, whose memory grows as this power of N."""
+    return [
+        {"library": library, "gradient": gradient, "steps": n, "peak_mib": size * n**power, "seconds": 0.5}
+        for gradient, power in growth.items()
+        for n in (4, 8)
+    ]
+
+
+def test_the_modes_that_take_steps_again_say_how_many(report_memory):
+    cells = memory_cells({"backprop": 1.0, "discrete": 0.5, "discrete, 8 checkpoints": 0.0, "adjoint": 0.0})
+    for cell in cells:
+        if cell["gradient"].startswith("discrete"):
+            cell["recompute"] = cell["steps"] / 8 if "8" in cell["gradient"] else 0.0
+    sentence = report_memory.memory_sentence({"cells": cells})
+    assert "as N^0.50 with the discrete adjoint (2 to 3 MiB), as N^0.00 with the discrete adjoint with 8" in sentence
+    assert "takes 8 times less memory and 1.0 times the time, 1.0 times the N steps taken again; and the a" in sentence
+    assert sentence.count("taken again") == 1
+    head, *_, last = report_memory.memory_rows({"cells": cells})
+    assert [title.splitlines()[-1] for title in head[1:]] == ["MiB / s", *["MiB / s / again"] * 2, "MiB / s"]
+    assert last[1:] == ["8.0 / 0.500", "2.8 / 0.500 / 0.00", "1.0 / 0.500 / 1.00", "1.0 / 0.500"]
+
+
+def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path):
+    page = "before\n<!-- bench:speed -->\nold\n<!-- /bench -->\nafter\n"
+    once = report.filled(page, tmp_path)
+    assert once == "before\n<!-- bench:speed -->\n\nNot measured yet.\n\n<!-- /bench -->\nafter\n"
+    assert report.filled(once, tmp_path) == once
+
+
+def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
+    with pytest.raises(
+        SystemExit,
+        match="device-loop, endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short",
+    ):
+        report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
+
+
+def test_every_page_shows_every_block_and_is_up_to_date(report):
+    shown = {found["name"] for page in report.PAGES for found in report.BLOCK.finditer(page.read_text())}
+    assert shown == set(report.BLOCKS)
+    for page in report.PAGES:
+        assert report.filled(page.read_text(), BENCH / "results") == page.read_text(), page
+
+
+PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "solve", "kernels", "device_loop", "gpu_unpack")
+
+
+@pytest.mark.parametrize("name", PROGRAMS)
+def test_results_go_where_git_ignores_them_unless_they_are_published(name, bench, monkeypatch, capsys):
+    """`make test` after `make bench` finds every tracked file as it was."""
+    program, given = bench("program"), []
+    script = bench(name)
+    monkeypatch.setattr(program.argparse.ArgumentParser, "parse_args", lambda parser: given.append(parser) or stop())
+    with pytest.raises(SystemExit):
+        script.parse() if hasattr(script, "parse") else script.main()
+    monkeypatch.undo()
+    (parser,) = given
+    beside = ["FOLDER"] if name == "gpu_unpack" else []
+    assert parser.parse_args(beside).out == program.LOCAL == ROOT / "build" / "bench"
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
+    assert parser.parse_args(["--publish", *beside]).out == BENCH / "results"
+    with pytest.raises(SystemExit):
+        parser.parse_args(["--publish", "--out", "folder", *beside])
+    assert "not allowed with argument" in capsys.readouterr().err
+
+
+def stop():
+    raise SystemExit
+
+
+def test_the_pages_change_only_where_results_are_published(bench, report, monkeypatch, tmp_path):
+    program = bench("program")
+    page = tmp_path / "page.md"
+    page.write_text(behind := "<!-- bench:speed -->\n<!-- /bench -->\n")
+    monkeypatch.setattr(report, "PAGES", (page,))
+    monkeypatch.setattr(program, "RESULTS", BENCH / "results")
+    monkeypatch.setattr(program, "report", report)
+    assert program.written("a.json", program.LOCAL) == "Written: a.json" and page.read_text() == behind
+    page = ROOT / "build" / "page.md"  # a page of the project, as what is said of it is its path there
+    page.parent.mkdir(exist_ok=True)
+    page.write_text(behind)
+    monkeypatch.setattr(report, "PAGES", (page,))
+    try:
+        assert program.written("a.json", program.RESULTS) == "Written: a.json; tables changed: build/page.md"
+        assert page.read_text() == report.filled(behind, BENCH / "results") != behind
+        assert program.written("a.json", program.RESULTS) == "Written: a.json; tables changed: none"
+    finally:
+        page.unlink()
+
+
+def test_a_quick_run_is_not_published(bench):
+    program = bench("program")
+    arguments = program.parser("", quick="").parse_args(["--quick", "--publish"])
+    with pytest.raises(SystemExit, match="not for the pages"):
+        program.begin(arguments)
+
+
+@pytest.mark.parametrize("order", [("bench", "test"), ("test", "bench")])
+def test_make_bench_and_make_test_leave_each_other_alone(order):
+    """What they would run, in either order: the benchmark publishes nothing, and no test waits less than a compile."""
+    run = subprocess.run(["make", "-n", "-o", ".venv/.installed", *order], capture_output=True, text=True, cwd=ROOT)
+    assert run.returncode == 0, run.stderr
+    lines = [line for line in run.stdout.splitlines() if "bench/" in line or "pytest" in line]
+    assert ["bench" if "bench/" in line else "test" for line in lines] == list(order)
+    assert not any(word in run.stdout for word in ("--publish", "--out", "--write", "bench/results"))
+    assert "takes about four minutes" in (BENCH / "memory_vs_steps.py").read_text()  # said before it begins
+    settings = (ROOT / "pyproject.toml").read_text()
+    assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the suite's whole limit
+
+
+def test_memory_is_told_by_the_path_that_comes_first(report_memory):
+    """On CUDA there are two of ours, and the kernels come first."""
+    growth = {"backprop": 1.0, "adjoint": 0.0}
+    cells = memory_cells(growth, "node_cuda fused") + memory_cells(growth, "node_cuda reference", 100.0)
+    assert "(4 to 8 MiB)" in report_memory.memory_sentence({"cells": cells})
+    assert [len(row) for row in report_memory.memory_rows({"cells": cells})] == [5, 5, 5]
+
+
+def test_a_gpu_that_is_not_there_is_a_sentence(bench, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(SystemExit, match="--device cuda needs an NVIDIA GPU"):
+        bench("machine").chosen("cuda")
+    assert bench("machine").chosen("cpu") == torch.device("cpu")
+
+
+def test_a_copy_without_its_repository_can_be_told_its_commit(bench, monkeypatch):
+    machine = bench("machine")
+    monkeypatch.setattr(machine, "git", lambda *arguments: None)
+    monkeypatch.setenv("NODE_CUDA_COMMIT", "abc")
+    about = machine.describe(torch.device("cpu"))
+    assert (about["commit"], about["dirty"]) == ("abc", None)
+
+
+def test_a_checkout_that_is_not_installed_has_its_version(bench, monkeypatch):
+    libraries = bench("libraries")
+
+    def nothing(name):
+        raise libraries.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(libraries.metadata, "version", nothing)
+    assert libraries.version("node_cuda") == importlib.import_module("node_cuda").__version__
+    assert libraries.version("torchdiffeq") is None
+
+
+def test_rounds_are_at_least_three_and_each_begins_with_the_next_contestant(bench):
+    order = []
+
+    def run(name):
+        return lambda: order.append(name) or float(ord(name))
+
+    sample = bench("timing").interleaved([run("a"), run("b"), run("c")], rounds=9, budget=0.0)
+    assert sample == [tuple(map(float, b"abc"))] * 3
+    assert "".join(order) == "abcbcacab"
+
+
+# ---- the primitives
+
+
+@pytest.fixture
+def primitives(bench):
+    return bench("primitives")
+
+
+def test_every_launch_that_goes_through_the_state_has_a_row(primitives):
+    launchers = set(re.findall(r"\blaunch_(\w+)\(", (ROOT / "csrc" / "launchers.h").read_text()))
+    assert len(launchers) > 15
+    assert {row.launcher for row in primitives.PRIMITIVES} == launchers - primitives.WITHOUT_STATE
+    assert launchers >= primitives.WITHOUT_STATE
+    assert len({row.name for row in primitives.PRIMITIVES}) == len(primitives.PRIMITIVES)
+
+
+def test_structs_are_packed_as_csrc_lays_them_out(bench, primitives):
+    launching = bench("primitives.launching")
+    headers = "".join((ROOT / "csrc" / name).read_text() for name in ("launchers.h", "control/control.h"))
+    said = {name: int(size) for name, size in re.findall(r"sizeof\((\w+)\) == (\d+)", headers)}
+    assert {name: struct.calcsize(layout) for name, layout in launching.LAYOUTS.items()} == {
+        name: said[name] for name in launching.LAYOUTS
+    }
+    assert said["ControllerState"] == launching.CTL_BYTES
+    dtypes = re.search(r"enum Dtype : int \{(.*?)\}", headers)
+    assert dtypes
+    codes = dtypes[1]
+    assert [code.split(" = ")[0].strip() for code in codes.split(",")] == [
+        "FLOAT", "DOUBLE", "HALF", "BFLOAT16", "COMPLEX_FLOAT", "COMPLEX_DOUBLE",
+    ]  # fmt: skip
+    assert [int(code.split(" = ")[1]) for code in codes.split(",")] == list(range(len(launching.DTYPES)))
+
+
+@pytest.fixture
+def launchers(shim_library):
+    """csrc/ with its bindings, on the CPU."""
+    return shim.import_module(shim_library)
+
+
+def prepared(primitives, launchers, row, dtype=torch.float32, n=4096):
+    return row.prepare(primitives.Workplace(launchers, (0, 0), torch.device("cpu"), dtype, n))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.float16, torch.bfloat16], ids=str)
+def test_every_primitive_is_launched_as_its_formula_says(primitives, bench, launchers, dtype):
+    kernels = bench("kernels")
+    for row in primitives.PRIMITIVES:
+        launch = prepared(primitives, launchers, row, dtype)
+        with torch.no_grad():
+            kernels.require_right(row, launch, dtype)
+            launch.kernel()  # again, as when it is timed
+        # Sums and errors of halves are float32.
+        if dtype.itemsize >= 4:
+            assert launch.bytes == row.sizes * 4096 * dtype.itemsize, row.name
+        assert all(bool(result.double().isfinite().all()) for result in launch.results), row.name
+
+
+def test_a_kernel_that_is_wrong_is_not_timed(primitives, bench, launchers):
+    kernels = bench("kernels")
+    for row in primitives.PRIMITIVES:
+        launch = prepared(primitives, launchers, row)
+        launch.results[-1].mul_(1.001)
+        wrong = launch._replace(kernel=lambda: None)
+        with pytest.raises(ValueError, match="is off by"), torch.no_grad():
+            kernels.require_right(row, wrong, torch.float32)
+
+
+def test_kernels_wants_a_gpu_and_says_so(bench, monkeypatch):
+    kernels = bench("kernels")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
+        with pytest.raises(SystemExit, match=lacking):
+            kernels.cuda_device(name)
+
+
+def test_kernels_measures_every_row_and_writes_its_results(bench, primitives, launchers, report, monkeypatch, tmp_path):
+    """With the CPU behind the shim in the GPU's place, and calls that are only made once."""
+    kernels = bench("kernels")
+
+    def once(calls, **_):
+        for call in calls:
+            call()
+        return [1e-6] * 3
+
+    stream = type("Stream", (), {"cuda_stream": 0})
+    for module, name, value in (
+        (kernels, "device_seconds", once),
+        (kernels, "cuda_device", lambda name: torch.device("cpu", 0)),
+        (kernels, "compiled_module", lambda device: launchers),
+        (kernels, "TARGET_FROM", 2**15),
+        (torch.cuda, "current_stream", lambda device: stream),
+        (torch.cuda, "get_device_properties", lambda device: type("Properties", (), {"L2_cache_size": 2**16})),
+        (
+            sys,
+            "argv",
+            ["kernels.py", "--compile-seconds", "0", "--sizes", str(2**15), str(2**10), "--out", str(tmp_path)],
+        ),
+    ):
+        monkeypatch.setattr(module, name, value)
+    kernels.main()
+    result = json.loads((tmp_path / "kernels-cpu.json").read_text())
+    assert [row["primitive"] for row in result["rows"]] == [row.name for row in primitives.PRIMITIVES] * 2
+    assert not any("failed" in row for row in result["rows"])
+    assert {row["compiled"]["failed"] for row in result["rows"]} == {"not compiled"}
+    assert [row["target"] is None for row in result["rows"]] == sorted(row["target"] is None for row in result["rows"])
+    assert [step["sizes"] for step in result["steps"]] == [37, 37]
+    assert "| rk_finish | 32 KiB | 256 KiB |" in report.block("kernels", tmp_path)
+
+
+MACHINE = {
+    "command": "python bench/x.py", "device": "Some GPU", "driver": "1.2", "cuda": "13.0", "torch": "2.11", "cores": 2,
+    "threads": 1, "node_cuda": "0.1.0", "torchdiffeq": None, "date": "2026-01-01T00:00:00", "commit": "abc",
+    "dirty": False,
+}  # fmt: skip
+BIG = 64 * 2**20
+
+
+def kernels_row(name, sizes, microseconds, **more):
+    rate = sizes * BIG / microseconds * 1e6
+    row = {
+        "primitive": name, "launcher": name.split(",")[0], "state_bytes": BIG, "target": 0.85, "bytes": sizes * BIG,
+        "microseconds": [microseconds] * 3, "bytes_per_second": rate, "of_copy": rate / 1e12,
+        "plain": {"microseconds": [10 * microseconds] * 3}, "compiled": {"microseconds": [2 * microseconds] * 3},
+    }  # fmt: skip
+    return row | {"met": row["of_copy"] >= 0.85} | more
+
+
+def kernels_result(kernels, rows):
+    return {
+        "machine": MACHINE,
+        "settings": {"dtype": "float32"},
+        "complete": True,
+        "copies": [{"state_bytes": BIG, "bytes": 2 * BIG, "microseconds": [2 * BIG / 1e6] * 3}],
+        "steps": [step for step in [kernels.whole_step(rows, BIG)] if step],
+        "rows": rows,
+    }
+
+
+def test_the_report_of_the_kernels_says_what_is_met_and_what_is_not(bench, primitives, report, tmp_path):
+    kernels = bench("kernels")
+    sizes = {row.name: row.sizes for row in primitives.PRIMITIVES}
+    rows = [kernels_row(name, sizes[name], sizes[name] * 70.0) for name in primitives.STEP]  # 0.96 of 1 TB/s
+    rows.append(kernels_row("jump", 4, 400.0, compiled={"failed": "not compiled"}))
+    rows.append({**kernels_row("commit", 4, 1.0), "met": None, "failed": "RuntimeError: commit failed with error 700"})
+    (tmp_path / "kernels-cuda.json").write_text(json.dumps(kernels_result(kernels, rows)))
+    block = report.block("kernels", tmp_path)
+    assert "Some GPU, driver 1.2, CUDA 13.0, torch 2.11" in block and "torchdiffeq not installed" in block
+    assert "A copy of 64 MiB moves 1000 GB/s." in block
+    assert "The 7 launches of a step of dopri5 on 64 MiB move 37 times the state and take 2.59e+03 us" in block
+    assert "7 of 9 primitives reach the target." in block
+    assert "commit: RuntimeError: commit failed with error 700." in block
+    lines = {line.split(" | ")[0].removeprefix("| "): line for line in block.splitlines()}
+    assert "| 96% | 0.85 |" in lines["rk_finish"]
+    assert "| 67% | 0.85 (missed) |" in lines["jump"] and "not compiled |" in lines["jump"]
+    assert "| failed |" in lines["commit"]
+
+
+# ---- whole solves
+
+
+@pytest.mark.slow
+def test_solve_runs_without_a_gpu_and_writes_its_results(tmp_path):
+    pytest.importorskip("torchdiffeq")
+    result = run_quick("solve", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS
+    assert [row["case"].split(",")[0] for row in result["rows"]] == ["forward", "step"] * 2
+    for row in result["rows"]:
+        ours, theirs = row["by"]["node_cuda reference"], row["by"]["torchdiffeq"]
+        assert ours["accepted"] == theirs["accepted"] > 0
+        assert ours["nfe"] == theirs["nfe"] > 0
+        assert len(ours["ratio"]) == 3 and "ratio" not in theirs
+        assert row["by"].keys() == {"node_cuda reference", "torchdiffeq"}
+
+
+def test_contestants_that_are_missing_or_wrong_keep_their_lines(bench, monkeypatch):
+    solve, solving = bench("solve"), bench("solving")
+    case = bench("cases").QUICK_SOLVE_CASES[2]
+    solved = solving.TorchContestant.solved
+
+    def wrong(self):
+        found = solved(self)
+        return found._replace(quantities=found.quantities._replace(ys=found.quantities.ys * 1.1))
+
+    monkeypatch.setattr(solving.TorchContestant, "solved", wrong)
+    monkeypatch.setattr(solve, "installed", lambda library: library == "node_cuda")
+    names = ["node_cuda reference", "torchdiffeq", "diffrax"]
+    row = solve.measure(case, names, torch.device("cpu"), rounds=3, budget=0.0)
+    assert row["by"]["torchdiffeq"] == row["by"]["diffrax"] == {"failed": "not installed"}
+    assert "misses the exact solution" in row["by"]["node_cuda reference"]["failed"]
+    assert "milliseconds" not in row["by"]["node_cuda reference"]
+
+
+def test_the_exact_solution_is_ours_where_torchdiffeq_is_not_installed(bench, monkeypatch):
+    libraries, solving = bench("libraries"), bench("solving")
+    problem = solving.make_problem(bench("cases").QUICK_SOLVE_CASES[1], torch.device("cpu"))
+    usual = solving.exact(problem)
+    monkeypatch.setattr(libraries, "installed", lambda library: library == "node_cuda")
+    assert solving.largest_error(solving.exact(problem), usual) < 1e-9
+
+
+def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp_path):
+    def record(milliseconds, **more):
+        return {"nfe": 20, "nfe_backward": 0, "accepted": 3, "error": 1e-6, "milliseconds": [milliseconds] * 3} | more
+
+    fast = {"node_cuda fused": record(1.0, ratio=[8.0] * 3, target=4.0, met=True), "torchdiffeq": record(8.0)}
+    slow = {"node_cuda fused": record(4.0, ratio=[2.0] * 3, target=3.0, met=False), "diffrax": {"failed": "x" * 30}}
+    alone = {"node_cuda fused": record(4.0, target=3.0, met=None), "torchdiffeq": {"failed": "not installed"}}
+    rows = [{"case": name, "by": by} for name, by in (("one", fast), ("two", slow), ("three", alone))]
+    (tmp_path / "solve-cuda.json").write_text(json.dumps({"machine": MACHINE, "complete": False, "rows": rows}))
+    block = report.block("solve", tmp_path)
+    assert "rows are missing. 1 of 3 promised ratios reached." in block
+    assert f"diffrax: {'x' * 30}." in block
+    assert "| one | node_cuda fused | 1 (1-1) | 8 (8-8) | 4 | 20 | 3 | 1e-06 |" in block
+    assert "| 2 (2-2) | 3 (missed) |" in block
+    assert "|  | torchdiffeq | not installed |" in block
+
+
+# ---- the loop on the device
+
+
+def test_device_loop_wants_a_gpu_and_says_so(bench, monkeypatch, capsys):
+    device_loop = bench("device_loop")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
+        with pytest.raises(SystemExit) as ended:
+            device_loop.cuda_device(name)
+        assert ended.value.code == 2 and lacking in capsys.readouterr().err
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(device_loop, "kernels_for", lambda device: False)
+    with pytest.raises(SystemExit):
+        device_loop.cuda_device("cuda")
+    assert "no compiled kernels" in capsys.readouterr().err
+
+
+@pytest.fixture
+def any_loop(bench, monkeypatch):
+    """Here the host's loop in plain PyTorch does for all: nothing can be captured."""
+    captured = bench("captured")
+    for name in ("captured", "loop_steps", "device_loop_cell"):
+        monkeypatch.setattr(bench(name), "FUSED", "node_cuda reference")
+    monkeypatch.setattr(captured.Loop, "require", lambda self, stats, gradient: None)
+    return captured
+
+
+def pretended(program, what, **asked):
+    """What a cell says that found nothing to complain of; there is none of memory by batches."""
+    if what == "calls":
+        waits = 2 * (asked["loop"] == "while")
+        return {"calls": {"graphs": 2, "kernels": 0, "copies": 3, "fills": 0, "waits": waits, "others": 1}}
+    if asked["loop"] == "batches":
+        return {"failed": "RuntimeError: no such loop here"}
+    return {"accepted": asked["steps"], "state_mib": 4.0, "owned_mib": [60.0, 62.0], "left_mib": [0.0, 0.0]}
+
+
+@pytest.mark.slow
+def test_device_loop_measures_every_section_and_writes_its_results(bench, any_loop, monkeypatch, tmp_path, report):
+    pytest.importorskip("torchdiffeq")
+    device_loop = bench("device_loop")
+    monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(device_loop, "measured", pretended)
+    monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--budget", "0", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"calls of while, forward; .*memory of batches, forward") as ended:
+        device_loop.main()
+    assert "node_cuda" not in str(ended.value)
+    result = json.loads((tmp_path / "device_loop-cpu.json").read_text())
+    assert result["complete"] and result["machine"].keys() >= MACHINE_FIELDS
+    (solves,), (training,), (steps,) = (result[section] for section in ("solves", "training", "steps"))
+    ours = [f"node_cuda {loop}" for loop in any_loop.LOOPS]
+    assert list(solves["by"]) == ["torchdiffeq", *ours]
+    for name in ours:
+        assert solves["by"][name]["nfe"] == solves["by"]["torchdiffeq"]["nfe"] > 0
+        assert len(solves["by"][name]["ratios"]["torchdiffeq"]) == 3
+    assert solves["by"]["node_cuda while"]["promises"]["torchdiffeq"] == {"target": 15.0, "met": False}
+    for name, record in training["by"].items():
+        assert record["nfe_backward"] > 0 and len(record["milliseconds"]) == 3, name
+    assert list(steps["by"]) == ["host", "batches", "while"] and len(steps["while_over_batches_microseconds"]) == 3
+    assert all(record["microseconds_a_step"][0] > 0 for record in steps["by"].values())
+    assert [row["met"] for row in result["calls"]] == [None, None, False, True, True, None]
+    block = report.block("device-loop", tmp_path)
+    assert "RuntimeError: no such loop here." in block and "in the WHILE node beyond what it takes" in block
+    assert "| forward | while | 2 | 0 | 3 | 0 | 2 [1, missed] | 1 |" in block
+    assert "| adjoint | while | 10 | 4.00 | 60.00 / 62.00 | 0.00 / 0.00 |" in block
+
+
+def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_asked(bench, monkeypatch, tmp_path):
+    device_loop, asked = bench("device_loop"), []
+    monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
+    monkeypatch.setattr(device_loop, "measured", lambda *about, **cell: {"failed": "no CUPTI"})
+
+    def measure(case, contestants, promises, against, **_):
+        asked.append((list(contestants), against))
+        return {"case": case.name, "against": against, "by": {}}
+
+    monkeypatch.setattr(device_loop, "measure", measure)
+    for sections in (["calls"], ["training", "solves"], ["solves", "--diffrax"]):
+        monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--out", str(tmp_path), "--only", *sections])
+        with contextlib.suppress(SystemExit):  # of a row that failed
+            device_loop.main()
+    found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
+    assert {name: [section for section in device_loop.SECTIONS if found[name][section]] for name in found} == {
+        "device_loop-calls-cpu.json": ["calls"],
+        "device_loop-training-solves-cpu.json": ["training", "solves"],
+        "device_loop-solves-cpu.json": ["solves"],
+    }
+    command = found["device_loop-calls-cpu.json"]["machine"]["command"]
+    assert command.startswith("python bench/") and command.endswith(".py --quick --only calls")
+    assert ["diffrax" in names and "diffrax" in against for names, against in asked] == [False, False, True]
+
+
+def test_a_solve_by_another_loop_than_the_one_that_is_timed_keeps_its_line(bench, monkeypatch):
+    device_loop, captured = bench("device_loop"), bench("captured")
+    monkeypatch.setattr(captured, "FUSED", "node_cuda reference")
+    monkeypatch.setattr(device_loop, "installed", lambda library: library == "node_cuda")
+    case, promises = device_loop.QUICK_SOLVE_CASES[0]
+    by = device_loop.measure(
+        case, device_loop.SOLVES, promises, ["torchdiffeq"], device=torch.device("cpu"), rounds=3, budget=0.0
+    )["by"]
+    assert "milliseconds" in by["node_cuda host"] and by["torchdiffeq"] == {"failed": "not installed"}
+    assert by["node_cuda while"]["failed"].startswith('RuntimeError: it was repeated by "host", not "while": ')
+    assert by["node_cuda while"]["promises"]["torchdiffeq"]["met"] is None
+    stats = type("Stats", (), {"loop": "while", "loop_backward": "host", "why_backward": "it is so"})
+    with pytest.raises(RuntimeError, match="the host repeated the backward pass: it is so"):
+        captured.LOOPS["while"].require(stats, "adjoint")
+    captured.LOOPS["while"].require(stats, None)
+
+
+def test_calls_are_counted_between_the_beginning_and_the_end_of_a_run(bench):
+    cell = bench("device_loop_cell")
+
+    def event(name, ts, cat="cuda_runtime"):
+        return {"name": name, "ts": ts, "cat": cat}
+
+    mark = {**event(cell.MARK, 10.0, "user_annotation"), "dur": 20.0}
+    inside = ["cudaGraphLaunch_v10000", "cudaGraphLaunch", "cuLaunchKernelEx", "cudaMemcpyAsync", "cudaEventQuery"]
+    events = [mark, *(event(name, 15.0) for name in inside), event("cudaEventSynchronize", 30.0, "cuda_driver")]
+    events += [event("cudaDeviceSynchronize", 31.0), event("cudaMalloc", 9.0), event("a kernel", 15.0, "kernel")]
+    events += [event(cell.MARK, 12.0, "gpu_user_annotation"), {"ph": "M"}]
+    assert cell.calls_of(events) == {
+        "graphs": 2, "kernels": 1, "copies": 1, "fills": 0, "waits": 1, "others": 1,
+        "names": {
+            "cudaGraphLaunch": 2, "cuLaunchKernelEx": 1, "cudaMemcpyAsync": 1, "cudaEventQuery": 1,
+            "cudaEventSynchronize": 1,
+        },
+    }  # fmt: skip
+    with pytest.raises(SystemExit, match="saw no call"):
+        cell.calls_of([mark, event("cudaMalloc", 9.0)])
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_the_cells_of_device_loop_run_without_a_gpu_as_far_as_they_can(bench, any_loop):
+    cell, cpu = bench("device_loop_cell"), torch.device("cpu")
+    for gradient in (None, "adjoint", "discrete"):
+        found = cell.memory(any_loop.LOOPS["while"], gradient, rows=2, steps=4, device=cpu)
+        assert found["accepted"] == 4 and found["owned_mib"] == found["left_mib"] == [0.0, 0.0]
+    with pytest.raises(SystemExit, match="saw no call"):
+        cell.calls(any_loop.LOOPS["while, deferred"], None, rows=2, steps=4, device=cpu)
+
+
+# ---- gradients
+
+
+@pytest.mark.slow
+def test_gradients_compares_its_modes_and_writes_its_results(tmp_path, report):
+    for needed in ("matplotlib", "torchdiffeq"):
+        pytest.importorskip(needed)
+    result = run_quick("gradients", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
+    (times,), (errors,) = result["times"], result["problems"]
+    theirs, ours = times["by"]["torchdiffeq adjoint"], times["by"]["discrete"]
+    assert len(ours["milliseconds"]) == len(theirs["milliseconds"]) == len(ours["ratio"]) == 3
+    assert ours["target"] == 3.0 and ours["met"] in (True, False) and "ratio" not in theirs
+    assert ours["nfe"] == theirs["nfe"] > 0 and 0 < ours["nfe_backward"] < theirs["nfe_backward"]
+    assert errors["by"]["discrete"]["error_same_steps"] < 1e-6 < errors["by"]["discrete"]["error"] < 1e-3
+    assert errors["by"]["torchdiffeq adjoint"]["error_same_steps"] > 1e-6
+    assert all(record["peak_mib"] >= 0 for record in errors["by"].values())
+    assert (tmp_path / "gradients-cpu.png").stat().st_size > 10_000
+    assert "of 1 promised ratios reached" in report.block("gradients", tmp_path)
+
+
+def test_the_reference_of_the_same_steps_takes_the_steps_of_the_float32_solve(bench):
+    problem, steps, device = bench("gradient_problems").QUICK_PROBLEM, bench("gradient_steps"), torch.device("cpu")
+    same, exact = (make(problem, device) for make in (steps.of_same_steps, steps.exact))
+    backprop = steps.Step(problem, "backprop", device)()
+    assert steps.difference(backprop, same) < 1e-6 < steps.difference(same, exact)
+
+
+def test_the_flow_carries_the_exact_trace_with_and_without_a_tape(bench):
+    field = bench("fields").FlowField(2, 8).double()
+    state, t = torch.randn(5, 3, dtype=torch.float64, generator=torch.Generator().manual_seed(0)), torch.tensor(0.5)
+
+    def move(z):
+        return field.net(torch.cat([z, t.double().expand(1)]))
+
+    traces = torch.stack([torch.autograd.functional.jacobian(move, z).trace() for z in state[:, :2]])
+    with torch.no_grad():
+        plain = field(t, state)
+    taped = field(t, state.clone().requires_grad_())
+    assert not plain.requires_grad and taped.requires_grad
+    torch.testing.assert_close(plain[:, 2], -traces)
+    torch.testing.assert_close(taped, plain)
+    torch.testing.assert_close(plain[:, :2], torch.stack([move(z) for z in state[:, :2]]))
+
+
+def test_the_loss_of_a_flow_that_does_nothing_is_that_of_the_normal_distribution(bench):
+    problems = bench("gradient_problems")
+    starts = problems.eight_gaussians(64, 3, torch.Generator().manual_seed(1))
+    normal = torch.distributions.Normal(0.0, 1.0)
+    expected = -normal.log_prob(starts[:, :2]).sum(1).mean()
+    torch.testing.assert_close(problems.negative_log_likelihood(torch.stack([starts, starts])), expected)
+
+
+def test_all_ways_to_a_gradient_and_all_problems_are_plotted(bench):
+    problems, gradients, modes = bench("gradient_problems"), bench("gradients"), bench("modes")
+    assert len({problem.name for problem in problems.PROBLEMS_PLOTTED}) == 4
+    assert set(modes.MODES) >= {*gradients.TIMED, "adjoint, seminorm", "torchdiffeq backprop"}
+    assert {mode.gradient for mode in modes.MODES.values()} == set(bench("plotting").COLOURS)
+
+
+def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_path, report):
+    gradients, problems, table = bench("gradients"), bench("gradient_problems"), bench("modes")
+
+    monkeypatch.setattr(table.libraries, "installed", lambda library: library == "node_cuda")
+    arguments = type("Arguments", (), {"budget": 0.0, "jobs": 1, "threads": 1, "device": "cpu"})
+    assert gradients.installed(gradients.TIMED) == ["adjoint", "discrete", "discrete, 8 checkpoints", "backprop"]
+    wrong = table.Mode("adjoint", "node_cuda", "odeint", {"gradient": "no such"})
+    monkeypatch.setitem(table.MODES, "adjoint", wrong)
+    monkeypatch.setattr(gradients, "memory", lambda *key: {"peak_mib": 1.5})
+    modes, cpu = ["adjoint", "discrete"], torch.device("cpu")
+    times = gradients.measure_times(problems.QUICK_PROBLEM, modes, cpu, arguments)
+    errors = gradients.measure_errors(problems.QUICK_PROBLEM, modes, cpu, arguments)
+    assert times["by"]["adjoint"]["failed"].startswith("TypeError") and times["by"]["discrete"]["met"] is None
+    (tmp_path / "gradients-cpu.json").write_text(
+        json.dumps({"machine": MACHINE, "complete": False, "times": [times], "problems": [errors]})
+    )
+    block = report.block("gradients", tmp_path)
+    assert "rows are missing. 0 of 1 promised ratios reached. adjoint, quick: TypeError" in block
+    assert "| quick | adjoint | failed |  |  |  |" in block
+
+
+# ---- endurance
+
+
+@pytest.mark.slow
+def test_endurance_watches_every_way_to_a_gradient_and_writes_its_results(tmp_path, report):
+    pytest.importorskip("rich")
+    result = run_quick("endurance", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
+    assert [row["gradient"] for row in result["rows"]] == [
+        "backprop", "adjoint", "discrete", "discrete, 1 checkpoint", "event, adjoint",
+    ]  # fmt: skip
+    for row in result["rows"]:
+        assert row["grew"] == [] and row["samples"][-1]["solves"] == result["settings"]["solves"]
+        assert all(sample["resident"] > 2**20 and sample["allocated"] is None for sample in row["samples"])
+    assert "memory did not grow" in report.block("endurance", tmp_path)
+
+
+def test_the_loops_take_steps_again_and_pass_an_event(bench):
+    tiny = bench("endurance_loops").Tiny(torch.device("cpu"))
+    node_cuda = importlib.import_module("node_cuda")
+    start, found = tiny.start.clone().requires_grad_(), []
+
+    def solver(*arguments, **options):
+        found.append(node_cuda.solve(*arguments, **options, gradient="discrete", checkpoints=1))
+        return found[-1].ys
+
+    tiny.outputs(solver)
+    assert found[0].stats.accepted > 1 and found[0].stats.recomputed_steps > 0
+    time, _ = node_cuda.odeint_event(tiny.field, start, tiny.t[0], event_fn=tiny.passed, rtol=1e-3, atol=1e-3)
+    assert 0.0 < time.item() < tiny.t[1]
+
+
+def test_endurance_ends_with_an_error_where_memory_grew(bench, monkeypatch, tmp_path):
+    pytest.importorskip("rich")
+    endurance, kept = bench("endurance"), []
+    leak = {"a leak": lambda: kept.append(torch.zeros(1)), "none": lambda: torch.zeros(1)}
+    monkeypatch.setattr(endurance, "loops", lambda device: leak)
+    monkeypatch.setattr(endurance.program, "begin", lambda arguments: torch.device("cpu"))  # torch's threads stay
+    monkeypatch.setattr(sys, "argv", ["endurance.py", "--quick", "--out", str(tmp_path)])
+    with pytest.raises(SystemExit, match=r"Memory grew: a leak\."):
+        endurance.main()
+    assert json.loads((tmp_path / "endurance-cpu.json").read_text())["complete"]
+
+
+def test_what_stays_behind_is_growth(bench, tmp_path, report):
+    endurance, kept = bench("endurance"), []
+    samples = endurance.repeated(lambda: kept.append(torch.zeros(1)), 40, torch.device("cpu"), lambda done: None)
+    assert endurance.judged(samples)["grew"] == ["tensors"]
+    many = [endurance.Sample(solves, 100 * solves, 6, 512) for solves in range(0, 20001, 1000)]
+    row = endurance.judged(many)
+    assert row["grew"] == ["resident"] and row["bytes_a_solve"] == pytest.approx(100.0)
+    assert endurance.judged([each._replace(resident=50 * each.solves) for each in many])["grew"] == []
+    assert endurance.judged([*many[:-1], many[-1]._replace(allocated=1024)])["grew"] == ["resident", "allocated"]
+    result = {
+        "machine": MACHINE, "device": "cuda", "complete": True, "settings": {"warm_up": 0.25},
+        "rows": [{"gradient": "adjoint", "seconds": 2.0, **row}],
+    }  # fmt: skip
+    (tmp_path / "endurance-cuda.json").write_text(json.dumps(result))
+    block = report.block("endurance", tmp_path)
+    assert "memory grew: adjoint (resident memory)." in block and "+100.0 bytes a solve; 70 would" in block
+    assert "| adjoint | 20000 | 0.1 | 0.5 to 1.9 | +100.0 | 6 to 6 | 0.5 to 0.5 |" in block

@@ -1,0 +1,67 @@
+"""Tests of the tests: some of those that need a GPU pass on the CPU, by the shim. `make pretend-gpu` runs them all.
+
+A test that fails there is wrong by itself, and would have spent the first minutes on a GPU.
+"""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from shim.pretend_gpu import LEFT_OUT
+
+TESTS = Path(__file__).resolve().parents[1]
+
+# At least one of each kind; together they take ten seconds.
+SOME = """
+gpu/test_gpu.py::test_a_solve_without_gradients_is_that_of_the_cpu
+gpu/test_gpu.py::test_the_adjoint_s_gradients_for_state_times_and_parameters_are_those_of_the_cpu
+gpu/test_gpu.py::test_solves_on_two_streams_give_the_bits_of_the_default_stream_on_the_stream_that_is_current
+gpu/test_gpu.py::test_a_synchronisation_would_be_found
+gpu/test_gpu.py::test_a_step_of_the_backward_pass_synchronises_for_its_read_only[None]
+gpu/test_gpu.py::test_a_step_on_a_fixed_grid_never_synchronises
+gpu/test_gpu_graphs.py::test_every_explicit_method_takes_the_steps_of_the_host_loop_to_the_bit[dopri5-while]
+gpu/test_gpu_graphs.py::test_every_explicit_method_takes_the_steps_of_the_host_loop_to_the_bit[rk4-batches]
+gpu/test_gpu_graphs.py::test_a_deferred_solve_that_fails_gives_nan_and_check_raises[MAX_STEPS-while]
+gpu/test_gpu_graphs.py::test_a_field_that_draws_random_numbers_is_the_host_loop_s
+gpu/test_gpu_graphs.py::test_dropout_is_the_host_loop_s_in_training_and_captured_in_evaluation
+gpu/test_gpu_graphs.py::test_gradients_are_those_of_the_host_loop[of t-adjoint-while]
+gpu/test_gpu_graphs.py::test_gradients_are_those_of_the_host_loop[of t-discrete-while]
+gpu/test_gpu_graphs.py::test_gradients_are_those_of_the_host_loop[not of t-discrete, rk4-batches]
+gpu/test_gpu_graphs.py::test_gradients_of_a_tuple_and_of_many_outputs_are_those_of_the_host_loop[discrete-while]
+unit/test_odeint.py::test_a_gpu_gives_the_cpus_solution[mlp]
+compat/test_differences.py::test_times_on_another_device_are_no_warning
+unit/loop/test_dense.py::test_dense_output_stays_on_its_device
+""".strip().splitlines()
+
+
+@pytest.mark.slow
+def test_tests_that_need_a_gpu_pass_on_the_cpu(shim_library):
+    run = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "-q",
+        "-p",
+        "no:cacheprovider",
+        "-p",
+        "no:xdist",
+        "-m",
+        "gpu",
+        "--pretend-gpu",
+    ]
+    done = subprocess.run(
+        [*run, *(str(TESTS / name) for name in SOME)], cwd=TESTS.parent, capture_output=True, text=True, timeout=200
+    )
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 0 and re.match(r"\d+ passed in ", last), done.stdout + done.stderr
+
+
+def test_what_is_left_out_is_there():
+    """A test that was renamed would run and fail; one that was cut would stay in the list."""
+    with_marks = [text for path in TESTS.rglob("test_*.py") if "mark.gpu" in (text := path.read_text())]
+    names = [name for of_a_reason in LEFT_OUT.values() for name in of_a_reason]
+    assert [name for name in names if not any(f"def {name}(" in text for text in with_marks)] == []

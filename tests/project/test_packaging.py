@@ -1,0 +1,114 @@
+"""What a user installs is the package in the tree: complete, of one version, and no second torch."""
+
+from __future__ import annotations
+
+import email
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import node_cuda
+from node_cuda import __main__ as environment
+from node_cuda.extension import build
+
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib
+
+ROOT = Path(__file__).resolve().parents[2]
+PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+def names(requirements: list[str]) -> set[str]:
+    """The distributions that a list of requirement strings names."""
+    return {re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower() for requirement in requirements}
+
+
+@pytest.fixture(scope="module")
+def fresh_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The folder of a non-editable install, made from a copy so that no build folder is left in the tree."""
+    source = tmp_path_factory.mktemp("source")
+    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
+        shutil.copy(ROOT / name, source)
+    products = shutil.ignore_patterns("__pycache__", "*.so", build.NOTE)
+    shutil.copytree(ROOT / "node_cuda", source / "node_cuda", ignore=products)
+    shutil.copytree(ROOT / "csrc", source / "csrc")
+    target = tmp_path_factory.mktemp("target")
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "install", "--quiet"]
+    options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", str(target)]
+    pure = {**os.environ, "NODE_CUDA_BUILD": "python"}  # test_build.py has the other settings
+    done = subprocess.run([*pip, *options, str(source)], capture_output=True, text=True, env=pure)
+    assert done.returncode == 0, done.stderr
+    return target
+
+
+def metadata(installed: Path):
+    (folder,) = installed.glob("node_cuda-*.dist-info")
+    return email.message_from_string((folder / "METADATA").read_text())
+
+
+def test_an_install_holds_every_module_and_the_marker_of_its_types(fresh_install: Path) -> None:
+    def files(root: Path) -> set[str]:
+        found = {path.relative_to(root).as_posix() for path in root.rglob("*.py")}
+        return found | {path.relative_to(root).as_posix() for path in root.rglob("py.typed")}
+
+    shipped = files(fresh_install / "node_cuda")
+    assert shipped == files(ROOT / "node_cuda")
+    assert "py.typed" in shipped
+    assert {f"{name}/__init__.py" for name in ("gradients", "kernels", "methods")} <= shipped
+
+
+def test_an_install_brings_nothing_but_the_package(fresh_install: Path) -> None:
+    assert {path.name.split("-")[0] for path in fresh_install.iterdir()} == {"node_cuda"}
+
+
+def test_an_installed_package_solves_an_ode_outside_the_source_tree(fresh_install: Path) -> None:
+    code = (
+        "import math, torch, node_cuda\n"
+        f"assert node_cuda.__file__.startswith({str(fresh_install)!r}), node_cuda.__file__\n"
+        "y = node_cuda.odeint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))\n"
+        "print(abs(y[-1].item() - math.exp(-1)) < 1e-5)\n"
+    )
+    command = [sys.executable, "-c", f"import sys; sys.path.insert(0, {str(fresh_install)!r})\n{code}"]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=fresh_install)
+    assert done.stdout.strip() == "True", done.stdout + done.stderr
+
+
+def test_the_version_is_written_once(fresh_install: Path) -> None:
+    assert metadata(fresh_install)["Version"] == node_cuda.__version__
+    assert "version" not in PYPROJECT["project"]
+    assert f'"{node_cuda.__version__}"' not in (ROOT / "node_cuda" / "__init__.py").read_text()
+
+
+def test_the_changelog_names_the_version() -> None:
+    assert node_cuda.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_torch_is_a_dependency_but_not_a_build_requirement(fresh_install: Path) -> None:
+    assert "torch" not in names(PYPROJECT["build-system"]["requires"])
+    required = [row for row in metadata(fresh_install).get_all("Requires-Dist") if "extra ==" not in row]
+    assert names(required) == {"torch", "numpy", "scipy"}
+
+
+def test_the_torch_that_is_installed_satisfies_the_package() -> None:
+    (lowest,) = (row for row in PYPROJECT["project"]["dependencies"] if row.startswith("torch"))
+    assert torch.__version__.split("+")[0] >= torch.torch_version.TorchVersion(lowest.removeprefix("torch>="))
+
+
+def test_python_dash_m_node_cuda_names_versions_devices_and_the_live_path() -> None:
+    done = subprocess.run([sys.executable, "-m", "node_cuda"], capture_output=True, text=True, cwd=ROOT, check=True)
+    rows = [line.split(maxsplit=1) for line in done.stdout.splitlines()]
+    keys = [key for key, _ in rows]
+    assert keys[:3] == ["node_cuda", "python", "torch"]
+    assert "device" in keys
+    assert node_cuda.__version__ in done.stdout
+    assert torch.__version__ in done.stdout
+    assert environment.live_path().name in done.stdout
+    assert environment.live_path().why in done.stdout

@@ -1,0 +1,147 @@
+"""README.md says what is so: its example prints its comments, its tables are the registries, its links resolve."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from problems import F64, Counting, linspace
+
+from node_cuda import METHODS, TABLEAUS, solve
+from node_cuda.gradients.registry import GRADIENTS
+from node_cuda.methods.adams import MAX_ORDER, MIN_ORDER
+from node_cuda.options import AdamsOptions
+
+ROOT = Path(__file__).resolve().parents[2]
+PAGES = [ROOT / "README.md", ROOT / "docs" / "differences.md"]
+README = PAGES[0].read_text()
+EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
+
+
+def table(first: str) -> list[list[str]]:
+    """The body of the table whose first column has this heading: a list of cells a row."""
+    lines = README.splitlines()
+    start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
+    rows = []
+    for line in lines[start + 2 :]:
+        if not line.startswith("|"):
+            break
+        rows.append([cell.strip() for cell in line.strip("|").split("|")])
+    return rows
+
+
+METHOD_ROWS = {row[0]: row[1:] for row in table("name")}
+
+
+# ------------------------------------------------------------------ the examples
+def agrees(printed: str, promised: str) -> bool:
+    """The same words, and the same numbers to one unit of the last digit that is promised."""
+    if NUMBER.sub("#", printed).split() != NUMBER.sub("#", promised).split():
+        return False
+    pairs = zip(NUMBER.findall(printed), NUMBER.findall(promised), strict=True)
+    return all(abs(float(a) - float(b)) <= 1.01 * 10.0 ** -len(b.partition(".")[2]) * ("." in b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_an_example_prints_what_its_comments_say(example):
+    promised = re.findall(r"^print\(.*\) +# (.*)$", example, re.MULTILINE)
+    assert promised and len(promised) == example.count("print(")
+    printed = io.StringIO()
+    with contextlib.redirect_stdout(printed):
+        exec(example, {"__name__": "readme"})
+    lines = printed.getvalue().splitlines()
+    assert len(lines) == len(promised)
+    for line, promise in zip(lines, promised, strict=True):
+        assert agrees(line, promise), f"printed {line!r}, promised {promise!r}"
+
+
+def test_there_is_an_example_of_at_most_twelve_statements():
+    (example,) = EXAMPLES
+    assert len([line for line in example.splitlines() if line.strip() and "import" not in line]) <= 12
+
+
+# ------------------------------------------------------------------ the table of methods
+def test_the_table_lists_every_method_in_the_order_of_the_registry():
+    assert tuple(METHOD_ROWS) == METHODS
+
+
+@pytest.mark.parametrize("name", TABLEAUS)
+def test_a_row_of_the_table_is_what_the_tableau_says(name):
+    tableau = TABLEAUS[name]
+    order, embedded, stages, _, interpolant, kind = METHOD_ROWS[name]
+    assert order == str(tableau.order)
+    assert embedded == ("" if tableau.embedded_order is None else str(tableau.embedded_order))
+    assert stages == str(tableau.stages)
+    assert kind == ("adaptive" if tableau.adaptive else "fixed grid")
+    if not tableau.adaptive:
+        assert interpolant == "linear (cubic)"
+        return
+    accurate = tableau.accurate
+    if accurate is not None and accurate.extra:
+        assert interpolant == f"order {tableau.dense.order} (order {accurate.order}, {accurate.extra} extra)"
+    else:
+        assert interpolant == f"order {accurate.order} (torchdiffeq's: order {tableau.dense.order})"
+
+
+def evaluations_of_one_more_step(name: str) -> int:
+    """Measured as the difference of two solves that differ by a step."""
+
+    def nfe(steps: int) -> int:
+        func = Counting(lambda t, y: -y)
+        options = {"step_size": 0.125}
+        if name in TABLEAUS and TABLEAUS[name].adaptive:
+            options = {"first_step": 0.125, "min_step": 0.125, "max_step": 0.125}
+        result = solve(func, torch.ones(2, dtype=F64), linspace(0.0, 0.125 * steps, 2), method=name, options=options)
+        assert result.stats.accepted == steps and result.stats.rejected == 0
+        return func.nfe
+
+    return nfe(9) - nfe(8)
+
+
+@pytest.mark.parametrize("name", [name for name in METHODS if name != "scipy_solver"])
+def test_a_step_costs_the_evaluations_of_the_table(name):
+    low, _, high = METHOD_ROWS[name][3].partition(" to ")
+    assert int(low) <= evaluations_of_one_more_step(name) <= int(high or low)
+
+
+def test_the_rows_of_the_adams_methods_are_their_options():
+    assert METHOD_ROWS["explicit_adams"][0] == str(MIN_ORDER)
+    for name in ("implicit_adams", "fixed_adams"):
+        assert METHOD_ROWS[name][0] == f"up to {MAX_ORDER}"
+        assert METHOD_ROWS[name][3] == f"2 to {1 + AdamsOptions().max_iters}"
+    assert f"`max_order` ({MIN_ORDER} to {MAX_ORDER})" in README
+
+
+def test_the_table_of_gradient_modes_is_the_registry():
+    assert [row[0] for row in table("`gradient=`")] == [f'`"{name}"`' for name in GRADIENTS]
+
+
+# ------------------------------------------------------------------ what it points to
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links_resolve(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+
+
+def test_the_commands_are_targets_of_the_makefile():
+    makefile = (ROOT / "Makefile").read_text()
+    commands = re.findall(r"^    make (\w+)", README, re.MULTILINE)
+    assert commands
+    for target in commands:
+        assert re.search(rf"^{target}:", makefile, re.MULTILINE)
+
+
+def test_the_markers_are_those_that_the_report_fills(monkeypatch):
+    pytest.importorskip("rich")
+    monkeypatch.syspath_prepend(str(ROOT / "bench"))
+    import report
+
+    names = {found["name"] for found in report.BLOCK.finditer(README)}
+    assert names == {"memory-short", "speed-short"}
+    assert names <= set(report.BLOCKS)

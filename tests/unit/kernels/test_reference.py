@@ -1,0 +1,131 @@
+"""Rounding over many small steps: the error of single precision is that of adding exact increments, and no more.
+
+The error is that of float32 against float64 by the same method on the same grid, so nothing but rounding is in it.
+"""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from problems import F64
+
+import node_cuda
+from node_cuda import TABLEAUS, odeint, odeint_adjoint
+from node_cuda.kernels import reference
+
+STEPS = 1500
+MOST = 1.2  # times the error that torchdiffeq, or a sum of exact increments, has
+T = torch.tensor([0.0, 4.0], dtype=F64)
+Y0 = torch.linspace(2.0, 4.0, 64, dtype=F64)
+ADAMS = ("explicit_adams", "implicit_adams")
+
+
+def slow(t, y):
+    """Increments that are small beside y, and not whole numbers of units in its last place."""
+    return 0.2 + 0.05 * torch.sin(y)
+
+
+def steps_of(method):
+    return STEPS if method != "dopri8" else STEPS // 3  # which has three times as many stages
+
+
+def settings(method):
+    """The same small steps in either precision: loose tolerances, so that none is rejected."""
+    name = "max_step" if method in TABLEAUS and TABLEAUS[method].adaptive else "step_size"
+    order = dict(max_order=4) if method in ADAMS else {}
+    return dict(method=method, options={name: 4.0 / steps_of(method), **order}, rtol=1e-3, atol=1e-3)
+
+
+def error_of(solve, method):
+    """Root mean square over the state."""
+    wide = odeint(slow, Y0, T, **settings(method))[-1]
+    narrow = solve(slow, Y0.float(), T.float(), **settings(method))[-1]
+    return float((narrow.double() - wide).square().mean().sqrt())
+
+
+@functools.lru_cache
+def error_of_a_sum(steps):
+    """Of float32 that adds the exact increments of the steps, rounded: the least that steps can do."""
+    path = odeint(slow, Y0, torch.linspace(0.0, 4.0, steps + 1, dtype=F64), method="rk4").numpy()
+    y = path[0].astype(np.float32)
+    for increment in np.diff(path, axis=0):
+        y = y + increment.astype(np.float32)
+    return float(np.sqrt(np.mean((y - path[-1]) ** 2)))
+
+
+# Methods whose steps end by the same sum cannot round differently: one of each kind. What is left out has more than two
+# stages, and the end of one of its steps is looked at below.
+KINDS = [name for name, tableau in TABLEAUS.items() if tableau.stages <= 2] + ["rk4", "dopri5", "dopri8", *ADAMS]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("method", KINDS)
+def test_many_small_steps_round_as_a_sum_of_their_increments_and_as_torchdiffeqs(method, torchdiffeq):
+    error = error_of(odeint, method)
+    assert error <= MOST * error_of_a_sum(steps_of(method))
+    theirs = pytest.importorskip("torchdiffeq._impl.odeint").SOLVERS
+    if method in theirs and method != "tsit5":  # whose steps are wrong there
+        assert error <= MOST * error_of(torchdiffeq.odeint, method)
+
+
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_many_small_steps_by_the_kernels_round_as_in_plain_pytorch(method, shim):
+    settings_ = settings(method)
+    settings_["options"] = {name: 15.0 * value for name, value in settings_["options"].items()}
+    wide, plain = (odeint(slow, y, T.to(y.dtype), **settings_)[-1].double() for y in (Y0, Y0.float()))
+    with node_cuda.backend("fused"):
+        fused = odeint(slow, Y0.float(), T.float(), **settings_)[-1].double()
+    assert (fused - wide).square().mean() <= MOST**2 * (plain - wide).square().mean()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("method", [name for name, tableau in TABLEAUS.items() if tableau.stages > 2])
+def test_the_end_of_a_step_is_rounded_once_at_the_size_of_y(method, dtype):
+    b, h, wide = TABLEAUS[method].b_row, 2.0**-12, np.longdouble
+    y0 = torch.linspace(2.0, 3.9, 1001, dtype=dtype)
+    k = [torch.randn(1001, dtype=dtype) for _ in range(TABLEAUS[method].stages)]
+    exact = y0.numpy().astype(wide)
+    for j, weight in b:
+        exact = exact + wide(h) * wide(weight) * k[j].numpy().astype(wide)
+    ulp = 2 * torch.finfo(dtype).eps  # of a number in [2, 4)
+    error = np.abs(reference.combine(y0, k, b, h).numpy().astype(wide) - exact)
+    # Half a unit is the rounding of y; the increment is 2^-10 of y, and so are its roundings, some units each.
+    assert error.max() <= (0.5 + 0.05) * ulp
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+def test_the_gradient_of_a_parameter_rounds_once_a_step(gradient):
+    """y' = theta, L = y(1): dL/dtheta = sum h = 1."""
+    theta, steps = torch.ones(1, requires_grad=True), 1000
+    options = dict(step_size=1.0 / steps)
+    t = torch.tensor([0.0, 1.0], dtype=F64)
+    y = odeint_adjoint(
+        lambda t, y: theta.expand(1), torch.zeros(1), t, method="rk4", options=options, adjoint_params=(theta,),
+        gradient=gradient,
+    )  # fmt: skip
+    (found,) = torch.autograd.grad(y[-1].sum(), theta)
+    by_steps = abs(float(np.cumsum(np.full(steps, 1.0 / steps, dtype=np.float32))[-1]) - 1.0)
+    assert abs(float(found) - 1.0) <= MOST * by_steps
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun3", "rk4"])
+def test_an_event_on_a_grid_of_single_precision_is_where_torchdiffeq_finds_it(method, torchdiffeq):
+    """torchdiffeq's own test: y = 0.2 t + 3 reaches its value of t = 2.5556 by steps of 0.01."""
+
+    def constant(t, y):
+        return 0.2 + (y - (0.2 * t + 3.0)) ** 5
+
+    times = torch.linspace(1.0, 8.0, 10)
+    start, level = 0.2 * times[0] + 3.0, 0.2 * times[2] + 3.0
+
+    def error(solver):
+        event_t, _ = solver(
+            constant, start.reshape(1), times[:2], event_fn=lambda t, y: (y - level).sum(), method=method,
+            options=dict(step_size=0.01, interp="cubic"),
+        )  # fmt: skip
+        return abs(float(event_t - times[2]))
+
+    assert error(odeint) <= MOST * error(torchdiffeq.odeint)
