@@ -56,6 +56,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "unit/integrals/test_integral.py": ("integrals.regularized",),
     "unit/loop/test_events.py": ("event",),
     "unit/methods/test_explicit_rk.py": ("methods.step",),
+    "unit/methods/test_register.py": ("methods.order_conditions",),
     "unit/test_compiled.py": ("_eager",),
     "unit/test_odeint.py": ("loop.assemble", "loop.outputs", "loop.request", "options"),
     "unit/test_status.py": ("problem.problem",),

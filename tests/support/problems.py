@@ -11,10 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from node_cuda.methods.tableau import Tableau, row, rows
-
-
 from node_cuda import TABLEAUS
+from node_cuda.methods.tableau import Tableau, row, rows
 
 F64 = torch.float64
 State = Tensor | tuple[Tensor, ...]

@@ -18,7 +18,7 @@ import torch
 from problems import KUTTA3
 from rooted_trees import elementary_weights, trees
 
-from node_cuda.methods.tableau import DenseOutput, Row, Tableau, row, rows
+from node_cuda.methods.tableau import DenseOutput, Row, Tableau, rows
 from node_cuda.methods.tableaus import TABLEAUS
 from tools.continuous_extension import PLANS, extension
 
