@@ -1,4 +1,4 @@
-"""README.md and docs/extending.md say what is so: examples print their comments, tables are the registries, links resolve."""
+"""README.md and docs/extending.md say what is so: examples print their comments, tables are the registries, links work."""
 
 from __future__ import annotations
 
