@@ -1,4 +1,4 @@
-"""README.md and docs/extending.md say what is so: examples print their comments, tables are the registries, links work."""
+"""README.md and docs/extending.md say what is so: their examples print what their comments say, their links resolve."""
 
 from __future__ import annotations
 
