@@ -1,4 +1,4 @@
-"""README.md says what is so: its example prints its comments, its tables are the registries, its links resolve."""
+"""README.md and docs/extending.md say what is so: their examples print what their comments say, their links resolve."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ import contextlib
 import io
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,9 +18,8 @@ from node_cuda.methods.adams import MAX_ORDER, MIN_ORDER
 from node_cuda.options import AdamsOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", ROOT / "docs" / "differences.md"]
+PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
 README = PAGES[0].read_text()
-EXAMPLES = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 
@@ -47,9 +47,33 @@ def agrees(printed: str, promised: str) -> bool:
     return all(abs(float(a) - float(b)) <= 1.01 * 10.0 ** -len(b.partition(".")[2]) * ("." in b) for a, b in pairs)
 
 
-@pytest.mark.parametrize("example", EXAMPLES)
+def examples(page: str) -> list[str]:
+    """The blocks of Python of a page."""
+    return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
+
+
+@pytest.fixture
+def registry_put_back():
+    """An example may add a gradient mode or a method."""
+    registries: tuple[dict[str, Any], ...] = (GRADIENTS, TABLEAUS)
+    before = [dict(registry) for registry in registries]
+    yield
+    for registry, entries in zip(registries, before, strict=True):
+        registry.clear()
+        registry.update(entries)
+
+
+RUN = [
+    pytest.param(example, id=f"{page.rpartition('/')[2]}-{i}")
+    for page in ("README.md", "docs/extending.md")
+    for i, example in enumerate(examples(page))
+]
+
+
+@pytest.mark.usefixtures("registry_put_back")
+@pytest.mark.parametrize("example", RUN)
 def test_an_example_prints_what_its_comments_say(example):
-    promised = re.findall(r"^print\(.*\) +# (.*)$", example, re.MULTILINE)
+    promised = re.findall(r"^ *print\(.*\) +# (.*)$", example, re.MULTILINE)
     assert promised and len(promised) == example.count("print(")
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
@@ -61,7 +85,7 @@ def test_an_example_prints_what_its_comments_say(example):
 
 
 def test_there_is_an_example_of_at_most_twelve_statements():
-    (example,) = EXAMPLES
+    (example,) = examples("README.md")
     assert len([line for line in example.splitlines() if line.strip() and "import" not in line]) <= 12
 
 
@@ -118,7 +142,8 @@ def test_the_rows_of_the_adams_methods_are_their_options():
 
 
 def test_the_table_of_gradient_modes_is_the_registry():
-    assert [row[0] for row in table("`gradient=`")] == [f'`"{name}"`' for name in GRADIENTS]
+    rows = [row[0] for row in table("`gradient=`")]
+    assert sorted(rows) == sorted(f'`"{name}"`' for name in GRADIENTS)
 
 
 # ------------------------------------------------------------------ what it points to
