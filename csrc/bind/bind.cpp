@@ -113,6 +113,7 @@ py::dict build_info() {
 #ifdef NODE_CUDA_WITH_KERNELS
 void register_plan(py::module_& m);    // plan.cpp
 void register_graphs(py::module_& m);  // bind_graphs.cpp
+void register_structs(py::module_& m);  // bind_structs.cpp
 #endif
 
 }  // namespace node_cuda
@@ -121,6 +122,7 @@ PYBIND11_MODULE(TORCH_EXTENSION_NAME, m) {
   m.doc() = "The compiled part of node_cuda: fused CUDA kernels and what they were built with.";
   m.def("build_info", &node_cuda::build_info, "kernels, the torch it was built with, the CUDA runtime, archs");
 #ifdef NODE_CUDA_WITH_KERNELS
+  node_cuda::register_structs(m);
   node_cuda::register_launchers(m);
   node_cuda::register_plan(m);
   node_cuda::register_graphs(m);

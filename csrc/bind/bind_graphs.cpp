@@ -44,9 +44,7 @@ void register_graphs(py::module_& m) {
            Released())
       .def("record", [](Flag& flag, Address stream) { flag.record(at<cudaStream_t>(stream)); }, Released())
       .def("wait", &Flag::wait, Released())
-      .def("read", [](const Flag& flag) {  // struct ControllerState, as bytes
-        return py::bytes(reinterpret_cast<const char*>(&flag.read()), sizeof(ControllerState));
-      });
+      .def("read", [](const Flag& flag) { return ControllerState(flag.read()); });
   m.def(
       "replay",
       [](Address exec, int64_t times, const Stream& on) {

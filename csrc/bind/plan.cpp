@@ -252,14 +252,15 @@ class SolveContext {
     check(launch_advance_reverse(ctl_, at<StepLog>(tape), on_));
   }
 
-  // Where the solve stands, into host memory. Waits, and lets other threads of Python run meanwhile.
-  void read_control(Address host) {
+  // Where the solve stands, by way of host memory. Waits, and lets other threads of Python run meanwhile.
+  ControllerState read_control(Address host) {
     int code;
     {
       const py::gil_scoped_release released;
       code = node_cuda::read_control(at<ControllerState>(host), ctl_, on_);
     }
     check(code);
+    return *at<const ControllerState>(host);
   }
 
   void initial_norms(Address y0, Address f0) {

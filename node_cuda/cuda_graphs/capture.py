@@ -21,7 +21,8 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl, reading
+from node_cuda.kernels.control import DeviceStepControl
+from node_cuda.kernels.step_control import ControllerSnapshot
 
 TIERS = ("while", "batches")
 
@@ -312,7 +313,7 @@ class StatusReader:
     def answer(self) -> ControllerSnapshot:
         """Wait for it."""
         self._flag.wait()
-        return reading(self._flag.read())
+        return self._flag.read()
 
 
 class WhileLoop:

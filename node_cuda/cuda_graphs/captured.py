@@ -14,7 +14,8 @@ from torch import Tensor
 from node_cuda.cuda_graphs import capture
 from node_cuda.cuda_graphs.cache import evaluated_once
 from node_cuda.kernels.backend import module_for
-from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl, reading
+from node_cuda.kernels.control import DeviceStepControl
+from node_cuda.kernels.step_control import ControllerSnapshot
 from node_cuda.options import AdaptiveOptions, Common
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Pending, Stats
@@ -103,7 +104,7 @@ class PendingStatus(Pending):
         if self.state is not None:
             if self.stream is not None:
                 torch.cuda.current_stream(self.captured.device).wait_stream(self.stream)
-            return reading(self.state.cpu().numpy().data)
+            return self.control.snapshot_of(self.state)
         look = self.captured.recorder.look(self.control)
         look.ask()
         return look.answer()

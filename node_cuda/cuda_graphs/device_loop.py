@@ -17,11 +17,12 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
+from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import SavedIntegrands
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE, Interval
+from node_cuda.kernels.step_control import ControllerSnapshot
 from node_cuda.kernels.step_log import StepLog
 from node_cuda.loop.assemble import make_loop
 from node_cuda.loop.grids import GridSteps

@@ -12,8 +12,8 @@ from node_cuda.cuda_graphs.cache import captured_or_why, fallback_reason, key_of
 from node_cuda.cuda_graphs.captured import CapturedSolve, OnFinish, failure_of
 from node_cuda.cuda_graphs.device_loop import OutputLoop, release, set_apart
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
-from node_cuda.kernels.control import ControllerSnapshot
 from node_cuda.kernels.fused import Fused
+from node_cuda.kernels.step_control import ControllerSnapshot
 from node_cuda.loop.assemble import arithmetic_of, make_loop
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import solve_outputs
@@ -55,7 +55,7 @@ class CapturedForward(CapturedSolve):
         return self.loop.ys.clone()
 
 
-def solve_by_graphs(
+def try_captured(
     problem: Problem, method: Method, stats: Stats, why: str | None = None
 ) -> tuple[Tensor, Status] | None:
     """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why. why: what is known to

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.cache import fallback_reason
-from node_cuda.cuda_graphs.forward import solve_by_graphs
+from node_cuda.cuda_graphs.forward import try_captured
 from node_cuda.gradients.changed import LastStep
 from node_cuda.loop.assemble import find_event, make_loop
 from node_cuda.loop.outputs import solve_outputs
@@ -30,7 +30,7 @@ def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = 
         request.stats.why = fallback_reason(problem, method) if method.options.cuda_graph else None
         return solve_scipy(problem, method.options, request.stats)
     if method.options.cuda_graph:
-        done = solve_by_graphs(problem, method, request.stats, why)
+        done = try_captured(problem, method, request.stats, why)
         if done is not None:
             return done
     loop, interpolant = make_loop(problem, method, request.stats)

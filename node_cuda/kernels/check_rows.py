@@ -284,7 +284,7 @@ def _script(
     for call, (times, *flags) in zip(calls, expected, strict=True):
         if control is not None:
             call(control)
-            now = control.read()
+            now: Any = control.read()
             times = now.t0, now.t1, now.dt, now.proposal
             flags = now.accepted, now.status, now.active, now.jump, now.paused, now.next_output - now.first_output
         yield side.doubles(*times)
@@ -519,10 +519,11 @@ def _tape(side: Side) -> Iterator[Value]:
     lam, *gradients = side.take(3)
     rows = torch.stack(gradients)
     walk, solve = (side.arithmetic(x, times=times, direction=1.0) for x in (lam, lam[:1]))
-    tape, interpolant = StepLog(side.device, 4, first=0, carries=False), _polynomials(walk, 6, False)
+    interpolant = _polynomials(walk, 6, False)
+    tape = StepLog(solve.module, side.device, 4, first=0, carries=False) if isinstance(solve, Fused) else None
     control, back = _control(solve, ends=True, tape=tape), None
     steps = [(t0, t0 + 0.25, 0.25) for t0 in starts]
-    if control is not None:
+    if control is not None and tape is not None:
         control.start(0.0, 0.25)
         for _ in starts:
             control.judge_ratio(side.doubles(1.0))
@@ -533,7 +534,7 @@ def _tape(side: Side) -> Iterator[Value]:
     yield from (side.doubles(*step) for step in steps)
     for row, t0 in reversed(list(enumerate(starts))):
         at, given, now = walk.interval(t0, t0 + 0.25, 0.25), rows[: row == 0], (row, t0, t0, t0 + 0.25, int(row > 0))
-        if back is not None:
+        if back is not None and tape is not None:
             at, given = walk.current(), rows
             (time,) = walk.slots(at, (0.0,), HERE)
             back.load_step(tape, time)
@@ -541,7 +542,7 @@ def _tape(side: Side) -> Iterator[Value]:
         if not side.half:  # the kernels have no cotangents of outputs in half precision
             found = walk.dense_adjoint(interpolant, at, lam, 1, given)
             yield from (found.lam, found.start, *found.extra)
-        if back is not None:
+        if back is not None and tape is not None:
             back.advance_reverse(tape)
             now = *now, back.read().active
         yield from now

@@ -3,67 +3,17 @@
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from node_cuda.kernels.step_control import ControlSpec
+from node_cuda.kernels.step_control import ControllerSnapshot, ControlSpec
 from node_cuda.kernels.step_log import StepLog
 
-_LAYOUT = struct.Struct("=16d7q6i")  # struct ControllerState of csrc/control/control.h
 _MOST = 2**63 - 1
-_NON_FINITE = 2  # as in csrc/control/control.h
-_JUMP, _STATUS = 47, 48  # ControllerState.jump and .status, as the number of a word of four bytes
-
-
-class ControllerSnapshot(NamedTuple):
-    """Where a solve stands; the names are those of struct ControllerState.
-
-    `t0`, `t1`, `h`, `dt`: the step to be tried.
-    """
-
-    t0: float
-    t1: float
-    h: float
-    dt: float
-    last_t0: float
-    last_t1: float
-    last_h: float
-    last_dt: float
-    proposal: float
-    carried: float
-    ratio: float
-    history_0: float
-    history_1: float
-    direction: float
-    norm_0: float
-    norm_1: float
-    attempts: int
-    accepted: int
-    rejected: int
-    next_tstop: int
-    next_stop: int
-    first_output: int
-    next_output: int
-    accept: int
-    jump: int
-    status: int
-    active: int
-    finite: int
-    paused: int
-
-    @property
-    def gave_up(self) -> bool:
-        """The last attempt was not finite, and as small as a step may be: it counts as neither good nor bad."""
-        return self.status == _NON_FINITE and self.t0 + self.proposal > self.t0
-
-    @property
-    def never_began(self) -> bool:
-        """No first step could be chosen."""
-        return self.status == _NON_FINITE and self.proposal == 0.0 and self.accepted == self.rejected == 0
 
 
 class DeviceStepControl:
@@ -77,6 +27,7 @@ class DeviceStepControl:
 
     def __init__(
         self,
+        module: ModuleType,
         plan: Any,
         spec: ControlSpec,
         outputs: Tensor,
@@ -90,10 +41,10 @@ class DeviceStepControl:
         self.measures = measures
         self.reads = 0
         self._plan = plan
-        self._ctl = torch.empty(_LAYOUT.size, dtype=torch.uint8, device=device)
+        self._struct = module.ControllerState
+        self._ctl = torch.empty(self._struct.SIZE, dtype=torch.uint8, device=device)
         # Pinned: the copy of a pageable tensor goes through a buffer, and waits twice.
-        self._host = torch.empty(_LAYOUT.size, dtype=torch.uint8, device="cpu", pin_memory=device.type == "cuda")
-        self._bytes = self._host.numpy().data
+        self._host = torch.empty_like(self._ctl, device="cpu", pin_memory=device.type == "cuda")
         self._tstops = torch.tensor(list(spec.tstops), dtype=torch.float64, device=device)
         self._is_jump = torch.tensor([s in spec.jumps for s in spec.tstops], dtype=torch.uint8, device=device)
         self.stops = torch.tensor(list(spec.stops), dtype=torch.float64, device=device)
@@ -177,23 +128,22 @@ class DeviceStepControl:
     @property
     def jumped(self) -> Tensor:
         """Did the step judged last end at a discontinuity? 0-d, on the device."""
-        return self._ctl.view(torch.int32)[_JUMP] != 0
+        return self._ctl.view(torch.int32)[self._struct.JUMP_WORD] != 0
 
     @property
     def succeeded(self) -> Tensor:
         """Has nothing failed so far? 0-d, on the device."""
-        return self._ctl.view(torch.int32)[_STATUS] == 0
+        return self._ctl.view(torch.int32)[self._struct.STATUS_WORD] == 0
 
     def read(self) -> ControllerSnapshot:
         """Where the solve stands. The one host read of a step, and the one time that the host waits."""
         self.reads += 1
-        self._plan.read_control(self._host.data_ptr())
-        return reading(self._bytes)
+        return self._plan.read_control(self._host.data_ptr())
 
-
-def reading(state: bytes | memoryview) -> ControllerSnapshot:
-    """A copy of struct ControllerState as the host reads it."""
-    return ControllerSnapshot._make(_LAYOUT.unpack(state))
+    def snapshot_of(self, state: Tensor) -> ControllerSnapshot:
+        """What a copy of `state` says. One host read."""
+        on_host = state.cpu()
+        return self._struct.copy(on_host.data_ptr())
 
 
 def _array(x: Tensor) -> tuple[int, int]:

@@ -180,7 +180,7 @@ class Fused(Arithmetic):
             return super().control(spec)
         measures = self.norm.custom is None and spec.limit == math.inf
         outputs = self.device_times[1:]
-        return DeviceStepControl(self.plan, spec, outputs, measures=measures, pauses=pauses, tape=tape)
+        return DeviceStepControl(self.module, self.plan, spec, outputs, measures=measures, pauses=pauses, tape=tape)
 
     def control_step(
         self,
@@ -211,7 +211,9 @@ class Fused(Arithmetic):
         """Steps from point to point of a grid, on the device."""
         law = ControllerParams((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
         outputs = self.device_times[1:]
-        return DeviceStepControl(self.plan, ControlSpec(law, 1, ends=True), outputs, points, pauses=pauses, tape=tape)
+        return DeviceStepControl(
+            self.module, self.plan, ControlSpec(law, 1, ends=True), outputs, points, pauses=pauses, tape=tape
+        )
 
     def commit(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
         """to_i = source_i, if the step judged last was accepted. One launch."""

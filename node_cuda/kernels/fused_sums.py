@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Mapping, Sequence
 from types import ModuleType
 from typing import Any
@@ -14,8 +13,6 @@ from node_cuda.kernels.memory import address, resolved
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.kernels.sums import GradientAccumulator
-
-_PART = struct.Struct("=6q")  # struct Part of csrc/launchers.h
 
 
 class SavedIntegrands(list[Tensor]):
@@ -138,11 +135,9 @@ class FusedGradientAccumulator(GradientAccumulator):
         self, sums: Sequence[Tensor], errors: Sequence[Tensor], totals: Sequence[Tensor], codes: Sequence[int]
     ) -> tuple[Tensor, Any]:
         """The table of these buffers on the device, for tensors of these dtypes, and its plan."""
-        sizes, chunk, table = [x.numel() for x in sums], 0, bytearray()
-        for i, (x, size, code) in enumerate(zip(sums, sizes, codes, strict=True)):
-            error, total = (each[i].data_ptr() if each else 0 for each in (errors, totals))
-            table += _PART.pack(x.data_ptr(), error, total, size, chunk, code)
-            chunk += self._module.chunks_of(size)
+        sizes = [x.numel() for x in sums]
+        addresses = ([x.data_ptr() for x in each] for each in (sums, errors, totals))
+        table = bytearray(self._module.parts(*addresses, sizes, codes))
         parts = torch.frombuffer(table, dtype=torch.uint8).to(sums[0].device)
         return parts, self._module.SumsPlan(parts.data_ptr(), sizes, self._on)
 

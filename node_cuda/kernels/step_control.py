@@ -50,15 +50,52 @@ class ControlSpec(NamedTuple):
     rule: Rule | None = None
 
 
-class StepControl:
-    """Where a solve stands, and the step to be tried: from t0 to t1, of size h. The names are those of
-    `control.ControllerSnapshot`.
+class ControllerSnapshot(Protocol):
+    """Where a solve stands: `StepControl` itself, or a copy of struct ControllerState of csrc/control/control.h.
 
-    outputs: ascending, the start not among them. proposal: the step before it was cut. status: a value of `Status`.
-    reads: host reads since they were last counted. measures: it can choose the first step.
+    t0, t1, h: the step to be tried. last_*: the step judged last. proposal: the step before it was cut. status: a value
+    of `Status`. paused, gave_up, never_began: of a solve on the device; it waits at an output; its last attempt was
+    neither accepted nor rejected; it found no first step.
+    """
+
+    t0: float
+    t1: float
+    h: float
+    last_t0: float
+    last_t1: float
+    last_h: float
+    proposal: float
+    carried: float
+    ratio: float
+    history: tuple[float, float]
+    norm_0: float
+    norm_1: float
+    attempts: int
+    accepted: int
+    rejected: int
+    next_tstop: int
+    next_stop: int
+    first_output: int
+    next_output: int
+    accept: bool
+    jump: bool
+    status: int
+    active: bool
+    finite: bool
+    paused: bool
+    gave_up: bool
+    never_began: bool
+
+
+class StepControl:
+    """Where a solve stands, as `ControllerSnapshot`, and what moves it.
+
+    outputs: ascending, the start not among them. reads: host reads since they were last counted. measures: it can
+    choose the first step.
     """
 
     measures = True
+    paused = gave_up = never_began = False
 
     def __init__(self, spec: ControlSpec, norm: ErrorNorm, outputs: Sequence[float] = ()) -> None:
         self.law, self.rule = spec.law, spec.rule
@@ -69,7 +106,7 @@ class StepControl:
         self.reads = 0
         self.start(0.0, None)
 
-    def read(self) -> StepControl:
+    def read(self) -> ControllerSnapshot:
         """Where the solve stands."""
         return self
 

@@ -6,14 +6,10 @@ one tensor, `capacity` of them and one more for what is not kept.
 
 from __future__ import annotations
 
-import struct
+from types import ModuleType
 
 import torch
 from torch import Tensor
-
-_LAYOUT = struct.Struct("=2q2i3q2i")  # struct StepLog of csrc/control/tape.h
-_RECORDED = struct.Struct("=4d2q2i")  # struct Recorded
-_SLOT, _ROW = 4, 5  # StepLog.slot and StepLog.row, as numbers of words of eight bytes
 
 
 class StepLog:
@@ -23,18 +19,19 @@ class StepLog:
     the other steps are carried on from the step before, but beyond jumps; else they take place as the first one's.
     """
 
-    def __init__(self, device: torch.device, capacity: int, *, first: int, carries: bool) -> None:
+    def __init__(self, module: ModuleType, device: torch.device, capacity: int, *, first: int, carries: bool) -> None:
         if capacity < 1:
             raise ValueError(f"a tape has room for at least one step; got {capacity}")
         self.capacity = capacity
-        self._steps = torch.zeros(capacity * _RECORDED.size, dtype=torch.uint8, device=device)
-        # As start_control leaves it.
-        content = bytearray(_LAYOUT.pack(self._steps.data_ptr(), capacity, first, carries, 0, capacity, 0, 0, 0))
+        self._module = module
+        self._size = module.RECORDED_SIZE
+        self._steps = torch.zeros(capacity * self._size, dtype=torch.uint8, device=device)
+        content = bytearray(module.step_log(self._steps.data_ptr(), capacity, first, carries))
         self._struct = torch.frombuffer(content, dtype=torch.uint8).to(device, copy=True)
-        words = self._struct.view(torch.int64)
-        self.slot = words[_SLOT : _SLOT + 1]
+        words, slot, row = self._struct.view(torch.int64), module.STEP_LOG_SLOT, module.STEP_LOG_ROW
+        self.slot = words[slot : slot + 1]
         """The row for the state that the step judged last began with; `capacity` for one that is not kept."""
-        self.row = words[_ROW : _ROW + 1]
+        self.row = words[row : row + 1]
         """The number of the step taken back last, and the row of the state that it began with."""
 
     @property
@@ -45,9 +42,9 @@ class StepLog:
     def memory(self, count: int | None) -> list[Tensor]:
         """The tensors that say what is on it, as far as so many steps need them; None: all."""
         used = self.capacity if count is None else count
-        return [self._struct, self._steps[: used * _RECORDED.size]]
+        return [self._struct, self._steps[: used * self._size]]
 
     def read(self, count: int) -> list[tuple[float, float, float, int]]:
         """(t0, t1, h, begins) of the first steps on it. One host read."""
-        content = self._steps[: count * _RECORDED.size].cpu().numpy().tobytes()
-        return [(t0, t1, h, begins) for t0, t1, h, _, _, _, begins, _ in _RECORDED.iter_unpack(content)]
+        content = self._steps[: count * self._size].cpu()
+        return self._module.recorded_steps(content.data_ptr(), count)

@@ -16,10 +16,10 @@ from torch import Tensor
 from node_cuda._torch_modes import recorded, refuse_batched
 from node_cuda.controllers import Controller, OnHost, controller, runs_on_host
 from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm
-from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
+from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import HERE
-from node_cuda.kernels.step_control import ControlSpec, StepControl
+from node_cuda.kernels.step_control import ControllerSnapshot, ControlSpec, StepControl
 from node_cuda.kernels.step_log import StepLog
 from node_cuda.methods.step import ProposedStep, Step
 from node_cuda.options import AdaptiveOptions, times_option
@@ -176,7 +176,7 @@ class AdaptiveSteps:
         z = arithmetic.rk_stage(arithmetic.stage(((0, 1.0),), 1.0, HERE), at, y, [f0], t)
         return arithmetic.as_contiguous(self.problem.field(t, z).detach())
 
-    def _read(self, control: StepControl | DeviceStepControl) -> StepControl | ControllerSnapshot:
+    def _read(self, control: StepControl | DeviceStepControl) -> ControllerSnapshot:
         self.now = control.read()
         self.stats.host_reads += control.reads
         control.reads = 0

@@ -21,6 +21,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 from problems import F64, MLP, as_tuple, linspace
+from shim.graphs import numbers_of
 from shim.pretend_gpu import CUDA
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -43,7 +44,7 @@ from node_cuda import (
     solve,
 )
 from node_cuda.kernels import backend as dispatch
-from node_cuda.kernels.control import ControllerSnapshot, DeviceStepControl
+from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import FusedGradientAccumulator
 from node_cuda.kernels.norms import ErrorNorm
@@ -1681,7 +1682,7 @@ class Bits(NamedTuple):
     moves that bit rarely."""
 
     outcome: Outcome
-    readings: list[ControllerSnapshot]
+    readings: list[dict[str, Any]]
     norms_of_parameters: list[float]
 
 
@@ -1689,13 +1690,14 @@ class Bits(NamedTuple):
 def large(monkeypatch):
     """Solves states and parameters of several blocks and chunks, in segments, with rejected steps; and backwards."""
     n = 9001
-    readings: list[ControllerSnapshot] = []
+    readings: list[dict[str, Any]] = []
     norms: list[float] = []
     read, ratio = DeviceStepControl.read, FusedGradientAccumulator.device_ratio
 
     def reading(self):
-        readings.append(read(self))
-        return readings[-1]
+        now = read(self)
+        readings.append(numbers_of(now))
+        return now
 
     def norm(self, given):
         for i in range(12):

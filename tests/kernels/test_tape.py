@@ -7,14 +7,16 @@ from __future__ import annotations
 
 import math
 import shutil
+import struct
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import pytest
 import torch
 from problems import F64, TimedLinear, linspace
-from shim.graphs import GraphCache
+from shim.graphs import GraphCache, numbers_of
 from torch import Tensor
 
 import node_cuda
@@ -28,7 +30,7 @@ from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import ControllerParams, DenseCotangents
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock, Interval
 from node_cuda.kernels.step_control import ControlSpec
-from node_cuda.kernels.step_log import _LAYOUT, _RECORDED, StepLog
+from node_cuda.kernels.step_log import StepLog
 from node_cuda.loop.assemble import arithmetic_of, make_loop
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import solve_outputs
@@ -44,6 +46,8 @@ CPU = torch.device("cpu")
 LAW = Controller(keep=True).law(5, AdaptiveOptions())
 GOOD, BAD = (torch.tensor([ratio], dtype=F64) for ratio in (0.5, 2.0))
 STREAM, DEVICE = 77, 1
+LAYOUT = struct.Struct("=2q2i3q2i")  # struct StepLog of csrc/control/tape.h
+RECORDED = struct.Struct("=4d2q2i")  # struct Recorded
 
 
 @pytest.fixture
@@ -55,6 +59,12 @@ def control(shim_module) -> Callable[..., DeviceStepControl]:
         return fused.control(ControlSpec(law, 5, ends=bool(outputs)), tape=tape)
 
     return make
+
+
+@pytest.fixture
+def step_log(shim_module) -> Callable[..., StepLog]:
+    """Makes a tape."""
+    return partial(StepLog, shim_module, CPU)
 
 
 def walk_in(control: Callable[..., DeviceStepControl], tape: StepLog, **given) -> DeviceStepControl:
@@ -89,22 +99,22 @@ class Recorded(NamedTuple):
 
 def read_tape(tape: StepLog) -> tuple[int, list[Recorded]]:
     """How many steps were accepted, and those that were recorded."""
-    count = _LAYOUT.unpack(tape._struct.numpy().tobytes())[4]
-    steps = _RECORDED.iter_unpack(tape._steps.numpy().tobytes())
+    count = LAYOUT.unpack(tape._struct.numpy().tobytes())[4]
+    steps = RECORDED.iter_unpack(tape._steps.numpy().tobytes())
     return count, [Recorded(*step) for step in steps][:count]
 
 
 # --- what is kept ------------------------------------------------------------------------------------------------
 
 
-def test_a_tape_without_room_is_refused():
+def test_a_tape_without_room_is_refused(step_log):
     with pytest.raises(ValueError, match="at least one step; got 0"):
-        StepLog(CPU, 0, first=0, carries=True)
+        step_log(0, first=0, carries=True)
 
 
 @pytest.mark.parametrize("capacity", [3, 8])
-def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(control, capacity):
-    tape = StepLog(CPU, capacity, first=1, carries=True)
+def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(control, capacity, step_log):
+    tape = step_log(capacity, first=1, carries=True)
     solve = control(outputs=[1.0], tape=tape)
     solve.start(0.0, 0.25)
     assert tape.slot.item() == capacity
@@ -120,8 +130,8 @@ def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(c
     assert (read_tape(tape)[0], int(tape.slot)) == (0, capacity)
 
 
-def test_a_step_that_fails_is_not_recorded(control):
-    tape = StepLog(CPU, 8, first=0, carries=True)
+def test_a_step_that_fails_is_not_recorded(control, step_log):
+    tape = step_log(8, first=0, carries=True)
     law = LAW._replace(min_step=0.5)  # so that it is accepted whatever its error
     solve = control(law, outputs=[1.0], tape=tape)
     solve.start(0.0, 0.5)
@@ -158,10 +168,10 @@ def solved(y0: Tensor, t: Tensor, method: str, options: dict, capacity: int) -> 
         trajectory = Trajectory.of(host, host.stepper, None, None)  # pyright: ignore[reportArgumentType]
         solve_outputs(host, interpolant, False)
         inside = host.selector.starts_at_jump if parsed.adaptive else bool(options.get("perturb"))
-        tape = StepLog(CPU, capacity, first=int(inside), carries=parsed.adaptive)
         own = set_apart(problem)
         fused = arithmetic_of(own)
         assert isinstance(fused, Fused)
+        tape = StepLog(fused.module, CPU, capacity, first=int(inside), carries=parsed.adaptive)
         loop = OutputLoop(own, parsed, fused, points=points, tape=tape)
         states = torch.full((capacity + 1, *y0.shape), math.nan, dtype=y0.dtype)
         loop.begin()
@@ -271,17 +281,18 @@ def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, 
     walk.load_step(device.tape, time.fill_(7.0))  # behind the end
     walk.advance_reverse(device.tape)
     now = walk.read()
-    assert now == before._replace(accept=0, first_output=now.next_output) and time == 7.0
+    expected = {**numbers_of(before), "accept": 0, "first_output": now.next_output}
+    assert numbers_of(now) == expected and time == 7.0
     assert device.tape.row.item() == 0
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(control, dtype, direction):
+def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(control, dtype, direction, step_log):
     points = torch.tensor([-3.1, -1.0, 0.0, 1 / 3, 1.0, 2.0, 100.1], dtype=F64)
     clock, time = Clock(direction, dtype, CPU), torch.zeros((), dtype=dtype)
     for first, carries in ((HERE, False), (JUST_AFTER, False), (JUST_AFTER, True)):
-        tape = StepLog(CPU, 6, first=first, carries=carries)
+        tape = step_log(6, first=first, carries=carries)
         grid_solve(control, tape, points, direction=direction)
         walk = walk_in(control, tape, direction=direction, dtype=dtype)
         for n in reversed(range(6)):
@@ -294,8 +305,8 @@ def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(control, dtype,
             assert torch.equal(time, clock.at_nodes(at, (node,), side)[0])
 
 
-def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(control):
-    points, tape = torch.arange(12.0, dtype=F64), StepLog(CPU, 4, first=0, carries=False)
+def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(control, step_log):
+    points, tape = torch.arange(12.0, dtype=F64), step_log(4, first=0, carries=False)
     grid_solve(control, tape, points)
     walk, time = walk_in(control, tape), torch.full((), 7.0, dtype=F64)
     walk.load_step(tape, time)
@@ -308,23 +319,23 @@ def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(control):
     assert (walk.read().active, walk.read().status) == (1, 0)
 
 
-def test_a_solve_without_a_step_has_nothing_to_take_back(control):
-    tape = StepLog(CPU, 4, first=0, carries=True)
+def test_a_solve_without_a_step_has_nothing_to_take_back(control, step_log):
+    tape = step_log(4, first=0, carries=True)
     walk = walk_in(control, tape)
     walk.load_step(tape)
     assert (walk.read().active, walk.read().status, int(tape.row)) == (0, 0, 0)
 
 
-def test_a_dtype_that_there_is_not_is_refused(shim_module, control):
-    tape = StepLog(CPU, 4, first=0, carries=True)
+def test_a_dtype_that_there_is_not_is_refused(shim_module, control, step_log):
+    tape = step_log(4, first=0, carries=True)
     with pytest.raises(RuntimeError, match="load_step failed"):
         shim_module.load_step(9, control().address, tape.address, 0, (0, 0))
 
 
-def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_module, control):
+def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_module, control, step_log):
     graphs, on = GraphCache(shim_library), (STREAM, DEVICE)
     graphs.reset()
-    points, tape = torch.arange(9.0, dtype=F64) / 4, StepLog(CPU, 8, first=1, carries=True)
+    points, tape = torch.arange(9.0, dtype=F64) / 4, step_log(8, first=1, carries=True)
     grid_solve(control, tape, points, outputs=[0.6, 2.0])
     walk, time, rows = control(on=on), torch.zeros((), dtype=F64), torch.zeros(2, dtype=torch.int64)
     walk.start(0.0, None)

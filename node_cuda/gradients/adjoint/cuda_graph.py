@@ -23,8 +23,8 @@ from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSolve, Found
 from node_cuda.gradients.leaves import with_leaves
 from node_cuda.gradients.reached import UsedParameters
-from node_cuda.kernels.control import ControllerSnapshot
 from node_cuda.kernels.fused import Fused, can_sum
+from node_cuda.kernels.step_control import ControllerSnapshot
 from node_cuda.loop.grids import grid_of
 from node_cuda.options import FixedOptions
 from node_cuda.solution import Stats
@@ -144,7 +144,7 @@ class CapturedAdjoint(CapturedSolve):
         return counted
 
 
-def solve_by_graphs(
+def try_captured(
     backward: Backward, used: UsedParameters, stats: Stats, why: str | None, *, timed: bool
 ) -> Found | None:
     """As `BackwardSolve.run`, or None where that is to do it: then `stats.why_backward` says why. why: what is known

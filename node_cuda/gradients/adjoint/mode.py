@@ -18,7 +18,7 @@ from node_cuda._typing import EventFunc
 from node_cuda.gradients import forward
 from node_cuda.gradients.adjoint.autonomy import ignores_time
 from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSettings, BackwardSolve, Found
-from node_cuda.gradients.adjoint.cuda_graph import solve_by_graphs
+from node_cuda.gradients.adjoint.cuda_graph import try_captured
 from node_cuda.gradients.adjoint.norm import chosen_norm
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison, Evaluated, LastStep
@@ -119,7 +119,7 @@ class _AdjointSolve(DifferentiableSolve):
     def _by_graphs(self, backward: Backward, used: UsedParameters, wants_t: bool) -> Found | None:
         if not backward.method.options.cuda_graph:
             return None
-        return solve_by_graphs(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
+        return try_captured(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
 
 
 def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:

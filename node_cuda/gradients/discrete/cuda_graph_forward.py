@@ -67,7 +67,7 @@ class CapturedRecording(CapturedForward):
     ) -> OutputLoop:
         """See `CapturedForward`."""
         first, carries = _first_stages(problem, method)
-        tape = StepLog(problem.y0.device, self.capacity, first=first, carries=carries)
+        tape = StepLog(arithmetic.module, problem.y0.device, self.capacity, first=first, carries=carries)
         return RecordingLoop(problem, method, arithmetic, points, tape)
 
     def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
@@ -135,7 +135,7 @@ class SavedTrajectory:
         return [*loop.tape.memory(self.count), loop.states[: self.count]]
 
 
-def solve_recorded(request: SolveSpec, why: str | None) -> tuple[Tensor, Status, SavedTrajectory] | None:
+def try_captured(request: SolveSpec, why: str | None) -> tuple[Tensor, Status, SavedTrajectory] | None:
     """The forward solve by graphs, or None where that is the host loop's: then `stats.why` says why."""
     problem, method, stats = request.problem, request.method, request.stats
     why = why or fallback_reason(problem, method)

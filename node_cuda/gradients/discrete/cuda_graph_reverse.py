@@ -22,10 +22,10 @@ from node_cuda.gradients.discrete.step_adjoint import Cotangent, Outputs, StageT
 from node_cuda.gradients.discrete.trajectory import State, StepRecord
 from node_cuda.gradients.leaves import with_leaves
 from node_cuda.gradients.reached import UsedParameters
-from node_cuda.kernels.control import ControllerSnapshot
 from node_cuda.kernels.fused import Fused
 from node_cuda.kernels.fused_sums import FusedGradientAccumulator
 from node_cuda.kernels.stage_times import HERE
+from node_cuda.kernels.step_control import ControllerSnapshot
 from node_cuda.loop.assemble import arithmetic_of
 from node_cuda.methods.registry import Method
 from node_cuda.options import Common
@@ -143,7 +143,7 @@ class CapturedReversePass(CapturedSolve):
         return counted
 
 
-def reverse_by_graphs(
+def try_captured(
     record: SavedTrajectory,
     problem: Problem,
     method: Method,

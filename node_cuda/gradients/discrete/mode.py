@@ -20,9 +20,9 @@ from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison
+from node_cuda.gradients.discrete import cuda_graph_forward, cuda_graph_reverse
 from node_cuda.gradients.discrete.checkpoints import slots_for
-from node_cuda.gradients.discrete.cuda_graph_forward import SavedTrajectory, solve_recorded, why_not_recorded
-from node_cuda.gradients.discrete.cuda_graph_reverse import reverse_by_graphs
+from node_cuda.gradients.discrete.cuda_graph_forward import SavedTrajectory, why_not_recorded
 from node_cuda.gradients.discrete.step_adjoint import (
     Cotangent,
     Evaluation,
@@ -95,7 +95,7 @@ class _DiscreteSolve(DifferentiableSolve):
         problem, method, stats = request.problem, request.method, request.stats
         endless = self.event_fn is not None
         if method.options.cuda_graph:
-            recorded = solve_recorded(request, self._why_not_recorded(request))
+            recorded = cuda_graph_forward.try_captured(request, self._why_not_recorded(request))
             if recorded is not None:
                 ys, self.status, self.record = recorded
                 self.times = problem.times
@@ -187,7 +187,9 @@ class _DiscreteSolve(DifferentiableSolve):
         if self.status not in (Status.SUCCESS, Status.PENDING):
             why = "the solve did not reach its end"
         method, params, stats = self._request.method, saved.params, self.stats
-        found = reverse_by_graphs(record, problem, method, self.form, grad_ys, params, reached, stats, why)
+        found = cuda_graph_reverse.try_captured(
+            record, problem, method, self.form, grad_ys, params, reached, stats, why
+        )
         if found is None:
             return None
         lam, of_params = found

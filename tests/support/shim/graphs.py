@@ -7,12 +7,18 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from ctypes import CDLL, c_char_p, c_int, c_int64, c_uint64, c_void_p
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from shim.library import Launch
 from torch import Tensor
 
 from node_cuda.kernels.fused import DTYPES
+
+
+def numbers_of(state: Any) -> dict[str, Any]:
+    """The fields of a struct ControllerState by name, to be compared."""
+    return {name: getattr(state, name) for name in dir(state) if name.islower() and name[0] != "_" and name != "copy"}
+
 
 NODE_TYPES = {
     "kernel": 0x00,
