@@ -551,9 +551,7 @@ def test_a_solve_inside_a_graph_of_the_user_s_is_refused_before_func_is_evaluate
 
 def test_deferred_without_cuda_graph_is_refused():
     for options in (dict(throw="deferred"), dict(throw="deferred", cuda_graph=False)):
-        with pytest.raises(
-            InvalidInput, match=r'"deferred" is for solves that the host does not follow.*cuda_graph=True'
-        ):
+        with pytest.raises(InvalidInput, match=r'"deferred" is only for solves in a CUDA graph.*cuda_graph=True'):
             solve(decay, Y, T, options=options)
     with pytest.raises(InvalidInput, match="must be True, False or \"deferred\"; got 'later'"):
         solve(decay, Y, T, options=dict(throw="later", cuda_graph=True))

@@ -687,7 +687,7 @@ def test_the_entry_of_a_running_process_is_no_death_and_that_of_a_dead_one_is_fo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert takes_kernels()  # float64 passed
-        with pytest.raises(RuntimeWarning, match=f"checked combine in float32 did not survive it. .*rm {entry}"):
+        with pytest.raises(RuntimeWarning, match=f"died while it checked combine in float32. .*rm {entry}"):
             run(torch.float32)
         assert not takes_kernels(torch.float32)
     assert checks == [torch.float64]  # and nothing was run
@@ -710,7 +710,7 @@ def test_an_error_that_ruins_the_device_is_told_and_left_for_the_next_process(
             run()
     (entry,) = tmp_path.iterdir()
     unchecked(shim_module)
-    with pytest.warns(RuntimeWarning, match=f"checked combine in float64 did not survive it. .*rm {entry}"):
+    with pytest.warns(RuntimeWarning, match=f"died while it checked combine in float64. .*rm {entry}"):
         run()
     assert checks == [torch.float64]
 
@@ -750,7 +750,7 @@ def test_the_report_runs_what_can_be_run_and_says_how_to_run_the_rest(unchecked,
     (entry,) = tmp_path.iterdir()
     (_, (_, passed), (_, not_run)) = self_check.survey(shim_module, CPU)
     assert passed == "passed"
-    assert not_run.endswith(f"not run: a process that checked combine in float16 did not survive it; to check it "
+    assert not_run.endswith(f"not run: a process died while it checked combine in float16; to check it "
                             f"again: rm {entry}")  # fmt: skip
 
 
