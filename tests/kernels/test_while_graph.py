@@ -254,7 +254,7 @@ def test_a_plan_without_step_control_has_no_step_of_its_own(shim, module):
         (["wait", "kernel", "record", "record"], "1 wait for an event, 2 records of events"),
         (["alloc", "kernel", "free"], "1 allocation of memory, 1 release of memory"),
         (["signal", "semaphore"], "1 signal to a semaphore, 1 wait for a semaphore"),
-        (["conditional", "conditional"], "2 branches or loops of its own"),
+        (["conditional", "conditional"], "2 branches or loops"),
         (["unheard of"], "1 node of an unknown kind"),
     ],
 )
