@@ -316,7 +316,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   CALL(cudaEventRecord);
   NEED(events.count(event), cudaErrorInvalidResourceHandle);
   Stream& s = stream_of(stream);
-  if (s.capture != nullptr) return spoil(s);  // a capture by this shim
+  if (s.capture != nullptr) return spoil(s);  // not supported by this shim
   event->stream = stream;
   return shim::submit(stream, {cudaGraphNodeTypeEventRecord,
                                [done = event->done, number = ++event->recorded] { *done = number; }, nullptr});
