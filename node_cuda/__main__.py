@@ -32,7 +32,7 @@ def live_path() -> LivePath:
     try:
         return _live_path()
     except Exception as error:  # a broken driver or module becomes a line of the report
-        return LivePath(REFERENCE, f"the kernels cannot be asked for ({error})", build.COMMAND)
+        return LivePath(REFERENCE, f"the search for the kernels failed ({error})", build.COMMAND)
 
 
 def _live_path() -> LivePath:
@@ -73,7 +73,7 @@ def devices() -> list[str]:
             facts = f"compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
             lines.append(f"cuda:{index}: {gpu.name}, {facts}")
     except (RuntimeError, AssertionError) as error:  # a broken driver must not hide the rest of the report
-        lines.append(f"cuda: cannot be asked ({error})")
+        lines.append(f"cuda: the query failed ({error})")
     return lines
 
 

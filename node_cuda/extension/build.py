@@ -85,7 +85,7 @@ def sources(csrc: Path, kernels: bool) -> list[str]:
         # torch's build names an object file after its source: without the folder on first use, without the suffix in
         # pip.
         same = ", ".join(path.relative_to(csrc).as_posix() for path in paths if path.stem in twice)
-        raise BuildError(f"sources in csrc/ share a name, whatever their folder and suffix: {same}. Rename one of them")
+        raise BuildError(f"sources in csrc/ share a name (without folder and suffix): {same}. Rename one of them")
     return [str(path) for path in paths]
 
 

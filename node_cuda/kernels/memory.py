@@ -22,7 +22,7 @@ def address(x: Tensor, what: str) -> int:
     where = x.data_ptr()
     if where == 0 and x.numel():
         raise InvalidField(
-            f"{what} is a {type(x).__name__} without memory of its own, which the kernels cannot read. Use plain "
+            f"{what} is a {type(x).__name__} without memory, which the kernels cannot read. Use plain "
             'tensors, or solve inside `node_cuda.backend("reference")`.'
         )
     return where

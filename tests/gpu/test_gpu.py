@@ -219,7 +219,7 @@ def inside_steps(number: int) -> Tensor:
 def trace(call: Callable[[], Any], folder: Path) -> list[dict[str, Any]]:
     """Return what the GPU did in the second of two calls: kernels, copies and fills, as named by the profiler."""
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
-        pytest.skip("torch.profiler cannot look at the GPU here")
+        pytest.skip("torch.profiler cannot observe the GPU here")
     call()
     torch.cuda.synchronize()
     with warnings.catch_warnings():

@@ -804,7 +804,7 @@ def calls_of_a_deferred_step() -> dict[str, Any]:
     The profiler may crash: CUPTI did so once with such loops (pytorch issue 134308).
     """
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
-        return {"skip": "torch.profiler cannot look at the GPU here"}
+        return {"skip": "torch.profiler cannot observe the GPU here"}
     net = NeuralODE(Wave(), options=dict(cuda_graph=True, throw="deferred"), **LOOSE).to(CUDA)
     y0 = state().to(CUDA).requires_grad_()
 

@@ -1,6 +1,6 @@
 """The cache of captured solves: what is reused, what is captured again, and what runs on the host, with the reason.
 
-A replacement for CUDA graphs captures (test_device_loop.py). The tests look at `count`, the number of captures.
+The fixture `eager` replaces CUDA graphs. The tests check `count`, the number of captures.
 unit/cuda_graphs/test_fingerprint.py tests that changes are noticed.
 """
 
@@ -490,7 +490,7 @@ def test_a_deferred_solve_reads_nothing_before_check():
     for name in ("accepted", "rejected", "nfe"):
         assert getattr(solution.stats, name) == getattr(expected.stats, name)
     reads = solution.stats.host_reads
-    assert solution.check().stats.host_reads == reads, "nothing is left to look at"
+    assert solution.check().stats.host_reads == reads, "nothing is left to read"
 
 
 @torch.no_grad()

@@ -465,10 +465,10 @@ ENDINGS = {
     ),
     "NaN later": Ending(broken, Status.NON_FINITE, dict(dfactor=0.05)),
     "NaN later, in a norm of the user's": Ending(broken, Status.NON_FINITE, dict(norm=largest, dfactor=0.05)),
-    "the field is infinite behind its start": Ending(
+    "the field is infinite after its start": Ending(
         lambda t, y: torch.where(t > 0, y / 0.0, -y), Status.STEP_UNDERFLOW, {}
     ),
-    "the field is infinite behind its start, in a norm of the user's": Ending(
+    "the field is infinite after its start, in a norm of the user": Ending(
         lambda t, y: torch.where(t > 0, y / 0.0, -y), Status.STEP_UNDERFLOW, dict(norm=largest)
     ),
     "NaN in a step of min_step": Ending(broken, Status.NON_FINITE, dict(min_step=0.05)),
@@ -1609,7 +1609,7 @@ def test_a_failed_launch_is_named_and_the_next_solve_works(shim, monkeypatch, na
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, failing)
-        with pytest.raises(RuntimeError, match=f"node_cuda: {name} failed: cudaErrorOfTheShim: as a test asked for"):
+        with pytest.raises(RuntimeError, match=f"node_cuda: {name} failed: cudaErrorOfTheShim: as the test requests"):
             train()
     assert_same_bits(train(), expected)
 

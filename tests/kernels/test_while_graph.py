@@ -59,7 +59,7 @@ def shim(shim_library, module, monkeypatch) -> Iterator[GraphCache]:
     gc.collect()
     found = graphs.lib.shim_complaints().decode(), graphs.lib.shim_leaks() - before, graphs.lib.shim_device()
     graphs.reset()
-    assert found == ("", 0, 0), "complaints, objects left behind, the current device"
+    assert found == ("", 0, 0), "complaints, objects that were not freed, the current device"
 
 
 class CapturedSolve:

@@ -160,7 +160,7 @@ void run(const CUgraph_st& graph, CUgraphExec_st& exec, std::mt19937_64& random)
       const int64_t& goes_on = exec.conditions.at(node->condition).value;
       for (int64_t rounds = 0; goes_on != 0; ++rounds) {
         if (goes_on < 0) {
-          complain("a loop begins and nobody has set its condition");
+          complain("a loop begins before its condition was set");
           break;
         }
         if (rounds == shim::most_rounds) {
@@ -300,7 +300,7 @@ cudaError_t cudaFreeHost(void* memory) {
   NEED(host_memory.erase(memory) == 1, cudaErrorInvalidValue);
   for (const auto& [_, stream] : streams)
     for (const shim::Work& work : stream.queue)
-      if (work.writes == memory) complain("host memory is freed while a copy to it is on its way");
+      if (work.writes == memory) complain("host memory is freed during a copy to it");
   std::free(memory);
   return cudaSuccess;
 }
@@ -328,7 +328,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   NO_CAPTURE();
   while (*event->done != event->recorded)
     if (!shim::progress(event->stream)) {
-      complain("an event is waited for that will never come");
+      complain("a wait for an event that will never happen");
       break;
     }
   return cudaSuccess;
@@ -336,7 +336,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   CALL(cudaEventDestroy);
-  if (events.erase(event) == 0) complain("an event is destroyed that is none");
+  if (events.erase(event) == 0) complain("an event is destroyed that does not exist");
   else delete event;
   return cudaSuccess;
 }
@@ -381,7 +381,7 @@ cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags) {
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   CALL(cudaGraphDestroy);
   if (owned_graphs.erase(graph) == 0) {
-    complain("a graph is destroyed that is none, or not the caller's");
+    complain("a graph is destroyed that does not exist or that the caller does not own");
     return failed(cudaErrorInvalidValue);
   }
   delete graph;
@@ -518,7 +518,7 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   NO_CAPTURE();
   const auto found = execs.find(exec);
   if (found == execs.end()) {
-    complain("an executable graph is destroyed that is none");
+    complain("an executable graph is destroyed that does not exist");
     return failed(cudaErrorInvalidValue);
   }
   if (graphs.count(exec->of)) exec->of->instantiated = false;
@@ -528,6 +528,6 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
 
 void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value) {
   if (running == nullptr || running->conditions.count(handle) == 0)
-    return complain("a condition is set that is not of the graph that runs");
+    return complain("the condition of another graph is set");
   running->conditions[handle].value = value;
 }

@@ -76,7 +76,7 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheShim"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "as a test asked for"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "as the test requests"; }
 
 // --- threads and blocks ----------------------------------------------------------------------------------------
 
