@@ -88,14 +88,16 @@ class Fused(Arithmetic):
         return Interval(unknown, unknown, unknown, unknown, unknown, self.plan.current())
 
     def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """One launch. It avoids a copy from the host, which would wait."""
+        """Return the 0-d tensors t at these nodes. One launch, without a copy from the host, which would wait."""
         slots = torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
         self.plan.stage_times(self.native(at), nodes, side, [t.data_ptr() for t in slots])
         return slots
 
     def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """No launch. Where autograd records, plain PyTorch computes the stages and fills no slots, so one launch fills
-        them here."""
+        """Return the same tensors, not filled: `rk_stage` and `rk_finish` fill them. No launch.
+
+        Where autograd records, plain PyTorch computes the stages and fills no slots. Then one launch fills them here.
+        """
         if torch.is_grad_enabled():
             return self.times(at, nodes, side)
         return torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
@@ -119,7 +121,7 @@ class Fused(Arithmetic):
         return self._stages[key]
 
     def rk_stage(self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor) -> Tensor:
-        """One launch."""
+        """Return z = y0 + dt sum_j a_j k_j, and write its time into t. One launch."""
         if stage.native is None or _recorded(at, y0, k):
             self._fill(stage, at, t)
             return super().rk_stage(stage, at, y0, k, t)
@@ -132,7 +134,7 @@ class Fused(Arithmetic):
     def rk_finish(
         self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """One launch."""
+        """Return y1 = y0 + dt sum_j b_j k_j and the partial error, and write the time of y1 into t. One launch."""
         if stage.native is None or _recorded(at, y0, k):
             if t is not None:
                 self._fill(stage, at, t)
@@ -156,7 +158,7 @@ class Fused(Arithmetic):
             self.plan.stage_times(at.native, (stage.node,), stage.side, [t.data_ptr()])
 
     def combine(self, y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
-        """One launch."""
+        """Return y0 + h sum_j a_j k_j for coefficients that differ in each step. One launch."""
         terms = [(k[j], a) for j, a in row if isinstance(a, Tensor) or a != 0.0]
         tensors = [x for x, _ in terms]
         weights = [a for _, a in terms]
@@ -193,7 +195,10 @@ class Fused(Arithmetic):
         y1: Tensor,
         errors: ErrorTerm | None,
     ) -> None:
-        """One launch and no read. A norm of the user needs more launches; a rule of the user needs one read."""
+        """Judge the step by the norm of its error, and choose the next step. One launch and no read.
+
+        A norm of the user needs more launches; a rule of the user needs one read.
+        """
         if isinstance(control, StepControl):
             return super().control_step(control, at, error, last, y0, y1, errors)
         custom = self.norm.custom
@@ -272,7 +277,7 @@ class Fused(Arithmetic):
         first: int,
         out: Tensor,
     ) -> None:
-        """One launch for any number of outputs."""
+        """Write the outputs from index `first` on into the rows of `out`. One launch for any number of outputs."""
         if polynomials.native is None or at.taped:
             return super().dense_outputs(polynomials, at, y0, y1, k, first, out)
         _written(out)
@@ -300,7 +305,7 @@ class Fused(Arithmetic):
     def adjoint_stage(
         self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None
     ) -> Tensor:
-        """One launch for every MAX_TERMS terms."""
+        """Return kappa = base + dt sum_j a_j x_j. One launch for every MAX_TERMS terms."""
         where = self.module.ONE if at is None else self.native(at)
         terms, most = [(v, a) for v, a in zip(x, row, strict=True) if a != 0.0], self.module.MAX_TERMS
         out = torch.empty_like(x[0])
@@ -313,8 +318,10 @@ class Fused(Arithmetic):
     def dense_adjoint(
         self, polynomials: Polynomials, at: Interval, lam: Tensor, first: int, gradients: Tensor
     ) -> DenseCotangents:
-        """One launch for any number of outputs. With the current step the kernel finds the outputs in it among all
-        rows."""
+        """Return the cotangents that the outputs in a step give. One launch for any number of outputs.
+
+        With the current step the kernel finds the outputs in it among all rows.
+        """
         if polynomials.native is None or self.acc_dtype != self.dtype:
             return super().dense_adjoint(polynomials, at, lam, first, gradients)
         lam, gradients = self.as_contiguous(lam), self.as_contiguous(gradients)
@@ -332,7 +339,7 @@ class Fused(Arithmetic):
         return DenseCotangents(out[0], out[1], out[2:])
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
-        """One launch."""
+        """Return [f, -vjp], the flat derivative of [y, a]. One launch."""
         f, vjp = self.as_contiguous(f), None if vjp is None else self.as_contiguous(vjp)
         row = f.new_empty(2 * f.numel())
         self.module.pack_adjoint(
@@ -341,7 +348,7 @@ class Fused(Arithmetic):
         return row
 
     def real_dot(self, g: Tensor, f: Tensor) -> Tensor:
-        """One launch; computed in double."""
+        """Return Re sum conj(g) f, computed in double. One launch."""
         dot = torch.empty((), dtype=torch.float64, device=self.device)
         g, f, n = self.as_contiguous(g), self.as_contiguous(f), g.numel()
         if self._dot_workspace is None:

@@ -55,7 +55,8 @@ class FusedGradientAccumulator(GradientAccumulator):
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
-        """One launch; two if one of the sums starts and the other continues."""
+        """Add weighted tensors to the sum of this step and to its error. One launch; two if only one of the sums starts
+        here."""
         plan, given = (self._of_kept, tensors) if isinstance(tensors, SavedIntegrands) else self._laid_out(tensors)
         error_weight = error_weight if self.with_error else 0.0
         where = self._module.ONE if at is None else at.native
@@ -72,14 +73,14 @@ class FusedGradientAccumulator(GradientAccumulator):
         return super().scaled_errors(norm) if self._has_sum and self._has_error else []
 
     def device_ratio(self, norm: ErrorNorm) -> Tensor | None:
-        """One launch."""
+        """Return the largest rms of the scaled errors, on the device. One launch."""
         if not (self._has_sum and self._has_error):
             return None
         self._plan.ratio(norm.rtol, norm.atol, self._workspace.data_ptr(), self._ratio.data_ptr())
         return self._ratio
 
     def commit(self) -> None:
-        """One launch."""
+        """Add the sum of the accepted step to the total. One launch."""
         self._next = None
         if self._has_sum:
             self._plan.commit(self._module.ONE)

@@ -37,7 +37,7 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     start = y0.float() if half else y0
     first, pivot = row[0]
     scale: Any = h * pivot
-    if isinstance(scale, Tensor):  # autograd records h, where a weight may be zero, so no division by a_0
+    if isinstance(scale, Tensor):  # autograd records h; here a weight may be zero, so there is no division by a_0
         acc = start + h * functools.reduce(torch.add, (a * k[j].to(start.dtype) for j, a in row))
         return acc.to(y0.dtype) if out is None else out.copy_(acc)
     sum_ = k[first].float() if half else k[first]

@@ -1,4 +1,4 @@
-"""The loop over steps on the host. Every solve on the host uses it.
+"""The only loop over steps on the host.
 
     propose, attempt, judge, move
 

@@ -32,7 +32,8 @@ class ScipySolve:
     """One call of solve_ivp from the problem's first time to its last. Supports complex and flattened states."""
 
     def __init__(self, problem: Problem, options: ScipyOptions, stats: Stats) -> None:
-        from scipy.integrate import solve_ivp  # importing it takes as long as half of this package
+        # imported here, because it would take half of the time to import this package
+        from scipy.integrate import solve_ivp
 
         _refuse_transforms(problem.t, problem.y0)
         self.problem = problem
