@@ -152,7 +152,8 @@ def _check(options: Common) -> None:
     checks = getattr(options, "event_checks", 0)
     if isinstance(checks, bool) or not isinstance(checks, int) or checks < 0:
         raise InvalidInput(
-            f'options["event_checks"] must be a number of points inside a step, 0 or more; got {checks!r}. Use 8, say.'
+            f'options["event_checks"] must be a number of points inside a step, 0 or more; got {checks!r}. Use 8 for '
+            "example."
         )
     if not isinstance(options.clip, bool):
         raise InvalidType(

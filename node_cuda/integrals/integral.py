@@ -81,7 +81,7 @@ class Integral(AugmentedField):
         if not callable(integral):
             raise InvalidType(
                 f"integral must be callable as integral(t, y, dy); got a {type(integral).__name__}. Use "
-                "`lambda t, y, dy: dy.square().sum()`, say."
+                "`lambda t, y, dy: dy.square().sum()`, for example."
             )
         y0 = problem.y0
         with torch.no_grad():

@@ -118,7 +118,7 @@ def regularized(
         raise InvalidType(f"func must be callable as func(t, y), without a penalty; got one that is {got}.")
     for name, weight in (("kinetic", kinetic), ("jacobian", jacobian)):
         if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise InvalidInput(f"{name} must be a number that is not negative; got {weight!r:.60}. Use 0.01, say.")
+            raise InvalidInput(f"{name} must be a number, not negative; got {weight!r:.60}. Use for example 0.01.")
     if not (kinetic or jacobian):
         raise InvalidInput("regularized needs a weight; got kinetic=0 and jacobian=0. Use kinetic=0.01, or func.")
     if isinstance(noise, str) and noise not in NOISES:

@@ -61,7 +61,7 @@ def endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[
     if options.step_size is None:
         raise InvalidInput(
             "Event handling for fixed step solvers requires `step_size`; got none. "
-            "Use options=dict(step_size=0.01), say."
+            "Use for example options=dict(step_size=0.01)."
         )
     start, step = problem.times[0], options.step_size
     return (start + i * step for i in itertools.count()), problem.t[:1] if recorded(problem.t) else None

@@ -103,7 +103,9 @@ def make_problem(
         None if norm is None else lambda scaled, _: norm(layout.unflatten(scaled)),
     )
     if _is_zero(error_norm.rtol) and _is_zero(error_norm.atol):
-        raise InvalidInput("rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use `rtol=1e-12`, say.")
+        raise InvalidInput(
+            "rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use for example `rtol=1e-12`."
+        )
     bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
     return Problem(
         func=func,
@@ -179,7 +181,7 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
         if value.dtype is torch.bool:
             raise InvalidType(
                 "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
-                "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
+                "`y[0] - 1.0`, for example, in the place of `y[0] > 1.0`."
             )
         return value
 
@@ -233,7 +235,7 @@ def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
         try:
             tol = torch.as_tensor(tol, dtype=flat.dtype.to_real())
         except (TypeError, ValueError, RuntimeError):
-            raise InvalidType(f"{name} must be a number or a tensor; got {tol!r:.60}. Use 1e-6, say.") from None
+            raise InvalidType(f"{name} must be a number or a tensor; got {tol!r:.60}. Use for example 1e-6.") from None
     if isinstance(tol, Tensor) and tol.requires_grad:
         raise InvalidInput(
             f"{name} cannot require gradient, but the tensor that was given does. Pass `{name}.detach()`."
