@@ -1,15 +1,15 @@
-# `make test` proves it, `make bench` shows it; each makes .venv on its first run. `make help` lists the rest.
+# `make test` runs all checks, `make bench` the main benchmark. Each makes .venv on its first run. `make help` lists all targets.
 
 # The interpreter that makes .venv.
 PYTHON ?= python3
 VENV ?= .venv
 
-# What pip installs where there is no torch yet: a version that this package was tested with, so that a clone of today and one of
-# next year run the same. Another one: `make clean`, then `make test TORCH=torch==2.11.0`. pip's own settings choose the build; the
-# small CPU-only one: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
+# The torch that pip installs if there is none yet. The version is fixed to one that this package was tested with, so that later
+# clones run the same. For another version: `make clean`, then `make test TORCH=torch==2.11.0`. pip's own settings choose the build.
+# For the small CPU-only build: PIP_EXTRA_INDEX_URL=https://download.pytorch.org/whl/cpu make test
 TORCH ?= torch==2.13.0
 
-# Test processes; `auto` is one a core.
+# The number of test processes; `auto` is one for each core.
 WORKERS ?= auto
 
 PY := $(VENV)/bin/python
@@ -19,32 +19,32 @@ INSTALLED := $(VENV)/.installed
 .DELETE_ON_ERROR:
 .PHONY: help install test test-fast pretend-gpu lint types format bench clean
 
-help:  ## this list
+help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
-install: $(INSTALLED)  ## .venv with torch (kept where there is one already), the package (editable) and all it needs here
+install: $(INSTALLED)  ## make .venv with torch (an installed torch is kept), the package (editable) and what its tests need
 
-test: lint types  ## ruff, pyright, then the tests
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)  # one torch thread a process: the processes already fill the cores
+test: lint types  ## run ruff, pyright, then the tests
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS)  # one torch thread for each process: the processes already use all cores
 
-test-fast: $(INSTALLED)  ## the unit tests that are quick and compile nothing
+test-fast: $(INSTALLED)  ## run the fast unit tests, which compile nothing
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m 'not compiler and not slow' tests/unit
 
-pretend-gpu: $(INSTALLED)  ## tests of the tests: those that need a GPU, on the CPU
+pretend-gpu: $(INSTALLED)  ## run the tests that need a GPU on the CPU, to find errors in the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m gpu --pretend-gpu
 
-lint: $(INSTALLED)  ## ruff: mistakes and layout
+lint: $(INSTALLED)  ## run ruff: errors and layout
 	$(PY) -m ruff check .
 	$(PY) -m ruff format --check .
 
-types: $(INSTALLED)  ## pyright
+types: $(INSTALLED)  ## run pyright
 	$(PY) -m pyright --pythonpath $(PY)
 
-format: $(INSTALLED)  ## let ruff mend what it can
+format: $(INSTALLED)  ## let ruff fix what it can
 	$(PY) -m ruff check --fix .
 	$(PY) -m ruff format .
 
-bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and time against the number of steps: some four minutes
+bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and time for several numbers of steps: about four minutes
 	$(PY) bench/memory_vs_steps.py
 
 clean:  ## remove .venv, builds and caches
@@ -52,8 +52,8 @@ clean:  ## remove .venv, builds and caches
 	rm -f node_cuda/_C.*.so node_cuda/_build.json
 	find node_cuda tests bench -name __pycache__ -prune -exec rm -rf {} +
 
-# A torch that $(PYTHON) can import (a container's, conda's, an active virtual environment's) is used as it is: .venv then looks
-# there for what it does not have itself. `venv --system-site-packages` would pass over an active virtual environment.
+# If $(PYTHON) can import torch (in a container, conda or an active virtual environment), .venv uses that torch: it then searches
+# those folders for packages that it does not have. `venv --system-site-packages` would ignore an active virtual environment.
 $(PY):
 	$(PYTHON) -m venv $(VENV)
 	@if folders=$$($(PYTHON) -c 'import sys, torch; print(*[p for p in sys.path if p.endswith("-packages")], sep="\n")' 2>/dev/null); then \
@@ -61,11 +61,11 @@ $(PY):
 		echo "using the torch of $(PYTHON)"; \
 	fi
 
-# A second run starts at once: the stamp is older only if what it was made from has changed.
+# A second run starts at once: make repeats this only after a change of one of these files.
 $(INSTALLED): pyproject.toml setup.py node_cuda/_version.py node_cuda/extension/build.py $(shell find csrc) | $(PY)
 	@$(PY) -c 'import torch' 2>/dev/null || { echo 'installing $(TORCH)'; $(PY) -m pip install '$(TORCH)'; }
-	@echo "installing node_cuda and what its tests and benchmarks need"
+	@echo "installing node_cuda and the packages for its tests and benchmarks"
 	@$(PY) -m pip install --quiet 'setuptools>=77' ninja
 	@$(PY) -m pip install --quiet --no-build-isolation --editable '.[test,bench]'
 	@touch $@
-	@$(PY) -m node_cuda  # pip hides what the build said
+	@$(PY) -m node_cuda  # pip hides the output of the build

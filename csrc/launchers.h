@@ -1,9 +1,9 @@
-// Every launcher, as bind.cpp and the tests see them: plain C++ and raw pointers, nothing of CUDA or Python.
+// Every launcher, for bind.cpp and the tests: plain C++ and raw pointers, without CUDA or Python types.
 //
 // A launcher returns a cudaError_t as int, 0 for success; failed_op() then names what failed. It restores the current
-// device, does not synchronise and allocates nothing. Tensors are contiguous, of `dtype` and `n` elements where
-// nothing else is said; dtype is a Dtype, of the state. All pointers to data point to device memory; pointers to
-// structs, and arrays of pointers and coefficients, are host memory that is read before the launcher returns.
+// device, does not synchronise and allocates nothing. Tensors are contiguous and have `dtype` and `n` elements unless
+// stated otherwise; dtype is a Dtype, that of the state. All pointers to data point to device memory. Pointers to
+// structs, and arrays of pointers and coefficients, point to host memory that is read before the launcher returns.
 //
 // acc: float for half and bfloat16, else the state's dtype. real: the state's real dtype.
 #pragma once
@@ -15,63 +15,64 @@ namespace node_cuda {
 
 enum Dtype : int { FLOAT = 0, DOUBLE = 1, HALF = 2, BFLOAT16 = 3, COMPLEX_FLOAT = 4, COMPLEX_DOUBLE = 5 };
 
-constexpr int MAX_TERMS = 20;     // non-zero coefficients in a row
-constexpr int MAX_DEGREE = 8;     // of a dense output's polynomials
+constexpr int MAX_TERMS = 20;     // nonzero coefficients in a row
+constexpr int MAX_DEGREE = 8;     // of the polynomials of a dense output
 constexpr int MAX_SLOTS = 32;     // times in one launch_stage_time
 constexpr int MAX_COPIES = 8;     // pairs in one launch_commit
-constexpr int MAX_POINTERS = 448; // tensors in one launch of accumulate; longer lists take several
+constexpr int MAX_POINTERS = 448; // tensors in one launch of accumulate; longer lists need several
 
-// Where a kernel runs.
+// The stream and device that a kernel runs on.
 struct Launch {
   void* stream;
   int32_t device;
   int32_t unused;
 };
 
-// Which step: ctl->next (dense_eval: ctl->last) in device memory, or `at` where ctl is null (fixed grids, old steps).
-// With a ctl that is not active the kernel does nothing.
+// The step: ctl->next (dense_eval: ctl->last) in device memory, or `at` if ctl is null (fixed grids, old steps). If a
+// ctl is not active the kernel does nothing.
 struct StepRef {
   const ControllerState* ctl;
   Interval at;
-  double direction;  // where ctl is null
+  double direction;  // used if ctl is null
 };
 
-// A 0-d tensor of the real dtype that gets a stage's time, in the user's time: direction * (t0 + c h), t1 for c == 1.
-// side: -1: for c == 1 the number before t1, +1: for c == 0 the number after t0 (the step's inside), 0: neither.
+// A 0-d tensor of the real dtype for a stage's time, in the user's time: direction * (t0 + c h), t1 for c == 1. side:
+// -1: for c == 1 the number before t1, +1: for c == 0 the number after t0 (inside the step), 0: neither.
 struct Slot {
   void* time;  // null: nothing is written
   double c;
   int64_t side;
 };
 
-// Numbers, or one number an element (of the real dtype) where the pointer is not null.
+// Numbers, or one number for each element (of the real dtype) if the pointer is not null.
 struct Tolerance {
   double rtol, atol;
   const void* rtol_each;
   const void* atol_each;
 };
 
-// The parts of a flat state that are measured apart: their ends, ascending, the last one n. A count of 1 needs none.
+// The segments of a flat state that have a norm each: their ends, ascending, the last one n. A count of 1 needs no
+// ends.
 struct Segments {
   int64_t count;
   const int64_t* ends;       // device memory
   const int64_t* host_ends;  // the same, on the host
 };
 
-// What the last block of a reduction does with the norm.
+// The use of the norm in the last block of a reduction.
 struct Finish {
   double* result;        // gets the norm; may be null
-  ControllerState* ctl;              // not null: step_control with the largest of the norm and `also`
+  ControllerState* ctl;              // not null: run step_control with the largest of the norm and `also`
   const double* also;    // further norms, already computed
   int64_t also_count;
   ControllerParams law;
 };
 
-// One tensor of the list that accumulate works on, in device memory. dtype: of x; the sums are acc of it.
+// One tensor of the list for accumulate, in device memory. dtype: of x; the sums are acc of it.
 struct Part {
-  void* sum;           // this step's
-  void* error;         // this step's error, null: none
-  void* total;         // what accepted steps gave; null: for accumulate alone
+  void* sum;           // of this step
+  void* error;         // the error of this step, null: none
+  void* total;         // the sum over accepted steps; null: for accumulate alone
   int64_t size;
   int64_t first_chunk; // the sum of chunks_of(size) over the tensors before this one
   int64_t dtype;
@@ -83,65 +84,65 @@ extern "C" {
 
 const char* failed_op();
 
-// Bytes of workspace that the reductions of this size want: zeroed once, then owned by one stream's launches.
+// Bytes of workspace that reductions of this size need. It must be zeroed once, and then be used by one stream only.
 int64_t reduce_workspace(int64_t n, const Segments* segments);
 int64_t sums_workspace(int64_t chunks);
 // Chunks of a tensor of `size` elements in a list of Parts.
 int64_t chunks_of(int64_t size);
 
-// z = y0 + dt sum_j a_j k_j over `count` non-zero coefficients (0: z = y0), and the stage's time.
+// z = y0 + dt sum_j a_j k_j over `count` nonzero coefficients (0: z = y0), and the stage's time.
 int launch_rk_stage(int dtype, int64_t n, void* z, const void* y0, int count, const void* const* k, const double* a,
                     const StepRef* where, const Slot* slot, Launch on);
-// y1 = y0 + dt sum_j b_j k_j and error = dt sum_j e_j k_j (acc; null: none); k are those with b_j or e_j not zero.
+// y1 = y0 + dt sum_j b_j k_j and error = dt sum_j e_j k_j (acc; null: none); k are those with nonzero b_j or e_j.
 int launch_rk_finish(int dtype, int64_t n, void* y1, void* error, const void* y0, int count, const void* const* k,
                      const double* b, const double* e, const StepRef* where, const Slot* slot, Launch on);
-// The times of stages, without a stage.
+// Only the times of stages.
 int launch_stage_time(int dtype, int count, const Slot* slots, const StepRef* where, Launch on);
 // max over segments of rms |error + dt e_last k_last| / (atol + rtol max(|y0|, |y1|)); last may be null.
 int launch_error_ratio(int dtype, int64_t n, const void* error, const void* last, double e_last, const void* y0,
                        const void* y1, const Tolerance* tolerance, const Segments* segments, void* workspace,
                        const StepRef* where, const Finish* finish, Launch on);
-// The same quotient element by element, of acc, for a user's own norm. out may be error.
+// The same quotient for each element, of acc, for a norm of the user. out may be error.
 int launch_scaled_error(int dtype, int64_t n, void* out, const void* error, const void* last, double e_last,
                         const void* y0, const void* y1, const Tolerance* tolerance, const StepRef* where, Launch on);
 // step_control with the largest of `count` ratios in device memory.
 int launch_step_control(ControllerState* ctl, const ControllerParams* law, const double* ratios, int64_t count, Launch on);
-// start_control: also the only thing that makes a ControllerState. t0: in device memory, null: it is t0_otherwise.
+// start_control: the only launcher that makes a ControllerState. t0: in device memory, null: use t0_otherwise.
 int launch_start_control(ControllerState* ctl, const ControllerParams* law, double direction, const double* t0, double t0_otherwise, double h,
                          Launch on);
 int launch_grid_control(ControllerState* ctl, const ControllerParams* law, const double* points, int64_t count, Launch on);
-// Go on where the loop pauses at an output; points null: by the error.
+// Continues a loop that pauses at an output; points null: by the error.
 int launch_resume(ControllerState* ctl, const ControllerParams* law, const double* points, int64_t count, Launch on);
-// Where the walk back over a tape begins: behind the last step. ctl, the walk's own: active if there is a step to take
-// back; not active, and its status RECORD_FULL, if the tape does not have all steps.
+// Starts the reverse pass over a tape, after its last step. ctl belongs to the reverse pass. It is active if there is a
+// step to reverse. If the tape does not have all steps, it is not active and its status is RECORD_FULL.
 int launch_begin_reverse(ControllerState* ctl, StepLog* tape, Launch on);
-// The step before the one taken back last becomes the current one of the walk's ctl, as good as judged; tape->row is
-// its number. time: a 0-d tensor of the real dtype that gets the time of its first stage (null: nothing is written).
-// Does nothing if ctl is not active.
+// Loads the step before the one that was reversed last: it becomes the current step of the reverse pass's ctl, as if
+// just judged; tape->row is its number. time: a 0-d tensor of the real dtype for the time of its first stage (null:
+// nothing is written). Does nothing if ctl is not active.
 int launch_load_step(int dtype, ControllerState* ctl, StepLog* tape, void* time, Launch on);
-// The walk goes on: ctl stays active while there are steps before the one taken back last.
+// Advances the reverse pass: ctl stays active while there are steps before the one that was reversed last.
 int launch_advance_reverse(ControllerState* ctl, const StepLog* tape, Launch on);
-// The one call that waits: ctl as all launches of the stream before leave it, into (pinned) host memory.
+// The only call that waits: copies ctl, after all earlier launches of the stream, into (pinned) host memory.
 int read_control(ControllerState* host, const ControllerState* ctl, Launch on);
-// d0 = |y0 / scale|, d1 = |f0 / scale|, scale = atol + rtol |y0|: into norms[0..1] (may be null), then initial_probe of
-// ctl (may be null), whose step rk_stage([f0], {1}, c = 1, side = 0) then takes.
+// d0 = |y0 / scale|, d1 = |f0 / scale|, scale = atol + rtol |y0|, written to norms[0..1] (may be null). Then
+// initial_probe of ctl (may be null), which sets the step for rk_stage([f0], {1}, c = 1, side = 0).
 int launch_initial_norms(int dtype, int64_t n, const void* y0, const void* f0, const Tolerance* tolerance,
                          const Segments* segments, void* workspace, double* norms, ControllerState* ctl, Launch on);
-// |(f1 - f0) / scale|: into norms[0] (may be null), then initial_step of ctl (may be null).
+// |(f1 - f0) / scale|, written to norms[0] (may be null). Then initial_step of ctl (may be null).
 int launch_initial_change(int dtype, int64_t n, const void* y0, const void* f0, const void* f1,
                           const Tolerance* tolerance, const Segments* segments, void* workspace, double* norms,
                           ControllerState* ctl, const ControllerParams* law, Launch on);
-// out[i] = y0 + P(x_i) (y1 - y0) + dt sum_j B_j(x_i) k_j, x_i = (times[i] - t0) / (t1 - t0), y1 itself for
-// times[i] == t1. B_j(x) = sum_d weights[j * degree + d] x^(d + 1); P likewise from end_weights (null: P = 0).
-// Outputs [first, stop) of the rows of n elements at `out`; with a ctl those that its accepted step holds instead.
+// out[i] = y0 + P(x_i) (y1 - y0) + dt sum_j B_j(x_i) k_j, x_i = (times[i] - t0) / (t1 - t0), y1 itself for times[i] ==
+// t1. B_j(x) = sum_d weights[j * degree + d] x^(d + 1); P in the same way from end_weights (null: P = 0). Outputs
+// [first, stop) of the rows of n elements at `out`; with a ctl the outputs in its accepted step instead.
 int launch_dense_eval(int dtype, int64_t n, void* out, const double* times, int64_t first, int64_t stop,
                       const void* y0, const void* y1, int count, int degree, const void* const* k,
                       const double* weights, const double* end_weights, const StepRef* where, Launch on);
-// The transpose: of the outputs' gradients g_i, the cotangents of y1, of y0 and of the k_j behind dt B_j, where lam is
-// what y1 has from elsewhere. lam_out = lam + sum g_i + sum P(x_i) g_i, start = sum (1 - P(x_i)) g_i, and
-// extra[j] = dt sum B_j(x_i) g_i, where the first sum is over the outputs with times[i] == t1 and the others are over
-// those before. All are written, whether or not there are outputs; lam_out may be lam. Outputs [first, stop) of the
-// rows of n elements at `gradients`; with a ctl those of its current step instead. Not for half precision.
+// The transpose: from the outputs' gradients g_i, the cotangents of y1, of y0 and of the k_j with the factors dt B_j.
+// lam is the cotangent of y1 from other sources. lam_out = lam + sum g_i + sum P(x_i) g_i, start = sum (1 - P(x_i))
+// g_i, and extra[j] = dt sum B_j(x_i) g_i, where the first sum is over the outputs with times[i] == t1 and the others
+// are over those before. All are written, also without outputs; lam_out may be lam. Outputs [first, stop) of the rows
+// of n elements at `gradients`; with a ctl the outputs in its current step instead. Not for half precision.
 int launch_dense_adjoint(int dtype, int64_t n, void* lam_out, void* start, void* const* extra, const void* lam,
                          const void* gradients, const double* times, int64_t first, int64_t stop, int count,
                          int degree, const double* weights, const double* end_weights, const StepRef* where, Launch on);

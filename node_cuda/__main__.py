@@ -1,7 +1,7 @@
-"""`python -m node_cuda`: what is installed, which devices there are, which path computes the steps, and why.
+"""`python -m node_cuda`: reports the versions, the devices, the path that computes the steps, and the reason for it.
 
-It never fails: what cannot be found out is a line of the report. It decides nothing, but that the self-check of the
-kernels is remembered, as that of a first solve is.
+The report never fails: an error becomes a line of the report. It changes nothing, except that the result of the
+self-check is recorded, as in a first solve.
 """
 
 from __future__ import annotations
@@ -22,17 +22,17 @@ FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"
 
 
 class LivePath(NamedTuple):
-    name: str  # what computes the steps
+    name: str  # the code that computes the steps
     why: str
-    mend: str | None  # how to get the kernels; None where nothing is to be done
+    mend: str | None  # how to get the kernels; None if there is nothing to do
 
 
 def live_path() -> LivePath:
-    """The path that computes the arithmetic of a step on this machine."""
+    """Return the path that computes the arithmetic of a step on this machine."""
     try:
         return _live_path()
-    except Exception as error:  # a broken driver or module: a line of the report, and no failure
-        return LivePath(REFERENCE, f"the kernels cannot be asked for ({error})", build.COMMAND)
+    except Exception as error:  # a broken driver or module becomes a line of the report
+        return LivePath(REFERENCE, f"the search for the kernels failed ({error})", build.COMMAND)
 
 
 def _live_path() -> LivePath:
@@ -61,7 +61,7 @@ def _fused(why: str) -> LivePath:
 
 
 def devices() -> list[str]:
-    """One line a device: the CPU with torch's threads, then every CUDA device, or why there is none."""
+    """Return one line for each device: the CPU with torch's threads, then every CUDA device, or why there is none."""
     lines = [f"cpu: {platform.machine()}, {torch.get_num_threads()} threads"]
     if torch.version.cuda is None:
         return [*lines, "cuda: none (this torch is built without CUDA)"]
@@ -73,12 +73,12 @@ def devices() -> list[str]:
             facts = f"compute capability {gpu.major}.{gpu.minor}, {gpu.total_memory / 2**30:.0f} GiB"
             lines.append(f"cuda:{index}: {gpu.name}, {facts}")
     except (RuntimeError, AssertionError) as error:  # a broken driver must not hide the rest of the report
-        lines.append(f"cuda: cannot be asked ({error})")
+        lines.append(f"cuda: the query failed ({error})")
     return lines
 
 
 def installed(name: str) -> str:
-    """The version of an optional package, or that there is none."""
+    """Return the version of an optional package, or say that it is not installed."""
     try:
         return importlib.metadata.version(name)
     except importlib.metadata.PackageNotFoundError:
@@ -86,7 +86,7 @@ def installed(name: str) -> str:
 
 
 def checks(path: LivePath) -> list[str]:
-    """A line for each primitive of the kernels, which are checked now; or why they are not."""
+    """Return a line for each primitive of the kernels after checking it now, or the reason why it is not checked."""
     if path.name != FUSED:
         return ["not run: the kernels are not live"]
     try:
@@ -95,12 +95,12 @@ def checks(path: LivePath) -> list[str]:
         if found.module is None:
             return ["not run: the first CUDA solve compiles the kernels, and checks them"]
         return [f"{name}: {result}" for name, result in self_check.survey(found.module, device)]
-    except Exception as error:  # a line of the report, and no failure
+    except Exception as error:  # an error becomes a line of the report
         return [f"not run: {error}"]
 
 
 def report() -> str:
-    """The whole report as text."""
+    """Return the whole report as text."""
     path = live_path()
     rows = [
         ("node_cuda", __version__),

@@ -1,4 +1,4 @@
-"""Functions that torch.compile calls as they are, without a look inside: what a solve does depends on values."""
+"""A mark for functions that torch.compile must call without tracing them, because a solve depends on values."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ REASON = (
 
 
 def eager(function: F) -> F:
-    """The function itself, marked: torch.compile breaks its graph around it, and leaves all that it calls to Python.
+    """Mark the function: torch.compile breaks its graph around it, and runs everything that it calls in Python.
 
-    A func that was compiled stays so. As `torch.compiler.disable`, which imports the compiler, for seconds. A torch
-    that is too old for this mark looks inside, which is slow and no mistake.
+    A func that was compiled stays compiled. `torch.compiler.disable` does the same, but it imports the compiler, which
+    takes seconds. A torch that is too old for this mark traces the function, which is slow but correct.
     """
     frames: Any = torch._C._dynamo.eval_frame  # pyright: ignore[reportAttributeAccessIssue]
     if hasattr(frames, "set_code_exec_strategy"):

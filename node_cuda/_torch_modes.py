@@ -1,4 +1,4 @@
-"""What torch does around a solve: derivatives are taken, transforms are at work, a CUDA graph is captured."""
+"""The modes of torch during a solve: recording of derivatives, transforms, capture of a CUDA graph."""
 
 from __future__ import annotations
 
@@ -13,29 +13,29 @@ _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIs
 
 
 def forward_mode() -> bool:
-    """Forward mode is on (jvp, jacfwd, dual tensors)."""
+    """Return whether forward mode is on (jvp, jacfwd, dual tensors)."""
     return torch.autograd.forward_ad._current_level >= 0
 
 
 def transformed() -> bool:
-    """A transform of torch.func, or forward mode, is at work."""
+    """Return whether a transform of torch.func, or forward mode, is active."""
     return _functorch.peek_interpreter_stack() is not None or forward_mode()
 
 
 def in_transform(x: Tensor) -> bool:
-    """x is a tensor of a transform of torch.func, or has a tangent of forward mode."""
+    """Return whether x belongs to a transform of torch.func, or has a tangent of forward mode."""
     if not transformed():
         return False
     return _functorch.is_functorch_wrapped_tensor(x) or torch.autograd.forward_ad.unpack_dual(x).tangent is not None
 
 
 def recorded(x: Tensor) -> bool:
-    """Derivatives by x are being recorded, by autograd or in forward mode."""
+    """Return whether autograd or forward mode records derivatives by x."""
     return (x.requires_grad and torch.is_grad_enabled()) or in_transform(x)
 
 
 def batched(x: Tensor) -> bool:
-    """x stands for the samples of a torch.func.vmap, which have no single value that the host could read."""
+    """Return whether x stands for the samples of a torch.func.vmap, which have no single value for the host to read."""
     while _functorch.is_functorch_wrapped_tensor(x):
         if _functorch.is_batchedtensor(x):
             return True
@@ -44,7 +44,7 @@ def batched(x: Tensor) -> bool:
 
 
 def refuse_batched(*tensors: Tensor) -> None:
-    """Raises UnsupportedTransform where the samples of a torch.func.vmap would have to share a step."""
+    """Raise UnsupportedTransform if the samples of a torch.func.vmap would have to share a step."""
     if any(map(batched, tensors)):
         raise UnsupportedTransform(
             "torch.func.vmap over odeint: the solver cannot choose other steps for each sample here. Use "
@@ -54,5 +54,5 @@ def refuse_batched(*tensors: Tensor) -> None:
 
 
 def capturing(device: torch.device) -> bool:
-    """The current stream of this device is being captured into a CUDA graph."""
+    """Return whether the current stream of this device is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -1,4 +1,4 @@
-"""Names for the shapes of things that flow through the solver."""
+"""Type names for the arguments and values of a solve."""
 
 from __future__ import annotations
 
@@ -17,10 +17,12 @@ EventFunc: TypeAlias = Callable[[Tensor, Any], Tensor]
 """The user's event function: `event_fn(t, y) -> Tensor`; an event is where an element changes its sign."""
 
 Norm: TypeAlias = Callable[[Any], "Tensor | float"]
-"""The user's norm: of a tensor (or of a tuple of tensors where the state is a tuple), to one number."""
+"""The user's norm: a function of a tensor (or of a tuple of tensors if the state is a tuple) that returns one
+number."""
 
 Tolerance: TypeAlias = float | Tensor
 """rtol or atol: one number, or a tensor that broadcasts against the state."""
 
 Row: TypeAlias = Sequence[tuple[int, "float | Tensor"]]
-"""The non-zero entries of a row of coefficients: pairs of stage index and coefficient (0-d tensors on the tape)."""
+"""The nonzero entries of a row of coefficients: pairs of stage index and coefficient (0-d tensors if autograd
+records)."""

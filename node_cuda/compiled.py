@@ -1,4 +1,4 @@
-"""A solver bound to a function, with the graphs that were captured for it."""
+"""`compile`: a solver for one function, which keeps the CUDA graphs captured for it."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from node_cuda.solution import Solution
 
 
 class Compiled:
-    """`solve` for one func, captured; made by `compile`. graphs: what was captured so far."""
+    """`solve` for one func by captured graphs; made by `compile`. graphs: the graphs that were captured so far."""
 
     def __init__(self, func: Func, solver: Mapping[str, Any]) -> None:
         self.func = func
@@ -22,7 +22,7 @@ class Compiled:
         self.graphs: GraphCache[Any] = solver["options"]["cuda_graph"]
 
     def __call__(self, y0: State, t: Tensor) -> Solution:
-        """The solution at the times t, from y0."""
+        """Return the solution at the times t, from y0."""
         return solve(self.func, y0, t, **self.solver)
 
     def __repr__(self) -> str:
@@ -30,12 +30,12 @@ class Compiled:
 
 
 def compile(func: Func, *, tier: str | None = None, **solver: Any) -> Compiled:
-    """A function of (y0, t) that solves dy/dt = func(t, y) by captured graphs, and returns a Solution.
+    """Return a function of (y0, t) that solves dy/dt = func(t, y) by captured graphs. It returns a Solution.
 
-    The first call with states of a shape captures one step, func included, as a CUDA graph; later ones launch it. The
-    graphs are freed with what this returns. tier: "while", "batches" or None for the best (see `graphs`); the other
-    arguments are those of `solve`. Where nothing can be captured, as on a CPU, the host loop solves, and
-    `Solution.stats.why` says why. Raises as `solve` does, and InvalidInput for another tier.
+    The first call with states of a shape captures one step, with func, as a CUDA graph; later calls launch it. The
+    graphs are freed together with the returned function. tier: "while", "batches" or None for the best (see `graphs`).
+    The other arguments are those of `solve`. If a solve cannot be captured, as on a CPU, the host loop solves, and
+    `Solution.stats.why` says why. Raises the exceptions of `solve`, and InvalidInput for another tier.
     """
     options = dict(solver.get("options") or {})
     if not isinstance(options.get("cuda_graph"), GraphCache):
@@ -44,7 +44,7 @@ def compile(func: Func, *, tier: str | None = None, **solver: Any) -> Compiled:
 
 
 def with_own_graphs(solver: Mapping[str, Any]) -> dict[str, Any]:
-    """The arguments of a solver that keeps what it captures, if they ask for that."""
+    """Return the arguments of a solver that keeps its captured graphs, if the arguments ask for that."""
     options = solver.get("options")
     if options is None or options.get("cuda_graph") is not True:
         return dict(solver)

@@ -1,4 +1,5 @@
-"""How the size of a step follows from the errors of the last ones: by a name, by PID coefficients, or by your rule."""
+"""Step-size controllers: the size of the next step from the last errors, chosen by name, PID coefficients, or your
+class."""
 
 from __future__ import annotations
 
@@ -14,25 +15,26 @@ from node_cuda.status import InvalidInput
 
 @runtime_checkable
 class StepSizeController(Protocol):
-    """What `options["controller"]` may be: it accepts or rejects a step by its error ratio, and chooses the next size.
+    """The protocol of `options["controller"]`: it accepts or rejects a step by its error ratio, and chooses the next
+    size.
 
-    One object may serve many solves, so what a solve must remember is its state, which `start` makes. ratio: the norm
-    of the error in units of the tolerances, finite and not negative. The solver itself keeps min_step and max_step,
-    accepts a step of min_step, cuts steps that must end at a certain time, and shrinks a step by dfactor whose ratio is
-    not finite, without asking. A controller that is no plain `Controller` runs on the host: on CUDA the solver reads
-    the ratio once a step, and such a solve is not captured.
+    One object may be used in many solves. So `start` makes the state that a solve must remember. ratio: the norm of the
+    error in units of the tolerances, finite and not negative. Without calling the controller, the solver keeps min_step
+    and max_step, accepts a step of min_step, shortens steps that must end at a certain time, and shrinks a step by
+    dfactor if its ratio is not finite. A controller that is not exactly a `Controller` runs on the host: on CUDA the
+    solver reads the ratio once in each step, and such a solve is not captured.
     """
 
     def start(self, order: int, options: AdaptiveOptions) -> Any:
-        """The state at the start of a solve by a method of this order."""
+        """Return the state at the start of a solve by a method of this order."""
         ...
 
     def accept(self, h: float, ratio: float, state: Any) -> bool:
-        """Is a step of size h with this ratio good?"""
+        """Return whether to accept a step of size h with this ratio."""
         ...
 
     def propose(self, h: float, ratio: float, accepted: bool, state: Any) -> tuple[float, Any]:
-        """The size of the next step, positive, and the state from here on."""
+        """Return the size of the next step, which is positive, and the new state."""
         ...
 
 
@@ -45,10 +47,10 @@ class PIDState(NamedTuple):
 
 @dataclass(frozen=True)
 class Controller:
-    """Coefficients of a proportional-integral-derivative step controller, in the signal log(error ratio).
+    """Coefficients of a proportional-integral-derivative step controller, for the signal log(error ratio).
 
-    factor = safety * r_n^-(p + i + d)/q * r_{n-1}^(p + 2 d)/q * r_{n-2}^-d/q for a method of order q. keep: an accepted
-    step is never followed by a smaller one (torchdiffeq's rule; a textbook controller does not have it).
+    factor = safety * r_n^-(p + i + d)/q * r_{n-1}^(p + 2 d)/q * r_{n-2}^-d/q for a method of order q. keep: the step is
+    never made smaller after an accepted step (torchdiffeq's rule, which textbook controllers do not have).
     """
 
     pcoeff: float = 0.0
@@ -57,7 +59,7 @@ class Controller:
     keep: bool = False
 
     def law(self, order: int, options: AdaptiveOptions) -> ControllerParams:
-        """The constants for a method of this order."""
+        """Return the constants for a method of this order."""
         p, i, d = self.pcoeff / order, self.icoeff / order, self.dcoeff / order
         return ControllerParams(
             exponents=(p + i + d, -(p + 2 * d), d),
@@ -70,15 +72,15 @@ class Controller:
         )
 
     def start(self, order: int, options: AdaptiveOptions) -> PIDState:
-        """See `StepSizeController`."""
+        """Return the constants for this order, with error ratios of 1."""
         return PIDState(self.law(order, options), (1.0, 1.0))
 
     def accept(self, h: float, ratio: float, state: PIDState) -> bool:
-        """See `StepSizeController`."""
+        """Return whether the ratio is at most 1."""
         return reference.step_control(state.law, h, ratio, state.history).accept
 
     def propose(self, h: float, ratio: float, accepted: bool, state: PIDState) -> tuple[float, PIDState]:
-        """See `StepSizeController`."""
+        """Return the next step size by the formula of the class, and the state with the new ratio."""
         judged = reference.step_control(state.law, h, ratio, state.history)
         return judged.h_next, state._replace(history=judged.history if accepted else state.history)
 
@@ -94,7 +96,7 @@ CONTROLLERS = {
 
 
 def controller(choice: Any) -> StepSizeController:
-    """A controller from its name, or itself. Raises InvalidInput if it is neither."""
+    """Return a controller from its name, or the controller itself. Raises InvalidInput if it is neither."""
     if isinstance(choice, StepSizeController):
         return choice
     if not isinstance(choice, str) or choice not in CONTROLLERS:
@@ -107,12 +109,12 @@ def controller(choice: Any) -> StepSizeController:
 
 
 def runs_on_host(chosen: StepSizeController) -> bool:
-    """Its rule is Python, which no kernel knows."""
+    """Return whether the rule of the controller is Python code, which no kernel can run."""
     return type(chosen) is not Controller
 
 
 class OnHost:
-    """A controller of the user's in one solve, as `StepControl` asks it."""
+    """A controller of the user in one solve, in the form that `StepControl` calls."""
 
     def __init__(self, chosen: StepSizeController, order: int, options: AdaptiveOptions) -> None:
         self._chosen = chosen
@@ -121,11 +123,12 @@ class OnHost:
         self._state: Any = None
 
     def start(self) -> None:
-        """A solve begins."""
+        """Start a solve."""
         self._state = self._chosen.start(self._order, self._options)
 
     def __call__(self, h: float, ratio: float) -> tuple[bool, float]:
-        """Is a step of size h good, and how large is the next one? Raises InvalidInput for a size that is none."""
+        """Return whether a step of size h is accepted, and the size of the next. Raises InvalidInput for an invalid
+        size."""
         law = self._law
         if not math.isfinite(ratio):
             return h <= law.min_step, self._within(h * law.dfactor)

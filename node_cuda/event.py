@@ -1,4 +1,4 @@
-"""Solving up to an event, with the gradient of the event's time."""
+"""Solves that end at an event, with the gradient of the event's time."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def odeint_event(
     if not isinstance(t0, Tensor):
         raise InvalidType(f"t0 must be a torch.Tensor; got a {type(t0).__name__}. Use `torch.tensor({t0!r})`.")
     if t0.numel() != 1:
-        raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve for each start by itself.")
+        raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve once for each start time.")
     start = t0.reshape(-1)
     step = -1.0 if reverse_time else 1.0
     event_t, ys = odeint_interface(func, y0, torch.cat([start, start.detach() + step]), event_fn=event_fn, **kwargs)

@@ -17,10 +17,10 @@ from node_cuda.solution import Stats
 class NeuralODE(nn.Module):
     """y(t) of dy/dt = func(t, y) as a layer: `NeuralODE(func)(y0, t)`.
 
-    func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". integral: as that of
-    `solve`; its parameters are the layer's, if it is an nn.Module. The other arguments are those of `odeint_adjoint`.
-    With options=dict(cuda_graph=True) the layer keeps what was captured. stats: what the last call cost; nfe_backward
-    is filled in when the gradient is taken.
+    func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". integral: as in
+    `solve`; if it is an nn.Module, its parameters are parameters of the layer. The other arguments are those of
+    `odeint_adjoint`. With options=dict(cuda_graph=True) the layer keeps the captured graphs. stats: the statistics of
+    the last call; nfe_backward is filled in when the gradient is computed.
     """
 
     def __init__(
@@ -40,12 +40,14 @@ class NeuralODE(nn.Module):
 
     @eager
     def forward(self, y0: State, t: Tensor) -> State | tuple[State, Tensor]:
-        """y at the times t, of shape (len(t), *y0.shape), or a tuple of such. With an integral, or a func made by
-        `regularized`: (y, `Solution.integral`)."""
+        """Return y at the times t, of shape (len(t), *y0.shape), or a tuple of such tensors.
+
+        With an integral, or a func made by `regularized`, return (y, `Solution.integral`).
+        """
         solution = solve(self.func, y0, t, gradient=self.gradient, integral=self.integral, **self.solver)
         self.stats = solution.stats
         return solution.ys if solution.integral is None else (solution.ys, solution.integral)
 
     def extra_repr(self) -> str:
-        """How it is solved."""
+        """Return the settings of the solve as text."""
         return ", ".join(f"{name}={value!r}" for name, value in {"gradient": self.gradient, **self.solver}.items())

@@ -1,4 +1,4 @@
-"""What `options` may hold, for each family of methods; unknown names warn, as in torchdiffeq."""
+"""The `options` of each family of methods. Unknown names warn, as in torchdiffeq."""
 
 from __future__ import annotations
 
@@ -20,13 +20,14 @@ from node_cuda.status import InvalidInput, InvalidType
 class Common:
     """Options of every method.
 
-    throw: raise SolveError on failure, else return NaN in what was not reached; "deferred": return so, without waiting
-    for the device, and let `Solution.check()` raise; needs cuda_graph. record_steps: keep the accepted times in
-    `stats.step_times`. norm: of the scaled error. check_reconstruction: with gradient="adjoint", compare what the
-    backward solve rebuilds with the outputs, and warn if it is off. cuda_graph: capture a step and repeat it on the
-    device, where that can be; a `cuda_graphs.cache.GraphCache` keeps what was captured, True keeps it with func. clip:
-    func is asked at no time outside of [t[0], t[-1]], and the last step ends at t[-1]. By default a step may pass
-    t[-1], as in torchdiffeq, and y there is interpolated. Fixed grids never pass it.
+    throw: True raises SolveError if the solve fails. False returns NaN for the times that it did not reach. "deferred"
+    also returns NaN, without waiting for the device, and `Solution.check()` raises; it needs cuda_graph. record_steps:
+    keep the accepted times in `stats.step_times`. norm: the norm of the scaled error. check_reconstruction: with
+    gradient="adjoint", compare the y that the backward solve reconstructs with the outputs, and warn if they differ too
+    much. cuda_graph: capture a step and repeat it on the device, if that is possible; a `cuda_graphs.cache.GraphCache`
+    keeps the captured graphs, True keeps them with func. clip: never evaluate func at a time outside of [t[0], t[-1]],
+    and end the last step at t[-1]. By default a step may go past t[-1], as in torchdiffeq, and y at t[-1] is
+    interpolated. Fixed grids never go past it.
     """
 
     throw: bool | Literal["deferred"] = True
@@ -38,7 +39,7 @@ class Common:
 
     @property
     def raises(self) -> bool:
-        """A failure is raised by the solve itself."""
+        """The solve itself raises a failure."""
         return bool(self.throw) and self.throw != "deferred"
 
 
@@ -46,11 +47,14 @@ class Common:
 class AdaptiveOptions(Common):
     """Options of the adaptive Runge-Kutta methods, with torchdiffeq's names and defaults.
 
-    Beyond them: dense picks the interpolant: "accurate" is of the method's order, "torchdiffeq" is torchdiffeq's, and
-    "default" is the accurate one where that costs no evaluation, else torchdiffeq's. controller is "torchdiffeq", "I",
-    "PI", "PID", a `controllers.Controller` or another `controllers.StepSizeController`. max_num_steps counts attempts
-    since the last output time. dtype is that of the times that callbacks see; the arithmetic of time is always double.
-    event_checks: look for an event at so many points inside every step as well, on the interpolant.
+    Options that torchdiffeq does not have: dense selects the interpolant. "accurate" has the method's order,
+    "torchdiffeq" is that of torchdiffeq, and "default" is the accurate one if it costs no evaluation, else that of
+    torchdiffeq. controller is "torchdiffeq", "I", "PI", "PID", a `controllers.Controller` or another
+    `controllers.StepSizeController`. event_checks is the number of points inside every step where an event is also
+    looked for, on the interpolant.
+
+    max_num_steps counts attempts since the last output time. dtype is the dtype of the times that callbacks get; the
+    arithmetic of time is always double.
     """
 
     min_step: float = 0.0
@@ -70,8 +74,11 @@ class AdaptiveOptions(Common):
 
 @dataclass(frozen=True)
 class FixedOptions(Common):
-    """Options of the fixed-grid methods. interp: "linear" or "cubic"; perturb: evaluate at grid points on the side of
-    the step's inside. event_checks: as of the adaptive methods, on the chord of the step."""
+    """Options of the fixed-grid methods.
+
+    interp: "linear" or "cubic". perturb: evaluate at grid points one rounding inside the step. event_checks: as for the
+    adaptive methods, on the straight line between the ends of the step.
+    """
 
     step_size: float | None = None
     grid_constructor: Callable[[Any, Tensor, Tensor], Tensor] | None = None
@@ -82,7 +89,7 @@ class FixedOptions(Common):
 
 @dataclass(frozen=True)
 class AdamsOptions(FixedOptions):
-    """Options of the Adams methods. max_order: 4 to 12; None takes the method's own default."""
+    """Options of the Adams methods. max_order: 4 to 12; None selects the default of the method."""
 
     max_order: int | None = None
     max_iters: int = 4
@@ -103,9 +110,9 @@ _SCALARS = ("min_step", "max_step", "first_step", "safety", "ifactor", "dfactor"
 
 
 def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, quiet: bool = False) -> T:
-    """The options of one family from the user's dict, which is left as it is. Unknown names warn unless quiet.
+    """Return the options of one family from the user's dict, which is not changed. Unknown names warn unless quiet.
 
-    Raises InvalidInput or ValueError for a value that cannot be.
+    Raises InvalidInput, InvalidType or ValueError for an invalid value.
     """
     options = dict(options or {})
     known = {f.name for f in dataclasses.fields(family)}
@@ -124,7 +131,10 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
 
 
 def times_option(name: str, values: Any, direction: float, start: float) -> list[float]:
-    """step_t or jump_t (tensor, list or None, in the user's time) as ascending solver times from `start` on."""
+    """Return step_t or jump_t as ascending solver times from `start` on.
+
+    values: a tensor, list or None, in the user's time. Raises InvalidInput for times that are not finite.
+    """
     if values is None:
         return []
     on_host = values.detach().cpu() if isinstance(values, Tensor) else values
@@ -142,7 +152,8 @@ def _check(options: Common) -> None:
     checks = getattr(options, "event_checks", 0)
     if isinstance(checks, bool) or not isinstance(checks, int) or checks < 0:
         raise InvalidInput(
-            f'options["event_checks"] must be a number of points inside a step, 0 or more; got {checks!r}. Use 8, say.'
+            f'options["event_checks"] must be a number of points inside a step, 0 or more; got {checks!r}. Use 8 for '
+            "example."
         )
     if not isinstance(options.clip, bool):
         raise InvalidType(
@@ -152,7 +163,7 @@ def _check(options: Common) -> None:
         raise InvalidInput(f'options["throw"] must be True, False or "deferred"; got {options.throw!r}.')
     if options.throw == "deferred" and not options.cuda_graph:
         raise InvalidInput(
-            'options["throw"] = "deferred" is for solves that the host does not follow; got it without cuda_graph. Add '
+            'options["throw"] = "deferred" is only for solves in a CUDA graph; got it without cuda_graph. Add '
             "cuda_graph=True, or take throw=False."
         )
     if options.norm is not None and not callable(options.norm):

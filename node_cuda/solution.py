@@ -1,4 +1,4 @@
-"""What a solve returns, and what it cost."""
+"""The result of a solve, and its statistics."""
 
 from __future__ import annotations
 
@@ -12,31 +12,35 @@ from node_cuda.status import SolveError, Status
 
 
 class Pending(Protocol):
-    """A solve on the device whose end nobody has looked at."""
+    """A solve on the device whose status has not been read back yet."""
 
     def end(self, stats: Stats) -> SolveError | None:
-        """Wait for it, and fill in what it cost: how it failed, if it did. stats: those that it is pending in."""
+        """Wait for the solve, fill in the statistics, and return the SolveError if it failed, else None.
+
+        stats: the statistics of the solution that waits for this solve.
+        """
         ...
 
 
 @dataclass
 class Stats:
-    """What a solve cost. Filled while it runs; nfe_backward when the gradient is taken.
+    """The statistics of a solve. Filled in while it runs; nfe_backward when the gradient is computed.
 
-    nfe: evaluations of func. nfe_backward: those of the backward pass (of the adjoint each with one vjp). accepted,
-    rejected: steps (fixed grids only accept). host_reads: how often the host waited for a number from the device.
-    step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`.
+    nfe: evaluations of func. nfe_backward: evaluations in the backward pass (in the adjoint each with one vjp).
+    accepted, rejected: steps (fixed grids reject none). host_reads: how often the host waited for a number from the
+    device. step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`.
 
-    loop: who repeats the steps, the "host", or with `options=dict(cuda_graph=True)` the device: in one launch
-    ("while"), or in "batches" of launches; why: why it is not a better one. loop_backward, why_backward: the same of
-    the backward pass. Of a captured solve nfe counts what the device evaluated. With throw="deferred" what it cost is
-    not known before `Solution.check()`.
+    loop: where the step loop runs: the "host", or with `options=dict(cuda_graph=True)` the device, in one launch
+    ("while") or in "batches" of launches. why: the reason why a faster loop was not used. loop_backward, why_backward:
+    the same for the backward pass. nfe of a captured solve counts the evaluations on the device. With throw="deferred"
+    the statistics are complete only after `Solution.check()`.
 
-    Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
-    most that were; recomputed_steps: steps that the backward pass took again to get states that were not kept, besides
-    the replay of each; graph_of: what the backward pass holds a graph of, a whole "step" or, where that would take too
-    much memory, a "stage" at a time. Of gradient="adjoint" with `options=dict(check_reconstruction=True)`:
-    reconstruction_error, the largest error of y rebuilt backwards at an output, in units of the tolerances.
+    With gradient="discrete": checkpoint_slots: the number of states that may be kept, None for one for each step.
+    peak_checkpoints: the largest number that were kept. recomputed_steps: steps that the backward pass repeated to get
+    states that were not kept, without the one repeat of each step. graph_of: the unit of the autograd graph in the
+    backward pass, a whole "step", or a "stage" if a step would take too much memory. With gradient="adjoint" and
+    `options=dict(check_reconstruction=True)`: reconstruction_error, the largest error of the reconstructed y at an
+    output, in units of the tolerances.
     """
 
     nfe: int = 0
@@ -56,15 +60,15 @@ class Stats:
     reconstruction_error: float | None = None
     pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
     reached: tuple[float, Tensor] | None = field(default=None, repr=False, compare=False)
-    """Of a solve that failed: the time and the flat state, without a gradient, after its last accepted step."""
+    """For a failed solve: the time and the flat state after its last accepted step, without a gradient."""
 
     @property
     def steps_again(self) -> int:
-        """Another name of `recomputed_steps`."""
+        """Another name for `recomputed_steps`."""
         return self.recomputed_steps
 
     def __getstate__(self) -> dict[str, Any]:
-        # What a copy could not wait for: it lies on the device, and is the original's. What is large stays here, too.
+        # A copy cannot wait for solves on the device; the original can. The large state is not copied either.
         return {**vars(self), "pending": [], "reached": None}
 
     def __str__(self) -> str:
@@ -75,12 +79,11 @@ class Stats:
 class Solution:
     """The solution of an initial value problem.
 
-    ts: the times, as given. ys: y at these times, of shape (len(ts), *y0.shape), or a tuple of such; after an event
-    y0 and y(event_t). stats: what it cost. status: how it ended; with throw="deferred" PENDING until `check`. event_t:
-    where the event was, a 0-d tensor, or None.
-    integral: of what was integrated beside y, from ts[0] to these times, of shape (len(ts), *its shape), or None.
-    failed_after: with `options=dict(throw=False)` the time and the state where the last accepted step of a solve that
-    failed ended, without a gradient; else None.
+    ts: the times, as given. ys: y at these times, of shape (len(ts), *y0.shape), or a tuple of such; after an event y0
+    and y(event_t). stats: the statistics. status: how the solve ended; with throw="deferred" PENDING until `check`.
+    event_t: the time of the event, a 0-d tensor, or None. integral: the integral along y, from ts[0] to these times, of
+    shape (len(ts), *its shape), or None. failed_after: for a failed solve with `options=dict(throw=False)` the time and
+    the state at the end of its last accepted step, without a gradient; else None.
     """
 
     ts: Tensor
@@ -93,7 +96,8 @@ class Solution:
 
     @property
     def t_reached(self) -> Tensor:
-        """The last time that the solve reached, a 0-d tensor: that of the last output, or `failed_after`."""
+        """The last time that the solve reached, a 0-d tensor: the time of the last output, or that of
+        `failed_after`."""
         return self.ts[self._last].detach() if self.failed_after is None else self.failed_after[0]
 
     @property
@@ -104,8 +108,10 @@ class Solution:
         return tuple(part[self._last] for part in self.ys) if isinstance(self.ys, tuple) else self.ys[self._last]
 
     def check(self) -> Solution:
-        """Raise SolveError if the solve failed, or its backward pass as far as it was taken. With
-        `options=dict(throw="deferred")` this waits for the device, and fills in stats and status."""
+        """Raise SolveError if the solve failed, or if its backward pass has failed so far.
+
+        With `options=dict(throw="deferred")` this waits for the device, and fills in stats and status.
+        """
         failures = [pending.end(self.stats) for pending in self.stats.pending]
         failure = next((f for f in failures if f is not None), None)
         if failure is not None:
@@ -119,7 +125,7 @@ class Solution:
 
     @property
     def _last(self) -> int:
-        """The index of the last output, or of a failed solve of the last one that is not NaN."""
+        """The index of the last output; for a failed solve that of the last output without NaN."""
         if self.status is Status.SUCCESS:
             return len(self.ts) - 1
         parts = self.ys if isinstance(self.ys, tuple) else (self.ys,)

@@ -1,6 +1,6 @@
-"""How a solve can end, and the exceptions that say so.
+"""The ways a solve can end, and the exceptions for them.
 
-Knows nothing of tensors or methods. A new way to fail is one member of `Status` with its sentence.
+This module uses no tensors and no methods. A new way to fail is one member of `Status` with its sentence.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 
 class Status(Enum):
-    """How a solve ended. The value is the code that kernels write, the sentence what a person reads."""
+    """How a solve ended. The value is the code that kernels write; the sentence is for the user."""
 
     sentence: str
 
@@ -40,11 +40,11 @@ class Status(Enum):
         "The event function did not change its sign within the allowed number of steps. Check that it does along the "
         "solution, start nearer to the event, or take larger steps.",
     )
-    PENDING = 5, "Nobody has looked yet how the solve ended: `Solution.check()` does."
+    PENDING = 5, "The status has not been read from the device yet: `Solution.check()` reads it."
     RECORD_FULL = (
         6,
-        "The solve took more steps than there was room to record, so that the backward pass of a deferred solve cannot "
-        "take them back. Solve once with `options=dict(throw=True)`: the next solves then have room.",
+        "The solve took more steps than there was room to record, so the backward pass of a deferred solve cannot "
+        "reverse them. Solve once with `options=dict(throw=True)`: the next solves then have room.",
     )
 
     def __new__(cls, code: int, sentence: str) -> Self:
@@ -58,15 +58,15 @@ class Status(Enum):
 
 
 class InvalidInput(ValueError, AssertionError):
-    """A caller's mistake in a value. Also an AssertionError, which is what torchdiffeq raises."""
+    """The caller passed a wrong value. Also an AssertionError, which is what torchdiffeq raises."""
 
 
 class InvalidType(TypeError, AssertionError):
-    """A caller's mistake in a type. Also an AssertionError, which is what torchdiffeq raises."""
+    """The caller passed a wrong type. Also an AssertionError, which is what torchdiffeq raises."""
 
 
 class InvalidState(TypeError, NotImplementedError):
-    """A state of a dtype that no method can integrate. Also a NotImplementedError, as in torchdiffeq."""
+    """The state has a dtype that no method can integrate. Also a NotImplementedError, as in torchdiffeq."""
 
 
 class InvalidField(ValueError, TypeError, RuntimeError):
@@ -74,25 +74,25 @@ class InvalidField(ValueError, TypeError, RuntimeError):
 
 
 class Unsupported(ValueError, AttributeError):
-    """A combination of arguments that no method offers. Also an AttributeError, as in torchdiffeq."""
+    """No method supports this combination of arguments. Also an AttributeError, as in torchdiffeq."""
 
 
 class UnsupportedTransform(Unsupported, RuntimeError):
-    """A transform of torch.func that cannot go through this solve. Also a RuntimeError, which is what torch raises."""
+    """This solve does not support this transform of torch.func. Also a RuntimeError, which is what torch raises."""
 
 
 class MissingGradientWarning(UserWarning):
-    """func uses a tensor that requires a gradient and that its gradient mode was not told of."""
+    """func uses a tensor that requires a gradient, but the gradient mode does not know this tensor."""
 
 
 class ReconstructionWarning(UserWarning):
-    """The adjoint method went backwards along another trajectory than forwards."""
+    """The backward solve of the adjoint followed another trajectory than the forward solve."""
 
 
 class SolveError(RuntimeError, AssertionError):
-    """A solve that failed: `status` says how, `t` how far it came, `stats` what it cost until there.
+    """The solve failed. `status` says how, `t` is the time that it reached, `stats` are the statistics up to there.
 
-    Also an AssertionError, which is what torchdiffeq raises, so that code which catches that goes on working.
+    Also an AssertionError, which is what torchdiffeq raises, so that code which catches that still works.
     """
 
     def __init__(self, status: Status, t: float, stats: Any, detail: str = "") -> None:
@@ -103,12 +103,12 @@ class SolveError(RuntimeError, AssertionError):
         super().__init__(f"{status.name} at t = {t:.6g}. {detail}{' ' if detail else ''}{status.sentence} ({stats})")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        # By default the message alone would be given to __init__, and a pool of workers would wait for ever.
+        # By default only the message would be passed to __init__, and a pool of workers would wait for ever.
         return type(self), (self.status, self.t, self.stats, self.detail), vars(self)
 
 
 def users_level() -> int:
-    """The stack level, for `warnings.warn`, of the first caller that is neither this package nor torch."""
+    """Return the stack level, for `warnings.warn`, of the first caller outside of this package and of torch."""
     level, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in ("node_cuda", "torch"):
         level, frame = level + 1, frame.f_back

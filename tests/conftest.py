@@ -1,4 +1,4 @@
-"""Every test starts from the same seed, in float32, on one thread; those marked `gpu` are skipped without one.
+"""Every test starts from the same seed, in float32, on one thread. Tests marked `gpu` are skipped without a GPU.
 
 `pytest -m gpu --pretend-gpu` runs them on the CPU (support/shim/pretend_gpu.py).
 """
@@ -18,8 +18,9 @@ from node_cuda.problem.field import VectorField
 
 KERNELS = Path(__file__).parent / "kernels"
 
-self_check.trust(torch.device("cpu"))  # where the shim runs the kernels: kernels/test_self_check.py checks them there
-torch.set_num_threads(1)  # the suite runs with -n 2 on two cores: more threads only fight each other
+# on the CPU, where the shim runs the kernels; kernels/test_self_check.py checks them there
+self_check.trust(torch.device("cpu"))
+torch.set_num_threads(1)  # the suite runs with -n 2 on two cores, so more threads would only slow it down
 
 
 def pytest_addoption(parser):
@@ -53,29 +54,29 @@ def skip_without_gpu(items):
 
 @pytest.fixture(autouse=True)
 def pretended_gpu(request, monkeypatch):
-    """With --pretend-gpu, where a test needs a GPU: the shim and the CPU."""
+    """With --pretend-gpu replace the GPU by the shim and the CPU, in tests that need a GPU."""
     if pretend_gpu.pretending() and request.node.get_closest_marker("gpu"):
         pretend_gpu.stand_in(request.getfixturevalue("shim_module"), monkeypatch)
 
 
 @pytest.fixture(autouse=True)
 def same_start():
-    """A test that leaves another default dtype or gradient mode behind fails by itself, not its neighbour."""
+    """Fail a test that leaves another default dtype or gradient mode, so that the next test does not fail instead."""
     torch.manual_seed(0)
     yield
-    assert torch.get_default_dtype() == torch.float32, "a test left another default dtype behind"
-    assert torch.is_grad_enabled(), "a test left gradients switched off"
+    assert torch.get_default_dtype() == torch.float32, "a test did not restore the default dtype"
+    assert torch.is_grad_enabled(), "a test did not switch gradients on again"
 
 
 @pytest.fixture
 def torchdiffeq():
-    """The reference version, where it is installed."""
+    """The installed reference version of torchdiffeq; skips without it."""
     return pytest.importorskip("torchdiffeq")
 
 
 @pytest.fixture(scope="session")
 def shim_library():
-    """csrc/ behind the shim, compiled once for all test processes."""
+    """csrc/ compiled with the shim, once for all test processes."""
     if shutil.which("g++") is None:
         pytest.skip("no g++ to compile the kernels with")
     return library.built("shim", library.behind_shim)
@@ -88,13 +89,13 @@ def shim_module(shim_library):
 
 @pytest.fixture(scope="session")
 def shim_controls(shim_library):
-    """The same library, as the tests drive the shim by it."""
+    """The same library, with the functions that control the shim."""
     return library.Controls(shim_library)
 
 
 @pytest.fixture
 def shim(shim_module, shim_controls, monkeypatch):
-    """The kernels run on the CPU."""
+    """Run the kernels on the CPU."""
     monkeypatch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
     monkeypatch.setattr(dispatch, "_kernels", lambda device: (shim_module, (0, 0)))
     yield shim_controls
@@ -103,7 +104,7 @@ def shim(shim_module, shim_controls, monkeypatch):
 
 
 class Everything:
-    """Has all that one asks for."""
+    """A container that has every key."""
 
     def __contains__(self, _):
         return True
@@ -111,8 +112,10 @@ class Everything:
 
 @pytest.fixture
 def eager(shim, monkeypatch):
-    """The device's loop runs on the CPU: what would be captured is done anew for every step. The first solves are not
-    compared with the host's: tests do that."""
+    """Run the loop of the device on the CPU: the Python of a captured step runs again for every step.
+
+    The first solves are not compared with the host's, because the tests do that.
+    """
     monkeypatch.setattr(capture, "GraphCapture", Eager)
     monkeypatch.setattr(first_run_check, "_confirmed", Everything())
     monkeypatch.setattr(VectorField, "release", lambda self: None)

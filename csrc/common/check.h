@@ -1,4 +1,4 @@
-// What a launcher or the runtime returned, as a Python exception that names what failed.
+// Turns the return value of a launcher or the runtime into a Python exception that names what failed.
 #pragma once
 #include <cuda_runtime_api.h>
 
@@ -19,7 +19,7 @@ inline void check(int code) {
   if (code != cudaSuccess) check(static_cast<cudaError_t>(code), failed_op());
 }
 
-// Throws for a call of the runtime that failed, and clears the error, so that nobody else's next check finds it.
+// Throws if a call of the runtime failed, and clears the error, so that a later check does not report it again.
 inline void expect(cudaError_t error, const char* call) {
   if (error != cudaSuccess) cudaGetLastError();
   check(error, call);

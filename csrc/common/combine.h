@@ -1,11 +1,12 @@
-// Linear combinations of tensors: what rk_stage, rk_finish and the sums of the adjoint share.
+// Linear combinations of tensors, shared by rk_stage, rk_finish and the sums of the adjoint.
 #pragma once
 #include "common/launch.h"
 #include "common/vec.h"
 
 namespace node_cuda {
 
-// The coefficients of a row and their tensors, by value. S: how many; 0: up to MAX_TERMS, `count` says.
+// The coefficients of a row and their tensors, by value. S: their number; 0: up to MAX_TERMS, and `count` is the
+// number.
 template <int S>
 struct Terms {
   static constexpr int CAPACITY = S > 0 ? S : MAX_TERMS;
@@ -21,7 +22,7 @@ struct Terms {
     }
   }
 
-  // The same row in units of its first coefficient that is not zero: unit * a. A sum needs its scale only once then.
+  // The same row divided by its first nonzero coefficient: unit * a. A sum then needs its scale only once.
   Terms& in_units() {
     int first = 0;
     while (first < count && a[first] == 0.0) ++first;
@@ -57,8 +58,8 @@ __device__ inline void add_term(Acc<T> (&acc)[N], const void* x, Acc<T> w, int64
   for (int l = 0; l < N; ++l) acc[l] = multiply_add(w, value[l], acc[l]);
 }
 
-// acc = base + scale acc for the N elements from i on; base null: 0. The base comes last, so that one rounding only is
-// of its size: `combine` of kernels/reference.py.
+// acc = base + scale acc for the N elements from i on; base null: 0. The base is added last, so that only one rounding
+// error has the size of the base: `combine` of kernels/reference.py.
 template <class T, int N>
 __device__ inline void add_to_base(Acc<T> (&acc)[N], Acc<T> scale, const T* base, int64_t i) {
   Acc<T> start[N] = {};
@@ -67,7 +68,7 @@ __device__ inline void add_to_base(Acc<T> (&acc)[N], Acc<T> scale, const T* base
   for (int l = 0; l < N; ++l) acc[l] = multiply_add(scale, acc[l], start[l]);
 }
 
-// The number next to x, upwards or downwards.
+// The next number above or below x.
 __device__ inline float neighbour(float x, bool up) { return nextafterf(x, up ? INFINITY : -INFINITY); }
 __device__ inline double neighbour(double x, bool up) {
   return nextafter(x, static_cast<double>(up ? INFINITY : -INFINITY));
@@ -92,7 +93,7 @@ __device__ inline void write_time(const Slot& slot, const Step& step) {
   *static_cast<R*>(slot.time) = from_acc<R>(static_cast<Acc<R>>(step.direction) * to_acc(time));
 }
 
-// out = base + scale sum_j a_j x_j (base null: 0), with dt as the scale; rk_stage.cu has it.
+// out = base + scale sum_j a_j x_j (base null: 0), with dt as the scale; defined in rk_stage.cu.
 int combine(const char* op, int dtype, int64_t n, void* out, const void* base, int count, const void* const* x,
             const double* a, const StepRef& where, const Slot& slot, Launch on);
 

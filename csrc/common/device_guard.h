@@ -1,4 +1,4 @@
-// Makes a device the current one, and the one before it again.
+// Makes a device the current one, and restores the previous one at the end.
 #pragma once
 #include <cuda_runtime.h>
 

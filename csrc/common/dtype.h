@@ -1,4 +1,4 @@
-// The element types: how they are read into the type that we calculate in, and the dispatch from a Dtype to them.
+// The element types: the types that they are converted to for arithmetic, and the dispatch from a Dtype to them.
 #pragma once
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
@@ -10,7 +10,8 @@
 
 namespace node_cuda {
 
-// Laid out as torch's. Only norms and dot products know it: everything linear sees two real numbers.
+// The same layout as in torch. Only norms and dot products use complex numbers; for linear kernels they are two real
+// numbers.
 template <class R>
 struct Complex {
   R re, im;
@@ -69,7 +70,7 @@ __device__ inline __nv_bfloat16 from_acc<__nv_bfloat16>(float x) {
   return __float2bfloat16_rn(x);
 }
 
-// One rounding on the device and under g++, whatever the compilers' flags say about contraction.
+// One rounding on the device and with g++, for any setting of contraction in the compilers' flags.
 __device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
 __device__ inline double multiply_add(double a, double b, double c) { return fma(a, b, c); }
 
@@ -78,7 +79,7 @@ __device__ inline double magnitude(double x) { return fabs(x); }
 __device__ inline float magnitude(Complex<float> x) { return hypotf(x.re, x.im); }
 __device__ inline double magnitude(Complex<double> x) { return hypot(x.re, x.im); }
 
-// The larger, or NaN if either is: torch.maximum.
+// The larger number, or NaN if either is NaN: torch.maximum.
 template <class R>
 __device__ inline R larger(R a, R b) {
   return a != a || a > b ? a : b;
@@ -110,7 +111,7 @@ __device__ inline Complex<R> divided(Complex<R> x, R scale) {
   return {x.re / scale, x.im / scale};
 }
 
-// |x / scale|^2 as a double, divided in the type that we calculate in, as the reference does.
+// |x / scale|^2 as a double; the division is in the accumulation type, as in the reference.
 template <class R>
 __device__ inline double square_of_quotient(R x, R scale) {
   const double q = x / scale;
@@ -134,7 +135,7 @@ int dispatch(int dtype, F f) {
   switch (dtype) {
     case FLOAT: return f(Type<float>{});
     case HALF: return f(Type<__half>{});
-#ifndef NODE_CUDA_FEW_TYPES  // sanitizer builds, which take long to compile
+#ifndef NODE_CUDA_FEW_TYPES  // set in sanitizer builds, which take long to compile
     case DOUBLE: return f(Type<double>{});
     case BFLOAT16: return f(Type<__nv_bfloat16>{});
     case COMPLEX_FLOAT: return f(Type<Complex<float>>{});
@@ -144,7 +145,7 @@ int dispatch(int dtype, F f) {
   }
 }
 
-// The same for what is linear over the reals: a complex tensor is a real one of twice the size.
+// The same for kernels that are linear over the reals: a complex tensor is a real one of twice the size.
 template <class F>
 int dispatch_real(int dtype, int64_t* n, F f) {
   if (dtype == COMPLEX_FLOAT || dtype == COMPLEX_DOUBLE) *n *= 2;

@@ -1,4 +1,5 @@
-// The one way to launch a kernel: the device is set and restored, the launch checked, its name kept for the message.
+// The function that launches every kernel: it sets and restores the device, checks the launch and stores its name for
+// the message.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -8,7 +9,7 @@
 #include "control/control.h"
 #include "launchers.h"
 
-// The tests' shim replaces these two, and nothing else, to run the same kernels without a GPU.
+// The tests' shim replaces these two macros, and nothing else, to run the same kernels without a GPU.
 #ifndef NODE_CUDA_LAUNCH
 #define NODE_CUDA_LAUNCH(kernel, blocks, threads, stream, ...) kernel<<<blocks, threads, 0, stream>>>(__VA_ARGS__)
 #define NODE_CUDA_FUNCTION(kernel) reinterpret_cast<void*>(kernel)  // for a node of a graph
@@ -16,22 +17,23 @@
 
 namespace node_cuda {
 
-// Arrays that a kernel gets by value and indexes by a variable are marked __grid_constant__: without it every thread
-// copies them to its own memory first.
+// Array arguments that a kernel indexes by a variable are marked __grid_constant__: without it every thread first
+// copies them to local memory.
 constexpr int THREADS = 256;
-constexpr int BLOCKS_AT_ONCE = 4;  // on a multiprocessor: at most 64 registers (ptxas spills more often without it)
-#ifdef NODE_CUDA_MAX_BLOCKS  // small in tests, so that small sizes go round the loops as well
+constexpr int BLOCKS_AT_ONCE = 4;  // on a multiprocessor; at most 64 registers (without it ptxas spills more often)
+#ifdef NODE_CUDA_MAX_BLOCKS  // small in tests, so that the loops run more than once for small sizes
 constexpr int64_t MAX_BLOCKS = NODE_CUDA_MAX_BLOCKS;
 #else
 constexpr int64_t MAX_BLOCKS = 1 << 20;
 #endif
 
-// The name of the launch that failed last in this thread.
+// The name of the launch in this thread that failed last.
 inline thread_local const char* last_failed_op = "";
 
 inline int64_t blocks_for(int64_t work, int64_t a_block) { return (work + a_block - 1) / a_block; }
 
-// Blocks of THREADS threads for `work` groups of elements, one a thread; a function of the work alone.
+// The number of blocks of THREADS threads for `work` groups of elements, one for each thread. It depends only on the
+// work.
 inline int64_t grid_for(int64_t work) {
   const int64_t blocks = blocks_for(work, THREADS);
   return blocks > MAX_BLOCKS ? MAX_BLOCKS : blocks < 1 ? 1 : blocks;
@@ -47,19 +49,19 @@ int launch(const char* op, void (*kernel)(P...), int64_t blocks, int threads, La
     NODE_CUDA_LAUNCH(kernel, static_cast<unsigned>(blocks), threads, stream, arguments...);
     error = cudaGetLastError();
   } else {
-    cudaGetLastError();  // clears it, so that nobody else's next check finds it
+    cudaGetLastError();  // clears the error, so that a later check does not report it again
   }
   if (error != cudaSuccess) last_failed_op = op;
   return error;
 }
 
-// A launcher that was called with what it cannot do.
+// Returned by a launcher for arguments that it does not support.
 inline int refuse(const char* op) {
   last_failed_op = op;
   return 1;  // cudaErrorInvalidValue
 }
 
-// The step that a kernel works on; false: the solve has ended, do nothing.
+// The step that a kernel works on; false: the solve has ended, so the kernel does nothing.
 struct Step {
   Interval at;
   double direction;

@@ -1,4 +1,4 @@
-// Lists of tensors of mixed sizes and dtypes, cut into chunks of which a block takes one: one launch for all of them.
+// Lists of tensors of mixed sizes and dtypes in one launch. They are divided into chunks, one for each block.
 #pragma once
 #include "common/reduce.h"
 
@@ -8,7 +8,7 @@ constexpr int64_t CHUNK = 4096;  // elements
 
 NODE_CUDA_HD inline int64_t chunk_count(int64_t size) { return (size + CHUNK - 1) / CHUNK; }
 
-// The tensor that a chunk lies in: the last one that begins at or before it (empty ones have no chunk).
+// The tensor that contains a chunk: the last one that begins at or before it (empty tensors have no chunk).
 __device__ inline int64_t part_of(const Part* parts, int64_t count, int64_t chunk) {
   int64_t low = 0, high = count;
   while (high - low > 1) {
@@ -31,7 +31,7 @@ __device__ inline void dispatch_part(int64_t dtype, F f) {
   }
 }
 
-// The real type behind T, and how many of them an element has: sums do not care for complex numbers.
+// The real type of T, and the number of reals in an element: sums treat complex numbers as pairs of reals.
 template <class T>
 struct Linear {
   using type = T;

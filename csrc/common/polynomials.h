@@ -1,12 +1,12 @@
-// The polynomials of a dense output, as a kernel gets them by value: what dense_eval and its transpose share.
+// The polynomials of a dense output, passed to a kernel by value; shared by dense_eval and its transpose.
 #pragma once
 #include "common/combine.h"
 
 namespace node_cuda {
 
-constexpr int OUTPUTS_AT_ONCE = 64;  // whose weights lie in shared memory
+constexpr int OUTPUTS_AT_ONCE = 64;  // their weights are in shared memory
 
-// The interpolant: B_j(x) = sum_d weight[j][d] x^(d + 1), and likewise P of `end`; P = 0 without it.
+// The interpolant: B_j(x) = sum_d weight[j][d] x^(d + 1), and P from `end` in the same way; P = 0 without it.
 template <int S>
 struct Polynomials {
   double weight[Terms<S>::CAPACITY][MAX_DEGREE] = {};

@@ -1,18 +1,19 @@
-// Sums that give the same bits every time: double, in an order that follows from the sizes alone.
+// Sums with the same bits every time: in double, in an order that depends on the sizes alone.
 //
-// A block sums its share of a segment by a tree and writes one partial; the block that finishes last (an integer
-// ticket says which, and sets itself back) adds the partials in the order of the blocks. No float atomics.
+// A block sums its share of a segment by a tree and writes one partial sum. The block that finishes last adds the
+// partial sums in the order of the blocks. An integer ticket, which the last block resets, tells which block that is.
+// No float atomics.
 #pragma once
 #include "common/launch.h"
 #include "common/vec.h"
 
 namespace node_cuda {
 
-constexpr int64_t REDUCE_ELEMENTS = 2048;  // a block
+constexpr int64_t REDUCE_ELEMENTS = 2048;  // for each block
 #ifdef NODE_CUDA_MAX_BLOCKS
 constexpr int64_t MAX_REDUCE_BLOCKS = NODE_CUDA_MAX_BLOCKS;
 #else
-constexpr int64_t MAX_REDUCE_BLOCKS = 1024;  // a segment; about what fills a large GPU once
+constexpr int64_t MAX_REDUCE_BLOCKS = 1024;  // for each segment; about as many as fill a large GPU once
 #endif
 
 NODE_CUDA_HD inline int64_t reduce_blocks(int64_t size) {
@@ -28,7 +29,7 @@ inline int64_t reduce_grid(int64_t n, const Segments* segments) {
   return blocks > 0 ? blocks : 1;
 }
 
-// What a reduction leaves in its workspace.
+// The data of a reduction in its workspace.
 struct Partials {
   unsigned* ticket;
   double* values;
@@ -42,7 +43,7 @@ __device__ inline int64_t segment_end(const Segments& segments, int64_t n, int64
   return segments.count <= 1 ? n : segments.ends[s];
 }
 
-// The share of this block: elements [begin, end) of one segment, as the block-th of so many blocks.
+// The share of this block: elements [begin, end) of one segment, which `blocks` blocks divide.
 struct Share {
   int64_t begin, end, block, blocks;
 };
@@ -58,8 +59,8 @@ __device__ inline Share share_of_block(const Segments& segments, int64_t n) {
   return Share{0, 0, 0, 1};
 }
 
-// body(Width<N>, i) over a share. Which thread takes which elements does not depend on their alignment, only whether
-// it reads them at once: so neither do the bits of the sum.
+// body(Width<N>, i) over a share. The elements of a thread do not depend on their alignment. Alignment only decides
+// whether a thread reads them in one load. So the bits of the sum do not depend on it either.
 template <int LANES_, class Body>
 __device__ inline void for_share(const Share& share, int phase, Body body) {
   const int64_t stride = share.blocks * blockDim.x * LANES_;
@@ -83,14 +84,14 @@ __device__ inline double warp_sum(double x) {
 __device__ inline double block_sum(double x) {
   __shared__ double of_warp[THREADS / 32];
   x = warp_sum(x);
-  __syncthreads();  // the last use of of_warp is over
+  __syncthreads();  // wait until the last use of of_warp is over
   if (threadIdx.x % 32 == 0) of_warp[threadIdx.x / 32] = x;
   __syncthreads();
   if (threadIdx.x < 32) x = warp_sum(threadIdx.x < THREADS / 32 ? of_warp[threadIdx.x] : 0.0);
   return x;
 }
 
-// Called by all threads after thread 0 wrote the block's partials: is this the block that finishes?
+// Called by all threads after thread 0 wrote the block's partial sums: is this the block that finishes last?
 __device__ inline bool last_block(unsigned* ticket) {
   __shared__ bool last;
   if (threadIdx.x == 0) {
@@ -120,7 +121,7 @@ __device__ inline double largest_rms(const Segments& segments, int64_t n, const 
   return norm;
 }
 
-// What one thread does with a norm at the end.
+// Used by one thread at the end, with the norm.
 __device__ inline void finish_norm(const Finish& finish, double norm) {
   for (int64_t i = 0; i < finish.also_count; ++i) norm = nan_max(norm, finish.also[i]);
   if (finish.result != nullptr) *finish.result = norm;

@@ -1,10 +1,10 @@
-// The scale of the error, atol + rtol |y|, from numbers or from one number an element.
+// The scale of the error, atol + rtol |y|, from numbers or from one number for each element.
 #pragma once
 #include "common/vec.h"
 
 namespace node_cuda {
 
-// A Tolerance as the kernels read it.
+// A Tolerance in the form that the kernels read.
 template <class T>
 struct Scale {
   RealAcc<T> rtol, atol;
@@ -35,7 +35,7 @@ void align_scale(Alignment& alignment, const Scale<T>& scale) {
   alignment.with(scale.rtol_each).with(scale.atol_each);
 }
 
-// What the error, complex for complex states, is kept in.
+// The type of the error; complex for complex states.
 template <class T>
 using Error = Acc<T>;
 

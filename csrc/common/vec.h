@@ -1,7 +1,7 @@
 // 16-byte access to tensors of any alignment.
 //
-// Elementwise kernels take scalars up to the first aligned element, vectors from there, and scalars at the end. That
-// needs all tensors to be off by the same amount; where they are not (or are slices), everything is scalar.
+// Elementwise kernels access scalars up to the first aligned element, then vectors, and scalars at the end. This needs
+// the same misalignment for all tensors. Otherwise (or for slices) every access is scalar.
 #pragma once
 #include <cstdint>
 
@@ -9,7 +9,7 @@
 
 namespace node_cuda {
 
-// The elements that a thread takes at once.
+// The elements that a thread accesses at once.
 template <class T>
 constexpr int LANES = 16 / static_cast<int>(sizeof(T));
 
@@ -46,7 +46,7 @@ __device__ inline void store(T* p, const Acc<T> (&x)[N]) {
   }
 }
 
-// The same, said outright where nvcc makes scalar stores of a plain one.
+// The same as an explicit vector store: nvcc turns a plain one into scalar stores.
 template <int N, class T>
 __device__ inline void store_at_once(T* p, const Acc<T> (&x)[N]) {
 #ifdef __CUDA_ARCH__
@@ -61,7 +61,7 @@ __device__ inline void store_at_once(T* p, const Acc<T> (&x)[N]) {
   store(p, x);
 }
 
-// At which elements every tensor can be read 16 bytes at a time: those that are phase() modulo `lanes`.
+// The elements where every tensor can be read 16 bytes at a time: those that are phase() modulo `lanes`.
 class Alignment {
  public:
   explicit Alignment(int lanes) : lanes_(lanes), possible_((1u << lanes) - 1) {}
@@ -77,7 +77,7 @@ class Alignment {
     return with(p, sizeof(T));
   }
 
-  // -1: at none.
+  // -1: there are none.
   int phase() const {
     for (int i = 0; i < lanes_; ++i)
       if (possible_ >> i & 1) return i;
@@ -89,7 +89,7 @@ class Alignment {
   unsigned possible_;
 };
 
-// n elements as `head` scalars, `vectors` vectors, and the other scalars.
+// n elements as `head` scalars, `vectors` vectors, and the remaining scalars.
 struct Split {
   int64_t n, head, vectors, scalars;
 
@@ -100,7 +100,7 @@ struct Split {
   int64_t work() const { return vectors > scalars ? vectors : scalars; }
 };
 
-// body(Width<N>, i) for every group of N elements from i on: N is the number of lanes, or 1.
+// body(Width<N>, i) for every group of N elements from i on; N is the number of lanes, or 1.
 template <class T, class Body>
 __device__ inline void for_each(const Split& split, Body body) {
   const int64_t stride = static_cast<int64_t>(gridDim.x) * blockDim.x;

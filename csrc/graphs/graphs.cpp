@@ -13,8 +13,8 @@ namespace {
 
 constexpr int DRIVER_WITH_WHILE = 12040;
 
-// While it lives this thread may free what it likes, as torch's own destructors may: Python frees objects when it likes,
-// and a capture of anybody's would fail by it.
+// While it exists this thread may free memory during a capture. Python frees objects at any time, and torch's
+// destructors do the same; without this the capture of any thread would fail.
 class Relaxed {
  public:
   Relaxed() { cudaThreadExchangeStreamCaptureMode(&mode_); }
@@ -23,7 +23,7 @@ class Relaxed {
   Relaxed& operator=(const Relaxed&) = delete;
 
  private:
-  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // then that of before
+  cudaStreamCaptureMode mode_ = cudaStreamCaptureModeRelaxed;  // afterwards: the previous mode
 };
 
 std::string version(int number) {
@@ -56,12 +56,12 @@ Words words_for(int type) {
     case cudaGraphNodeTypeExtSemaphoreWait: return {"wait for a semaphore", "waits for semaphores"};
     case cudaGraphNodeTypeMemAlloc: return {"allocation of memory", "allocations of memory"};
     case cudaGraphNodeTypeMemFree: return {"release of memory", "releases of memory"};
-    case cudaGraphNodeTypeConditional: return {"branch or loop of its own", "branches or loops of its own"};
+    case cudaGraphNodeTypeConditional: return {"branch or loop", "branches or loops"};
     default: return {"node of an unknown kind", "nodes of an unknown kind"};
   }
 }
 
-// Counts, by type, what a child graph in a loop may not hold: in the graph and in the graphs within it.
+// Counts, by type, the nodes that a child graph in a loop must not contain, in the graph and in its child graphs.
 void count_refused(cudaGraph_t graph, std::map<int, int>* counts) {
   size_t size = 0;
   EXPECT(cudaGraphGetNodes, graph, nullptr, &size);
@@ -124,7 +124,7 @@ void add_loop(cudaGraph_t graph, cudaGraph_t step, const ControllerState* ctl) {
 WhileGraph::~WhileGraph() {
   const DeviceGuard guard(device_);
   const Relaxed relaxed;
-  // A launch that is still running keeps what it needs.
+  // A launch that is still running keeps the resources that it needs.
   if (exec_ != nullptr) cudaGraphExecDestroy(exec_);
   if (graph_ != nullptr) cudaGraphDestroy(graph_);
 }
@@ -151,7 +151,7 @@ WhileGraph::WhileGraph(cudaGraph_t, const ControllerState*, int32_t device) : Wh
                    " or newer, and it was with " + version(CUDART_VERSION));
 }
 
-void WhileGraph::launch(cudaStream_t) const {}  // of none
+void WhileGraph::launch(cudaStream_t) const {}  // without CUDA there is no loop to launch
 #endif
 
 void replay(cudaGraphExec_t exec, int64_t times, cudaStream_t stream, int32_t device) {

@@ -1,8 +1,9 @@
-// A solve without the host in its loop, from the captured graph of one attempted step: WhileGraph repeats it on the GPU
-// in one launch; replay and Flag repeat it from the host, which looks at the end of one batch while the next one runs.
+// Loops over the captured graph of one attempted step, without a decision of the host in each step. WhileGraph repeats
+// the step on the GPU in one launch. replay and Flag repeat it from the host, which checks the end of one batch while
+// the next one runs.
 //
-// Neither Python nor torch. What fails throws: Impossible where this step, driver or build cannot have a loop on the
-// GPU at all (another way of solving can), std::runtime_error for an error of CUDA's.
+// Uses neither Python nor torch. Throws Impossible if this step, driver or build does not support a loop on the GPU
+// (the host can still repeat the steps), and std::runtime_error for an error of CUDA.
 #pragma once
 #include <cuda_runtime.h>
 
@@ -22,7 +23,8 @@ class Impossible : public std::runtime_error {
 //
 //     set_condition -> while { step -> set_condition }
 //
-// The loop holds a copy of the step: its graph may be destroyed afterwards, but not the memory that its nodes work on.
+// The loop holds a copy of the step. The graph of the step may be destroyed afterwards, but the memory that its nodes
+// use must stay.
 class WhileGraph {
  public:
   WhileGraph(cudaGraph_t step, const ControllerState* ctl, int32_t device);
@@ -33,22 +35,23 @@ class WhileGraph {
   void launch(cudaStream_t stream) const;
 
  private:
-  explicit WhileGraph(int32_t device) : device_(device) {}  // owns, so that what follows may throw
+  // Runs first, so that the destructor frees everything if the other constructor throws.
+  explicit WhileGraph(int32_t device) : device_(device) {}
 
   int32_t device_;
   cudaGraph_t graph_ = nullptr;
   cudaGraphExec_t exec_ = nullptr;
 };
 
-// The same launch `times` times.
+// Launches the same graph `times` times.
 void replay(cudaGraphExec_t exec, int64_t times, cudaStream_t stream, int32_t device);
 
-// A copy of ctl in host memory, as it is where the stream has come to the last `record`. With two of them a host that
-// waits for one batch of steps has the next one in the stream already.
+// A copy of ctl in host memory, as it is when the stream reaches the last `record`. With two of them the next batch is
+// already in the stream while the host waits for one batch of steps.
 class Flag {
  public:
   Flag(const ControllerState* ctl, int32_t device);
-  ~Flag();  // waits for a copy that is on its way
+  ~Flag();  // waits for a copy that is still running
   Flag(const Flag&) = delete;
   Flag& operator=(const Flag&) = delete;
 

@@ -1,5 +1,5 @@
-// set_condition: one thread says whether a loop in a graph goes round once more, from ctl's `active`. A node of a graph
-// and never a launch: a condition is that of the graph that it was made for.
+// set_condition: one thread sets from ctl's `active` whether a loop in a graph repeats. It is only used as a node of a
+// graph, because a condition belongs to the graph that it was made for.
 #include "graphs/set_condition.h"
 
 #include "common/launch.h"

@@ -1,11 +1,11 @@
-// accumulate: sum_i (+)= w x_i and error_i (+)= v x_i over a whole list of tensors in one launch.
-// Reads x and (to add) the sums, writes the sums: 3 sizes of the parameters, 5 with the errors, 2 and 3 to set.
-// commit_sums: total_i += sum_i where a step was accepted: 3 sizes of the parameters.
+// accumulate: sum_i (+)= w x_i and error_i (+)= v x_i over a whole list of tensors in one launch. Reads x and (to add)
+// the sums, writes the sums: 3 sizes of the parameters, 5 with the errors, 2 and 3 to set. commit_sums: total_i +=
+// sum_i if the step was accepted: 3 sizes of the parameters.
 #include "common/parts.h"
 
 namespace node_cuda {
 
-// The list's tensors of one launch, by value.
+// The tensors of the list in one launch, by value.
 struct Pointers {
   const void* x[MAX_POINTERS];
 };

@@ -1,5 +1,5 @@
-// commit: to = from for the few tensors of an accepted step, where pointers cannot be swapped (the device loop).
-// Reads and writes each once: 4 sizes of the state for y1 -> y0 and k_last -> k_1.
+// commit: to = from for the few tensors of an accepted step, where pointers cannot be swapped (the device loop). Reads
+// and writes each once: 4 sizes of the state for y1 -> y0 and k_last -> k_1.
 #include "common/launch.h"
 #include "common/vec.h"
 

@@ -1,19 +1,19 @@
-// dense_adjoint: dense_eval transposed. The gradients of the outputs in a step become cotangents of y1, y0 and the k_j:
-// one row of weights each, over all the outputs. Reads lam and the gradients (once for up to 9 rows and 64 outputs),
-// writes every row: 1 + m reads for m outputs, and 2 + count writes.
+// dense_adjoint: the transpose of dense_eval. The gradients of the outputs in a step become cotangents of y1, y0 and
+// the k_j. Each cotangent is a weighted sum over all the outputs, with one row of weights. Reads lam and the gradients
+// (once for up to 9 rows and 64 outputs), writes every row: 1 + m reads for m outputs, and 2 + count writes.
 #include "common/polynomials.h"
 
 namespace node_cuda {
 
-constexpr int ROWS_AT_ONCE = 9;  // that a thread adds up: all those of bosh3, dopri5 and tsit5
+constexpr int ROWS_AT_ONCE = 9;  // rows that a thread sums at once: all those of bosh3, dopri5 and tsit5
 
-// Where the sums go: lam's, start's, and one for each polynomial.
+// The memory for the sums: of lam, of start, and one for each polynomial.
 struct Cotangents {
   void* out[MAX_TERMS + 2];
   int count;
 };
 
-// What an output's gradient counts in a row. The output at the end of the step is y1 itself.
+// The weight of an output's gradient in a row. The output at the end of the step is y1 itself.
 __device__ inline double coefficient(const Polynomials<0>& polynomials, int row, const Interval& at, double time) {
   if (time == at.t1) return row == 0 ? 1.0 : 0.0;
   const double x = position(at, time);
@@ -22,7 +22,7 @@ __device__ inline double coefficient(const Polynomials<0>& polynomials, int row,
   return row == 0 ? of_end : 1.0 - of_end;
 }
 
-// Rows of gradients need not be aligned, whatever lam is.
+// The rows of gradients may have any alignment, independent of lam.
 template <class T, int N>
 __device__ inline void load_row(const T* p, Acc<T> (&x)[N]) {
   if constexpr (N > 1) {
@@ -37,7 +37,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     dense_adjoint_kernel(Split split, const __grid_constant__ Cotangents rows, const T* lam, const T* gradients,
                          const double* times, int64_t first, int64_t stop,
                          const __grid_constant__ Polynomials<0> polynomials, StepRef where) {
-  [[maybe_unused]] __shared__ Acc<T> weight[OUTPUTS_AT_ONCE][ROWS_AT_ONCE];  // g++ does not see the use in the lambda
+  [[maybe_unused]] __shared__ Acc<T> weight[OUTPUTS_AT_ONCE][ROWS_AT_ONCE];  // g++ does not count the use in the lambda
   Step step;
   if (!read_next(where, &step)) return;
   if (where.ctl != nullptr) {
@@ -47,10 +47,10 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   for (int group = 0; group < rows.count; group += ROWS_AT_ONCE) {
     const int count = rows.count - group < ROWS_AT_ONCE ? rows.count - group : ROWS_AT_ONCE;
     int64_t begin = first;
-    do {  // once without outputs, too
+    do {  // at least once, also without outputs
       const int64_t left = stop - begin;
       const int outputs = static_cast<int>(left < 0 ? 0 : left < OUTPUTS_AT_ONCE ? left : OUTPUTS_AT_ONCE);
-      __syncthreads();  // the last use of the weights is over
+      __syncthreads();  // wait until the last use of the weights is over
       for (int q = threadIdx.x; q < outputs * ROWS_AT_ONCE; q += blockDim.x) {
         const int o = q / ROWS_AT_ONCE, r = q % ROWS_AT_ONCE;
         weight[o][r] = r < count ? static_cast<Acc<T>>(coefficient(polynomials, group + r, step.at, times[begin + o]))
@@ -67,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
         } else if (group == 0) {
           load(lam + i, acc[0]);
         }
-#pragma unroll 1  // several outputs at once would not fit the registers
+#pragma unroll 1  // several outputs at once would need too many registers
         for (int o = 0; o < outputs; ++o) {
           Acc<T> g[N];
           load_row(gradients + (begin + o) * split.n + i, g);
@@ -102,7 +102,7 @@ extern "C" int launch_dense_adjoint(int dtype, int64_t n, void* lam_out, void* s
   const int error = dispatch_real(dtype, &n, [&](auto type) -> int {
     using T = typename decltype(type)::type;
     if constexpr (sizeof(T) == 2) {
-      return INVALID_VALUE;  // sums that go on from batch to batch would be rounded in between
+      return INVALID_VALUE;  // a sum that continues in another batch would be rounded in between
     } else {
       Alignment alignment(LANES<T>);
       alignment.with(static_cast<const T*>(lam));

@@ -1,11 +1,11 @@
-// dense_eval: all outputs that lie in a step, y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, straight from y0 and k.
-// Reads y0 and the k_j once for up to 64 outputs (y1 where P or an output at t1 asks for it), writes the outputs.
+// dense_eval: all outputs in a step, y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, computed directly from y0 and k. Reads
+// y0 and the k_j once for up to 64 outputs (y1 if P or an output at t1 needs it), writes the outputs.
 #include "common/polynomials.h"
 
 namespace node_cuda {
 
-// `raw` itself. But nvcc cannot know, and so does not turn all halves into floats ahead of the loop over outputs, where
-// they would take twice the registers.
+// Returns `raw` unchanged, but nvcc cannot know this. So it does not convert all halves to floats before the loop over
+// outputs, where they would need twice the registers.
 template <class T, int N>
 __device__ inline Vec<T, N> as_in_memory(Vec<T, N> raw) {
 #ifdef __CUDA_ARCH__
@@ -17,7 +17,7 @@ __device__ inline Vec<T, N> as_in_memory(Vec<T, N> raw) {
   return raw;
 }
 
-// Rows of the output need not be aligned, whatever y0 and k are.
+// The rows of the output may have any alignment, independent of y0 and k.
 template <class T, int N>
 __device__ inline void store_row(T* p, const Acc<T> (&x)[N]) {
   if constexpr (N > 1) {
@@ -45,8 +45,9 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   const int terms = S > 0 ? S : k.count;
   for (int64_t begin = first; begin < stop; begin += OUTPUTS_AT_ONCE) {
     const int outputs = static_cast<int>(stop - begin < OUTPUTS_AT_ONCE ? stop - begin : OUTPUTS_AT_ONCE);
-    const Interval at = where.ctl == nullptr ? where.at : where.ctl->last;  // each time: kept, it would take registers
-    __syncthreads();  // the last use of the weights is over
+    // read each time, because keeping it would need registers
+    const Interval at = where.ctl == nullptr ? where.at : where.ctl->last;
+    __syncthreads();  // wait until the last use of the weights is over
     for (int q = threadIdx.x; q < outputs * (terms + 1); q += blockDim.x) {
       const int o = q / (terms + 1), j = q % (terms + 1);
       const double time = times[begin + o], x = position(at, time);
@@ -66,7 +67,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 #pragma unroll
       for (int j = 0; j < S; ++j)
         raw[j] = *reinterpret_cast<const Vec<T, N>*>(static_cast<const T*>(k.x[j]) + i);
-#pragma unroll 1  // several outputs at once would not fit the registers
+#pragma unroll 1  // several outputs at once would need too many registers
       for (int o = 0; o < outputs; ++o) {
         Acc<T> acc[N] = {};
         if (at_end[o]) {
@@ -97,8 +98,8 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   }
 }
 
-// The counts of the default interpolants (bosh3, dopri5, tsit5) as constants. The others, and all with P, read k again
-// for each output: the cache has it.
+// The default interpolants (bosh3, dopri5, tsit5) have their counts as constants. The others, and all with P, read k
+// again for each output, from the cache.
 template <class F>
 int dispatch_terms(int count, bool has_end, F f) {
   switch (has_end ? 0 : count) {

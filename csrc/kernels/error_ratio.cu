@@ -10,7 +10,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
     error_ratio_kernel(int64_t n, int phase, const Error<T>* error, const T* last, double e_last, const T* y0,
                        const T* y1, Scale<T> tolerance, Segments segments, Partials partials, StepRef where,
                        Finish finish) {
-  // Read before the ticket: the block that finishes moves ctl on, when all the others have read it.
+  // Read before the ticket: the block that finishes last changes ctl, after all the others have read it.
   Step step;
   if (!read_next(where, &step)) {
     if (blockIdx.x == 0 && threadIdx.x == 0 && finish.ctl != nullptr) step_control(*finish.ctl, finish.law, 0.0);

@@ -1,5 +1,5 @@
-// jump: a += g and dot = Re sum conj(g) f in one pass, where the backward solve passes an output.
-// Reads a, g and f, writes a: 4 sizes of the state.
+// jump: a += g and dot = Re sum conj(g) f in one pass, when the backward solve passes an output. Reads a, g and f,
+// writes a: 4 sizes of the state.
 #include "common/reduce.h"
 
 namespace node_cuda {

@@ -1,5 +1,5 @@
 // rk_finish: y1 = y0 + dt sum_j b_j k_j and the partial error dt sum_j e_j k_j in one pass, and the last stage's time.
-// Reads y0 and the k_j with b_j or e_j not zero, writes y1 and the error: count + 3 sizes of the state (8 for dopri5).
+// Reads y0 and the k_j with nonzero b_j or e_j, writes y1 and the error: count + 3 sizes of the state (8 for dopri5).
 #include "common/combine.h"
 
 namespace node_cuda {
@@ -21,13 +21,13 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
       const Acc<T> w = static_cast<Acc<T>>(k.a[j]), v = static_cast<Acc<T>>(dt * e.a[j]);
 #pragma unroll
       for (int l = 0; l < N; ++l) {
-        // A stage may count in one of the sums only, and 0 * inf is NaN. The branch is the same for all threads.
+        // A stage may have a weight in only one of the sums, and 0 * inf is NaN. All threads take the same branch.
         if (k.a[j] != 0.0) acc[l] = multiply_add(w, value[l], acc[l]);
         if (e.a[j] != 0.0) err[l] = multiply_add(v, value[l], err[l]);
       }
     };
     if constexpr (S > 0) {
-      // Two sums of 8 halves, or weights in double, or 6 floats and their weights at once are more than 64 registers.
+      // Two sums of 8 halves, or weights in double, or 6 floats and their weights at once need more than 64 registers.
       [[maybe_unused]] constexpr int AT_ONCE = sizeof(T) == 2 ? 2 : sizeof(T) == 8 ? 3 : S < 6 ? S : 4;
 #pragma unroll AT_ONCE
       for (int j = 0; j < S; ++j) add(j);
@@ -44,7 +44,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
 extern "C" int launch_rk_finish(int dtype, int64_t n, void* y1, void* error, const void* y0, int count,
                                 const void* const* k, const double* b, const double* e, const StepRef* where,
                                 const Slot* slot, Launch on) {
-  // Without an error this is a stage.
+  // Without an error this is the same as a stage.
   if (error == nullptr)
     return combine("rk_finish", dtype, n, y1, y0, count, k, b, *where, slot == nullptr ? Slot{} : *slot, on);
   if (n == 0 && (slot == nullptr || slot->time == nullptr)) return cudaSuccess;

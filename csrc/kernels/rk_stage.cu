@@ -1,5 +1,5 @@
-// rk_stage: z = y0 + dt sum_j a_j k_j, and the stage's time for the field.
-// Reads y0 and the k_j with a_j != 0, writes z: count + 2 sizes of the state.
+// rk_stage: z = y0 + dt sum_j a_j k_j, and the time of the stage for the field. Reads y0 and the k_j with a_j != 0,
+// writes z: count + 2 sizes of the state.
 #include "common/combine.h"
 
 namespace node_cuda {

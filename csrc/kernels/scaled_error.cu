@@ -1,4 +1,4 @@
-// scaled_error: (error + dt e_last k_last) / (atol + rtol max(|y0|, |y1|)) element by element, for a user's own norm.
+// scaled_error: (error + dt e_last k_last) / (atol + rtol max(|y0|, |y1|)) for each element, for a norm of the user.
 // Reads the partial error, k_last, y0 and y1, writes the quotient: 5 sizes of the state.
 #include "common/launch.h"
 #include "common/scale.h"

@@ -5,7 +5,7 @@
 
 namespace node_cuda {
 
-// The squares of a chunk that this thread takes. T: the type of the sums.
+// The sum of the squares of a chunk, over the elements of this thread. T: the type of the sums.
 template <class T>
 __device__ inline double squares(const Part& part, int64_t begin, double rtol, double atol) {
   const T* const error = static_cast<const T*>(part.error);
@@ -52,7 +52,7 @@ __global__ void __launch_bounds__(THREADS, BLOCKS_AT_ONCE)
   sum = block_sum(sum);
   if (threadIdx.x == 0) partials.values[blockIdx.x] = sum;
   if (!last_block(partials.ticket)) return;
-  // A warp for each tensor, whose chunks it adds in a fixed order.
+  // One warp for each tensor; it adds the tensor's chunks in a fixed order.
   const int warp = threadIdx.x / 32, lane = threadIdx.x % 32;
   double norm = 0.0;
   for (int64_t i = warp; i < count; i += THREADS / 32) {

@@ -1,1 +1,1 @@
-"""The compiled module `node_cuda._C`: how it is built, and how it is found."""
+"""The compiled module `node_cuda._C`: code that builds it, and code that finds and loads it."""

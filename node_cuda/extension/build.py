@@ -1,9 +1,9 @@
-"""What the compiled module `node_cuda._C` is made of, where its tools are, and which of its three settings is built.
+"""The build of the compiled module `node_cuda._C`: its sources, the tools, and the choice among its three settings.
 
-The one place for it: setup.py (at install) and `extension` (on the first CUDA solve) both ask here. setup.py runs this
-file by its path, where torch may be missing: nothing but the standard library is imported at the top.
+Both setup.py (at installation) and `extension.loading` (on the first CUDA solve) use this module. setup.py runs this
+file by its path, where torch may be missing. So only the standard library is imported at the top.
 
-A source is added by putting it into a folder of csrc/: every .cpp is always compiled, every .cu where kernels are.
+To add a source, put it into a folder of csrc/: every .cpp is always compiled, every .cu if the kernels are built.
 """
 
 from __future__ import annotations
@@ -24,24 +24,25 @@ from typing import NamedTuple
 MODULE = "node_cuda._C"
 COMMAND = "NODE_CUDA_BUILD=cuda pip install -v --no-build-isolation --force-reinstall --no-deps ."
 SETTINGS = ("auto", "python", "cpu", "cuda")
-NOTE = "_build.json"  # in the package's folder: what the last build did, and why
+NOTE = "_build.json"  # a file in the package's folder: what the last build did, and why
 
-# Compiled for where no GPU is visible: those that the toolkit knows, and PTX of the last for newer ones.
+# Architectures for a build without a visible GPU: those of them that the toolkit knows, and PTX of the last one for
+# newer GPUs.
 ARCHS = ("8.0", "8.6", "8.9", "9.0", "10.0", "12.0")
 
-# No -std: torch's build chooses the one that its headers need. -g0: Python's own flags ask for debug information.
+# No -std: torch's build chooses the standard that its headers need. -g0: Python's own flags ask for debug information.
 CXX_FLAGS = ("-O2", "-g0", "-fvisibility=hidden")
-# -fmad=false: only the sums that say so are fused, so that the CPU can repeat them.
-# For a profiler: NVCC_APPEND_FLAGS=-lineinfo, which makes the module three times as large.
+# -fmad=false: only sums that use fma explicitly are fused, so that the CPU can compute the same result. For a profiler
+# set NVCC_APPEND_FLAGS=-lineinfo, which makes the module three times as large.
 NVCC_FLAGS = ("-O3", "-fmad=false", "-Xcompiler=-fvisibility=hidden")
 
 
 class BuildError(Exception):
-    """The build that was asked for cannot be made; the message says why and what to do."""
+    """The chosen build is not possible. The message says why and what to do."""
 
 
 class Toolkit(NamedTuple):
-    """A CUDA toolkit: bin/nvcc below `home`, the runtime's headers and libraries."""
+    """A CUDA toolkit: bin/nvcc in `home`, the headers and libraries of the runtime."""
 
     home: Path
     include: Path
@@ -53,11 +54,11 @@ class Toolkit(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """One of the three settings, and all that decides what comes out of it."""
+    """One of the three settings, with everything that determines its result."""
 
     setting: str  # python, cpu or cuda
     why: str  # half a sentence
-    torch: str = ""  # the version that it is built with
+    torch: str = ""  # the version of torch to build with
     cuda_torch: bool = False
     toolkit: Toolkit | None = None
     archs: str = ""  # as in TORCH_CUDA_ARCH_LIST
@@ -68,7 +69,7 @@ class Recipe(NamedTuple):
 
 
 def find_csrc() -> Path:
-    """The folder of the sources: in the package where it was installed, beside it in a checkout."""
+    """Return the folder of the sources: in the package if it was installed, next to it in a checkout."""
     package = Path(__file__).resolve().parent.parent
     for folder in (package / "csrc", package.parent / "csrc"):
         if (folder / "bind" / "bind.cpp").is_file():
@@ -77,18 +78,19 @@ def find_csrc() -> Path:
 
 
 def sources(csrc: Path, kernels: bool) -> list[str]:
-    """The files to compile, from all folders of csrc/."""
+    """Return the files to compile, from all folders of csrc/."""
     paths = _files(csrc, (".cpp", ".cu") if kernels else (".cpp",))
     stems = [path.stem for path in paths]
     if twice := {stem for stem in stems if stems.count(stem) > 1}:
-        # torch's build names an object file after its source, without the folder on first use, or without the suffix.
+        # torch's build names an object file after its source: without the folder on first use, without the suffix in
+        # pip.
         same = ", ".join(path.relative_to(csrc).as_posix() for path in paths if path.stem in twice)
-        raise BuildError(f"sources in csrc/ share a name, whatever their folder and suffix: {same}. Rename one of them")
+        raise BuildError(f"sources in csrc/ share a name (without folder and suffix): {same}. Rename one of them")
     return [str(path) for path in paths]
 
 
 def digest(csrc: Path, suffixes: Sequence[str] = (".cpp", ".cu", ".h", ".cuh")) -> str:
-    """A short hash of the sources and of the folders that they are in, to see that they have changed."""
+    """Return a short hash of the sources and of their folders, which shows whether they have changed."""
     total = hashlib.sha256()
     for path in _files(csrc, suffixes):
         total.update(path.relative_to(csrc).as_posix().encode() + b"\0" + path.read_bytes())
@@ -103,10 +105,11 @@ def _files(csrc: Path, suffixes: Sequence[str]) -> list[Path]:
 
 
 def toolkit_at(home: Path) -> Toolkit | None:
-    """The toolkit in a folder: nvcc and the headers must both be there, which a wrapper in /usr/local/bin lacks."""
+    """Return the toolkit in a folder. nvcc and the headers must both be there; a wrapper in /usr/local/bin has no
+    headers."""
     if not (home / "bin" / "nvcc").is_file():
         return None
-    for base in (home, *sorted((home / "targets").glob("*-linux"))):  # conda has its headers in the latter
+    for base in (home, *sorted((home / "targets").glob("*-linux"))):  # conda has its headers in targets/
         header = base / "include" / "cuda_runtime_api.h"
         if header.is_file() and (base / "include" / "cuda_runtime.h").is_file():
             found = re.search(r"#define\s+CUDART_VERSION\s+(\d+)", header.read_text(errors="replace"))
@@ -118,7 +121,7 @@ def toolkit_at(home: Path) -> Toolkit | None:
 
 
 def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
-    """The CUDA toolkit: CUDA_HOME or CUDA_PATH alone where set, else nvcc's own, else where toolkits usually are."""
+    """Return the CUDA toolkit: only CUDA_HOME or CUDA_PATH if set, else that of nvcc, else one in a usual place."""
     for variable in ("CUDA_HOME", "CUDA_PATH"):
         if environ.get(variable):
             return toolkit_at(Path(environ[variable]))
@@ -126,14 +129,14 @@ def find_toolkit(environ: Mapping[str, str] = os.environ) -> Toolkit | None:
     nvcc = shutil.which("nvcc", path=environ.get("PATH"))
     if nvcc is not None:
         folders = [Path(nvcc).parent.parent, Path(nvcc).resolve().parent.parent]
-        # The PATH's nvcc may be a script: what it runs tells its own folder.
+        # nvcc on the PATH may be a script. The nvcc that it runs prints its own folder.
         told = re.search(r"^#\$ TOP=(.+)$", _output([nvcc, "--dryrun", "-c", "x.cu"]), re.MULTILINE)
         homes = [*folders, *([Path(told[1]).resolve()] if told else []), *homes]
     return next((toolkit for home in homes if (toolkit := toolkit_at(home)) is not None), None)
 
 
 def missing_compiler(environ: Mapping[str, str] = os.environ) -> str | None:
-    """What C++ needs and this machine lacks, as half a sentence; None if it is all there."""
+    """Return what this machine lacks for C++, as half a sentence, or None if it lacks nothing."""
     command = shlex.split(environ.get("CXX", "c++"))
     if not command or shutil.which(command[0], path=environ.get("PATH")) is None:
         return f"there is no C++ compiler ({environ.get('CXX', 'c++')} is not on the PATH)"
@@ -153,7 +156,7 @@ def _output(command: Sequence[str]) -> str:
 
 
 def _known_archs(toolkit: Toolkit) -> set[str]:
-    """What nvcc can compile for, as "8.0"; empty if it does not say."""
+    """Return the architectures that nvcc supports, as "8.0"; empty if nvcc does not print them."""
     listed = re.findall(r"compute_(\d+)(\d)\b", _output([str(toolkit.home / "bin" / "nvcc"), "--list-gpu-arch"]))
     return {f"{major}.{minor}" for major, minor in listed}
 
@@ -164,20 +167,21 @@ def _number(arch: str) -> tuple[int, int]:
 
 
 def choose_archs(toolkit: Toolkit, visible: Sequence[tuple[int, int]], environ: Mapping[str, str] = os.environ) -> str:
-    """TORCH_CUDA_ARCH_LIST, else the visible GPUs, else `ARCHS`, with PTX of the newest for what comes after it."""
+    """Return TORCH_CUDA_ARCH_LIST, else the visible GPUs, else `ARCHS`, with PTX of the newest for later GPUs."""
     given = environ.get("TORCH_CUDA_ARCH_LIST", "").strip()
     if given and given != "native":
         return given
     known = _known_archs(toolkit)
     wanted = {f"{major}.{minor}" for major, minor in visible} or set(ARCHS)
     archs = sorted(wanted & known if known else wanted, key=_number)
-    if not archs:  # GPUs that this nvcc is too old (or too new) for
+    if not archs:  # this nvcc is too old (or too new) for the GPUs
         archs = sorted((arch for arch in ARCHS if arch in known), key=_number)
     return ";".join(archs) + "+PTX"
 
 
 def gencode(archs: str) -> list[str]:
-    """nvcc's flags for a list of architectures; none where only torch can read the list (it has names like Ampere)."""
+    """Return nvcc's flags for a list of architectures; none if only torch can read the list (it has names like
+    Ampere)."""
     flags = []
     for arch in re.split(r"[;\s]+", archs):
         if not (found := re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)):
@@ -190,11 +194,12 @@ def gencode(archs: str) -> list[str]:
 
 
 def fits(archs: str, capability: tuple[int, int]) -> bool:
-    """Whether code for these architectures runs on a GPU: the same major and no higher minor, or older PTX."""
+    """Return whether code for these architectures runs on a GPU: same major and no higher minor version, or older
+    PTX."""
     for arch in re.split(r"[;\s]+", archs):
         found = re.fullmatch(r"(\d+)\.(\d)([af]?)(\+PTX)?", arch)
         if found is None:
-            return True  # a name that only torch can read: the launch itself will tell
+            return True  # a name that only torch can read; if it is wrong, the launch fails
         number = (int(found[1]), int(found[2]))
         same = number == capability if found[3] else number[0] == capability[0] and number <= capability
         if same or (found[4] and not found[3] and number <= capability):
@@ -206,7 +211,7 @@ def fits(archs: str, capability: tuple[int, int]) -> bool:
 
 
 def asked(environ: Mapping[str, str] = os.environ) -> str:
-    """The setting that insists on a compiled module, so that a build without it is a failure; "" where none does."""
+    """Return the setting that requires a compiled module, so that a build without it fails; "" if none does."""
     setting = environ.get("NODE_CUDA_BUILD", "") or "auto"
     if setting in ("cpu", "cuda"):
         return f"NODE_CUDA_BUILD={setting}"
@@ -218,16 +223,17 @@ def forced(environ: Mapping[str, str] = os.environ) -> bool:
 
 
 def choose(environ: Mapping[str, str] = os.environ) -> Recipe:
-    """Which setting is built: NODE_CUDA_BUILD says, or what is there. BuildError where what was asked cannot be had.
+    """Choose the setting: by NODE_CUDA_BUILD, or by what is installed. Raises BuildError if a required one is not
+    possible.
 
-    auto: kernels where torch is a CUDA build and nvcc is there; else the C++ part where torch and a compiler are; else
-    Python alone. FORCE_CUDA=1 builds kernels against a CPU torch too, as a check that they compile.
+    auto: kernels if torch is a CUDA build and nvcc exists; else the C++ part if torch and a compiler exist; else Python
+    alone. FORCE_CUDA=1 also builds kernels with a CPU torch, to check that they compile.
     """
     setting = environ.get("NODE_CUDA_BUILD", "") or "auto"
     if setting not in SETTINGS:
-        raise BuildError(f"NODE_CUDA_BUILD={setting} is none of {', '.join(SETTINGS)}")
+        raise BuildError(f"NODE_CUDA_BUILD must be one of {', '.join(SETTINGS)}; got {setting}")
     if setting == "python":
-        return Recipe("python", "NODE_CUDA_BUILD=python was asked for")
+        return Recipe("python", "NODE_CUDA_BUILD=python is set")
     insists = asked(environ)
 
     def python(why: str) -> Recipe:
@@ -237,7 +243,7 @@ def choose(environ: Mapping[str, str] = os.environ) -> Recipe:
 
     try:
         import torch
-    except (ImportError, OSError) as error:  # OSError: a library of torch's is missing
+    except (ImportError, OSError) as error:  # OSError: a library of torch is missing
         return python(f"the build cannot import torch ({error}): pip hides it without --no-build-isolation")
     if (lacking := missing_compiler(environ)) is not None:
         return python(lacking)
@@ -252,11 +258,11 @@ def choose(environ: Mapping[str, str] = os.environ) -> Recipe:
     if insists and setting != "cpu":
         check = "" if torch.version.cuda else " (FORCE_CUDA=1 compiles them against a CPU torch too, as a check)"
         raise BuildError(f"{insists} asks for kernels, but {lacking}{check}")
-    return Recipe("cpu", "NODE_CUDA_BUILD=cpu was asked for" if setting == "cpu" else lacking, version)
+    return Recipe("cpu", "NODE_CUDA_BUILD=cpu is set" if setting == "cpu" else lacking, version)
 
 
 def missing_kernels(torch_cuda: str | None, environ: Mapping[str, str] = os.environ) -> tuple[str, Toolkit | None]:
-    """("", the toolkit), or (what kernels need and is not there, None). torch_cuda is torch.version.cuda."""
+    """Return ("", the toolkit), or (what the kernels need and is missing, None). torch_cuda is torch.version.cuda."""
     if torch_cuda is None and not forced(environ):
         return "this torch is built without CUDA", None
     toolkit = find_toolkit(environ)
@@ -281,10 +287,10 @@ def _visible_gpus() -> list[tuple[int, int]]:
 
 
 def macros(recipe: Recipe, csrc: Path) -> list[tuple[str, str | None]]:
-    """What bind.cpp is told. Strings come in quotes.
+    """Return the macros for bind.cpp. Strings are quoted.
 
-    NODE_CUDA_HEADERS is read by nobody: ninja compiles again when a command changes, and with a CPU torch it knows of
-    no other way that a .cu depends on its headers and on nvcc's own variables.
+    No code reads NODE_CUDA_HEADERS. It makes ninja compile again, because the command changes: with a CPU torch ninja
+    does not know that a .cu depends on its headers and on nvcc's own variables.
     """
     nvcc = "".join(os.environ.get(name, "") for name in ("NVCC_PREPEND_FLAGS", "NVCC_APPEND_FLAGS"))
     headers = digest(csrc, (".h", ".cuh")) + hashlib.sha256(nvcc.encode()).hexdigest()[:8]
@@ -302,8 +308,10 @@ def nvcc_flags(recipe: Recipe) -> list[str]:
 
 
 def include_folders(recipe: Recipe, csrc: Path) -> list[str]:
-    """csrc itself, and the runtime's headers where the compiler does not look by itself (naming /usr/include breaks
-    its order)."""
+    """Return csrc, and the headers of the runtime if the compiler does not find them by itself.
+
+    /usr/include is never named, because that would break the compiler's search order.
+    """
     if recipe.toolkit is None or recipe.toolkit.include == Path("/usr/include"):
         return [str(csrc)]
     return [str(csrc), str(recipe.toolkit.include)]
@@ -314,7 +322,7 @@ def library_folders(recipe: Recipe) -> list[str]:
 
 
 def libraries(recipe: Recipe) -> list[str]:
-    """The CUDA runtime: the shared one that a CUDA torch has loaded, else a copy of our own."""
+    """Return the CUDA runtime: the shared library that a CUDA torch has loaded, else a static copy."""
     if not recipe.kernels:
         return []
     return ["cudart"] if recipe.cuda_torch else ["cudart_static", "rt", "dl", "pthread"]
@@ -326,7 +334,7 @@ def libraries(recipe: Recipe) -> list[str]:
 class Note(NamedTuple):
     setting: str
     why: str
-    sources: str = ""  # their digest, where they were compiled
+    sources: str = ""  # the digest of the sources that were compiled
 
 
 def write_note(package: Path, note: Note) -> None:
@@ -334,7 +342,7 @@ def write_note(package: Path, note: Note) -> None:
 
 
 def read_note() -> Note | None:
-    """What the build that made this install left; None where it left nothing."""
+    """Return the note of the build that made this install, or None if there is none."""
     try:
         return Note(**json.loads((Path(__file__).resolve().parent.parent / NOTE).read_text()))
     except (OSError, ValueError, TypeError):
@@ -342,5 +350,5 @@ def read_note() -> Note | None:
 
 
 def say(text: str) -> None:
-    """One line that is not overlooked. pip shows it with -v."""
+    """Print one line that stands out. pip shows it with -v."""
     print(f"\n*** node_cuda: {text}\n", file=sys.stderr, flush=True)

@@ -1,6 +1,7 @@
-"""The compiled module: `node_cuda._C` as installed, or compiled once on the first CUDA solve, or none and why.
+"""Finds the compiled module: `node_cuda._C` as installed, or compiled once on the first CUDA solve, or the reason why
+not.
 
-Nothing here runs when node_cuda is imported, and tensors on the CPU never ask: what is installed cannot change their
+Importing node_cuda runs nothing of this, and tensors on the CPU do not use it. So the installation cannot change their
 results.
 """
 
@@ -30,7 +31,7 @@ Capability = tuple[int, int]
 
 
 class Search(NamedTuple):
-    """What a look for the module found: the module, or None and why as half a sentence."""
+    """The result of a search for the module: the module, or None and the reason as half a sentence."""
 
     module: ModuleType | None
     why: str
@@ -38,13 +39,13 @@ class Search(NamedTuple):
 
 _lock = threading.Lock()  # one thread compiles, the others wait for it
 _found: dict[Capability | None, Search] = {}
-_compiled: Search | None = None  # at most one attempt a process
+_compiled: Search | None = None  # at most one attempt in a process
 
 
 def kernels(device: torch.device | int | None = None) -> ModuleType | None:
-    """The compiled module with kernels for a CUDA device (the current one), or None: then the reference is the path.
+    """Return the compiled module with kernels for a CUDA device (the current one), or None: then plain PyTorch is used.
 
-    The first call may compile for a minute, with a message. If that fails, it warns once and never tries again.
+    The first call may compile for a minute, and says so. If that fails, it warns once and never tries again.
     """
     capability = torch.cuda.get_device_capability(device) if torch.cuda.is_available() else None
     found = _found.get(capability)
@@ -64,7 +65,7 @@ def kernels(device: torch.device | int | None = None) -> ModuleType | None:
 
 
 def declined() -> bool:
-    """Whether the environment says that there shall be no kernels."""
+    """Return whether the environment variables exclude the kernels."""
     return os.environ.get("NODE_CUDA_BUILD") in ("python", "cpu")
 
 
@@ -81,14 +82,14 @@ def _search(capability: Capability | None) -> Search:
 
 
 def installed(capability: Capability | None = None) -> Search:
-    """`node_cuda._C` with kernels that run here, as it was installed. Compiles nothing."""
+    """Return the installed `node_cuda._C` if it has kernels that run here. Compiles nothing."""
     try:
         module = importlib.import_module(build.MODULE)
     except ModuleNotFoundError as error:
         if error.name == build.MODULE:
             return Search(None, f"the compiled module {build.MODULE} is not installed{_noted('python')}")
         return Search(None, f"{build.MODULE} is installed but does not load: {error}")
-    except ImportError as error:  # built against another torch, or a shared library is missing
+    except ImportError as error:  # built with another torch, or a shared library is missing
         return Search(None, f"{build.MODULE} is installed but does not load: {error}")
     info = module.build_info() if hasattr(module, "build_info") else {"torch": "an unknown version"}
     if info["torch"] != str(torch.__version__):
@@ -104,7 +105,7 @@ def installed(capability: Capability | None = None) -> Search:
 
 
 def at_hand(capability: Capability | None) -> Search:
-    """What is installed, or what an earlier first use compiled. Compiles nothing."""
+    """Return the installed module, or the one that an earlier first use compiled. Compiles nothing."""
     found = installed(capability)
     with contextlib.suppress(build.BuildError):
         if found.module is None and compilation().finished.is_file():
@@ -113,13 +114,13 @@ def at_hand(capability: Capability | None) -> Search:
 
 
 def _noted(setting: str) -> str:
-    """What the installation said about itself, in brackets, if it was in this setting."""
+    """Return the reason that the installation wrote down, in brackets, if it was built in this setting."""
     note = build.read_note()
     return f" ({note.why})" if note is not None and note.setting == setting else ""
 
 
 def _outdated() -> bool:
-    """Whether an editable install has been changed since it was compiled: its structs may have another layout."""
+    """Return whether the sources of an editable install have changed since it was compiled: its structs may differ."""
     note = build.read_note()
     try:
         return note is not None and note.sources not in ("", build.digest(build.find_csrc()))
@@ -139,7 +140,7 @@ def _unfit(module: ModuleType, capability: Capability | None) -> str:
 
 
 class Compilation(NamedTuple):
-    """A compilation on first use: from what, and where the result is kept."""
+    """A compilation on first use: its sources and settings, and the folder of the result."""
 
     recipe: build.Recipe
     csrc: Path
@@ -152,12 +153,13 @@ class Compilation(NamedTuple):
 
     @property
     def finished(self) -> Path:
-        """Written when the library has been imported once: what an interrupted compiler left is never used."""
+        """A file that is written after the first import of the library, so that an unfinished library is never used."""
         return self.folder / "finished"
 
 
 def compilation() -> Compilation:
-    """What would be compiled on the first CUDA solve. BuildError if it cannot be, with the reason."""
+    """Return the compilation that the first CUDA solve would run. Raises BuildError with the reason if it is not
+    possible."""
     if declined():
         raise build.BuildError(f"NODE_CUDA_BUILD={os.environ['NODE_CUDA_BUILD']} is set")
     lacking, toolkit = build.missing_kernels(torch.version.cuda)
@@ -167,7 +169,8 @@ def compilation() -> Compilation:
         raise build.BuildError(no_compiler)
     recipe = build.choose({**os.environ, "NODE_CUDA_BUILD": "auto"})
     csrc = build.find_csrc()
-    # Everything that the result depends on is in the name: another torch, GPU or version of node_cuda compiles anew.
+    # The name depends on everything that the result depends on: another torch, GPU or version of node_cuda compiles
+    # again.
     ingredients = (
         sys.version,
         recipe,
@@ -184,7 +187,7 @@ def compilation() -> Compilation:
 
 
 def _compile(not_installed: str) -> Search:
-    """Compile the module, or take it from the cache."""
+    """Compile the module, or load it from the cache."""
     try:
         wanted = compilation()
     except build.BuildError as error:
@@ -194,7 +197,7 @@ def _compile(not_installed: str) -> Search:
         wanted.folder.mkdir(parents=True, exist_ok=True)
         with _only_process(wanted.folder / "process.lock"):
             module = _load(wanted)
-    except Exception as error:  # a compiler can fail in any way, and a solve goes on without kernels
+    except Exception as error:  # a compiler can fail in any way; the solve then continues without kernels
         with contextlib.suppress(OSError):
             log.write_text(str(error))
         return Search(None, f"{not_installed}, and compiling it failed: {_gist(error)} (all of it in {log})")
@@ -211,12 +214,12 @@ def _load(wanted: Compilation) -> ModuleType:
     tools = f"{toolkit}, for {recipe.archs}"
     _say(f"compiling the CUDA kernels, once, which takes a minute or more ({tools}; kept in {wanted.folder})")
     start = time.perf_counter()
-    # torch's own lock outlives a process that was killed, and would then be waited for without end. Ours does not.
+    # The lock of torch stays after its process is killed, and torch would then wait for ever. Our lock does not stay.
     (wanted.folder / "lock").unlink(missing_ok=True)
     macros = build.macros(recipe, wanted.csrc)
     defined = [f"-D{key}" if value is None else shlex.quote(f"-D{key}={value}") for key, value in macros]
     home = cpp_extension.CUDA_HOME
-    cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own search takes a wrapper for a toolkit
+    cpp_extension.CUDA_HOME = str(toolkit.home)  # torch's own search would accept a wrapper as a toolkit
     try:
         module = cpp_extension.load(
             wanted.name,
@@ -250,7 +253,8 @@ def _import(wanted: Compilation) -> ModuleType:
 
 @contextlib.contextmanager
 def _only_process(path: Path) -> Iterator[None]:
-    """Held by one process at a time (the ranks of a job start together); the system frees it when its holder dies."""
+    """Hold a lock, one process at a time (the ranks of a job start together). The system frees it if the process
+    dies."""
     with path.open("w") as file:
         try:
             import fcntl
@@ -262,7 +266,7 @@ def _only_process(path: Path) -> Iterator[None]:
 
 
 def _gist(error: Exception) -> str:
-    """The line of a compiler's output that says what is wrong."""
+    """Return the line of a compiler's output that says what is wrong."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"\b(error|fatal|undefined reference|cannot find)\b", line)]
     wrong = [line for line in telling if not line.startswith("Error building extension")] or lines
@@ -270,14 +274,14 @@ def _gist(error: Exception) -> str:
 
 
 class Forecast(NamedTuple):
-    """What the first CUDA solve will do where no module is installed."""
+    """What the first CUDA solve will do if no module is installed."""
 
     possible: bool
     why: str
 
 
 def forecast() -> Forecast:
-    """Whether the module can be compiled on first use, or was already. Compiles nothing."""
+    """Return whether the module can be compiled on first use, or already was. Compiles nothing."""
     try:
         wanted = compilation()
     except build.BuildError as error:

@@ -1,1 +1,1 @@
-"""Integrals beside y: `solve(..., integral=)` and regularized fields."""
+"""Integrals along the solution: `solve(..., integral=)` and regularized fields."""

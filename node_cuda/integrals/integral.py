@@ -1,7 +1,8 @@
-"""An integral beside the solution: s = int g dt with g = integral(t, y, dy/dt), solved for as one more component of y.
+"""An integral along the solution: s = int g dt with g = integral(t, y, dy/dt), solved as one more component of the
+state.
 
-The state becomes (y, s) with ds/dt = g, so that every method, event and gradient mode below integrates it as they do y.
-What the user gave, and what the user sees, stays of y alone. Derived in docs/integral.md.
+The state becomes (y, s) with ds/dt = g, so that every method, event and gradient mode integrates s in the same way as
+y. The user's functions, and the results that the user gets, have y alone. Derived in docs/integral.md.
 """
 
 from __future__ import annotations
@@ -26,10 +27,10 @@ from node_cuda.status import InvalidField, InvalidType
 
 
 class AugmentedField(nn.Module):
-    """The field of (y, s): func, and the rate of s, which is evaluated with it. A module, so that the parameters of
-    both are found.
+    """The field of (y, s): func, and the rate of s, which is evaluated with it.
 
-    shape: of s. real: s is real, also beside a complex y. measured: its error counts in the step control.
+    It is a module, so that the parameters of both are found. shape: the shape of s. real: s is real, also for a complex
+    y. measured: the error of s takes part in the step control.
     """
 
     measured: ClassVar[bool]
@@ -40,30 +41,30 @@ class AugmentedField(nn.Module):
         self.layout = problem.layout
         self.shape = shape
         self.real = real
-        # The parameters of a replica of DataParallel are found in another way.
+        # The parameters of a DataParallel replica are found in another way.
         self._is_replica = getattr(func, "_is_replica", False)
 
     def forward(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        """d(y, s)/dt, of the components of y, and s."""
+        """Return d(y, s)/dt from the components of y, and s."""
         dy, rate = self.evaluate(t, self.users(state))
         return (*as_tuple(dy), rate)
 
     def evaluate(self, t: Tensor, y: State) -> tuple[State, Tensor]:
-        """(dy/dt, ds/dt), by one evaluation of func."""
+        """Return (dy/dt, ds/dt). func is evaluated once."""
         raise NotImplementedError
 
     def users(self, state: tuple[Tensor, ...]) -> State:
-        """The user's y of the components (y, s)."""
+        """Return the user's y from the components (y, s)."""
         return state[0] if self.layout.shapes is None else state[:-1]
 
     def split(self, state: State) -> tuple[State, Tensor]:
-        """(y, s) as the user gets them, of a solution."""
+        """Return (y, s) of a solution in the form that the user gets."""
         assert isinstance(state, tuple)
         s = state[-1]
         return self.users(state), s.real if self.real and s.is_complex() else s
 
     def checked(self, t: Tensor, y: State, dy: Any) -> State:
-        """What func returned, if it is a dy/dt; raises InvalidField as it would without an integral."""
+        """Return the output of func if it is a valid dy/dt. Raises InvalidField like a solve without an integral."""
         wanted, parts = as_tuple(y), as_tuple(dy)
         fits = isinstance(y, Tensor) == isinstance(dy, Tensor) and len(wanted) == len(parts)
         if not fits or not all(_alike(x, part) for x, part in zip(wanted, parts, strict=True)):
@@ -72,7 +73,7 @@ class AugmentedField(nn.Module):
 
 
 class Integral(AugmentedField):
-    """The user's integral(t, y, dy)."""
+    """The field of (y, s) for the user's integral(t, y, dy)."""
 
     measured = True
 
@@ -80,7 +81,7 @@ class Integral(AugmentedField):
         if not callable(integral):
             raise InvalidType(
                 f"integral must be callable as integral(t, y, dy); got a {type(integral).__name__}. Use "
-                "`lambda t, y, dy: dy.square().sum()`, say."
+                "`lambda t, y, dy: dy.square().sum()`, for example."
             )
         y0 = problem.y0
         with torch.no_grad():
@@ -95,15 +96,15 @@ class Integral(AugmentedField):
         dy = self.checked(t, y, self.func(t, y))
         if _versions(y) != before:
             raise InvalidField(
-                f"func wrote into its argument y at t = {float(t):.6g}, which the integral is to see as it was. Write "
+                f"func wrote into its argument y at t = {float(t):.6g}, and the integral needs y unchanged. Write "
                 "`y = y.clone()` at the beginning of func, or use operations that are not in place."
             )
         before = _versions(dy)
         rate = _tensor(self.integral(t, y, dy), as_tuple(y)[0])
         if _versions(dy) != before:
             raise InvalidField(
-                f"integral wrote into its argument dy at t = {float(t):.6g}, which y moves by. Write `dy = dy.clone()` "
-                "at its beginning, or use operations that are not in place."
+                f"integral wrote into its argument dy at t = {float(t):.6g}, which is also the slope of y. "
+                "Write `dy = dy.clone()` at its beginning, or use operations that are not in place."
             )
         if rate.shape != self.shape or rate.is_complex() == self.real:
             raise InvalidField(
@@ -117,7 +118,7 @@ class Integral(AugmentedField):
 def with_integral(
     problem: Problem, method: Method, given: AdjointSpec, field: AugmentedField
 ) -> tuple[Problem, Method, AdjointSpec]:
-    """The problem of (y, s), from that of y; what the user gave in terms of y is asked about y alone."""
+    """Return the problem of (y, s) from the problem of y. The user's functions of y are still called with y alone."""
     y0, layout = problem.y0, Layout((*(problem.layout.shapes or (problem.y0.shape,)), field.shape))
     func = field if isinstance(field.func, nn.Module) else lambda t, state: field(t, state)
     norm = None if method.options.norm is None else _norm(field, method.options.norm)
@@ -151,17 +152,17 @@ def with_integral(
 
 
 def event_of(field: AugmentedField, event_fn: EventFunc) -> EventFunc:
-    """The user's event function, of (t, (y, s))."""
+    """Return the user's event function as a function of (t, (y, s))."""
     return lambda t, state: event_fn(t, field.users(state))
 
 
 def as_tuple(state: Any) -> tuple[Any, ...]:
-    """The components of a state."""
+    """Return the components of a state."""
     return tuple(state) if isinstance(state, (tuple, list)) else (state,)
 
 
 def _extended(tol: Tol, problem: Problem, field: AugmentedField, value: float | None) -> Tol:
-    """A tolerance of y as one of (y, s): for s this value, by default the smallest."""
+    """Return a tolerance of y as one of (y, s). The tolerance of s is `value`, by default the smallest one of y."""
     if value is None and not isinstance(tol, Tensor):
         return tol
     y0 = problem.y0
@@ -170,7 +171,7 @@ def _extended(tol: Tol, problem: Problem, field: AugmentedField, value: float | 
 
 
 def _norm(field: AugmentedField, norm: Norm) -> Norm:
-    """The user's norm of y, and the size of s (0 of an infinite atol); the larger of both."""
+    """Return a norm: the larger of the user's norm of y and the rms of s, which is 0 for an infinite atol."""
 
     def of_both(state: tuple[Tensor, ...]) -> float:
         value = abs(float(norm(field.users(state))))
@@ -181,7 +182,7 @@ def _norm(field: AugmentedField, norm: Norm) -> Norm:
 
 
 def _adjoint_options(problem: Problem, options: Mapping[str, Any] | None) -> Mapping[str, Any] | None:
-    """The user's adjoint_options; a norm of (t, *y, *adj_y, *adj_params) sees nothing of s."""
+    """Return the user's adjoint_options. A norm of (t, *y, *adj_y, *adj_params) is called without s."""
     if options is None or not callable(norm := options.get("norm")):
         return options
     count = len(problem.layout.shapes or (None,))
@@ -207,7 +208,7 @@ def _adjoint_callback(count: int, shape: torch.Size, callback: Callback) -> Call
 
 
 def _grid_constructor(shape: torch.Size, constructor: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """The user's, which gets func and y0 without s."""
+    """Return the user's grid constructor, which is called with func and y0 without s."""
     count = shape.numel()
 
     def construct(func: Callable[..., Tensor], state: Tensor, t: Tensor) -> Tensor:
@@ -220,7 +221,7 @@ def _grid_constructor(shape: torch.Size, constructor: Callable[..., Tensor]) -> 
 
 
 def _tensor(rate: Any, y: Tensor) -> Tensor:
-    """What an integral returned, if a state of y's dtype can hold it."""
+    """Return the output of an integral, if a state of y's dtype can hold it. Raises InvalidField."""
     if not isinstance(rate, Tensor):
         hint = " Did it forget `return`?" if rate is None else ""
         raise InvalidField(
@@ -239,5 +240,5 @@ def _alike(y: Tensor, dy: Any) -> bool:
 
 
 def _versions(state: State) -> list[int]:
-    """How often each component was written to; tensors made in inference mode do not know."""
+    """Return how often each component was written to; tensors made in inference mode have no counter."""
     return [x._version for x in as_tuple(state) if not x.is_inference()]

@@ -1,8 +1,9 @@
-"""The regularisers of Finlay et al. 2020 (How to train your neural ODE, arXiv:2002.02798), as an integral beside y:
+"""The regularisers of Finlay et al. 2020 (How to train your neural ODE, arXiv:2002.02798), as an integral along y:
 
-    int kinetic |f(t, y)|^2 + jacobian |eps^T df/dy|^2 |dt|,  E over eps of the latter: the squared Frobenius norm.
+    int kinetic |f(t, y)|^2 + jacobian |eps^T df/dy|^2 |dt|
 
-They keep a trained flow straight and its field smooth, so that it takes few steps. See docs/integral.md.
+The mean over eps of the second term is the squared Frobenius norm of the Jacobian. The regularisers keep a trained flow
+straight and its field smooth, so that it takes few steps. See docs/integral.md.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ NOISES = ("gaussian", "rademacher")
 
 
 class Regularized(nn.Module):
-    """func, and what `solve` is to integrate beside it; made by `regularized`."""
+    """func with a penalty that `solve` integrates along the solution; made by `regularized`."""
 
     def __init__(self, func: Func, kinetic: float, jacobian: float, parts: Any, noise: Any) -> None:
         super().__init__()
@@ -35,15 +36,15 @@ class Regularized(nn.Module):
         self.noise = noise
 
     def forward(self, t: Tensor, y: Any) -> Any:
-        """func(t, y), as it is."""
+        """Return func(t, y), unchanged."""
         return self.func(t, y)
 
     def extra_repr(self) -> str:
-        """The weights."""
+        """Return the weights as text."""
         return f"kinetic={self.kinetic:g}, jacobian={self.jacobian:g}"
 
     def beside(self, problem: Problem) -> Penalty:
-        """The penalty of one solve, with noise of its own. Raises InvalidInput."""
+        """Return the penalty of one solve, with new noise. Raises InvalidInput."""
         shapes = problem.layout.shapes or (problem.y0.shape,)
         parts = self._chosen(len(shapes))
         noise = self._drawn([shapes[i] for i in parts], problem.y0) if self.jacobian else []
@@ -55,7 +56,7 @@ class Regularized(nn.Module):
         chosen = as_tuple(self.parts)
         if not chosen or not all(type(i) is int and -count <= i < count for i in chosen):
             raise InvalidInput(
-                f"parts must be the places of components of y0, which has {count}; got {self.parts!r}. Use `parts=0` "
+                f"parts must be indices of components of y0, which has {count}; got {self.parts!r}. Use `parts=0` "
                 "for z of (z, logp), or None for all."
             )
         return tuple(dict.fromkeys(i % count for i in chosen))
@@ -72,7 +73,7 @@ class Regularized(nn.Module):
         noise = as_tuple(self.noise)
         if [x.shape for x in noise] != shapes:
             raise InvalidInput(
-                f"noise must have the shapes of the components of y0 that count, {[tuple(x) for x in shapes]}; got "
+                f"noise must have the shapes of the chosen components of y0, {[tuple(x) for x in shapes]}; got "
                 f'{[tuple(x.shape) for x in noise]}. Use `torch.randn_like(y0)`, or noise="gaussian".'
             )
         return [x.detach().to(y0) for x in noise]
@@ -86,34 +87,38 @@ def regularized(
     parts: int | Sequence[int] | None = None,
     noise: str | Tensor | Sequence[Tensor] = "gaussian",
 ) -> Regularized:
-    """func with a penalty: `solve(regularized(func, kinetic=0.01, jacobian=0.01), y0, t)` gives the y of func alone,
-    by the same steps, and in `.integral` the integral over time from t[0] on of
+    """Return func with a penalty for `solve` and `NeuralODE`.
+
+    `solve(regularized(func, kinetic=0.01, jacobian=0.01), y0, t)` gives the same y as func alone, by the same steps. In
+    `.integral` it also gives the integral over time from t[0] of
 
         kinetic |f(t, y)|^2 + jacobian |eps^T df/dy|^2,
 
-    not negative in either direction of time. So does `NeuralODE`, which returns (y, integral). Differentiable in every
-    gradient mode; func must be differentiable twice then, and once in any case if jacobian > 0. func is evaluated once
-    a stage.
+    which is never negative, in both directions of time. `NeuralODE` then returns (y, integral). The penalty is
+    differentiable in every gradient mode, for which func must be differentiable twice. If jacobian > 0, func must in
+    any case be differentiable once. func is evaluated once for each stage.
 
-    func: of (t, y), an nn.Module or not. kinetic, jacobian: the weights; a part with weight 0 is not computed. parts:
-    of a tuple state, the component or components that count, as 0 for z of (z, logp); by default all. The others are
-    held fixed in df/dy. noise: the law of eps, "gaussian" or "rademacher" (of which torch.manual_seed gives the same
-    again), or eps itself, of the shape of y0 or a tuple for those parts; drawn once a solve.
+    func: a function of (t, y), also an nn.Module. kinetic, jacobian: the weights; a part with weight 0 is not computed.
+    parts: for a tuple state, the index or indices of the components that count, as 0 for z of (z, logp); by default
+    all. The others are constant in df/dy. noise: the distribution of eps, "gaussian" or "rademacher" (repeatable with
+    torch.manual_seed); or eps itself, with the shape of y0, or a tuple for those parts. It is drawn once for each
+    solve.
 
-    The penalty is one number a sample, of shape (y0.shape[0],), if the components that count agree on their first
-    dimension and one of them has a second; else 0-d. Samples must not see each other for that: else the derivative of
-    all of them counts where it is by a sample. In y0's real dtype.
+    The penalty is one number for each sample, of shape (y0.shape[0],), if the components that count have the same first
+    dimension and at least one of them has a second one. Else it is 0-d. The field must then treat samples
+    independently: otherwise each sample's number contains the derivatives of all samples. The penalty has y0's real
+    dtype.
 
-    Takes no part in the step control, nor in that of the backward pass (method="scipy_solver" has a norm of its own,
-    in which s counts as an element without error). Raises InvalidType or InvalidInput.
-    Source: Finlay, Jacobsen, Nurbekyan and Oberman 2020, arXiv:2002.02798.
+    The penalty takes no part in the step control, also not in the backward pass. (method="scipy_solver" uses scipy's
+    own norm, in which s counts as an element without error.) Raises InvalidType or InvalidInput. Source: Finlay,
+    Jacobsen, Nurbekyan and Oberman 2020, arXiv:2002.02798.
     """
     if isinstance(func, Regularized) or not callable(func):
         got = "regularized already" if isinstance(func, Regularized) else f"a {type(func).__name__}"
         raise InvalidType(f"func must be callable as func(t, y), without a penalty; got one that is {got}.")
     for name, weight in (("kinetic", kinetic), ("jacobian", jacobian)):
         if not isinstance(weight, (int, float)) or not 0 <= weight < math.inf:
-            raise InvalidInput(f"{name} must be a number that is not negative; got {weight!r:.60}. Use 0.01, say.")
+            raise InvalidInput(f"{name} must be a number, not negative; got {weight!r:.60}. Use for example 0.01.")
     if not (kinetic or jacobian):
         raise InvalidInput("regularized needs a weight; got kinetic=0 and jacobian=0. Use kinetic=0.01, or func.")
     if isinstance(noise, str) and noise not in NOISES:
@@ -124,7 +129,7 @@ def regularized(
 
 
 def refuse_regularized(func: Func, name: str) -> None:
-    """Raise InvalidInput: the function of this name returns y alone."""
+    """Raise InvalidInput if func is regularized: the function `name` returns y alone."""
     if isinstance(func, Regularized):
         raise InvalidInput(
             f"{name} returns y alone, and the penalty of regularized(...) would be lost. Use `solve(...)`, which has "
@@ -133,26 +138,26 @@ def refuse_regularized(func: Func, name: str) -> None:
 
 
 def _noise(law: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Independent numbers of mean 0 and variance 1, which nobody differentiates by."""
+    """Return independent numbers of mean 0 and variance 1, which take no part in any derivative."""
     if law == "gaussian":
         noise = torch.randn(shape, dtype=dtype, device=device)
     else:
         noise = (2 * torch.randint(2, shape, device=device) - 1).to(dtype)
     functorch = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
-    while functorch.is_gradtrackingtensor(noise):  # torch.func.grad wraps whatever is made inside
+    while functorch.is_gradtrackingtensor(noise):  # torch.func.grad wraps every tensor made inside it
         noise = functorch.get_unwrapped(noise)
     return noise
 
 
 class Penalty(AugmentedField):
-    """The penalty of one solve. noise: one tensor for each of the parts; none if the Jacobian does not count."""
+    """The penalty of one solve. noise: one tensor for each of the parts; empty if the weight of the Jacobian is 0."""
 
     measured = False
 
     def __init__(self, of: Regularized, problem: Problem, parts: tuple[int, ...], noise: list[Tensor]) -> None:
         every = problem.layout.shapes or (problem.y0.shape,)
         super().__init__(of.func, problem, _batch([every[i] for i in parts]), real=True)
-        # The integral is over |dt|.
+        # The integral is over |dt|, so the weights take the sign of the direction.
         self.kinetic, self.jacobian = (problem.direction * weight for weight in (of.kinetic, of.jacobian))
         self.parts = parts
         self.noise = noise
@@ -162,12 +167,12 @@ class Penalty(AugmentedField):
             dy = self.checked(t, y, self.func(t, y))
             return dy, self.kinetic * self._squared([as_tuple(dy)[i] for i in self.parts])
         taped = torch.is_grad_enabled()
-        # In inference mode nothing is recorded, nor later of tensors that were made there.
+        # Inference mode records nothing, and tensors made in it cannot be recorded later.
         with torch.inference_mode(False), torch.enable_grad():
             t, *plain = (x.clone() if x.is_inference() else x for x in (t, *as_tuple(y)))
             roots = [_root(plain[i], taped) for i in self.parts]
             for i, root in zip(self.parts, roots, strict=True):
-                plain[i] = root.clone()  # which func may write into
+                plain[i] = root.clone()  # func may write into this copy
             out = self.func(t, plain[0] if isinstance(y, Tensor) else tuple(plain))
             dy = as_tuple(self.checked(t, y, out))
             taped = taped and (not all(x.is_leaf for x in roots) or _reaches_others(dy, roots))
@@ -180,7 +185,7 @@ class Penalty(AugmentedField):
         return (dy[0] if isinstance(y, Tensor) else dy), rate
 
     def _squared(self, parts: Sequence[Tensor]) -> Tensor:
-        """The sum of squares over all elements of the parts, for each sample."""
+        """Return the sum of squares over all elements of the parts, for each sample."""
         wide = [x.to(torch.promote_types(x.dtype, torch.float32)) for x in parts]
         squares = [(x * x.conj()).real for x in wide]
         if not self.shape:
@@ -189,18 +194,18 @@ class Penalty(AugmentedField):
 
 
 def _batch(shapes: list[torch.Size]) -> torch.Size:
-    """(samples,) if all have that first dimension and one has a second, else ()."""
+    """Return (samples,) if all shapes have the same first dimension and one has a second one, else ()."""
     together = all(shape and shape[0] == shapes[0][0] for shape in shapes)
     return shapes[0][:1] if together and any(len(shape) > 1 for shape in shapes) else torch.Size()
 
 
 def _root(y: Tensor, taped: bool) -> Tensor:
-    """y as a tensor to differentiate by: itself where it is on the tape."""
+    """Return y as a tensor to differentiate by: y itself if autograd records it."""
     return y if taped and y.requires_grad else y.detach().requires_grad_(True)
 
 
 def _vjp(outputs: list[Tensor], roots: list[Tensor], noise: list[Tensor], taped: bool) -> list[Tensor]:
-    """eps^T df/dy, by each root."""
+    """Return eps^T df/dy for each root."""
     dependent = [(x, eps) for x, eps in zip(outputs, noise, strict=True) if x.requires_grad]
     if not dependent:
         return [torch.zeros_like(root) for root in roots]
@@ -211,7 +216,7 @@ def _vjp(outputs: list[Tensor], roots: list[Tensor], noise: list[Tensor], taped:
 
 
 def _reaches_others(outputs: Sequence[Tensor], roots: list[Tensor]) -> bool:
-    """Do the outputs depend on a tensor that wants a gradient, besides the roots?"""
+    """Return whether the outputs depend on a tensor that requires a gradient, other than the roots."""
     waiting = [x.grad_fn for x in outputs if x.grad_fn is not None]
     seen = set(waiting)
     while waiting:

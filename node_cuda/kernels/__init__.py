@@ -1,1 +1,2 @@
-"""The primitives of a step, one contract: `reference` is plain PyTorch, the CPU path and the truth in tests."""
+"""The primitives of a step. `reference`, in plain PyTorch, is the CPU path, and the tests compare all others with
+it."""

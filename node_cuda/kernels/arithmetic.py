@@ -1,7 +1,8 @@
 """The arithmetic of a solve: the primitives of `kernels.reference`, bound to the constants of that solve.
 
-`Arithmetic` is plain PyTorch. `kernels.fused.Fused` is the same over compiled kernels. What a step uses again and
-again (rows, polynomials) is prepared once: a handle that also says what it was made from.
+`Arithmetic` is plain PyTorch. `kernels.fused.Fused` has the same methods and calls compiled kernels. Rows and
+polynomials, which every step uses, are prepared once. The prepared object also holds the coefficients that it was made
+from.
 """
 
 from __future__ import annotations
@@ -22,10 +23,10 @@ from node_cuda.kernels.sums import GradientAccumulator
 
 
 class Stage(NamedTuple):
-    """A prepared row of coefficients, and when its stage takes place.
+    """A prepared row of coefficients, and the time of its stage.
 
-    row: non-zero entries (j, a_j). err_row: the same of b - b_hat over the stages known by then, None if there is no
-    estimate. node, side: its time, t0 + node h, on this side of the step's ends (see `kernels.clock`).
+    row: nonzero entries (j, a_j). err_row: nonzero entries of b - b_hat over the stages known by then; None without an
+    estimate. node, side: its time, t0 + node h, at this side of the step's ends (see `kernels.stage_times`).
     """
 
     row: Row
@@ -38,7 +39,7 @@ class Stage(NamedTuple):
 class Polynomials(NamedTuple):
     """A prepared interpolant: y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j.
 
-    rows: (j, weights of x, x^2, ...) for every B_j that is not zero; end: the weights of P, empty for P = 0.
+    rows: (j, weights of x, x^2, ...) for every nonzero B_j. end: the weights of P, empty for P = 0.
     """
 
     rows: tuple[tuple[int, tuple[float, ...]], ...]
@@ -50,18 +51,18 @@ class ErrorTerm(Protocol):
     """Further errors that take part in the norm, such as those of the parameters' gradients."""
 
     def scaled_errors(self) -> Sequence[Tensor]:
-        """Already scaled, for the step that was just taken."""
+        """Return the scaled errors of the step that was just taken."""
         ...
 
     def device_ratio(self) -> Tensor | None:
-        """The largest of their rms, as a double where the state is; None: none takes part."""
+        """Return the largest of their rms, as a double on the device of the state, or None if there are none."""
         ...
 
 
 class Arithmetic:
     """The primitives for states like `y0`, in plain PyTorch.
 
-    times: where outputs are wanted, in solver time; t = direction * s is the user's.
+    times: the output times, in solver time s; the user's time is t = direction * s.
     """
 
     def __init__(self, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]) -> None:
@@ -71,46 +72,46 @@ class Arithmetic:
         self.clock = Clock(direction, y0.dtype.to_real(), y0.device)
 
     def as_contiguous(self, x: Tensor) -> Tensor:
-        """x as the primitives can read it."""
+        """Return x in a form that the primitives can read."""
         return x
 
     # ------------------------------------------------------------------ time
 
     def interval(self, t0: float, t1: float, h: float, dt: Tensor | None = None) -> Interval:
-        """A step. dt: its signed size, where the tape must see it."""
+        """Return a step. dt: its signed size, if autograd records it."""
         signed = self.direction * h
         return Interval(t0, t1, h, signed, signed if dt is None else dt)
 
     def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """The 0-d tensors t that the field sees at these nodes."""
+        """Return the 0-d tensors t that the field gets at these nodes."""
         return self.clock.at_nodes(at, nodes, side)
 
     def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """The same, but each may only be filled by the `rk_stage` or `rk_finish` that it is handed to."""
+        """Return the same tensors, but the `rk_stage` or `rk_finish` that gets a tensor may fill it in later."""
         return self.times(at, nodes, side)
 
     # ------------------------------------------------------------------ stages
 
     def stage(self, row: Row, node: float, side: int) -> Stage:
-        """A row for `rk_stage`."""
+        """Prepare a row for `rk_stage`."""
         return Stage(row, None, node, side)
 
     def last_stage(self, b: Row, err_row: Row | None, node: float, side: int) -> Stage:
-        """The rows for `rk_finish`."""
+        """Prepare the rows for `rk_finish`."""
         return Stage(b, err_row, node, side)
 
     def rk_stage(self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor) -> Tensor:
-        """z = y0 + dt sum_j a_j k_j, and its time into the slot t."""
+        """Return z = y0 + dt sum_j a_j k_j, and write its time into t."""
         return reference.rk_stage(y0, k, stage.row, at.dt)
 
     def rk_finish(
         self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """y1 = y0 + dt sum_j b_j k_j, its time into the slot t, and the partial error."""
+        """Return y1 = y0 + dt sum_j b_j k_j and the partial error, and write the time of y1 into t."""
         return reference.rk_finish(y0, k, stage.row, stage.err_row, at.dt)
 
     def combine(self, y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
-        """y0 + h sum_j a_j k_j for coefficients that no step has in common with the next."""
+        """Return y0 + h sum_j a_j k_j for coefficients that differ in each step."""
         return reference.combine(y0, k, row, h)
 
     # ------------------------------------------------------------------ error
@@ -124,12 +125,12 @@ class Arithmetic:
         y1: Tensor,
         also: Sequence[Tensor] = (),
     ) -> float:
-        """The norm of the error, to which `last`, a stage and its b - b_hat, is still to be added. One host read."""
+        """Return the norm of the error after adding `last`, a stage and its b - b_hat. One host read."""
         weighted = None if last is None else (last[0], at.signed * last[1])
         return reference.error_ratio(error, weighted, y0, y1, self.norm, also)
 
     def control(self, spec: ControlSpec, *, pauses: bool = False, tape: Any = None) -> Any:
-        """The step-size control of a solve. pauses, tape: of one on the device; see `kernels.control`."""
+        """Return the step-size control of a solve. pauses, tape: only for control on the device (`kernels.control`)."""
         assert not pauses and tape is None
         return StepControl(spec, self.norm, self.output_times[1:])
 
@@ -143,14 +144,14 @@ class Arithmetic:
         y1: Tensor,
         errors: ErrorTerm | None,
     ) -> None:
-        """Judge the step by the norm of its error (as `error_ratio`), and choose the next one."""
+        """Judge the step by the norm of its error (as `error_ratio`), and choose the next step."""
         also = () if errors is None else errors.scaled_errors()
         control.judge_ratio(self.error_ratio(at, error, last, y0, y1, also))
 
     # ------------------------------------------------------------------ outputs
 
     def polynomials(self, rows: Sequence[tuple[int, tuple[float, ...]]], end: tuple[float, ...] = ()) -> Polynomials:
-        """An interpolant for `dense_eval` and `dense_outputs`."""
+        """Prepare an interpolant for `dense_eval` and `dense_outputs`."""
         return Polynomials(tuple(rows), end)
 
     def dense_eval(
@@ -163,7 +164,7 @@ class Arithmetic:
         x: float | Tensor,
         out: Tensor | None = None,
     ) -> Tensor:
-        """y at t0 + x h, 0 <= x <= 1; x a 0-d tensor where the tape must see it."""
+        """Return y at t0 + x h, 0 <= x <= 1; x is a 0-d tensor where autograd records it."""
         row: list[tuple[int, float | Tensor]] = [
             (j, at.dt * reference.polynomial(weights, x)) for j, weights in polynomials.rows
         ]
@@ -182,7 +183,7 @@ class Arithmetic:
         first: int,
         out: Tensor,
     ) -> None:
-        """Every output time from the one of index `first` on, all in this step, into the rows of `out`."""
+        """Write the outputs from index `first` on, which all lie in this step, into the rows of `out`."""
         for i, row in enumerate(out):
             s = self.output_times[first + i]
             if s == at.t1:
@@ -193,21 +194,24 @@ class Arithmetic:
     # ------------------------------------------------------------------ adjoint
 
     def sums(self, like: Sequence[Tensor], *, with_error: bool) -> GradientAccumulator:
-        """Accumulators for a list of tensors like these."""
+        """Return accumulators for a list of tensors like these."""
         return GradientAccumulator(like, with_error=with_error)
 
     def adjoint_stage(
         self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None
     ) -> Tensor:
-        """kappa = base + dt sum_j a_j x_j, a cotangent of the discrete adjoint; base None: 0. at None: dt is 1."""
+        """Return kappa = base + dt sum_j a_j x_j, a cotangent of the discrete adjoint. base None: 0. at None: dt is
+        1."""
         return reference.adjoint_stage(base, x, row, 1.0 if at is None else at.signed)
 
     def dense_adjoint(
         self, polynomials: Polynomials, at: Interval, lam: Tensor, first: int, gradients: Tensor
     ) -> DenseCotangents:
-        """The transpose of `dense_outputs`: the cotangents of y1 (added to lam), of y0, and of the stages of the
-        polynomials' rows, in their order, from the gradients of the output times from the one of index `first` on, all
-        in this step, as the rows of one tensor. Not for half precision."""
+        """Return the cotangents that the outputs in a step give, the transpose of `dense_outputs`.
+
+        They are the cotangents of y1 (added to lam), of y0, and of the stages in the polynomials' rows, in their order.
+        gradients: one row for each output time from index `first` on, all in this step. Not for half precision.
+        """
         end, times = polynomials.end, self.output_times[first : first + len(gradients)]
         inner = [(position(at, s), g) for s, g in zip(times, gradients, strict=True) if s != at.t1]
         return reference.dense_adjoint(
@@ -220,19 +224,19 @@ class Arithmetic:
         )
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
-        """[f, -vjp], the flat derivative of [y, a]. vjp None: zeros."""
+        """Return [f, -vjp], the flat derivative of [y, a]. vjp None: zeros."""
         vjp = torch.zeros_like(f) if vjp is None else vjp
         return torch.cat([f.reshape(-1), vjp.reshape(-1).neg()])
 
     def jump(self, y: Tensor, a: Tensor, g: Tensor) -> Tensor:
-        """The flat state [y, a + g] behind an output whose gradient is g."""
+        """Return the flat state [y, a + g] after an output with the gradient g."""
         return torch.cat([y.reshape(-1), (a + g).reshape(-1)])
 
     def real_dot(self, g: Tensor, f: Tensor) -> Tensor:
-        """Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
+        """Return Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
         return reference.real_dot(g, f)
 
 
 def position(at: Interval, s: float) -> float:
-    """x in [0, 1] of the solver time s in a step."""
+    """Return x in [0, 1] of the solver time s in a step."""
     return min((s - at.t0) / (at.t1 - at.t0), 1.0)

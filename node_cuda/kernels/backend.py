@@ -1,4 +1,4 @@
-"""Which path computes the steps of a solve: the compiled kernels or plain PyTorch."""
+"""Chooses the path that computes the steps of a solve: the compiled kernels or plain PyTorch."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ _inside: ContextVar[str | None] = ContextVar("node_cuda.backend", default=None)
 
 @contextlib.contextmanager
 def backend(name: str) -> Iterator[None]:
-    """Solves that begin inside, and their backward passes, compute their steps this way.
+    """Choose how solves that start in this context, and their backward passes, compute their steps.
 
-    "auto": by the kernels where the state is on a CUDA device, they can run and passed their self-check, else in plain
-    PyTorch. "reference": in plain PyTorch. "fused": by the kernels, or Unsupported with the reason. Outside any such
-    context the environment variable NODE_CUDA_BACKEND decides, by default "auto". Of this thread only. Raises
-    InvalidInput for other names.
+    "auto": by the kernels if the state is on a CUDA device and they can run and passed their self-check, else in plain
+    PyTorch. "reference": in plain PyTorch. "fused": by the kernels; raises Unsupported with the reason if that is not
+    possible. Outside any such context the environment variable NODE_CUDA_BACKEND decides, by default "auto". The
+    context applies to this thread only. Raises InvalidInput for other names.
     """
     token = _inside.set(_checked(name, "backend(name)"))
     try:
@@ -42,7 +42,7 @@ def backend(name: str) -> Iterator[None]:
 
 
 def chosen() -> str:
-    """What the innermost context says, else the environment."""
+    """Return the backend of the innermost context, or of the environment if there is no context."""
     inside = _inside.get()
     return inside if inside is not None else _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
 
@@ -54,7 +54,7 @@ def _checked(name: str, where: str) -> str:
 
 
 def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]) -> Arithmetic:
-    """The arithmetic of a solve. Raises Unsupported where "fused" is wanted and cannot be had."""
+    """Return the arithmetic of a solve. Raises Unsupported if "fused" is wanted and not possible."""
     fallback_reason = why_plain(wanted, y0)
     if fallback_reason is None:
         module, on = _kernels(y0.device)
@@ -62,13 +62,13 @@ def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, 
         return Fused(module, on, y0, direction, norm, times)
     if wanted == "fused":
         raise Unsupported(
-            f'The backend "fused" was asked for, but {fallback_reason}. Use "auto" to solve without the kernels.'
+            f'The backend "fused" was chosen, but {fallback_reason}. Use "auto" to solve without the kernels.'
         )
     return Arithmetic(y0, direction, norm, times)
 
 
 def why_plain(wanted: str, y0: Tensor) -> str | None:
-    """Why the steps of a solve are plain PyTorch's, as half a sentence; None: they are the kernels'."""
+    """Return the reason why plain PyTorch computes the steps, as half a sentence, or None if the kernels do."""
     if wanted == "reference":
         return 'the backend is "reference"'
     if (fallback_reason := _fallback_reason(y0)) is not None:
@@ -80,17 +80,17 @@ def why_plain(wanted: str, y0: Tensor) -> str | None:
 
 
 def module_for(device: torch.device) -> ModuleType | None:
-    """The compiled module."""
+    """Return the compiled module, or None."""
     return _kernels(device)[0]
 
 
 def _fallback_reason(y0: Tensor) -> str | None:
-    """Why kernels cannot work on a state like y0, as half a sentence."""
+    """Return the reason why the kernels cannot work on a state like y0, as half a sentence, or None."""
     if not _has_kernels(y0.device):
         return f"the state is on {y0.device}, and the kernels run on CUDA devices"
     if y0.dtype not in DTYPES:
         return f"there are no kernels for {y0.dtype}"
-    # What follows sees operations of torch, and would not see ours.
+    # The modes below observe torch operations, and would not observe our kernels.
     if type(y0) not in (Tensor, torch.nn.Parameter):
         return f"the state is a {type(y0).__name__}, and the kernels take plain tensors"
     if torch.compiler.is_compiling() or torch.jit.is_tracing() or any(map(torch._C._get_dispatch_mode, _TRACERS)):
@@ -98,7 +98,7 @@ def _fallback_reason(y0: Tensor) -> str | None:
     if torch.autograd.forward_ad._current_level >= 0:
         return "forward-mode differentiation is on"
     if torch._C._functorch.peek_interpreter_stack() is not None:  # pyright: ignore[reportAttributeAccessIssue]
-        return "a torch.func transform is at work"
+        return "a torch.func transform is active"
     return None
 
 
@@ -107,6 +107,6 @@ def _has_kernels(device: torch.device) -> bool:
 
 
 def _kernels(device: torch.device) -> tuple[ModuleType | None, Launch]:
-    """The compiled module, and the stream and device to launch on."""
+    """Return the compiled module, and the stream and device to launch on."""
     index = torch.cuda.current_device() if device.index is None else device.index
     return extension.kernels(device), (torch.cuda.current_stream(device).cuda_stream, index)

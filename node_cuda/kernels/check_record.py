@@ -1,8 +1,8 @@
-"""What the self-check remembers on disk: what passed, and what was being checked when a process died.
+"""The record of the self-check on disk: the checks that passed, and the check that ran when a process died.
 
-Only passes are remembered, each in a file that appears at once and whole. What is checked now stands in a file for each
-process, which that process holds locked: the system frees the lock when the process dies, on another rank or in another
-container as well. A folder that cannot be written is no error: then nothing is remembered.
+Only passes are remembered. Each is a file that is written in one operation, so that it is never read half written. Each
+process writes its current check into a file that it keeps locked. The system frees the lock when the process dies, also
+for another rank or container. If the folder cannot be written, nothing is remembered, and no error is raised.
 """
 
 from __future__ import annotations
@@ -23,22 +23,22 @@ except ImportError:  # Windows
 VARIABLE = "NODE_CUDA_CACHE"
 
 LONGEST_CHECK = 60.0
-"""Seconds after which a check counts as ended by a death, on a file system that cannot say by a lock."""
+"""Seconds after which an unfinished check counts as a death, on a file system without locks."""
 
 
 def folder() -> Path:
-    """Where checks are remembered: what the environment says, else in the user's cache."""
+    """Return the folder of the records: from the environment, else in the user's cache."""
     if given := os.environ.get(VARIABLE):
         return Path(given)
     return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser() / "node_cuda"
 
 
 class Lost(RuntimeError):
-    """The device cannot be used any more in this process."""
+    """This process cannot use the device any more."""
 
 
 class Record:
-    """Of one build of the kernels on one kind of device. facts: all that the result of a check depends on."""
+    """The record of one build of the kernels on one kind of device. facts: everything that a result depends on."""
 
     def __init__(self, facts: str) -> None:
         self.facts = facts
@@ -46,18 +46,18 @@ class Record:
         self._key = hashlib.sha256(facts.encode()).hexdigest()[:16]
 
     def file_of(self, dtype: str) -> Path:
-        """Where it stands that the kernels passed in this dtype."""
+        """Return the file that says that the kernels passed in this dtype."""
         return self.folder / f"{self._key}.{dtype}.passed"
 
     def passed(self, dtype: str) -> bool:
-        """Did the kernels pass in this dtype? A file that says anything else was damaged, and counts as none."""
+        """Return whether the kernels passed in this dtype. A file with any other text is damaged and does not count."""
         try:
             return self.file_of(dtype).read_bytes() == self._content(dtype)
         except OSError:
             return False
 
     def remember(self, dtype: str) -> None:
-        """They passed."""
+        """Record that the kernels passed in this dtype."""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.folder, suffix=".tmp")
@@ -72,8 +72,10 @@ class Record:
         return f"{self.facts}\nThe kernels passed the self-check in {dtype}.\n".encode()
 
     def unfinished(self) -> list[tuple[str, Path]]:
-        """What dead processes checked, a primitive and its dtype, and the files that say so: an error of the device
-        killed them, or a kernel did not end. What running processes check is left out."""
+        """Return the checks of dead processes, as (primitive and dtype, file).
+
+        A device error killed such a process, or a kernel did not end. The checks of running processes are not included.
+        """
         found = []
         with contextlib.suppress(OSError):
             for path in sorted(self.folder.glob(f"{self._key}.*.checking")):
@@ -84,14 +86,17 @@ class Record:
 
     @contextlib.contextmanager
     def checking(self) -> Iterator[Callable[[str], None]]:
-        """While a check runs: gives a function that writes what is checked from now on, which outlives the process
-        without a wait for the disk. Nothing is left of it, unless the check ends by `Lost`."""
+        """Yield a function that writes down what is checked from now on.
+
+        The text survives the death of the process, without a wait for the disk. At the end the file is removed, unless
+        the check ends by `Lost`.
+        """
         handle, name = -1, ""
         with contextlib.suppress(OSError):
             self.folder.mkdir(parents=True, exist_ok=True)
             handle, name = tempfile.mkstemp(dir=self.folder, prefix=f"{self._key}.", suffix=".checking")
             if fcntl is not None:
-                fcntl.flock(handle, fcntl.LOCK_EX)  # before anything stands in it; some file systems have no locks
+                fcntl.flock(handle, fcntl.LOCK_EX)  # before it has any text; some file systems have no locks
 
         def note(what: str) -> None:
             with contextlib.suppress(OSError):
@@ -105,12 +110,13 @@ class Record:
             raise
         finally:
             for end in (lambda: os.unlink(name), lambda: os.close(handle), lambda: os.unlink(name)):
-                with contextlib.suppress(OSError):  # Windows removes no open file; others see no file without its lock
+                # Windows does not remove open files; on other systems a file without its lock is not read
+                with contextlib.suppress(OSError):
                     end()
 
 
 def _abandoned(handle: int) -> bool:
-    """Does no process hold this file locked?"""
+    """Return whether no process holds a lock on this file."""
     try:
         if fcntl is None:
             raise OSError

@@ -1,11 +1,12 @@
 """The rows of the self-check: one function for each primitive, which is run on two sides and compared.
 
 One side is the device: the objects that solves use (`Fused`, `FusedGradientAccumulator`, `DeviceStepControl`,
-`StepLog`), on small tensors. The other side is the host: the same calls of `Arithmetic` and `GradientAccumulator` (that
-is kernels/reference.py), on the same numbers in double. For step control, the row itself says what is right.
+`StepLog`), on small tensors. The other side is the host: the same calls of `Arithmetic` and `GradientAccumulator`
+(which use kernels/reference.py), on the same numbers in double. For step control the row itself holds the expected
+values.
 
-A new primitive is a function here, with the cases for which it runs. Every tensor is made of other numbers, so that
-memory that held the right result of an earlier call is not right again.
+A new primitive needs a function here, with the cases for which it runs. Every tensor has new numbers, so that memory
+that still holds the result of an earlier call does not pass as a correct result.
 """
 
 from __future__ import annotations
@@ -32,28 +33,29 @@ from node_cuda.kernels.step_log import StepLog
 from node_cuda.status import Status
 
 Value = Tensor | float
-"""A result. Tensors are equal to a rounding of their dtype, floats to one of the state's; int and bool are equal."""
+"""A result. Tensors must agree up to rounding in their dtype, floats up to rounding in the state's; int and bool
+exactly."""
 
 
 class Case(NamedTuple):
-    """A size, and by how many elements its tensors miss the address from which vectors can be read."""
+    """A size, and the number of elements by which its tensors are misaligned for vector loads."""
 
     size: int
     shift: int
 
 
-MANY = 6151  # several blocks of every kernel, two chunks of a sum, a tail for every vector width
+MANY = 6151  # several blocks of every kernel, two chunks of a sum, a remainder for every vector width
 ONE, LARGE, ODD = Case(1, 0), Case(MANY, 0), Case(MANY, 1)
 CASES = (Case(0, 0), ONE, LARGE, ODD)
 
 _RTOL, _ATOL, _ORDER = 0.3, 0.2, 5
 _T0, _H = 0.5, 0.25  # a step from 1/2 to 3/4: all times in it are exact in every dtype
-# With a ratio of 1 the step stays as it is.
+# With a ratio of 1 the step size does not change.
 _STEADY = ControllerParams((1.0, 0.0, 0.0), 1.0, 4.0, 0.25, False, 0.0, math.inf)
 
 
 class Side:
-    """Where a row runs. module, on: the device's; None on the host, where numbers are double."""
+    """The side on which a row runs. module, on: set for the device; None for the host, where numbers are double."""
 
     def __init__(self, dtype: torch.dtype, device: torch.device, module: ModuleType | None, on: Launch | None) -> None:
         self.dtype = dtype
@@ -62,12 +64,13 @@ class Side:
         self.case = ONE
         self.taken = 0
         self._module, self._on = module, on
-        i = torch.arange(2**14, dtype=torch.float64, device="cpu")  # no random numbers: generators stay as they are
+        # no random numbers, so that the generators do not change
+        i = torch.arange(2**14, dtype=torch.float64, device="cpu")
         self._numbers = torch.complex(torch.sin(0.37 * i * i), torch.sin(0.61 * i * i))
         self._rows: dict[torch.dtype, Tensor] = {}
 
     def tensor(self, case: Case, dtype: torch.dtype) -> Tensor:
-        """Other numbers than the calls before gave: those of this dtype, on the host as double."""
+        """Return a tensor with other numbers than in earlier calls, exact in this dtype; on the host as double."""
         if dtype not in self._rows:
             row = (self._numbers if dtype.is_complex else self._numbers.real).to(dtype)
             self._rows[dtype] = row.to(_double(dtype)) if self._module is None else row.to(self.device, copy=True)
@@ -77,7 +80,7 @@ class Side:
         return row[start : start + case.size]
 
     def take(self, count: int) -> list[Tensor]:
-        """Tensors like a state of the case."""
+        """Return tensors like a state of the case."""
         return [self.tensor(self.case, self.dtype) for _ in range(count)]
 
     def arithmetic(
@@ -87,26 +90,26 @@ class Side:
         times: Sequence[float] = (0.0, 1.0),
         direction: float = -1.0,
     ) -> Any:
-        """The primitives for such a state."""
+        """Return the primitives for such a state."""
         y0, norm = self.take(1)[0] if y0 is None else y0, norm or ErrorNorm(_RTOL, _ATOL)
         if self._module is not None and self._on is not None:
             return Fused(self._module, self._on, y0, direction, norm, times)
         a = Arithmetic(y0, direction, norm, times)
-        a.clock = Clock(direction, self.dtype.to_real(), self.device)  # just before t1 is a matter of the dtype
+        a.clock = Clock(direction, self.dtype.to_real(), self.device)  # "just before t1" depends on the dtype
         return a
 
     def step(self, *args: Any, **given: Any) -> tuple[Any, Any]:
-        """The same, and the step."""
+        """Return the primitives for such a state, and the step."""
         a = self.arithmetic(*args, **given)
         return a, a.interval(_T0, _T0 + _H, _H)
 
     def doubles(self, *values: float) -> Tensor:
-        """Numbers in double: as results they are equal to a rounding of it."""
+        """Return numbers in double; as results they must agree up to rounding in double."""
         return torch.tensor(values, dtype=torch.float64, device=self.device)
 
 
 def sides(module: ModuleType, on: Launch, device: torch.device, dtype: torch.dtype) -> tuple[Side, Side]:
-    """The device's and the host's."""
+    """Return the side of the device and the side of the host."""
     return Side(dtype, device, module, on), Side(dtype, torch.device("cpu"), None, None)
 
 
@@ -117,19 +120,19 @@ def _double(dtype: torch.dtype) -> torch.dtype:
 def _control(
     a: Any, law: ControllerParams = _STEADY, *, pauses: bool = False, tape: StepLog | None = None, **given: Any
 ) -> Any:
-    """Step control on the device; None on the host."""
+    """Return step control on the device; None on the host."""
     spec = ControlSpec(law, _ORDER, **{"max_num_steps": 100, **given})
     return a.control(spec, pauses=pauses, tape=tape) if isinstance(a, Fused) else None
 
 
 def _judged(side: Side, control: DeviceStepControl, ratio: float) -> None:
-    """A step was judged by this ratio: the last one of the control, from here on."""
+    """Judge a step with this ratio; it is then the last step that the control has judged."""
     control.start(_T0, _H)
     control.judge_ratio(side.doubles(ratio))
 
 
 class Primitive(NamedTuple):
-    """A row of the check. run: gives its results on one side, for each of the cases."""
+    """A row of the check. run: a function that yields its results on one side, for each of the cases."""
 
     name: str
     run: Callable[[Side], Iterator[Value]]
@@ -145,12 +148,12 @@ def _row(*cases: Case) -> Callable[[Callable[[Side], Iterator[Value]]], None]:
 
 # ----------------------------------------------------------------------------------------------------- times and stages
 def _weights(count: int, seed: int = 0) -> list[float]:
-    """So many coefficients, none of them zero."""
+    """Return this number of coefficients, none of them zero."""
     return [(-1.0) ** j * (0.3 + 0.1 * ((j + seed) % 7)) for j in range(count)]
 
 
 def _entries(count: int, seed: int = 0, without: Sequence[int] = ()) -> Row:
-    """The same as a row of so many stages, but for some of them."""
+    """Return them as the row of a stage, without some of the stages."""
     return [(j, weight) for j, weight in enumerate(_weights(count, seed)) if j not in without]
 
 
@@ -166,7 +169,7 @@ def _stage_times(side: Side) -> Iterator[Value]:
 def _rk_stage(side: Side) -> Iterator[Value]:
     y0, *k = side.take(10)
     a, at = side.step(y0, direction=-1.0 if side.case.shift else 1.0)
-    for count in range(10):  # each number of terms up to 7 is a kernel
+    for count in range(10):  # there is one kernel for each number of terms up to 7
         node, side_of = ((0.5, HERE), (0.0, JUST_AFTER))[count % 2]
         (t,) = a.slots(at, (node,), side_of)
         yield from (a.rk_stage(a.stage(_entries(count), node, side_of), at, y0, k, t), t.double())
@@ -192,7 +195,7 @@ def _combine(side: Side) -> Iterator[Value]:
 
 @_row(*CASES)
 def _adjoint_stage(side: Side) -> Iterator[Value]:
-    base, *x = side.take(10 if side.half else 24)  # a longer row than a launch takes rounds in between
+    base, *x = side.take(10 if side.half else 24)  # a row that is longer than one launch allows needs several launches
     a, at = side.step(base)
     row = [0.0, *_weights(len(x) - 1)]
     yield from (a.adjoint_stage(None, x, row, at), a.adjoint_stage(base, x[:3], row[:3], None))
@@ -200,7 +203,10 @@ def _adjoint_stage(side: Side) -> Iterator[Value]:
 
 # ----------------------------------------------------------------------------------------------------- errors and norms
 def _norms(side: Side) -> Iterator[ErrorNorm]:
-    """Tolerances as numbers, and as tensors for three segments, one of them empty and one without a whole vector."""
+    """Return norms with tolerances as numbers, and as tensors for three segments.
+
+    One of the segments is empty, and one is shorter than a vector.
+    """
     yield ErrorNorm(_RTOL, _ATOL)
     if side.case.size > 1:
         each: list[Tolerance] = [x.real.abs().clamp(min=0.25) for x in side.take(2)]
@@ -272,15 +278,15 @@ _JUDGED = (
     ),
     (1.0, ControllerParams((0.2, 0.0, 0.0), 0.9, 10.0, 0.2, False, 0.2, 0.4), (0.0, 40.0, 40.0, 0.5)),
 )
-"""Directions, laws and error ratios: of steps that are good, too large, not finite, without error; the largest and the
-smallest step."""
+"""Directions, parameters and error ratios: of steps that are good, too large, not finite, without error; the largest
+and the smallest step."""
 
 
 def _script(
     side: Side, control: DeviceStepControl | None, calls: Sequence[Callable[[Any], Any]], expected: Sequence[Any]
 ) -> Iterator[Value]:
-    """Where the control stands after each call: (t0, t1, dt, proposal), accepted, status, active, jump, paused, and the
-    outputs in the step."""
+    """Yield the state of the control after each call: (t0, t1, dt, proposal), accepted, status, active, jump, paused,
+    and the outputs in the step."""
     for call, (times, *flags) in zip(calls, expected, strict=True):
         if control is not None:
             call(control)
@@ -308,7 +314,8 @@ def _step_control(side: Side) -> Iterator[Value]:
 
 @_row(ONE)
 def _tstops(side: Side) -> Iterator[Value]:
-    """Steps that are cut: on a jump, before and on a stop, at outputs, where the solve waits and where it ends."""
+    """Steps that are shortened: on a discontinuity, before and on a stop, at outputs, where the solve waits, and at its
+    end."""
     a = side.arithmetic(times=(0.0, 0.4375, 1.0), direction=1.0)
     given: dict[str, Any] = dict(tstops=(0.25, 1.0), jumps=frozenset((0.25,)), stops=(0.625,), pauses=True)
     start, judge = (lambda c: c.start(0.0, 0.4)), (lambda c: c.judge_ratio(side.doubles(1.0)))
@@ -330,7 +337,7 @@ def _tstops(side: Side) -> Iterator[Value]:
 
 @_row(ONE)
 def _grid(side: Side) -> Iterator[Value]:
-    """From point to point, with a wait at an output."""
+    """Steps from point to point of a grid, with a wait at an output."""
     points = (0.0, 0.25, 0.75, 1.0)
     for wait in (1, 2):
         a = side.arithmetic(times=(0.0, points[wait], 1.0))
@@ -346,7 +353,7 @@ def _grid(side: Side) -> Iterator[Value]:
 
 @_row(*CASES)
 def _commit(side: Side) -> Iterator[Value]:
-    """Copies of a step that was accepted, and none of one that was not."""
+    """Copies after an accepted step, and no copies after a rejected one."""
     source, to = side.take(2), [x.clone() for x in side.take(2)]
     a = side.arithmetic(source[0])
     control = _control(a)
@@ -366,7 +373,8 @@ def _polynomials(a: Any, count: int, with_end: bool) -> Any:
 
 
 def _output_times(case: Case) -> tuple[float, ...]:
-    """The start, one before the step, and those in it with its end; for one element more than a pass takes."""
+    """Return the start, one time before the step, and those in it with its end, for one element more than one pass
+    handles."""
     count = 70 if case.size == 1 else 3
     return (0.0, 0.375, *(_T0 + _H * (i + 1) / count for i in range(count)))
 
@@ -376,7 +384,7 @@ def _dense_eval(side: Side) -> Iterator[Value]:
     y0, y1, *k = side.take(9)
     times = _output_times(side.case)
     a, at = side.step(y0, times=times)
-    interpolants = (3, False), (4, False), (6, False), (7, False), (5, True)  # 4, 6 and 7 are kernels
+    interpolants = (3, False), (4, False), (6, False), (7, False), (5, True)  # there are kernels for 4, 6 and 7
     for interpolant in interpolants[-2 if side.case.size == 1 else 0 :]:
         out = y0.new_empty((len(times) - 2, side.case.size))
         a.dense_outputs(_polynomials(a, *interpolant), at, y0, y1, k, 2, out)
@@ -386,7 +394,7 @@ def _dense_eval(side: Side) -> Iterator[Value]:
 @_row(*CASES)
 def _dense_adjoint(side: Side) -> Iterator[Value]:
     if side.half:
-        return  # plain PyTorch computes it
+        return  # plain PyTorch computes this case
     times = _output_times(side.case)
     lam, *gradients = side.take(len(times) - 1)
     a, at = side.step(lam, times=times)
@@ -405,13 +413,14 @@ def _pack_adjoint(side: Side) -> Iterator[Value]:
 @_row(*CASES)
 def _real_dot(side: Side) -> Iterator[Value]:
     g, f = side.take(2)
-    yield float(side.arithmetic(g).real_dot(g, f)) / math.sqrt(1 + side.case.size)  # so much larger are its roundings
+    # the rounding error grows by this factor
+    yield float(side.arithmetic(g).real_dot(g, f)) / math.sqrt(1 + side.case.size)
 
 
 # ---------------------------------------------------------------------------------------------------- lists of tensors
 _MIXED = [(case, dtype) for dtype in DTYPES for case in (ONE, CASES[0], Case(5, 1))]
 _LISTS = _MIXED, *([(Case(MANY, shift), dtype)] for shift, dtype in enumerate(DTYPES))
-"""Of all dtypes and several sizes at once, and each dtype alone."""
+"""Lists of tensors: all dtypes and several sizes together, and each dtype alone."""
 
 
 def _tensors(side: Side, those: Sequence[tuple[Case, torch.dtype]]) -> list[Tensor]:
@@ -438,7 +447,7 @@ def _accumulate(side: Side) -> Iterator[Value]:
 
 @_row(ONE)
 def _long_list(side: Side) -> Iterator[Value]:
-    """More tensors than a launch takes."""
+    """Return more tensors than one launch takes."""
     many = side.tensor(Case(450, 0), side.dtype).split(1)
     sums = side.arithmetic().sums(many, with_error=False)
     sums.begin()
@@ -449,7 +458,7 @@ def _long_list(side: Side) -> Iterator[Value]:
 
 @_row(ONE)
 def _sums_on_device(side: Side) -> Iterator[Value]:
-    """What a captured loop adds and keeps: if the device accepted the step."""
+    """Sums and copies in a captured loop, which count only if the device accepted the step."""
     those = [*_MIXED, *((LARGE, dtype) for dtype in DTYPES)]
     like, kept, later, added = (_tensors(side, those) for _ in range(4))
     a = side.arithmetic()
@@ -478,7 +487,7 @@ def _sums_on_device(side: Side) -> Iterator[Value]:
 # ----------------------------------------------------------------------------------------------- the loop on the device
 @_row(LARGE)
 def _current_step(side: Side) -> Iterator[Value]:
-    """Kernels that find their step in the control: a step, its outputs, and nothing more after the end."""
+    """Kernels that read their step from the control: a step, its outputs, and no change after the end."""
     y0, *k = side.take(8)
     a, at = side.step(y0, times=(0.0, _T0 + _H / 2, _T0 + _H))
     control = _control(a, ends=True)
@@ -491,11 +500,11 @@ def _current_step(side: Side) -> Iterator[Value]:
     yield from (y1, error, *a.times(at, (0.0, 1.0), HERE), a.adjoint_stage(None, k, _weights(7), at))
     sums = a.sums([y0], with_error=False)
     sums.begin()
-    sums.add([k[1]], 0.25, 0.0)  # so that the sum is not memory that happens to be right
+    sums.add([k[1]], 0.25, 0.0)  # so that memory that holds the right sum by chance is not taken for the result
     sums.add([k[0]], 0.5, 0.0, at)
     sums.commit()
     yield from sums.total
-    # An error so small that the step is accepted: it is the last one.
+    # The error is so small that the step is accepted. It is the last step.
     error, last, ratio = 0.01 * error, (k[6], 0.01), 0.0
     if control is None:
         ratio = a.error_ratio(at, error, last, y0, y1)
@@ -507,14 +516,14 @@ def _current_step(side: Side) -> Iterator[Value]:
     yield from (ratio, out)
     now = (1, 0, 0)
     if control is not None:
-        a.judge(at, error, last, y0, y1, None)  # after the end
+        a.judge(at, error, last, y0, y1, None)  # after the end of the solve
         now = control.read().accepted, control.read().accept, control.read().active
     yield from now
 
 
 @_row(LARGE)
 def _tape(side: Side) -> Iterator[Value]:
-    """Three steps recorded, and the walk back over them, with an output in the first one."""
+    """Three recorded steps, and the reverse pass over them, with an output in the first step."""
     times, starts = (0.0, 0.125, 1.0), (0.0, 0.25, 0.5)
     lam, *gradients = side.take(3)
     rows = torch.stack(gradients)
@@ -550,7 +559,7 @@ def _tape(side: Side) -> Iterator[Value]:
 
 # -------------------------------------------------------------------------------------------------------- comparing
 def difference(row: Primitive, device: Side, host: Side) -> str | None:
-    """How the device differs from the host, as half a sentence; None: not beyond rounding."""
+    """Return how the device differs from the host, as half a sentence, or None if only by rounding."""
     device.taken = host.taken = max(device.taken, host.taken)
     for case in row.cases:
         device.case = host.case = case
@@ -568,18 +577,18 @@ def difference(row: Primitive, device: Side, host: Side) -> str | None:
 
 
 def _distance(x: Tensor, expected: Tensor, dtype: torch.dtype) -> str | None:
-    """How x differs from what is expected, beyond roundings of this dtype."""
+    """Return how x differs from the expected value by more than rounding in this dtype, or None."""
     if x.shape != expected.shape:
         return f"the shape {tuple(x.shape)} came, and {tuple(expected.shape)} is right"
     if x.numel() == 0:
         return None
     x, expected = x.to(_double(x.dtype)), expected.to(_double(expected.dtype))
     size = expected.abs()
-    # The sums are of some twenty terms, none larger than 1 or than its result; then they are rounded to the dtype.
+    # The sums have about twenty terms, none larger than 1 or than the result. Then they are rounded to the dtype.
     rounding = 32 * torch.finfo(torch.promote_types(dtype, torch.float32)).eps * max(1.0, float(size.max()))
     allowed = torch.finfo(dtype).eps * size + rounding
     off = (x - expected).abs()
-    bad = ~(off <= allowed)  # NaN is bad
+    bad = ~(off <= allowed)  # NaN counts as different
     if not bool(bad.any()):
         return None
     i = int(torch.where(bad, off.nan_to_num(math.inf, math.inf), -1.0).argmax())

@@ -1,8 +1,8 @@
-"""The arithmetic of a solve by the compiled kernels: the same primitives, a launch each, through one plan.
+"""The arithmetic of a solve by the compiled kernels: the same primitives, one launch each, through one plan.
 
-What autograd records takes the plain path, call by call: a kernel writes where no tape looks. Every result is a fresh
-tensor, which nobody else holds; what is written a second time has its version counter raised, so that autograd's own
-check finds who saved it.
+Where autograd records, a call takes the plain PyTorch path, because autograd cannot record what a kernel writes. Every
+result is a new tensor that no other object holds. If a kernel writes into it again, its version counter is raised, so
+that autograd's own check finds a graph that saved it.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ DTYPES = {
     )
 }
 Launch = tuple[int, int]
-"""A stream's address and a device's index."""
+"""The address of a stream and the index of a device."""
 
 
 class Fused(Arithmetic):
-    """The primitives on the device of `y0`, in the stream `on`. module: the compiled one."""
+    """The primitives on the device of `y0`, in the stream `on`. module: the compiled module."""
 
     def __init__(
         self, module: ModuleType, on: Launch, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]
@@ -56,7 +56,7 @@ class Fused(Arithmetic):
         self.plan = module.SolveContext(
             DTYPES[y0.dtype], y0.numel(), y0.itemsize, self.acc_dtype.itemsize, on, float(direction)
         )
-        # Once a solve: what the kernels find on the device.
+        # Made once in a solve: the data that the kernels read on the device.
         self.device_times = torch.tensor(times, dtype=torch.float64, device=y0.device)
         self._held = self._bind_norm()
         self._stages: dict[Any, Stage] = {}
@@ -64,7 +64,7 @@ class Fused(Arithmetic):
         self._dot_workspace: Tensor | None = None
 
     def as_contiguous(self, x: Tensor) -> Tensor:
-        """x on this device, contiguous, and its numbers as they lie in memory; x itself where it is so already."""
+        """Return x on this device, contiguous and with conjugation applied; x itself if that is already true."""
         if x.device != self.device:
             raise InvalidField(
                 f"func must return dy/dt on the state's device, {self.device}; got {x.device}. "
@@ -83,18 +83,21 @@ class Fused(Arithmetic):
         return Interval(t0, t1, h, signed, signed, self.plan.interval(t0, t1, h))
 
     def current(self) -> Interval:
-        """The step that the control says when a kernel runs, of which the host knows nothing."""
+        """Return the step that the device control holds when a kernel runs. The host does not know it."""
         unknown = math.nan
         return Interval(unknown, unknown, unknown, unknown, unknown, self.plan.current())
 
     def times(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """See `Arithmetic`. One launch, and no copy from the host, which would wait."""
+        """Return the 0-d tensors t at these nodes. One launch, without a copy from the host, which would wait."""
         slots = torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
         self.plan.stage_times(self.native(at), nodes, side, [t.data_ptr() for t in slots])
         return slots
 
     def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """See `Arithmetic`. No launch, but on the tape, where plain PyTorch computes the stages and fills no slot."""
+        """Return the same tensors, not filled: `rk_stage` and `rk_finish` fill them. No launch.
+
+        Where autograd records, plain PyTorch computes the stages and fills no slots. Then one launch fills them here.
+        """
         if torch.is_grad_enabled():
             return self.times(at, nodes, side)
         return torch.empty(len(nodes), dtype=self.clock.dtype, device=self.device).unbind()
@@ -118,7 +121,7 @@ class Fused(Arithmetic):
         return self._stages[key]
 
     def rk_stage(self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor) -> Tensor:
-        """See `Arithmetic`. One launch."""
+        """Return z = y0 + dt sum_j a_j k_j, and write its time into t. One launch."""
         if stage.native is None or _recorded(at, y0, k):
             self._fill(stage, at, t)
             return super().rk_stage(stage, at, y0, k, t)
@@ -131,7 +134,7 @@ class Fused(Arithmetic):
     def rk_finish(
         self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor | None
     ) -> tuple[Tensor, Tensor | None]:
-        """See `Arithmetic`. One launch."""
+        """Return y1 = y0 + dt sum_j b_j k_j and the partial error, and write the time of y1 into t. One launch."""
         if stage.native is None or _recorded(at, y0, k):
             if t is not None:
                 self._fill(stage, at, t)
@@ -150,12 +153,12 @@ class Fused(Arithmetic):
         return y1, error
 
     def _fill(self, stage: Stage, at: Interval, t: Tensor) -> None:
-        """Write a slot that no kernel of the stage writes; see `slots`."""
+        """Fill a slot if no kernel of the stage fills it; see `slots`."""
         if not torch.is_grad_enabled():
             self.plan.stage_times(at.native, (stage.node,), stage.side, [t.data_ptr()])
 
     def combine(self, y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
-        """See `Arithmetic`. One launch."""
+        """Return y0 + h sum_j a_j k_j for coefficients that differ in each step. One launch."""
         terms = [(k[j], a) for j, a in row if isinstance(a, Tensor) or a != 0.0]
         tensors = [x for x, _ in terms]
         weights = [a for _, a in terms]
@@ -175,7 +178,7 @@ class Fused(Arithmetic):
     def control(
         self, spec: ControlSpec, *, pauses: bool = False, tape: StepLog | None = None
     ) -> DeviceStepControl | StepControl:
-        """Step-size control on the device; on the host if the spec has a rule."""
+        """Return step-size control on the device, or on the host if the spec has a rule."""
         if spec.rule is not None:
             return super().control(spec)
         measures = self.norm.custom is None and spec.limit == math.inf
@@ -192,7 +195,10 @@ class Fused(Arithmetic):
         y1: Tensor,
         errors: ErrorTerm | None,
     ) -> None:
-        """See `Arithmetic`. One launch and no read, but for a norm of the user's; one read for a rule of the user's."""
+        """Judge the step by the norm of its error, and choose the next step. One launch and no read.
+
+        A norm of the user needs more launches; a rule of the user needs one read.
+        """
         if isinstance(control, StepControl):
             return super().control_step(control, at, error, last, y0, y1, errors)
         custom = self.norm.custom
@@ -208,7 +214,7 @@ class Fused(Arithmetic):
     def grid_control(
         self, points: Sequence[float], *, pauses: bool = False, tape: StepLog | None = None
     ) -> DeviceStepControl:
-        """Steps from point to point of a grid, on the device."""
+        """Return the control of steps from point to point of a grid, on the device."""
         law = ControllerParams((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
         outputs = self.device_times[1:]
         return DeviceStepControl(
@@ -216,7 +222,7 @@ class Fused(Arithmetic):
         )
 
     def commit(self, to: Sequence[Tensor], source: Sequence[Tensor]) -> None:
-        """to_i = source_i, if the step judged last was accepted. One launch."""
+        """Copy to_i = source_i if the last step that was judged was accepted. One launch."""
         for x in to:
             _written(x)
         self.plan.commit([x.data_ptr() for x in to], [x.data_ptr() for x in source])
@@ -224,7 +230,7 @@ class Fused(Arithmetic):
     def scaled_error(
         self, at: Interval, error: Tensor, last: tuple[Tensor, float] | None, y0: Tensor, y1: Tensor
     ) -> Tensor:
-        """(error + dt e k) / (atol + rtol max(|y0|, |y1|)), written over `error`: for a user's own norm."""
+        """Return (error + dt e k) / (atol + rtol max(|y0|, |y1|)), written over `error`, for a norm of the user."""
         _written(error)
         self.plan.scaled_error(
             self.native(at), error.data_ptr(), error.data_ptr(), *_addresses(last), y0.data_ptr(), y1.data_ptr()
@@ -240,14 +246,14 @@ class Fused(Arithmetic):
         y1: Tensor,
         also: Tensor | None,
     ) -> None:
-        """The error's norm and step control with it and with the norm `also`, in one launch."""
+        """Compute the norm of the error, and control the step with it and with the norm `also`. One launch."""
         if also is not None:
-            also = also.to(self.device)  # parameters may lie elsewhere
+            also = also.to(self.device)  # parameters may be on another device
         norms = (0, 0) if also is None else (also.data_ptr(), also.numel())
         self.plan.judge(self.native(at), error.data_ptr(), *_addresses(last), y0.data_ptr(), y1.data_ptr(), norms)
 
     def native(self, at: Interval) -> Any:
-        """The interval as the module has it, also of a step on the tape."""
+        """Return the interval as the module's type, also for a step that autograd records."""
         return at.native or self.plan.interval(at.t0, at.t1, at.h)
 
     # ------------------------------------------------------------------ outputs
@@ -273,7 +279,7 @@ class Fused(Arithmetic):
         first: int,
         out: Tensor,
     ) -> None:
-        """See `Arithmetic`. One launch, however many outputs."""
+        """Write the outputs from index `first` on into the rows of `out`. One launch for any number of outputs."""
         if polynomials.native is None or at.taped:
             return super().dense_outputs(polynomials, at, y0, y1, k, first, out)
         _written(out)
@@ -293,7 +299,7 @@ class Fused(Arithmetic):
     # ------------------------------------------------------------------ adjoint
 
     def sums(self, like: Sequence[Tensor], *, with_error: bool) -> GradientAccumulator:
-        """See `Arithmetic`. One launch a list."""
+        """Return accumulators that use one launch for each list."""
         if not (like and can_sum(like, self.device)):
             return super().sums(like, with_error=with_error)
         return FusedGradientAccumulator(like, self.module, self.on, DTYPES, with_error=with_error)
@@ -301,11 +307,11 @@ class Fused(Arithmetic):
     def adjoint_stage(
         self, base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], at: Interval | None
     ) -> Tensor:
-        """See `Arithmetic`. One launch for every MAX_TERMS terms."""
+        """Return kappa = base + dt sum_j a_j x_j. One launch for every MAX_TERMS terms."""
         where = self.module.ONE if at is None else self.native(at)
         terms, most = [(v, a) for v, a in zip(x, row, strict=True) if a != 0.0], self.module.MAX_TERMS
         out = torch.empty_like(x[0])
-        for i in range(0, max(len(terms), 1), most):  # a sum that is too long goes on where it is
+        for i in range(0, max(len(terms), 1), most):  # a longer sum is continued in place
             part = terms[i : i + most]
             pointers = [v.data_ptr() for v, _ in part]
             self.plan.sum(where, out.data_ptr(), _address(out if i else base), pointers, [a for _, a in part])
@@ -314,8 +320,10 @@ class Fused(Arithmetic):
     def dense_adjoint(
         self, polynomials: Polynomials, at: Interval, lam: Tensor, first: int, gradients: Tensor
     ) -> DenseCotangents:
-        """See `Arithmetic`. One launch, however many outputs; with the current step it finds those that lie in it
-        among all the rows."""
+        """Return the cotangents that the outputs in a step give. One launch for any number of outputs.
+
+        With the current step the kernel finds the outputs in it among all rows.
+        """
         if polynomials.native is None or self.acc_dtype != self.dtype:
             return super().dense_adjoint(polynomials, at, lam, first, gradients)
         lam, gradients = self.as_contiguous(lam), self.as_contiguous(gradients)
@@ -333,7 +341,7 @@ class Fused(Arithmetic):
         return DenseCotangents(out[0], out[1], out[2:])
 
     def pack_adjoint(self, f: Tensor, vjp: Tensor | None) -> Tensor:
-        """See `Arithmetic`. One launch."""
+        """Return [f, -vjp], the flat derivative of [y, a]. One launch."""
         f, vjp = self.as_contiguous(f), None if vjp is None else self.as_contiguous(vjp)
         row = f.new_empty(2 * f.numel())
         self.module.pack_adjoint(
@@ -342,7 +350,7 @@ class Fused(Arithmetic):
         return row
 
     def real_dot(self, g: Tensor, f: Tensor) -> Tensor:
-        """See `Arithmetic`. One launch; in double."""
+        """Return Re sum conj(g) f, computed in double. One launch."""
         dot = torch.empty((), dtype=torch.float64, device=self.device)
         g, f, n = self.as_contiguous(g), self.as_contiguous(f), g.numel()
         if self._dot_workspace is None:
@@ -355,7 +363,7 @@ class Fused(Arithmetic):
     # ------------------------------------------------------------------ binding
 
     def _bind_norm(self) -> tuple[Tensor | None, ...]:
-        """Tell the plan what counts as small; returns what must stay alive for that."""
+        """Give the plan the norm, and return the tensors that must be kept alive for it."""
         norm = self.norm
         rtol, rtol_each = self._tolerance(norm.rtol)
         atol, atol_each = self._tolerance(norm.atol)
@@ -370,26 +378,28 @@ class Fused(Arithmetic):
         return rtol_each, atol_each, device_ends, workspace
 
     def set_tolerances(self, norm: ErrorNorm) -> None:
-        """Other tolerances where they are tensors; as numbers they are part of the launches."""
+        """Write other tolerances where they are tensors. Numbers are part of the launches and cannot change."""
         for tol, held in zip((norm.rtol, norm.atol), self._held, strict=False):
             if isinstance(tol, Tensor) and held is not None:
                 held.copy_(tol.expand(self.shape))
 
     def _tolerance(self, tol: Tol) -> tuple[float, Tensor | None]:
-        """A number, or one an element of the state, in its real dtype; never the user's tensor, as `set_tolerances`
-        writes it."""
+        """Return a number, or a tensor with one number for each element of the state, in its real dtype.
+
+        It is never the user's tensor, because `set_tolerances` writes into it.
+        """
         if not isinstance(tol, Tensor):
             return tol, None
         each = tol.to(self.device, self.clock.dtype).expand(self.shape)
         return 0.0, each.clone(memory_format=torch.contiguous_format)
 
     def _zeros(self, size: int) -> Tensor:
-        """Workspace: zeroed once."""
+        """Return workspace, set to zero once."""
         return torch.zeros(size, dtype=torch.uint8, device=self.device)
 
 
 def can_sum(tensors: Sequence[Tensor], device: torch.device) -> bool:
-    """The kernels can sum tensors like these."""
+    """Return whether the kernels can sum tensors like these."""
     return all(x.dtype in DTYPES and x.device == device and has_address(x) for x in tensors)
 
 
@@ -402,16 +412,16 @@ def _addresses(last: tuple[Tensor, float] | None) -> tuple[int, float]:
 
 
 def _on_tape(y0: Tensor, k: Sequence[Tensor]) -> bool:
-    """Autograd records what is made of these."""
+    """Return whether autograd records operations on these."""
     return torch.is_grad_enabled() and (y0.requires_grad or any(x.requires_grad for x in k))
 
 
 def _recorded(at: Interval, y0: Tensor, k: Sequence[Tensor]) -> bool:
-    """Autograd records what is made of these in this step."""
+    """Return whether autograd records operations on these in this step."""
     return at.taped or _on_tape(y0, k)
 
 
 def _written(x: Tensor) -> None:
-    """Tell autograd that a kernel writes x, which was made earlier."""
+    """Tell autograd that a kernel writes into x, which was made earlier."""
     if not x.is_inference():
         torch.autograd.graph.increment_version(x)

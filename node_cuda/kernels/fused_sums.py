@@ -16,14 +16,14 @@ from node_cuda.kernels.sums import GradientAccumulator
 
 
 class SavedIntegrands(list[Tensor]):
-    """Tensors that a step begins with and that outlive its rejection, in the dtypes of the sums."""
+    """Tensors from the start of a step, kept if it is rejected, in the dtypes of the sums."""
 
 
 class FusedGradientAccumulator(GradientAccumulator):
-    """The same by the kernels. The buffers are laid out as the first tensors that come, so that transposed ones need no
-    copy.
+    """`GradientAccumulator` by the kernels.
 
-    code_of: the dtypes as csrc knows them.
+    The buffers have the memory layout of the first tensors that are added, so that transposed ones need no copy.
+    code_of: the codes of the dtypes in csrc.
     """
 
     def __init__(
@@ -41,7 +41,7 @@ class FusedGradientAccumulator(GradientAccumulator):
         self._code_of = code_of
         self._codes = [code_of[x.dtype] for x in like]
         self._plan: Any = None
-        self._of_kept: Any = None  # the same sums, for what is kept
+        self._of_kept: Any = None  # the plan that adds the kept tensors to the same sums
         self._keeper: Any = None
         self._kept = SavedIntegrands()
         self._has_sum = self._has_error = False
@@ -52,7 +52,8 @@ class FusedGradientAccumulator(GradientAccumulator):
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
-        """See `GradientAccumulator`. One launch; two where one of the sums begins and the other goes on."""
+        """Add weighted tensors to the sum of this step and to its error. One launch; two if only one of the sums starts
+        here."""
         plan, given = (self._of_kept, tensors) if isinstance(tensors, SavedIntegrands) else self._laid_out(tensors)
         error_weight = error_weight if self.with_error else 0.0
         where = self._module.ONE if at is None else at.native
@@ -69,41 +70,42 @@ class FusedGradientAccumulator(GradientAccumulator):
         return super().scaled_errors(norm) if self._has_sum and self._has_error else []
 
     def device_ratio(self, norm: ErrorNorm) -> Tensor | None:
-        """See `GradientAccumulator`. One launch."""
+        """Return the largest rms of the scaled errors, on the device. One launch."""
         if not (self._has_sum and self._has_error):
             return None
         self._plan.ratio(norm.rtol, norm.atol, self._workspace.data_ptr(), self._ratio.data_ptr())
         return self._ratio
 
     def commit(self) -> None:
-        """See `GradientAccumulator`. One launch."""
+        """Add the sum of the accepted step to the total. One launch."""
         self._next = None
         if self._has_sum:
             self._plan.commit(self._module.ONE)
 
     def commit_if_accepted(self, at: Interval) -> None:
-        """The same, if the device accepted the step. at: the current step. One launch."""
+        """Add the step to the totals if the device accepted it. at: the current step. One launch."""
         if self._has_sum:
             self._plan.commit(at.native)
 
     def restart(self) -> None:
-        """The totals are zero again, where they are."""
+        """Set the totals to zero, in place."""
         torch._foreach_zero_(self.total)
 
     def keep(self, tensors: Sequence[Tensor | None]) -> SavedIntegrands:
-        """A copy of the tensors in memory that is always the same. One launch."""
+        """Copy the tensors into memory with a fixed address. One launch."""
         _, given = self._laid_out(tensors)
         keeper = self._keeper or self._make_keeper()
         keeper.accumulate(_addresses(given), self._module.ONE, 1.0, 0.0, False)
         return self._kept
 
     def keep_if_accepted(self, tensors: Sequence[Tensor | None], at: Interval) -> None:
-        """Put these in their place, if the device accepted the step. at: the current step. One launch."""
+        """Replace the kept tensors by these if the device accepted the step. at: the current step. One launch."""
         _, given = self._laid_out(tensors)
         self._keeper.keep(_addresses(given), at.native, False)
 
     def _laid_out(self, tensors: Sequence[Tensor | None]) -> tuple[Any, list[Tensor | None]]:
-        """The plan, made by the first tensors that come, and these tensors as the buffers lie."""
+        """Return the plan, made for the first tensors that are added, and these tensors in the layout of the
+        buffers."""
         tensors = [None if x is None else resolved(x) for x in tensors]
         plan = self._plan or self._lay_out(tensors)
         return plan, [
@@ -111,7 +113,7 @@ class FusedGradientAccumulator(GradientAccumulator):
         ]
 
     def _lay_out(self, first: Sequence[Tensor | None]) -> Any:
-        """Buffers of the memory format of these tensors, and the table of them on the device."""
+        """Make buffers with the memory format of these tensors, and the table of them on the device."""
         for i, (x, dtype) in enumerate(zip(first, self.dtypes, strict=True)):
             if x is not None and torch.empty_like(x).stride() == x.stride():
                 self.total[i] = torch.empty_strided(x.size(), x.stride(), dtype=dtype, device=x.device).zero_()
@@ -124,7 +126,7 @@ class FusedGradientAccumulator(GradientAccumulator):
         return self._plan
 
     def _make_keeper(self) -> Any:
-        """Memory for what is kept, and the plans that read it and that write it, which is returned."""
+        """Make memory for the kept tensors and the plans that read and write it; return the plan that writes."""
         codes = [self._code_of[d] for d in self.dtypes]
         self._kept = SavedIntegrands(map(torch.empty_like, self.total))
         self._parts_of_kept, self._of_kept = self._bind(self._sum, self._error, self.total, codes)
@@ -134,7 +136,7 @@ class FusedGradientAccumulator(GradientAccumulator):
     def _bind(
         self, sums: Sequence[Tensor], errors: Sequence[Tensor], totals: Sequence[Tensor], codes: Sequence[int]
     ) -> tuple[Tensor, Any]:
-        """The table of these buffers on the device, for tensors of these dtypes, and its plan."""
+        """Make the table of these buffers on the device, for tensors of these dtypes, and its plan."""
         sizes = [x.numel() for x in sums]
         addresses = ([x.data_ptr() for x in each] for each in (sums, errors, totals))
         table = bytearray(self._module.parts(*addresses, sizes, codes))
@@ -142,7 +144,7 @@ class FusedGradientAccumulator(GradientAccumulator):
         return parts, self._module.SumsPlan(parts.data_ptr(), sizes, self._on)
 
     def _as_laid_out(self, x: Tensor, like: Tensor) -> Tensor:
-        """x, or a copy of it where its numbers do not lie as the buffers do."""
+        """Return x, or a copy of it if its layout differs from that of the buffers."""
         if x.stride() == like.stride() or x.numel() <= 1:
             return x
         return torch.empty_like(like, dtype=x.dtype).copy_(x)

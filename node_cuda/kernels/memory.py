@@ -1,4 +1,4 @@
-"""What a kernel needs of a tensor: its numbers in memory as they are, and their address."""
+"""Tensors as a kernel needs them: the final numbers in memory, and their address."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from node_cuda.status import InvalidField
 
 
 def resolved(x: Tensor) -> Tensor:
-    """x dense, with no conjugation or sign that is still to be applied; x itself where it is so already."""
+    """Return x dense, with conjugation and sign applied; x itself if that is already true."""
     if x.layout is not torch.strided:
         x = x.to_dense()
     if x.is_conj() or x.is_neg():
@@ -18,16 +18,16 @@ def resolved(x: Tensor) -> Tensor:
 
 
 def address(x: Tensor, what: str) -> int:
-    """Where x lies. Raises InvalidField for a tensor without memory of its own, such as a wrapper around others."""
+    """Return the address of x. Raises InvalidField for a tensor without memory, such as a wrapper around others."""
     where = x.data_ptr()
     if where == 0 and x.numel():
         raise InvalidField(
-            f"{what} is a {type(x).__name__} without memory of its own, which the kernels cannot read. Use plain "
+            f"{what} is a {type(x).__name__} without memory, which the kernels cannot read. Use plain "
             'tensors, or solve inside `node_cuda.backend("reference")`.'
         )
     return where
 
 
 def has_address(x: Tensor) -> bool:
-    """A kernel can read x as it is."""
+    """Return whether a kernel can read x as it is."""
     return x.layout is torch.strided and (x.data_ptr() != 0 or x.numel() == 0)

@@ -1,6 +1,6 @@
-"""What "small" means: the scale of the error, and how a vector becomes one number.
+"""The norm of an error: its scale from the tolerances, and the reduction of a vector to one number.
 
-Norms here return Python floats and cost exactly one read from the device.
+The norms here return Python floats and cost exactly one read from the device.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def rms(tensors: Sequence[Tensor]) -> float:
-    """The largest root mean square, max_i sqrt(mean |x_i|^2), over tensors of any shape; empty ones count as 0.
+    """Return the largest root mean square, max_i sqrt(mean |x_i|^2), over tensors of any shape; empty ones count as 0.
 
-    NaN if any of the tensors holds one (a plain `max` would lose it, depending on the order).
+    It is NaN if any of the tensors contains NaN. (A plain `max` may lose it, depending on the order.)
     """
     tensors = [x for x in tensors if x.numel()]
     if not tensors:
@@ -46,10 +46,11 @@ def _norm(x: Tensor) -> Tensor:
 
 @dataclass(frozen=True)
 class ErrorNorm:
-    """The scaled norm of an error: rms over a segment of |e_i| / (atol_i + rtol_i |y_i|), max over segments.
+    """The scaled norm of an error: the rms over a segment of |e_i| / (atol_i + rtol_i |y_i|), the maximum over
+    segments.
 
-    rtol, atol: numbers, or tensors that broadcast against the state. sizes: the lengths of the segments of a flat
-    state (one for each component of a tuple); None for a single segment. custom: a norm that replaces the rms, of
+    rtol, atol: numbers, or tensors that broadcast against the state. sizes: the lengths of the segments of a flat state
+    (one for each component of a tuple); None for a single segment. custom: a norm that replaces the rms; a function of
     the scaled error in the state's shape and of the list of further scaled errors.
     """
 
@@ -60,16 +61,16 @@ class ErrorNorm:
     _zero_d: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     def scale(self, magnitude: Tensor) -> Tensor:
-        """atol + rtol * magnitude, for a real non-negative magnitude of the state's shape."""
+        """Return atol + rtol * magnitude, for a real non-negative magnitude of the state's shape."""
         if magnitude.dtype in _HALF:
-            magnitude = magnitude.float()  # where rtol |y| underflows less
+            magnitude = magnitude.float()  # float32, where rtol |y| underflows later
         if isinstance(self.rtol, Tensor):
             return self.atol + self.rtol.to(magnitude) * magnitude
         return torch.add(self._atol_like(magnitude), magnitude, alpha=self.rtol)
 
     def __call__(self, scaled: Tensor, also: Sequence[Tensor] = ()) -> float:
-        """The norm of an already scaled error, and of further scaled ones. One host read."""
-        if forward_mode():  # a step is a choice, of which no tangent is wanted
+        """Return the norm of a scaled error, and of further scaled errors. One host read."""
+        if forward_mode():  # the choice of a step has no tangent
             scaled, also = scaled.detach(), [x.detach() for x in also]
         if self.custom is not None:
             return abs(float(self.custom(scaled, also)))
@@ -77,7 +78,7 @@ class ErrorNorm:
         return rms((*segments, *also))
 
     def _atol_like(self, magnitude: Tensor) -> Tensor:
-        """atol as a tensor, so that the scale is one operation; made once for each dtype."""
+        """Return atol as a tensor, made once for each dtype, so that the scale is one operation."""
         key = magnitude.dtype
         if key not in self._zero_d:
             self._zero_d[key] = torch.as_tensor(self.atol, dtype=key, device=magnitude.device)

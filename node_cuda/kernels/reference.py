@@ -1,10 +1,11 @@
-"""The primitives of a step in plain PyTorch: the CPU path, and what every other implementation must equal.
+"""The primitives of a step in plain PyTorch. This is the CPU path; every other implementation must give the same
+results.
 
-Conventions. `y0` is the state at the start of the step and `k` the list of stage derivatives, each a separate tensor
-of the state's shape and dtype. `h` is the signed step size, a float, or a 0-d tensor where the tape must see it. A
-row of coefficients is its non-zero entries `(j, a_j)`: a zero coefficient is never read, because 0 * inf is NaN.
-Half and bfloat16 states accumulate in float32. Nothing that was handed out is written again: every result starts as
-a fresh tensor, and only that one is updated in place (out of place while autograd records).
+Conventions. `y0` is the state at the start of the step. `k` is the list of stage derivatives, each a separate tensor of
+the state's shape and dtype. `h` is the signed step size, a float, or a 0-d tensor where autograd records it. A row of
+coefficients holds the nonzero entries `(j, a_j)`: a zero coefficient is never read, because 0 * inf is NaN. Half and
+bfloat16 states accumulate in float32. Returned tensors are never written again. Every result starts as a new tensor,
+and only this one is updated in place (out of place while autograd records).
 """
 
 from __future__ import annotations
@@ -25,10 +26,10 @@ _HALF = (torch.float16, torch.bfloat16)
 
 
 def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
-    """y0 + h sum_j a_j k_j, as a fresh tensor of y0's shape and dtype, or written to `out`.
+    """Return y0 + h sum_j a_j k_j, as a new tensor of y0's shape and dtype, or written into `out`.
 
-    The increment is summed first and y0 is added last, so that one rounding only is of y0's size: with a_0 the first
-    coefficient, y0 + h a_0 (k_0 + sum_j a_j / a_0 k_j), which takes as many operations as adding term by term.
+    The increment is summed first and y0 is added last, so that only one rounding error has the size of y0. With a_0 the
+    first coefficient this is y0 + h a_0 (k_0 + sum_j a_j / a_0 k_j), with as many operations as the plain sum.
     """
     if not row:
         return y0.clone() if out is None else out.copy_(y0)
@@ -36,7 +37,7 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     start = y0.float() if half else y0
     first, pivot = row[0]
     scale: Any = h * pivot
-    if isinstance(scale, Tensor):  # on the tape, where a weight may be zero, and is no unit
+    if isinstance(scale, Tensor):  # autograd records h; here a weight may be zero, so there is no division by a_0
         acc = start + h * functools.reduce(torch.add, (a * k[j].to(start.dtype) for j, a in row))
         return acc.to(y0.dtype) if out is None else out.copy_(acc)
     sum_ = k[first].float() if half else k[first]
@@ -46,7 +47,7 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
             sum_ = torch.add(sum_, k[j], alpha=a)
         acc = torch.add(start, sum_, alpha=scale)
     else:
-        ours = half  # sum_ is memory that this function made, and may write
+        ours = half  # this function made the memory of sum_, and may write into it
         for j, a in others:
             if ours:
                 sum_.add_(k[j], alpha=a)
@@ -61,18 +62,18 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
 
 
 def rk_stage(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
-    """The argument of a stage, z_i = y0 + h sum_j a_ij k_j.  Reads y0 and the k_j with a_ij != 0, writes z_i."""
+    """Return the argument of a stage, z_i = y0 + h sum_j a_ij k_j.  Reads y0 and the k_j with a_ij != 0, writes z_i."""
     return combine(y0, k, row, h)
 
 
 def rk_finish(
     y0: Tensor, k: Sequence[Tensor], b: Row, b_err: Row | None, h: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:
-    """The end of a step as far as the stages in `k` reach: (y1, partial error), in one pass over y0 and k.
+    """Return (y1, partial error) from the stages in `k`, in one pass over y0 and k.
 
-    y1 = y0 + h sum_j b_j k_j, which is the last stage's argument where the method is FSAL. The partial error is
-    h sum_j (b - b_hat)_j k_j over the stages in `k`, to which `error_ratio` adds the last one; float32 for half
-    states; None if `b_err` is.
+    y1 = y0 + h sum_j b_j k_j, which is the argument of the last stage if the method is FSAL. The partial error is h
+    sum_j (b - b_hat)_j k_j over the stages in `k`; `error_ratio` adds the last stage. It is float32 for half states,
+    and None if `b_err` is None.
     """
     y1 = combine(y0, k, b, h)
     if b_err is None:
@@ -83,7 +84,7 @@ def rk_finish(
 
 
 def _weighted_sum(k: Sequence[Tensor], row: Sequence[tuple[int, float]], h: float, like: Tensor) -> Tensor:
-    """h sum_j e_j k_j as a fresh tensor, float32 for half states."""
+    """Return h sum_j e_j k_j as a new tensor, float32 for half states."""
     dtype = torch.float32 if like.dtype in _HALF else like.dtype
     if not row:
         return torch.zeros_like(like, dtype=dtype)
@@ -102,10 +103,10 @@ def error_ratio(
     norm: ErrorNorm,
     also: Sequence[Tensor] = (),
 ) -> float:
-    """The norm of (error + w k_last) / (atol + rtol max(|y0|, |y1|)); the step is good if it is at most 1.
+    """Return the norm of (error + w k_last) / (atol + rtol max(|y0|, |y1|)); the step is good if it is at most 1.
 
-    `error` is this step's own partial error and is used up; `last` is the last stage and its weight h (b - b_hat), or
-    None. `also`: further errors, already scaled, that take part in the norm. One host read.
+    `error` is the partial error of this step, and is overwritten. `last` is the last stage and its weight h (b -
+    b_hat), or None. `also`: further errors, already scaled, that take part in the norm. One host read.
     """
     with torch.no_grad():
         if last is not None:
@@ -114,32 +115,33 @@ def error_ratio(
 
 
 class InitialNorms(NamedTuple):
-    """The norms that Hairer's starting step begins with: d0 of y0, d1 of f0."""
+    """The first two norms of Hairer's starting step: d0 of y0, d1 of f0."""
 
     d0: float
     d1: float
 
 
 def initial_norms(y0: Tensor, f0: Tensor, norm: ErrorNorm) -> InitialNorms:
-    """d0 = |y0 / scale|, d1 = |f0 / scale| with scale = atol + rtol |y0|."""
+    """Return d0 = |y0 / scale|, d1 = |f0 / scale| with scale = atol + rtol |y0|."""
     with torch.no_grad():
         scale = norm.scale(y0.abs())
         return InitialNorms(norm(y0 / scale), norm(f0 / scale))
 
 
 def initial_change(y0: Tensor, f0: Tensor, f1: Tensor, norm: ErrorNorm) -> float:
-    """|(f1 - f0) / scale| with scale = atol + rtol |y0|; f1 is the field after the probing Euler step."""
+    """Return |(f1 - f0) / scale| with scale = atol + rtol |y0|; f1 is the field after the Euler step."""
     with torch.no_grad():
         if y0.dtype in _HALF:
-            f0, f1 = f0.float(), f1.float()  # the quotient overflows in half precision long before the norm does
+            f0, f1 = f0.float(), f1.float()  # in half precision the quotient overflows long before the norm does
         return norm((f1 - f0).div_(norm.scale(y0.abs())))
 
 
 class ControllerParams(NamedTuple):
-    """The constants of step control, and how the next step follows from the last errors.
+    """The constants of step-size control, which give the next step from the last errors.
 
     factor = safety * r_n^-e0 * r_{n-1}^-e1 * r_{n-2}^-e2, clipped to [dfactor, ifactor]; e = (e0, e1, e2) are the
-    controller's coefficients over the order of the method. keep: an accepted step is never followed by a smaller one.
+    controller's coefficients divided by the order of the method. keep: the step is never made smaller after an accepted
+    step.
     """
 
     exponents: tuple[float, float, float]
@@ -152,7 +154,8 @@ class ControllerParams(NamedTuple):
 
 
 class Judgement(NamedTuple):
-    """What step control says: is the step good, how large is the next one, and the errors to remember."""
+    """The result of step control: whether the step is accepted, the size of the next one, and the errors to
+    remember."""
 
     accept: bool
     h_next: float
@@ -162,8 +165,9 @@ class Judgement(NamedTuple):
 def step_control(law: ControllerParams, h: float, ratio: float, history: tuple[float, float]) -> Judgement:
     """Judge a step of size h > 0 with error ratio `ratio`, in double. history: the ratios of the last accepted steps.
 
-    A ratio that is not finite rejects, and shrinks the step as far as one rejection may: the field may only be
-    defined nearer by (some do so: diffrax; torchdiffeq gives up at once). A step of min_step is always accepted.
+    A ratio that is not finite rejects the step, and shrinks it as far as one rejection may, because the field may be
+    defined only for smaller steps. (diffrax does this too; torchdiffeq raises an error at once.) A step of min_step is
+    always accepted.
     """
     finite = math.isfinite(ratio)
     accept = (finite and ratio <= 1.0 and h <= law.max_step) or h <= law.min_step
@@ -183,13 +187,13 @@ def step_control(law: ControllerParams, h: float, ratio: float, history: tuple[f
         factor = min(most, max(factor, least))
     h_next = min(max(h * factor, law.min_step), law.max_step)
     if accept:
-        # A vanishing error would make the next factor infinite or zero.
+        # An error of zero would make the next factor infinite or zero.
         history = (max(ratio, 1e-4) if finite else 1.0, history[0])
     return Judgement(accept, h_next, history)
 
 
 def polynomial(weights: Sequence[float], x: float | Tensor) -> float | Tensor:
-    """sum_d weights[d] x^(d + 1)."""
+    """Return sum_d weights[d] x^(d + 1)."""
     value: float | Tensor = 0.0
     for weight in reversed(weights):
         value = (value + weight) * x
@@ -197,21 +201,24 @@ def polynomial(weights: Sequence[float], x: float | Tensor) -> float | Tensor:
 
 
 def dense_eval(y0: Tensor, k: Sequence[Tensor], weights: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
-    """One output inside the step, y0 + h sum_i B_i(x) k_i, the weights B_i(x) already evaluated; to `out` if given."""
+    """Return an output inside the step, y0 + h sum_i B_i(x) k_i, from the values B_i(x); written into `out` if
+    given."""
     if not any(isinstance(w, Tensor) for _, w in weights):
         weights = _largest_first(weights)
     return combine(y0, k, weights, h, out)
 
 
 def _largest_first(row: Iterable[tuple[int, Any]]) -> Row:
-    """The entries that are not zero: `combine` counts in units of the first, and polynomials nearly vanish near t0."""
+    """Return the nonzero entries, largest first: `combine` divides by the first, and polynomials nearly vanish near
+    t0."""
     return sorted((entry for entry in row if entry[1] != 0.0), key=lambda entry: -abs(entry[1]))
 
 
 def adjoint_stage(base: Tensor | None, x: Sequence[Tensor], row: Sequence[float], h: float) -> Tensor:
-    """kappa = base + h sum_j a_j x_j, the cotangent of a stage; base None: 0. Half states accumulate in float32.
+    """Return kappa = base + h sum_j a_j x_j, the cotangent of a stage. base None: 0. Half states accumulate in float32.
 
-    In the discrete adjoint x is lam with b_i, then the mu_j of later stages with a_ji (a zero is never read).
+    In the discrete adjoint x is lam with b_i, then the mu_j of later stages with a_ji. Zero coefficients are never
+    read.
     """
     entries = [(j, a) for j, a in enumerate(row) if a != 0.0]
     if base is not None:
@@ -220,7 +227,7 @@ def adjoint_stage(base: Tensor | None, x: Sequence[Tensor], row: Sequence[float]
 
 
 class DenseCotangents(NamedTuple):
-    """What the outputs in a step give back: of y1 together with what it had, of y0, and of stages, one each."""
+    """The cotangents that the outputs in a step give: of y1 (added to the given one), of y0, and one for each stage."""
 
     lam: Tensor
     start: Tensor
@@ -235,15 +242,15 @@ def dense_adjoint(
     last: Sequence[Tensor],
     h: float,
 ) -> DenseCotangents:
-    """The transpose of y0 + P(x_o) (y1 - y0) + h sum_j B_j(x_o) k_j over the outputs o of a step.
+    """Return the transpose of y0 + P(x_o) (y1 - y0) + h sum_j B_j(x_o) k_j over the outputs o of a step.
 
-    inner: the outputs' gradients g_o, in the order of time; of_end: their P(x_o); weights: for each j their B_j(x_o);
-    last: the gradients of those at the end of the step, which are y1 itself. lam: the cotangent of y1 so far.
+    inner: the outputs' gradients g_o, in the order of time. of_end: their P(x_o). weights: for each j their B_j(x_o).
+    last: the gradients of the outputs at the end of the step, which are y1 itself. lam: the cotangent of y1 so far.
 
         lam + sum_o P(x_o) g_o + sum last,   sum_o (1 - P(x_o)) g_o,   h sum_o B_j(x_o) g_o
 
-    All fresh, of lam's shape and dtype, which is no half precision; zeros where no output lies in the step.  Reads lam
-    and the gradients, writes two tensors and one for each j.
+    All results are new tensors of lam's shape and dtype, which must not be half precision; zeros if the step has no
+    output. Reads lam and the gradients, writes two tensors and one for each j.
     """
     zero = torch.zeros_like(lam)
     start = combine(zero, inner, _largest_first(enumerate(1.0 - p for p in of_end)), 1.0)
@@ -257,9 +264,9 @@ def dense_adjoint(
 def accumulate(
     total: list[Tensor], tensors: Sequence[Tensor], weight: float, dtypes: Sequence[torch.dtype]
 ) -> list[Tensor]:
-    """total_i += weight x_i over a whole list of tensors; a fresh list where `total` is empty.
+    """Add total_i += weight x_i over a whole list of tensors; return a new list if `total` is empty.
 
-    One launch, whatever the length of the list. Half and bfloat16 accumulate in float32 (dtypes: those of the sums).
+    One launch for a list of any length. Half and bfloat16 accumulate in float32 (dtypes: the dtypes of the sums).
     """
     if not tensors:
         return total
@@ -270,7 +277,8 @@ def accumulate(
 
 
 def scaled_sums(error: list[Tensor], theta0: list[Tensor], theta1: list[Tensor], norm: ErrorNorm) -> list[Tensor]:
-    """error_i / (atol + rtol max(|theta0_i|, |theta1_i|)) over a list of accumulated gradients, for `error_ratio`."""
+    """Return error_i / (atol + rtol max(|theta0_i|, |theta1_i|)) for a list of accumulated gradients, for
+    `error_ratio`."""
     size = torch._foreach_maximum(torch._foreach_abs(theta0), torch._foreach_abs(theta1))
     torch._foreach_mul_(size, norm.rtol)
     torch._foreach_add_(size, norm.atol)
@@ -278,5 +286,5 @@ def scaled_sums(error: list[Tensor], theta0: list[Tensor], theta1: list[Tensor],
 
 
 def real_dot(g: Tensor, f: Tensor) -> Tensor:
-    """Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
+    """Return Re sum conj(g) f, which is dL for a change f of y where dL/dy = g."""
     return torch.vdot(g.reshape(-1), f.reshape(-1).to(g.dtype)).real

@@ -1,8 +1,8 @@
 """The self-check: on its first use on a device, every kernel is compared with plain PyTorch on small tensors.
 
-Once a process for each dtype, and not where the same build passed on the same kind of device before. Where a kernel
-disagrees, solves on this device take plain PyTorch in all dtypes, since all of them come from one source and one
-compilation: a fault that small tensors show in one of them may lie in the others where small tensors do not show it.
+The check runs once in a process for each dtype, unless the same build already passed on the same kind of device. If one
+kernel disagrees, solves on this device use plain PyTorch in all dtypes. The reason: all dtypes come from one source and
+one compilation, so a fault that shows in one dtype may exist in others, where small tensors do not show it.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ T = TypeVar("T")
 PASSED, DISAGREES, NOT_RUN = "passed", "disagrees", "not run"
 
 _known: dict[tuple[torch.device, torch.dtype], str | None] = {}
-"""Why the kernels are not to be used, as half a sentence; None: they passed."""
+"""The reason why the kernels must not be used, as half a sentence; None: they passed."""
 _lock = threading.Lock()  # one thread checks, the others wait for it
 
 
 class Outcome(NamedTuple):
-    """What came of a row. state: passed, disagrees or not run; why: half a sentence."""
+    """The result of a row. state: passed, disagrees or not run. why: half a sentence."""
 
     name: str
     state: str
@@ -44,8 +44,10 @@ class Outcome(NamedTuple):
 
 
 def fallback_reason(module: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why a solve is not to use the kernels, as half a sentence. The first call for a dtype checks them; later ones
-    look into a dict."""
+    """Return the reason why a solve must not use the kernels, as half a sentence, or None.
+
+    The first call for a dtype checks the kernels. Later calls only read a dict.
+    """
     key = device, dtype
     if key not in _known:
         if not_now := _not_now(device):
@@ -63,7 +65,7 @@ def fallback_reason(module: ModuleType, device: torch.device, dtype: torch.dtype
 
 
 def trust(device: torch.device) -> None:
-    """Take the kernels as checked on this device, in every dtype. For tests of what uses them."""
+    """Treat the kernels as checked on this device, in every dtype. For tests of code that uses them."""
     _known.update({(device, dtype): None for dtype in DTYPES})
 
 
@@ -76,7 +78,7 @@ def _not_now(device: torch.device) -> str | None:
 
 
 def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Find out whether the kernels are right in this dtype. What to warn of, if they are not."""
+    """Check the kernels in this dtype. Return a warning if they are wrong, else None."""
     record = Record(facts(module, device))
     if record.passed(_name(dtype)):
         _known[device, dtype] = None
@@ -98,14 +100,16 @@ def _first_use(module: ModuleType, device: torch.device, dtype: torch.dtype) -> 
 
 
 def _death(what: str) -> str:
-    return f"a process that checked {what} did not survive it"
+    return f"a process died while it checked {what}"
 
 
 def outcomes(
     module: ModuleType, device: torch.device, dtype: torch.dtype, record: Record, died: Sequence[tuple[str, Path]] = ()
 ) -> list[Outcome]:
-    """Run all rows in this dtype, but for those that a process did not survive; remember it if all passed. Raises Lost
-    where an error ruins the device for this process: the next process finds what it was."""
+    """Run all rows in this dtype, except those that killed a process; record it if all passed.
+
+    Raises Lost if an error makes the device unusable for this process. The next process then reports the cause.
+    """
 
     def run(on: Launch) -> list[Outcome]:
         pair = sides(module, on, device, dtype)
@@ -119,14 +123,15 @@ def outcomes(
 
 
 def survey(module: ModuleType, device: torch.device) -> list[tuple[str, str]]:
-    """For a report: what is remembered, and what comes of each primitive in all dtypes, checked anew."""
+    """Return the lines of a report: the recorded results, and the result of each primitive in all dtypes, checked
+    again."""
     record = Record(facts(module, device))
     known = [_name(dtype) for dtype in DTYPES if record.passed(_name(dtype))]
     found: dict[str, dict[str, list[str]]] = {row.name: {} for row in ROWS}
     for dtype in DTYPES:
         try:
             of_dtype = outcomes(module, device, dtype, record, record.unfinished())
-        except Exception as error:  # a line of the report, and no failure
+        except Exception as error:  # report the error in a line
             of_dtype = [Outcome(row.name, NOT_RUN, _gist(error)) for row in ROWS]
         for name, state, why in of_dtype:
             found[name].setdefault(f"{state}: {why}" if why else state, []).append(_name(dtype))
@@ -162,7 +167,7 @@ def _outcome(
 
 
 def _gist(error: Exception) -> str:
-    """An error in one line: torch adds paragraphs of advice."""
+    """Return an error in one line, without the advice that torch adds."""
     return str(error).strip().partition("\n")[0] or type(error).__name__
 
 
@@ -171,7 +176,7 @@ def _is_full(error: Exception) -> bool:
 
 
 def _usable(device: torch.device) -> bool:
-    """Does the device still do what it is told? Behind an illegal access it never does."""
+    """Return whether the device still works. After an illegal memory access it does not."""
     try:
         return torch.ones(1, device=device).item() == 1.0
     except RuntimeError as error:
@@ -179,8 +184,11 @@ def _usable(device: torch.device) -> bool:
 
 
 def _apart(device: torch.device, work: Callable[[Launch], T]) -> T:
-    """What the work gives in a thread and a stream for itself: the modes of this thread (autocast, inference mode,
-    torch.func, default device, hooks) are not there, and no work of the user's is waited for or held up."""
+    """Run the work in a separate thread and stream, and return its result.
+
+    The modes of this thread (autocast, inference mode, torch.func, default device, hooks) do not apply there. The work
+    does not wait for the user's work, and does not delay it.
+    """
 
     def alone() -> T:
         if device.type != "cuda":
@@ -190,7 +198,7 @@ def _apart(device: torch.device, work: Callable[[Launch], T]) -> T:
         with torch.no_grad(), torch.cuda.device(device), torch.cuda.stream(torch.cuda.Stream(device)):
             torch.cuda.set_sync_debug_mode(0)
             try:
-                torch.cuda.synchronize(device)  # an error of an earlier launch is not one of the kernels
+                torch.cuda.synchronize(device)  # so that an error of an earlier launch is not attributed to the kernels
                 return work((torch.cuda.current_stream(device).cuda_stream, torch.cuda.current_device()))
             finally:
                 torch.cuda.set_sync_debug_mode(watched)
@@ -200,7 +208,7 @@ def _apart(device: torch.device, work: Callable[[Launch], T]) -> T:
 
 
 def facts(module: ModuleType, device: torch.device) -> str:
-    """All that the result of a check depends on: the build, the device, its driver and torch."""
+    """Return everything that the result of a check depends on: the build, the device, its driver and torch."""
     name, driver = device.type, "none"
     if device.type == "cuda":
         name, driver = torch.cuda.get_device_name(device), str(torch._C._cuda_getDriverVersion())  # pyright: ignore[reportAttributeAccessIssue]
@@ -214,7 +222,7 @@ def facts(module: ModuleType, device: torch.device) -> str:
 
 @functools.cache
 def _digest(library: str | None) -> str:
-    """Of the compiled module and of the Python that calls it."""
+    """Return a hash of the compiled module and of the Python code that calls it."""
     digest = hashlib.blake2b(digest_size=16)
     for path in (*sorted(Path(__file__).parent.glob("*.py")), *(() if library is None else (Path(library),))):
         with contextlib.suppress(OSError):

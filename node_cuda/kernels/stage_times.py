@@ -1,4 +1,4 @@
-"""The interval of a step, and the 0-d tensors of time that the field sees in it."""
+"""The interval of a step, and the 0-d tensors of time that the field gets in it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ JUST_BEFORE, HERE, JUST_AFTER = -1, 0, 1
 class Interval(NamedTuple):
     """A step of size h > 0 from t0 to t1, in solver time.
 
-    h is what t1 was made from, and not t1 - t0, which is another number once t1 is rounded. signed: the step in the
-    user's time, direction * h; dt: the same, a 0-d tensor where the tape must see it. native: what the compiled
-    module makes of it.
+    t1 was computed from h. So h is not exactly t1 - t0, because t1 is rounded. signed: the step in the user's time,
+    direction * h. dt: the same, as a 0-d tensor where autograd records it. native: the interval as the type of the
+    compiled module.
     """
 
     t0: float
@@ -30,16 +30,16 @@ class Interval(NamedTuple):
 
     @property
     def taped(self) -> bool:
-        """The tape must see the size of the step."""
+        """Autograd records the size of the step."""
         return isinstance(self.dt, Tensor)
 
     def time(self, c: float) -> float:
-        """t0 + c h, and exactly t1 for c = 1."""
+        """Return t0 + c h, and exactly t1 for c = 1."""
         return self.t1 if c == 1.0 else self.t0 + c * self.h
 
 
 class Clock:
-    """Makes the 0-d tensors t that the field sees: fresh ones, in the state's real dtype, in the user's time."""
+    """Makes the 0-d tensors t that the field gets: new ones, in the state's real dtype, in the user's time."""
 
     def __init__(self, direction: float, dtype: torch.dtype, device: torch.device) -> None:
         self.direction = direction
@@ -50,11 +50,11 @@ class Clock:
         self._least = math.frexp(info.smallest_normal)[1] - self._bits
 
     def tensors(self, times: Sequence[float]) -> tuple[Tensor, ...]:
-        """One 0-d tensor for each solver time, views of one fresh vector."""
+        """Return one 0-d tensor for each solver time, as views of one new vector."""
         return torch.tensor([self.direction * s for s in times], dtype=self.dtype, device=self.device).unbind()
 
     def at_nodes(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
-        """t0 + c h for each node c, the ends of the step moved to the side that is asked for."""
+        """Return t0 + c h for each node c, with the ends of the step moved to this side."""
         if not nodes:
             return ()
         start = self.after(at.t0) if side == JUST_AFTER else at.t0
@@ -62,15 +62,15 @@ class Clock:
         return self.tensors([end if c == 1.0 else start if c == 0.0 else at.time(c) for c in nodes])
 
     def before(self, s: float) -> float:
-        """The largest number of this dtype before s, in solver time: the inside of a step that ends at s."""
+        """Return the largest number of this dtype before s, in solver time: the inside of a step that ends at s."""
         return self._neighbour(s, -1)
 
     def after(self, s: float) -> float:
-        """The smallest number of this dtype after s, in solver time: the inside of a step that starts at s."""
+        """Return the smallest number of this dtype after s, in solver time: the inside of a step that starts at s."""
         return self._neighbour(s, 1)
 
     def _neighbour(self, s: float, sign: int) -> float:
-        """nextafter(round(s), sign * inf) in this dtype."""
+        """Return nextafter(round(s), sign * inf) in this dtype."""
         if self.dtype is torch.float64:
             return math.nextafter(s, sign * math.inf)
         if s == 0.0:
@@ -78,5 +78,6 @@ class Clock:
         exponent = max(math.frexp(s)[1] - self._bits, self._least)
         rounded = round(math.ldexp(s, -exponent))  # an integer number of units in the last place, ties to even
         if abs(rounded) == 2 ** (self._bits - 1) and rounded * sign < 0 and exponent > self._least:
-            return math.ldexp(2 * rounded + sign, exponent - 1)  # towards zero from a power of two: half a unit
+            # from a power of two towards zero the spacing is half a unit
+            return math.ldexp(2 * rounded + sign, exponent - 1)
         return math.ldexp(rounded + sign, exponent)

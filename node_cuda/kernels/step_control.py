@@ -1,7 +1,8 @@
-"""Step-size control on the host, laid out function by function as csrc/control/control.h, its twin on the device.
+"""Step-size control on the host. Its functions match those of csrc/control/control.h, which does the same on the
+device.
 
-Times are solver times, which ascend; all numbers are doubles. tests/kernels/test_kernels_shim.py compares both
-call by call.
+Times are solver times, which ascend; all numbers are doubles. tests/kernels/test_kernels_shim.py compares both call by
+call.
 """
 
 from __future__ import annotations
@@ -19,24 +20,24 @@ from node_cuda.status import Status
 
 
 class Rule(Protocol):
-    """How steps are judged, if not by a `ControllerParams`."""
+    """A rule for judging steps in the place of `ControllerParams`."""
 
     def start(self) -> None:
-        """A solve begins."""
+        """Start a solve."""
         ...
 
     def __call__(self, h: float, ratio: float) -> tuple[bool, float]:
-        """Is a step of size h with this error ratio good, and how large is the next one?"""
+        """Return whether a step of size h with this error ratio is accepted, and the size of the next step."""
         ...
 
 
 class ControlSpec(NamedTuple):
-    """What the step-size control of a solve is made from.
+    """The settings of the step-size control of a solve.
 
-    order: of the method, for the starting step. max_num_steps: attempts allowed since the last output. tstops: times
-    that a step must end at; those in `jumps` are discontinuities. stops: times to land on without a sliver before them.
-    ends: the solve ends with the last of the output times. limit: no probe for the first step goes beyond it. rule:
-    Python, in the place of the law.
+    order: the order of the method, for the starting step. max_num_steps: attempts allowed since the last output.
+    tstops: times that a step must end at; those in `jumps` are discontinuities. stops: times that a step must end at,
+    approached without a very small step before them. ends: the solve ends at the last of the output times. limit: the
+    Euler step that probes the first step size does not go past it. rule: a Python rule in the place of the parameters.
     """
 
     law: ControllerParams
@@ -113,7 +114,7 @@ class StepControl:
     # ------------------------------------------------------------------ the start
 
     def start(self, t0: float, h: float | None) -> None:
-        """Begin at t0 with a step of h; None: `initial_norms` and `initial_change` choose it."""
+        """Start at t0 with a step of h; None: `initial_norms` and `initial_change` choose it."""
         self.t0 = self.t1 = self.last_t0 = self.last_t1 = t0
         self.h = self.last_h = self.proposal = self.carried = self.ratio = 0.0
         self.history = (1.0, 1.0)
@@ -130,14 +131,16 @@ class StepControl:
             self._propose(t0)
 
     def initial_norms(self, y0: Tensor, f0: Tensor) -> None:
-        """Hairer, Norsett, Wanner, Solving ODEs I, II.4, with torchdiffeq's constants, the first half: the step to be
-        tried becomes the Euler step that probes the field's change."""
+        """Compute the first half of the starting step; propose the Euler step that probes the change of the field.
+
+        Hairer, Norsett, Wanner, Solving ODEs I, II.4, with torchdiffeq's constants.
+        """
         self.norm_0, self.norm_1 = reference.initial_norms(y0.detach(), f0.detach(), self.norm)
         self.reads += 2
         self._initial_probe(self.norm_0, self.norm_1)
 
     def initial_change(self, y0: Tensor, f0: Tensor, f1: Tensor) -> None:
-        """The second half, with the field at the end of the Euler step: the first step is chosen and proposed."""
+        """Compute the second half, with the field at the end of the Euler step: choose and propose the first step."""
         self.reads += 1
         self._initial_step(reference.initial_change(y0.detach(), f0.detach(), f1, self.norm))
 
@@ -158,7 +161,7 @@ class StepControl:
     # ------------------------------------------------------------------ a step
 
     def judge_ratio(self, ratio: float) -> None:
-        """Judge the step that was tried by its error ratio, move, and propose the next one."""
+        """Judge the step by its error ratio, move to its end if it is accepted, and propose the next step."""
         self.reads += 1
         self.first_output = self.next_output
         self.last_t0, self.last_t1, self.last_h, self.ratio = self.t0, self.t1, self.h, ratio
@@ -182,7 +185,7 @@ class StepControl:
         return None
 
     def _pass_outputs(self) -> bool:
-        """Count the outputs in the step that was accepted. False: the last one was reached."""
+        """Count the outputs in the accepted step. Return False if the last output was reached."""
         while self.next_output < len(self.outputs) and self.outputs[self.next_output] <= self.last_t1:
             self.next_output += 1
         if self.next_output == self.first_output:
@@ -203,7 +206,7 @@ class StepControl:
         return None
 
     def _cut(self, t: float) -> None:
-        """The step from t: its end is moved to the next time that a step must end at."""
+        """Propose the step from t. Its end is moved to the next time that a step must end at."""
         h = self.proposal
         t1 = t + h
         self.carried = 0.0
@@ -212,7 +215,7 @@ class StepControl:
             return
         while self.next_tstop < len(self.tstops) and self.tstops[self.next_tstop] <= t:
             self.next_tstop += 1
-        # A tstop that the step misses by rounding would leave a sliver for the next one.
+        # Without this, a tstop that the step misses by rounding would leave a very small step.
         landed = self.next_tstop < len(self.tstops) and self.tstops[self.next_tstop] <= t1 + 4 * math.ulp(t1)
         if landed:
             t1 = self.tstops[self.next_tstop]
@@ -221,7 +224,8 @@ class StepControl:
             self.next_stop += 1
         stop = self.stops[self.next_stop] if self.next_stop < len(self.stops) else math.inf
         if t1 >= stop or (not landed and t + 2 * h > stop):
-            # Two steps would pass the stop: land on it, in one step, or in two even ones and no sliver.
+            # Two steps would pass the stop. End at the stop, in one step or in two equal ones, without a very small
+            # step.
             self.carried = h
             t1 = stop if t1 >= stop else t + 0.5 * (stop - t)
             h = min(t1 - t, h)

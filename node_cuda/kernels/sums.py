@@ -1,4 +1,4 @@
-"""Sums over the stages of a step, and over steps, of a list of tensors: a quadrature of parameters' gradients."""
+"""Sums over the stages of a step, and over steps, of a list of tensors: the quadrature of the parameters' gradients."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from node_cuda.kernels.stage_times import Interval
 
 
 class GradientAccumulator:
-    """total: what accepted steps gave, a list of tensors like `like`; half and bfloat16 accumulate in float32.
+    """Sums a list of tensors like `like`. Half and bfloat16 accumulate in float32.
 
-    with_error: the sum of a step gets an error estimate.
+    total: the sums over accepted steps. with_error: the sum of a step gets an error estimate.
     """
 
     def __init__(self, like: Sequence[Tensor], *, with_error: bool) -> None:
@@ -30,13 +30,14 @@ class GradientAccumulator:
         self._zeros: list[Tensor | None] = [None] * len(like)
 
     def begin(self) -> None:
-        """A step is tried: forget what was added for one that was not accepted."""
+        """Start a step: discard the sums of a step that was rejected."""
         self._sum, self._error = [], []
 
     def add(
         self, tensors: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
-        """sum_i += weight x_i, error_i += error_weight x_i, with `at` times its signed size; None stands for zeros."""
+        """Add sum_i += weight x_i, error_i += error_weight x_i; with `at` times its signed size. None stands for
+        zeros."""
         if at is not None:
             weight, error_weight = at.signed * weight, at.signed * error_weight
         given = [self._zero(i) if x is None else x for i, x in enumerate(tensors)]
@@ -46,7 +47,7 @@ class GradientAccumulator:
             self._error = reference.accumulate(self._error, given, error_weight, self.dtypes)
 
     def scaled_errors(self, norm: ErrorNorm) -> list[Tensor]:
-        """error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)) of the step that was just tried."""
+        """Return error_i / (atol + rtol max(|total_i|, |total_i + sum_i|)) of the step that was just tried."""
         self._next = None
         if not (self._error and self._sum):
             return []
@@ -54,7 +55,7 @@ class GradientAccumulator:
         return reference.scaled_sums(self._error, self.total, self._next, norm)
 
     def device_ratio(self, norm: ErrorNorm) -> Tensor | None:
-        """The largest rms of these, one double where the tensors are; None: no error takes part."""
+        """Return the largest rms of the scaled errors, one double on their device, or None if no error takes part."""
         scaled = [error for error in self.scaled_errors(norm) if error.numel()]
         if not scaled:
             return None
@@ -62,7 +63,7 @@ class GradientAccumulator:
         return torch.stack(rms).amax().reshape(1)
 
     def commit(self) -> None:
-        """The step was accepted."""
+        """Add the sum of the accepted step to the total."""
         if self._next is not None:
             self.total, self._next = self._next, None
         elif self._sum:

@@ -1,1 +1,1 @@
-"""The loop over steps on the host, and what is made of its steps: outputs, events, dense output."""
+"""The loop over steps on the host, and what a solve computes from the steps: outputs, events, dense output."""

@@ -1,4 +1,4 @@
-"""What a solve is made of, from the problem and the method: arithmetic, stepper, step selector and interpolant."""
+"""Assembles a solve from the problem and the method: arithmetic, stepper, step selector and interpolant."""
 
 from __future__ import annotations
 
@@ -24,11 +24,11 @@ from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 
 MAX_EVENT_STEPS = 20000
-"""How long a fixed grid goes on looking for an event, as in torchdiffeq."""
+"""The number of steps after which a fixed grid stops looking for an event, as in torchdiffeq."""
 
 
 def arithmetic_of(problem: Problem) -> Arithmetic:
-    """The arithmetic of a solve of this problem, on the path that is wanted for it."""
+    """Return the arithmetic of a solve of this problem, on the path that the problem selects."""
     return make_arithmetic(problem.backend, problem.y0, problem.direction, problem.norm, problem.times)
 
 
@@ -45,12 +45,13 @@ def make_loop(
     points: Iterable[float] | None = None,
     tape: StepLog | None = None,
 ) -> tuple[HostLoop, Interpolant]:
-    """A solve that is ready to run, and how its outputs are interpolated.
+    """Return a solve that is ready to run, and the interpolant of its outputs.
 
-    endless: it goes on beyond the last time, for events. stops: times to land on. pauses: the device, where it controls
-    the steps, waits at every output. quadrature: what is integrated beside the state; its error takes part in the norm.
-    arithmetic: that of an earlier solve of the same state and norm, which is over, if this one evaluates no outputs.
-    points: those of `grid_of`, where they are known. tape: where the device, if it controls the steps, records them.
+    endless: the solve continues past the last time, for events. stops: times that a step must end at. pauses: if the
+    device controls the steps, it waits at every output. quadrature: an integral that is computed with the state; its
+    error takes part in the norm. arithmetic: reuse the arithmetic of a finished solve of the same state and norm;
+    allowed if this solve evaluates no outputs. points: the points of `grid_of`, if they are known. tape: if the device
+    controls the steps, it records them there.
     """
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
@@ -93,7 +94,7 @@ def make_loop(
 def find_event(
     loop: HostLoop, interpolant: Interpolant, method: Method, event_fn: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, Tensor]:
-    """The time and state of an event; loop, interpolant: those of `make_loop`, endless."""
+    """Return the time and state of an event. loop, interpolant: the results of `make_loop` with endless=True."""
     stepper, options = loop.stepper, method.options
     assert isinstance(stepper, (ExplicitRK, Adams)) and isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
     if method.adaptive and isinstance(stepper, ExplicitRK):

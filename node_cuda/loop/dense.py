@@ -1,4 +1,4 @@
-"""The solution as a function of time."""
+"""Dense output: the solution as a function of time."""
 
 from __future__ import annotations
 
@@ -27,8 +27,9 @@ At = Callable[[float, "Tensor | None"], Tensor]
 class DenseSolution:
     """y(t) for any t between the two ends of a solve.
 
-    Called with a float or a tensor of times of any shape, on any device; returns y of shape (*t.shape, *y0.shape), or
-    a tuple of such. Differentiable as the solve was, and in t. Holds the stages of every step.
+    Call it with a float or a tensor of times of any shape, on any device. It returns y of shape (*t.shape, *y0.shape),
+    or a tuple of such tensors. The result is differentiable in t, and in the same tensors as the solve. The object
+    keeps the stages of every step in memory.
     """
 
     def __init__(self, problem: Problem, at: At, stats: Stats) -> None:
@@ -38,7 +39,7 @@ class DenseSolution:
 
     @eager
     def __call__(self, t_eval: float | Tensor) -> State:
-        """y(t_eval). Raises InvalidInput for a time outside the solve."""
+        """Return y(t_eval). Raises InvalidInput for a time outside the solve."""
         problem = self._problem
         t = t_eval if isinstance(t_eval, Tensor) else torch.as_tensor(t_eval, dtype=torch.float64)
         on_tape = recorded(t)
@@ -51,10 +52,10 @@ class DenseSolution:
         return problem.layout.unflatten(stacked.reshape(*t.shape, *problem.y0.shape), t.shape)
 
     def _inside(self, t: float, dtype: torch.dtype) -> float:
-        """The user's time as solver time, if it lies in the solve."""
+        """Return the user's time as solver time. Raises InvalidInput for a time outside the solve."""
         problem = self._problem
         first, last = problem.times[0], problem.times[-1]
-        # A time in single precision is as near to the end as single precision gets.
+        # A time in single precision may miss the end by one rounding.
         slack = torch.finfo(dtype).eps * max(abs(first), abs(last)) if dtype.is_floating_point else 0.0
         if not first - slack <= problem.direction * t <= last + slack:
             low, high = sorted((problem.direction * first, problem.direction * last))
@@ -63,9 +64,9 @@ class DenseSolution:
 
 
 def solve_dense(problem: Problem, method: Method, stats: Stats) -> DenseSolution:
-    """Solve from the problem's first time to its last, and keep the solution as a function."""
+    """Solve from the problem's first time to its last, and return the solution as a function."""
     if method.options.cuda_graph:
-        stats.why = "the stages of every step are kept by the host"
+        stats.why = "dense output keeps the stages of every step on the host"
     if isinstance(method.options, ScipyOptions):
         solve = ScipySolve(problem, method.options, stats)
         if solve.failure is not None:
@@ -76,11 +77,11 @@ def solve_dense(problem: Problem, method: Method, stats: Stats) -> DenseSolution
 
 
 def _by_steps(loop: HostLoop, interpolant: Interpolant) -> At:
-    """y at a solver time, from the steps of a solve that is run here."""
+    """Run a solve here, and return y as a function of solver time that uses its steps."""
     problem, pieces = loop.problem, []
     for step in loop.steps():
         k = interpolant.prepare(step)
-        # Kept for later, when func may have written its buffers again.
+        # Copy the stages if func may write into its buffers again, because they are used later.
         pieces.append((step, k if torch.is_grad_enabled() or problem.field.copies_output else [x.clone() for x in k]))
         if step.t1 >= problem.times[-1]:
             break

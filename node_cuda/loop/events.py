@@ -23,11 +23,11 @@ def solve_event(
     search: Interpolant,
     checks: int,
 ) -> tuple[float, Tensor]:
-    """The user's time and state at which event_fn, of (t, flat state), changes its sign for the first time.
+    """Return the user's time and the state at which event_fn, a function of (t, flat state), first changes its sign.
 
-    The sign is looked at where steps end, and at so many points inside of them (`checks`), by the interpolant `search`,
-    which evaluates nothing; the event is then bisected on `interpolant`, to within atol of time.
-    Raises SolveError(NO_EVENT) after max_steps steps.
+    The sign is checked at the end of every step, and at `checks` points inside it. The interpolant `search`, which
+    evaluates nothing, gives the state at these points. The event is then bisected on `interpolant`, to within atol of
+    time. Raises SolveError(NO_EVENT) after max_steps steps.
     """
     problem = loop.problem
 
@@ -38,7 +38,7 @@ def solve_event(
             value = event_fn(t, y)
         if batched(value):
             raise UnsupportedTransform(
-                "torch.func.vmap over an event: its time is one number. Solve each sample outside."
+                "torch.func.vmap cannot go over an event, whose time is one number. Solve each sample by itself."
             )
         value = float(value)
         if math.isnan(value):
@@ -71,7 +71,7 @@ def solve_event(
             changed = sign(high, y) != start
             if changed:
                 k = interpolant.prepare(step) if k is None else k
-                # Inside the step only `search` may have the crossing.
+                # Inside a step the crossing may exist on `search` only.
                 changed = high == step.t1 or sign(high, inside(step, interpolant, k, high)) != start
             if not changed or k is None:
                 low = high

@@ -1,4 +1,4 @@
-"""Fixed grids: where their points lie, and the selector that steps from one to the next."""
+"""Fixed grids: the points of the grid, and the selector that steps from one point to the next."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from node_cuda.status import InvalidInput
 
 
 class GridSteps:
-    """Steps from one point of a grid to the next, all of them good.
+    """Steps from one point of a grid to the next. All steps are accepted.
 
-    points: ascending solver times. tensors: the first of them, at least one, in the user's time, where the tape must
-    see them; a step from the last of these to a later point is from a tensor to a number.
+    points: ascending solver times. tensors: the first of the points, at least one, as tensors in the user's time, where
+    autograd records them. A step from the last of these to a later point starts at a tensor and ends at a number.
     """
 
     def __init__(self, problem: Problem, points: Iterable[float], stats: Stats, tensors: Tensor | None = None) -> None:
@@ -32,11 +32,11 @@ class GridSteps:
         self._index = 0
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
-        """Pass the first point, which is where the solve starts."""
+        """Skip the first point, where the solve starts."""
         next(self._points)
 
     def propose(self, t: float, y: Tensor) -> ProposedStep | None:
-        """The next point."""
+        """Return the step to the next point, or None after the last point."""
         t1 = next(self._points, None)
         if t1 is None:
             return None
@@ -51,24 +51,24 @@ class GridSteps:
         return ProposedStep(t1, t1 - t, (start, stop))
 
     def judge(self, step: Step) -> bool:
-        """Always."""
+        """Accept every step."""
         self.stats.accepted += 1
         return True
 
 
 def endless_grid(problem: Problem, options: opt.FixedOptions) -> tuple[Iterable[float], Tensor | None]:
-    """Steps without end; on the tape only the first moves with t[0], as the others end where the solver chose."""
+    """Return a grid without an end. Only its first point depends on t[0] for autograd; the solver chose the others."""
     if options.step_size is None:
         raise InvalidInput(
             "Event handling for fixed step solvers requires `step_size`; got none. "
-            "Use options=dict(step_size=0.01), say."
+            "Use for example options=dict(step_size=0.01)."
         )
     start, step = problem.times[0], options.step_size
     return (start + i * step for i in itertools.count()), problem.t[:1] if recorded(problem.t) else None
 
 
 def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], Tensor | None]:
-    """The grid as solver times, and as the user's times on the tape if t needs a gradient."""
+    """Return the grid as solver times, and also as tensors of the user's times if t needs a gradient."""
     t = problem.t
     if options.grid_constructor is not None:
         grid = options.grid_constructor(lambda t, y, perturb=None: problem.field(t, y), problem.y0, t)
@@ -90,11 +90,11 @@ def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], T
 
 
 def _uniform_grid(t: Tensor, step: float) -> Tensor:
-    """t[0], t[0] + step, ..., and t[-1] as the last point, in double; as many points as torchdiffeq has."""
+    """Return t[0], t[0] + step, ..., t[-1] in double precision, with as many points as in torchdiffeq."""
     first, last = t[0].detach().cpu(), t[-1].detach().cpu()
     steps = int(torch.ceil((last - first) / step + 1).item()) - 1
-    t = t.cpu().double()  # not every device has doubles
+    t = t.cpu().double()  # some devices have no double precision
     inner = torch.arange(0, max(steps, 1), dtype=t.dtype, device=t.device) * step + t[0]
-    # Rounding may put the last of the inner points on the end itself.
+    # Rounding may move the last inner point onto the end.
     inner = inner[: max(int(((t[-1].detach() - inner.detach()) * step > 0).sum()), 1)]
     return torch.cat([inner, t[-1:]])

@@ -1,8 +1,9 @@
-"""The loop over steps on the host, the only one.
+"""The only loop over steps on the host.
 
     propose, attempt, judge, move
 
-A step selector (step_control.py, grids.py) proposes and judges, a stepper (methods/) attempts, the loop moves.
+A step selector (step_control.py, grids.py) proposes and judges a step, a stepper (methods/) attempts it, and the loop
+moves to its end.
 """
 
 from __future__ import annotations
@@ -20,7 +21,10 @@ from node_cuda.status import SolveError
 
 
 class HostLoop:
-    """Where a solve stands: (t, y) in solver time, and k1 if it is known. accepted: told of every accepted step."""
+    """The current point (t, y) of a solve in solver time, and k1 if it is known.
+
+    accepted: a function that is called with every accepted step.
+    """
 
     def __init__(
         self, problem: Problem, stepper: Stepper, selector: StepSelector, stats: Stats, record: bool = False
@@ -37,7 +41,7 @@ class HostLoop:
             stats.step_times = [problem.direction * self.t]
 
     def steps(self) -> Iterator[Step]:
-        """The accepted steps, one after another, until the selector proposes no more or the caller has enough."""
+        """Yield the accepted steps until the selector proposes no more, or until the caller stops."""
         try:
             yield from self._steps()
         except SolveError:
@@ -59,14 +63,14 @@ class HostLoop:
                     self.accepted(step)
                 yield step
             elif self.k1 is None:
-                self.k1 = step.k[0]  # the field at an unchanged start, known by now
+                self.k1 = step.k[0]  # the field at the unchanged start, which is known now
 
     def note_reached(self) -> None:
-        """The solve failed: tell the statistics how far it came."""
+        """Store in the statistics how far a failed solve came."""
         self.stats.reached = self.problem.direction * self.t, self.y.detach()
 
     def restart(self, y: Tensor) -> None:
-        """Go on from another state at the same time; the field is evaluated there anew."""
+        """Continue from another state at the same time, and evaluate the field there."""
         self.y, self.k1 = y, None
 
     def _taped(self) -> bool:

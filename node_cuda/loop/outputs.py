@@ -1,4 +1,4 @@
-"""The outputs of a solve: y at the problem's times, filled as steps reach them."""
+"""The outputs of a solve: y at the problem's times, filled in as the steps reach them."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from node_cuda.status import SolveError, Status
 
 
 def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tuple[Tensor, Status]:
-    """y at the problem's times, of shape (len(times), *y0.shape), and how the solve ended.
+    """Return y at the problem's times, of shape (len(times), *y0.shape), and the status of the solve.
 
-    Evaluates the interpolant only in steps that hold an output. With throw=False a failed solve gives NaN in what was
-    not reached.
+    The interpolant is evaluated only in steps with an output. With throw=False a failed solve returns NaN for the times
+    that it did not reach.
     """
     problem = loop.problem
     outputs = _Outputs(problem)
@@ -39,7 +39,7 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
         outputs.fill_missing()
     loop.stats.nfe = problem.field.nfe
     ys = outputs.stacked()
-    # A fixed grid judges no step: as in torchdiffeq its NaN is returned, but the status says so.
+    # A fixed grid rejects no step. NaN is returned, as in torchdiffeq, and the status says so.
     if status is Status.SUCCESS and len(ys) > 1 and not loop.selector.judges and not batched(ys):
         loop.stats.host_reads += 1
         if not bool(torch.isfinite(ys[-1]).all()):
@@ -48,10 +48,10 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
 
 
 class _Outputs:
-    """y at the problem's times, filled as steps reach them: into one tensor, or as a list while autograd records.
+    """y at the problem's times, filled in as the steps reach them: one tensor, or a list while autograd records.
 
-    A list, because writing into one tensor would cost autograd a copy of it for every output, and transforms of
-    torch.func do not let each tensor be written into.
+    A list, because autograd would copy one tensor for every output that is written into it. The transforms of
+    torch.func also do not allow writing into every tensor.
     """
 
     def __init__(self, problem: Problem) -> None:
@@ -66,11 +66,11 @@ class _Outputs:
 
     @property
     def missing(self) -> int:
-        """How many outputs were not reached yet."""
+        """The number of outputs that are not reached yet."""
         return len(self.problem.times) - self.count
 
     def take(self, step: Step, interpolant: Interpolant) -> None:
-        """All outputs that lie in this step: in one go where no tape looks."""
+        """Compute all outputs in this step; in one call where autograd does not record."""
         k = interpolant.prepare(step)
         first, times = self.count, self.problem.times
         self.count = bisect.bisect_right(times, step.t1, lo=first)
@@ -84,23 +84,23 @@ class _Outputs:
             self._list.extend(rows.unbind())
 
     def _taped(self, step: Step, k: list[Tensor]) -> bool:
-        """Autograd, forward mode or a transform records outputs of this step."""
+        """Return whether autograd, forward mode or a transform records the outputs of this step."""
         return transformed() or self.problem.t.requires_grad or any(x.requires_grad for x in (step.y0, step.y1, *k))
 
     def fill_missing(self) -> None:
-        """NaN in what was not reached."""
+        """Write NaN for the times that the solve did not reach."""
         if self._list is not None:
             self._list.extend([torch.full_like(self.problem.y0, math.nan)] * self.missing)
         else:
             self._slab[self.count :].fill_(math.nan)
 
     def stacked(self) -> Tensor:
-        """The outputs as one tensor."""
+        """Return the outputs as one tensor."""
         return self._slab if self._list is None else torch.stack(self._list)
 
 
 def output_at(step: Step, k: list[Tensor], interpolant: Interpolant, problem: Problem, i: int) -> Tensor:
-    """The i-th output, which lies in this step, on the tape."""
+    """Return output i, which lies in this step, as autograd records it."""
     t = problem.t[i] if recorded(problem.t) else None
     if t is None and problem.times[i] == step.t1:
         return step.y1

@@ -1,4 +1,4 @@
-"""What the public functions ask of a gradient mode."""
+"""The arguments of a solve, as the public functions pass them to a gradient mode."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from node_cuda.solution import Stats
 
 @dataclass(frozen=True)
 class AdjointSpec:
-    """The user's adjoint_* arguments, as given; None takes the forward solve's."""
+    """The user's adjoint_* arguments, unchanged. None stands for the value of the forward solve."""
 
     rtol: Any = None
     atol: Any = None
@@ -26,9 +26,10 @@ class AdjointSpec:
 
 @dataclass(frozen=True)
 class SolveSpec:
-    """A problem, the method to solve it by, where to count the cost, and method and options as the user gave them.
+    """A problem, the method, the statistics to fill in, and the method's name and options as the user gave them.
 
-    checkpoints: the states that the discrete adjoint may keep; None: one a step; "auto": as many as memory allows.
+    checkpoints: the number of states that the discrete adjoint may keep. None: one for each step. "auto": as many as
+    the memory allows.
     """
 
     problem: Problem

@@ -1,4 +1,5 @@
-"""scipy.integrate.solve_ivp as a method: on the CPU in double, for stiff problems. Not differentiable by itself."""
+"""scipy.integrate.solve_ivp as a method, for stiff problems: on the CPU in double precision, not differentiable by
+itself."""
 
 from __future__ import annotations
 
@@ -16,21 +17,23 @@ from node_cuda.solution import Stats
 from node_cuda.status import SolveError, Status, Unsupported, UnsupportedTransform
 
 COMPLEX = ("RK45", "RK23", "DOP853", "BDF")
-"""scipy's solvers that take complex states."""
+"""The solvers of scipy that support complex states."""
 
 
 class _NotFinite(Exception):
-    """The field was not finite at solver time s; scipy itself would go on, some solvers for ever."""
+    """The field was not finite at solver time s. Without this exception scipy would continue, with some solvers for
+    ever."""
 
     def __init__(self, s: float) -> None:
         self.s = s
 
 
 class ScipySolve:
-    """One call of solve_ivp from the problem's first time to its last, complex and flattened states included."""
+    """One call of solve_ivp from the problem's first time to its last. Supports complex and flattened states."""
 
     def __init__(self, problem: Problem, options: ScipyOptions, stats: Stats) -> None:
-        from scipy.integrate import solve_ivp  # half of what importing this package would take
+        # imported here, because it would take half of the time to import this package
+        from scipy.integrate import solve_ivp
 
         _refuse_transforms(problem.t, problem.y0)
         self.problem = problem
@@ -58,7 +61,7 @@ class ScipySolve:
             )
         except _NotFinite as failure:
             stats.nfe = problem.field.nfe
-            detail = "func returned NaN or infinity, or scipy stepped to a state that holds them."
+            detail = "func returned NaN or infinity, or scipy stepped to a state that contains them."
             self.failure = SolveError(Status.NON_FINITE, problem.direction * failure.s, stats, detail)
             return
         stats.nfe, stats.accepted = problem.field.nfe, len(self.result.t) - 1
@@ -71,13 +74,13 @@ class ScipySolve:
             self.failure = SolveError(status, problem.direction * self.reached, stats, f"scipy: {self.result.message}")
 
     def at(self, s: float) -> Tensor:
-        """y at a solver time, as a tensor like y0; NaN beyond what was reached."""
+        """Return y at a solver time, as a tensor like y0; NaN past the last time that was reached."""
         known = self.failure is None or (hasattr(self, "result") and s <= self.reached)
         y = self.result.sol(s) if known else np.full(self.problem.y0.numel(), np.nan)
         return torch.from_numpy(np.asarray(y)).to(self.problem.y0).reshape(self.problem.y0.shape)
 
     def _field(self, s: float, y: np.ndarray) -> np.ndarray:
-        # A copy: scipy writes its buffers again, and func may keep what it was given.
+        # A copy: scipy writes into its buffers again, and func may keep its argument.
         state = torch.tensor(y).to(self.problem.y0).reshape(self.problem.y0.shape)
         with torch.no_grad():
             f = self.problem.field(self.clock.tensors([s])[0], state)
@@ -106,7 +109,7 @@ def _refuse_transforms(*tensors: Tensor) -> None:
 
 
 def solve_scipy(problem: Problem, options: ScipyOptions, stats: Stats) -> tuple[Tensor, Status]:
-    """y at the problem's times, of shape (len(times), *y0.shape), and how the solve ended. Never on the tape."""
+    """Return y at the problem's times, of shape (len(times), *y0.shape), and the status. Autograd records nothing."""
     if len(problem.times) == 1:
         return problem.y0.detach().clone()[None], Status.SUCCESS
     solve = ScipySolve(problem, options, stats)

@@ -1,7 +1,7 @@
-"""How large the next step is: Hairer's starting step, and the step-size control on the host.
+"""Step selection for adaptive methods on the host: Hairer's starting step, and the calls of the step-size control.
 
-A step selector proposes where the next step ends, and judges the step that was taken: `AdaptiveSteps` by its error,
-`grids.GridSteps` by a list that was made before.
+A step selector proposes the end of the next step, and judges the step that was taken. `AdaptiveSteps` uses the error of
+the step; `grids.GridSteps` uses a list of points made in advance.
 """
 
 from __future__ import annotations
@@ -29,27 +29,32 @@ from node_cuda.status import InvalidInput, SolveError, Status
 
 
 class StepSelector(Protocol):
-    """Where steps end, and whether they are good. starts_at_jump: the field is discontinuous where the solve
-    begins. judges: steps may be rejected."""
+    """Chooses where steps end, and accepts or rejects them.
+
+    starts_at_jump: the field is discontinuous at the start of the solve. judges: the selector may reject steps.
+    """
 
     starts_at_jump: bool
     judges: bool
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
-        """Called once, before the first step."""
+        """Start the solve. Called once, before the first step."""
         ...
 
     def propose(self, t: float, y: Tensor) -> ProposedStep | None:
-        """The next step from (t, y); None: there is none."""
+        """Return the next step from (t, y), or None if the solve has ended."""
         ...
 
     def judge(self, step: Step) -> bool:
-        """Is the step good? Also sets `step.jump`."""
+        """Return whether the step is accepted, and set `step.jump`."""
         ...
 
 
 def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
-    """What is not finite where a scaled norm of y0 or of func(t0, y0) is not; raises InvalidInput if neither is."""
+    """Return which of y0 and func(t0, y0) is not finite, after a scaled norm of them was not finite.
+
+    Raises InvalidInput if both are finite.
+    """
     for name, x in (("y0", y), ("func(t0, y0)", f0)):
         if not bool(torch.isfinite(x).all()):
             return f"{name} holds NaN or infinity."
@@ -60,12 +65,12 @@ def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
 
 
 class AdaptiveSteps:
-    """Steps by the error estimate, cut to land on step_t, jump_t and `stops`.
+    """Steps chosen by the error estimate, and shortened to end at step_t, jump_t and `stops`.
 
-    The control of the arithmetic decides (`kernels.step_control`, on CUDA `kernels.control`); this is what a solve on
-    the host makes of it: callbacks, statistics, and errors. errors: of what is integrated beside the state. endless:
-    the solve does not end with the last of the problem's times. pauses: the device waits at each of the others. tape:
-    the device records the accepted steps there.
+    The step-size control of the arithmetic decides (`kernels.step_control`, on CUDA `kernels.control`). This class adds
+    what a solve on the host needs: callbacks, statistics and exceptions. errors: the errors of integrals that are
+    computed with the state. endless: the solve does not end at the last of the problem's times. pauses: the device
+    waits at each of the other times. tape: the device records the accepted steps there.
     """
 
     def __init__(
@@ -99,7 +104,7 @@ class AdaptiveSteps:
         if len(set(tstops)) < len(tstops):
             raise ValueError(
                 "`step_t` and `jump_t` must not have any repeated elements between them; got "
-                f"step_t = {step_t} and jump_t = {jump_t}. A jump_t is a step_t already: drop it there."
+                f"step_t = {step_t} and jump_t = {jump_t}. Each jump_t is also a step_t: drop it from step_t."
             )
         self.spec = ControlSpec(
             law,
@@ -113,11 +118,12 @@ class AdaptiveSteps:
             rule=OnHost(chosen, order, options) if runs_on_host(chosen) else None,
         )
         self.control = arithmetic.control(self.spec, pauses=pauses, tape=tape)
-        # Only the first step moves with t[0]; the ends of later ones are the solver's choice, and stay.
+        # For autograd only the start of the first step depends on t[0]; the solver chose the later points, which are
+        # constants.
         self._taped = recorded(problem.t)
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
-        """The first step size: the user's, or by Hairer's rule at the cost of one evaluation."""
+        """Choose the first step size: the user's, or by Hairer's rule, which costs one evaluation."""
         assert k1 is not None
         self._refuse_empty(y)
         refuse_batched(y, k1)
@@ -133,7 +139,7 @@ class AdaptiveSteps:
         self._read(control)
 
     def propose(self, t: float, y: Tensor) -> ProposedStep | None:
-        """The next step; None where the solve has ended."""
+        """Return the next step, or None if the solve has ended."""
         now = self.now
         self._notify("callback_step", t, y, now.proposal)
         if now.status:
@@ -144,7 +150,7 @@ class AdaptiveSteps:
         return self._move(t, now.t1, now.h) if now.active else None
 
     def judge(self, step: Step) -> bool:
-        """Accept or reject, and choose the next step size. One host read."""
+        """Accept or reject the step, and choose the next step size. One host read."""
         assert step.error is not None
         rejected = self.now.rejected
         self.arithmetic.control_step(self.control, step.at, step.error, step.last, step.y0, step.y1, self.errors)
@@ -169,7 +175,8 @@ class AdaptiveSteps:
         control.initial_change(y, k1, self._probe(t, now.t1, now.h, y, k1))
 
     def _probe(self, t0: float, t1: float, h: float, y: Tensor, f0: Tensor) -> Tensor:
-        """The field after an Euler step, without its graph. func sees a state like those of the steps."""
+        """Return the field after an Euler step, without its autograd graph. The state for func is made as in other
+        steps."""
         arithmetic = self.arithmetic
         at = arithmetic.interval(t0, t1, h)
         (t,) = arithmetic.slots(at, (1.0,), HERE)
@@ -183,7 +190,7 @@ class AdaptiveSteps:
         return self.now
 
     def _move(self, t: float, t1: float, h: float) -> ProposedStep:
-        """The step from t, with its ends where the tape must see them."""
+        """Return the step from t, with its ends as tensors where autograd records them."""
         if not (self._taped and t == self.problem.times[0]):
             return ProposedStep(t1, h)
         start = self.problem.t[0]

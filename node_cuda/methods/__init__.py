@@ -1,1 +1,1 @@
-"""The methods as data, and how one step of each is taken."""
+"""The methods as tables of coefficients, and the code that takes one step of each."""

@@ -1,8 +1,8 @@
-"""Steps of the Adams methods: Bashforth's explicit one, and Moulton's corrector over it.
+"""Steps of the Adams methods: the explicit method of Bashforth, and the implicit corrector of Moulton.
 
-Coefficients are integrals of Lagrange polynomials (Hairer, Norsett and Wanner, Solving ODEs I, III.1), in exact
-arithmetic on a uniform grid, and of the true distances elsewhere. The first steps are taken by the 3/8 rule, of
-order 4.
+The coefficients are integrals of Lagrange polynomials (Hairer, Norsett and Wanner, Solving ODEs I, III.1). They are
+exact on a uniform grid; elsewhere they are computed from the actual distances of the grid points. The 3/8 rule, of
+order 4, takes the first steps.
 """
 
 from __future__ import annotations
@@ -36,13 +36,13 @@ MIN_ORDER, MAX_ORDER = 4, 12
 
 @lru_cache(maxsize=256)
 def adams_weights(nodes: tuple[Any, ...]) -> tuple[Any, ...]:
-    """The integrals over [0, 1] of the Lagrange polynomials of these nodes.
+    """Return the integrals over [0, 1] of the Lagrange polynomials of these nodes.
 
-    Nodes 0, -1, ..., 1 - q give Adams-Bashforth of order q; 1, 0, ..., 2 - q give Adams-Moulton of order q. Exact for
-    whole nodes; nodes may also be floats, or 0-d tensors.
+    Nodes 0, -1, ..., 1 - q give Adams-Bashforth of order q; 1, 0, ..., 2 - q give Adams-Moulton of order q. The result
+    is exact for integer nodes. Nodes may also be floats or 0-d tensors.
     """
     weights = []
-    on_tape = any(isinstance(node, Tensor) for node in nodes)  # which knows no fractions
+    on_tape = any(isinstance(node, Tensor) for node in nodes)  # tensors cannot be mixed with fractions
     for i, node in enumerate(nodes):
         coefficients: list[Any] = [
             1.0 if on_tape else Fraction(1)
@@ -58,7 +58,7 @@ def adams_weights(nodes: tuple[Any, ...]) -> tuple[Any, ...]:
 
 @dataclass(slots=True)
 class Slope:
-    """The field at an earlier grid point, and what the quadrature integrates there."""
+    """The field at an earlier grid point, and the integrands of the quadrature there."""
 
     t: float
     f: Tensor
@@ -67,11 +67,11 @@ class Slope:
 
 
 class Adams:
-    """Adams-Bashforth, or with implicit=True Adams-Bashforth-Moulton iterated to the tolerance.
+    """Adams-Bashforth steps; with implicit=True Adams-Bashforth-Moulton steps, iterated until the tolerance is met.
 
-    The number of past slopes grows with the steps taken, up to the order. Explicit: of order 4 unless max_order asks
-    for more (beyond it the stability interval shrinks so fast that finer grids make the error larger). Implicit: of
-    order up to 12; the start by a method of order 4 is what limits it.
+    The method uses more past slopes with each step, up to its order. The explicit method has order 4 unless max_order
+    is larger: beyond 4 the stability interval shrinks so fast that finer grids make the error larger. The implicit
+    method has an order of up to 12; its accuracy is limited by the first steps, which have order 4.
     """
 
     def __init__(
@@ -105,22 +105,22 @@ class Adams:
         self._slopes: collections.deque[Slope] = collections.deque(maxlen=max(order - implicit, 1))
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
-        """Every step evaluates its own."""
+        """Return None: every step evaluates the field at its start."""
         return None
 
     def carry(self, step: Step) -> Tensor | None:
-        """Every step evaluates its own."""
+        """Return None: every step evaluates the field at its start."""
         return None
 
     def slope_at_end(self, step: Step) -> Tensor:
-        """f(t1, y1), for interpolation."""
+        """Return f(t1, y1), for interpolation."""
         return self.starter.slope_at_end(step)
 
     def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
-        """A step from (t0, y0)."""
+        """Take a step from (t0, y0)."""
         f0 = self.starter.slope_at_start(t0, move.span, y0)
         integrands = self.quadrature.take() if self.quadrature is not None else ()
-        # A copy, because slopes outlive their step, and func may write its buffer again.
+        # Copy the slope: it is kept after its step, and func may write into the same buffer again.
         self._slopes.appendleft(
             Slope(t0, f0 if self.problem.field.copies_output else f0.clone(), integrands, move.span)
         )
@@ -146,10 +146,10 @@ class Adams:
     def _correct(
         self, y0: Tensor, y1: Tensor, slopes: Sequence[Slope], row: Row, at: Interval, span: Span | None
     ) -> tuple[Tensor, Sequence[Tensor | None]]:
-        """y1 = y0 + h (beta_0 f(t1, y1) + known), iterated from the predicted y1, and the integrands at its end."""
+        """Iterate y1 = y0 + h (beta_0 f(t1, y1) + known) from the predicted y1; return y1 and the integrands there."""
         (_, beta), *known = row
         combine = self.arithmetic.combine
-        # Without y0, so that one rounding only is of its size.
+        # y0 is added last, so that only one rounding error has the size of y0.
         past = combine(torch.zeros_like(y0), [slope.f for slope in slopes], [(j - 1, w) for j, w in known], 1.0)
         integrands: Sequence[Tensor | None] = ()
         for _ in range(self.max_iters):
@@ -165,7 +165,7 @@ class Adams:
         return y1, integrands
 
     def _converged(self, y0: Tensor, previous: Tensor, y1: Tensor) -> bool:
-        """Every element of the increment has settled to within atol + rtol |increment|. One host read."""
+        """Return whether every element of the increment changed by less than atol + rtol |increment|. One host read."""
         self.stats.host_reads += 1
         refuse_batched(y0, y1)
         with torch.no_grad():
@@ -175,7 +175,8 @@ class Adams:
 
 
 def _node(slope: Slope, newest: Slope, at: Interval) -> Number | Tensor:
-    """(t - t0) / h of a slope: a whole number where the grid is uniform but for rounding, a tensor on the tape."""
+    """Return (t - t0) / h of a slope: an integer on a uniform grid (up to rounding), a tensor where autograd records
+    it."""
     if slope.span is not None and newest.span is not None and isinstance(at.dt, Tensor):
         return (slope.span[0] - newest.span[0]).to(at.dt) / at.dt
     x = (slope.t - newest.t) / at.h
@@ -183,7 +184,7 @@ def _node(slope: Slope, newest: Slope, at: Interval) -> Number | Tensor:
 
 
 def _row(nodes: tuple[Number | Tensor, ...]) -> Row:
-    """The Adams weights of slopes at these nodes, in units of the step from its start."""
+    """Return the Adams weights of the slopes at these nodes; nodes count in steps from the start of the step."""
     if any(isinstance(node, Tensor) for node in nodes):
         return list(enumerate(adams_weights.__wrapped__(nodes)))
     return [(j, float(w)) for j, w in enumerate(adams_weights(nodes))]

@@ -1,4 +1,4 @@
-"""One step of an explicit Runge-Kutta method, from its tableau.
+"""One step of an explicit Runge-Kutta method, computed from its tableau.
 
 z_i = y0 + h sum_j a_ij k_j,  k_i = f(t0 + c_i h, z_i),  y1 = y0 + h sum_i b_i k_i.
 """
@@ -20,9 +20,9 @@ from node_cuda.problem.problem import Problem
 class ExplicitRK:
     """Steps of the method `tableau` for `problem`.
 
-    estimate: also compute the error estimate. inside: evaluate stages at the ends of a step on the step's own side,
-    one rounding away, so that a field that is discontinuous there is never asked on the other side; adaptive methods
-    always do.
+    estimate: also compute the error estimate. inside: evaluate the stages at the two ends of a step one rounding inside
+    the step, so that a field with a discontinuity there is never evaluated on the other side. Adaptive methods always
+    do this.
     """
 
     def __init__(
@@ -43,7 +43,7 @@ class ExplicitRK:
         self._end = JUST_BEFORE if self.inside else HERE
         self._b = tuple(float(b) for b in tableau.b)
         self._e = tuple(float(e) for e in tableau.b_err) if estimate and tableau.b_err else (0.0,) * tableau.stages
-        # With FSAL the last stage's argument is y1 itself.
+        # For an FSAL method the argument of the last stage is y1 itself.
         self._known = tableau.stages - tableau.fsal
         self._nodes = tableau.nodes[1:]
         self._stages = self.prepared(self._nodes[: self._known - 1], tableau.rows[1 : self._known])
@@ -51,27 +51,27 @@ class ExplicitRK:
         partial = None if err_row is None else tuple((j, e) for j, e in err_row if j < self._known)
         self._last = arithmetic.last_stage(tableau.b_row, partial, 1.0, self._end)
         self.integrands: Sequence[Tensor | None] = ()  # of the last evaluation
-        self.first_integrands: Sequence[Tensor | None] = ()  # of k1, which outlives a rejected step
+        self.first_integrands: Sequence[Tensor | None] = ()  # of k1, which is kept after a rejected step
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
-        """f(t0, y0), for methods whose steps hand it on; inside: just after t0."""
+        """Return f(t0, y0) for adaptive methods, else None. inside: evaluate just after t0."""
         if not self.tableau.adaptive:
             return None
         return self._evaluate(0, self._start_time(t0, span, inside), y0)
 
     def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
-        """A step from (t0, y0)."""
+        """Take a step from (t0, y0)."""
         if k1 is None:
             k1 = self.slope_at_start(t0, move.span, y0)
         step = self.attempt_at(self.interval(t0, move), y0, k1, move.span)
         if not self.field.copies_output and share_memory(step.k):
-            # func returned a buffer that held an earlier stage: take the step again, on copies.
+            # func returned a buffer that held an earlier stage: repeat the step with copies.
             self.field.copies_output = True
             return self.attempt(t0, move, y0, None)
         return step
 
     def attempt_at(self, at: Interval, y0: Tensor, k1: Tensor, span: Span | None = None) -> Step:
-        """A step over this interval, whose times need not be known on the host."""
+        """Take a step over this interval. The host need not know its times."""
         arithmetic, fsal = self.arithmetic, self.tableau.fsal
         if self.quadrature is not None:
             self.quadrature.begin()
@@ -92,7 +92,10 @@ class ExplicitRK:
         return Step(at, y0, y1, k, error, last, span)
 
     def carry(self, step: Step) -> Tensor | None:
-        """The next step's k1: the last stage where the method says so, f(t1, y1) beyond a jump, None to evaluate it."""
+        """Return k1 of the next step, or None if it must be evaluated.
+
+        It is the last stage of this step where the tableau says so, and f(t1, y1) just after a discontinuity.
+        """
         if not self.tableau.adaptive:
             return None
         if step.jump:
@@ -103,7 +106,7 @@ class ExplicitRK:
         return None
 
     def interval(self, t0: float, move: ProposedStep) -> Interval:
-        """The step from t0; its size a 0-d tensor where the tape must see it."""
+        """Return the interval of the step from t0. Its size is a 0-d tensor where autograd records it."""
         if move.span is None:
             return self.arithmetic.interval(t0, move.t1, move.h)
         start, stop = move.span
@@ -111,29 +114,31 @@ class ExplicitRK:
         return self.arithmetic.interval(t0, move.t1, move.h, (stop - start).to(clock.device, clock.dtype))
 
     def slope_at_start(self, t0: float, span: Span | None, y0: Tensor) -> Tensor:
-        """f(t0, y0), as the first stage of a step."""
+        """Return f(t0, y0), the first stage of a step."""
         return self._evaluate(0, self._start_time(t0, span, self.inside), y0)
 
     def slope_at_beginning(self, at: Interval, y0: Tensor, *, inside: bool | None = None) -> Tensor:
-        """The same, of a step whose times need not be known on the host; inside: just after its start, by default as
-        the other stages."""
+        """Return f(t0, y0) for a step whose times the host need not know.
+
+        inside: evaluate just after t0; by default as the other stages.
+        """
         (t,) = self.arithmetic.times(at, (0.0,), JUST_AFTER if (self.inside if inside is None else inside) else HERE)
         return self._evaluate(0, t, y0)
 
     def slope_at(self, at: Interval, span: Span | None, y1: Tensor, inside: bool) -> Tensor:
-        """f(t1, y1) at the end of a step; inside: on the step's own side."""
+        """Return f(t1, y1) at the end of a step. inside: evaluate just before t1."""
         return self._f(self._times(at, [1.0], JUST_BEFORE if inside else HERE, span)[0], y1)
 
     def slope_at_end(self, step: Step) -> Tensor:
-        """f(t1, y1), for interpolation."""
+        """Return f(t1, y1), for interpolation."""
         return self.slope_at(step.at, step.span, step.y1, inside=False)
 
     def prepared(self, nodes: Sequence[float], rows: Sequence[SparseRow]) -> list[Stage]:
-        """Stages at t0 + c h, each with its row over those before it."""
+        """Prepare stages at t0 + c h, each with its row over the earlier stages."""
         return [self.arithmetic.stage(row, c, self._end) for c, row in zip(nodes, rows, strict=True)]
 
     def extra_stages(self, step: Step, stages: Sequence[Stage]) -> list[Tensor]:
-        """The step's stages, and then these (for dense output)."""
+        """Return the stages of the step followed by these extra stages, which dense output needs."""
         k = list(step.k)
         for t, stage in zip(self._slots(step.at, [s.node for s in stages], step.span), stages, strict=True):
             k.append(self._f(t, self.arithmetic.rk_stage(stage, step.at, step.y0, k, t)))
@@ -143,7 +148,7 @@ class ExplicitRK:
         return self.arithmetic.as_contiguous(self.field(t, z))
 
     def _evaluate(self, i: int, t: Tensor, z: Tensor) -> Tensor:
-        """Stage i, and its integrands."""
+        """Evaluate stage i, and fetch its integrands."""
         if self.quadrature is None:
             return self._f(t, z)
         next_k1 = self.tableau.carry_last_stage and i == self.tableau.stages - 1
@@ -155,7 +160,7 @@ class ExplicitRK:
         return k
 
     def _add(self, i: int, at: Interval) -> None:
-        """Give stage i its weights in the quadrature."""
+        """Add stage i to the quadrature with its weights."""
         if self.quadrature is not None and (self._b[i] or self._e[i]):
             self.quadrature.add(self.integrands, self._b[i], self._e[i], at)
 
@@ -165,7 +170,8 @@ class ExplicitRK:
         return start if span is None else _with_gradient_of(span[0], start)
 
     def _slots(self, at: Interval, nodes: Sequence[float], span: Span | None) -> tuple[Tensor, ...]:
-        """The stages' times, to be filled by the stages; on the tape they must be there before."""
+        """Return tensors for the times of the stages. The stages fill them; where autograd records, they are filled at
+        once."""
         if span is None:
             return self.arithmetic.slots(at, nodes, self._end)
         return self._times(at, nodes, self._end, span)
@@ -179,6 +185,6 @@ class ExplicitRK:
 
 
 def _with_gradient_of(source: Tensor, value: Tensor) -> Tensor:
-    """`value` exactly, with the gradient of `source`."""
+    """Return the exact value of `value` with the gradient of `source`."""
     source = source.to(value)
     return source + (value - source).detach()

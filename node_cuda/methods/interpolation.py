@@ -1,6 +1,7 @@
-"""Outputs between the ends of a step: y(t0 + x h) = y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, 0 <= x <= 1.
+"""Outputs inside a step: y(t0 + x h) = y0 + P(x) (y1 - y0) + dt sum_j B_j(x) k_j, 0 <= x <= 1.
 
-An interpolant is asked once a step for its slopes (`prepare`, which may evaluate the field) and then for outputs.
+`prepare` is called once for a step with outputs and returns the slopes, for which it may evaluate the field. The
+outputs are then computed from these slopes.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ HERMITE_END = (0.0, 3.0, -2.0)
 
 
 class Interpolant:
-    """y inside a step, by prepared polynomials over the slopes that `slopes` gives for a step."""
+    """y inside a step: prepared polynomials, applied to the slopes that `slopes` returns for the step."""
 
     def __init__(
         self, arithmetic: Arithmetic, polynomials: Polynomials, slopes: Callable[[Step], list[Tensor]]
@@ -34,17 +35,21 @@ class Interpolant:
         self.prepare = slopes
 
     def evaluate(self, step: Step, k: Sequence[Tensor], x: float | Tensor) -> Tensor:
-        """y at t0 + x h; x a 0-d tensor where the tape must see it."""
+        """Return y at t0 + x h; x is a 0-d tensor where autograd records it."""
         return self._arithmetic.dense_eval(self._polynomials, step.at, step.y0, step.y1, k, x)
 
     def outputs(self, step: Step, k: Sequence[Tensor], first: int, out: Tensor) -> None:
-        """The problem's outputs from `first` on, all of them in this step, into the rows of `out`; never taped."""
+        """Write the outputs from index `first` on, which all lie in this step, into the rows of `out`; without
+        autograd."""
         self._arithmetic.dense_outputs(self._polynomials, step.at, step.y0, step.y1, k, first, out)
 
 
 def dense_of(tableau: Tableau, dense: str) -> DenseOutput:
-    """The interpolant of an adaptive method: torchdiffeq's, or with dense="accurate" one of the method's order. The
-    latter is the default where it costs no evaluation."""
+    """Return the interpolant of an adaptive method: that of torchdiffeq, or with dense="accurate" one of the method's
+    order.
+
+    The accurate one is the default where it costs no evaluation.
+    """
     accurate = tableau.accurate
     torchdiffeqs = dense == "torchdiffeq" or (dense == "default" and accurate is not None and accurate.extra > 0)
     chosen = tableau.dense if accurate is None or torchdiffeqs else accurate
@@ -54,14 +59,14 @@ def dense_of(tableau: Tableau, dense: str) -> DenseOutput:
 
 
 def of_method(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
-    """By the polynomials of an adaptive method."""
+    """Return the interpolant that the polynomials of an adaptive method define."""
     chosen = dense_of(tableau, dense)
     polynomials = stepper.arithmetic.polynomials(chosen.weight_rows)
     return Interpolant(stepper.arithmetic, polynomials, _slopes_of(stepper, chosen))
 
 
 def _slopes_of(stepper: ExplicitRK, dense: DenseOutput) -> Callable[[Step], list[Tensor]]:
-    """The step's stages, and the interpolant's extra ones."""
+    """Return the stages of the step followed by the extra stages of the interpolant."""
     if not dense.extra:
         return lambda step: step.k
     extra = stepper.prepared(dense.nodes, dense.rows)
@@ -69,28 +74,34 @@ def _slopes_of(stepper: ExplicitRK, dense: DenseOutput) -> Callable[[Step], list
 
 
 def linear(arithmetic: Arithmetic) -> Interpolant:
-    """y0 + x (y1 - y0)."""
+    """Return the linear interpolant, y0 + x (y1 - y0)."""
     return Interpolant(arithmetic, arithmetic.polynomials((), (1.0,)), lambda step: [])
 
 
 def cubic_hermite(arithmetic: Arithmetic, stepper: Stepper) -> Interpolant:
-    """The cubic through y0 and y1 with the field's slopes at both ends; costs one evaluation a step with outputs."""
+    """Return the cubic through y0 and y1 with the slopes at both ends.
+
+    It costs one evaluation in each step with outputs.
+    """
 
     def slopes(step: Step) -> list[Tensor]:
-        # A copy of the first, as func may write its buffer again.
+        # Copy the first slope, because func may write into its buffer again.
         return [step.k[0].clone(), stepper.slope_at_end(step)]
 
     return Interpolant(arithmetic, arithmetic.polynomials(HERMITE, HERMITE_END), slopes)
 
 
 def position(step: Step, s: float, direction: float, t: Tensor | None = None) -> float | Tensor:
-    """x in [0, 1] of the solver time s in a step; a 0-d tensor if t, the same time as the user's, is on the tape."""
+    """Return x in [0, 1] of the solver time s in a step. t is the same time of the user.
+
+    The result is a 0-d tensor if autograd records t or the ends of the step.
+    """
     if t is None and not (step.span is not None and (torch.is_grad_enabled() or forward_mode())):
         return place(step.at, s)
     if t is None:
-        # The ends of the step are on the tape, and the time asked for stays where it is.
+        # Autograd records the ends of the step, and the output time stays fixed.
         t = torch.tensor(direction * s, dtype=torch.float64, device="cpu")
-    # On the host: not every device has doubles.
+    # Computed on the host, because some devices have no double precision.
     ends = torch.tensor([direction * step.t0, direction * step.t1], dtype=t.dtype, device="cpu")
     start, stop = ends if step.span is None else (end.cpu() for end in step.span)
     return ((t.cpu() - start) / (stop - start)).to(step.y0.device, step.y0.dtype.to_real())

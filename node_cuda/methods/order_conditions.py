@@ -1,7 +1,7 @@
 """The order conditions of Runge-Kutta methods, from rooted trees (Hairer, Norsett and Wanner I, II.2 and II.5).
 
-Weights w are of order p if sum_i w_i Phi_i(t) = 1 / gamma(t) for all trees t of up to p vertices; those of an
-interpolant, B_i(x), if sum_i B_i(x) Phi_i(t) = x^|t| / gamma(t) for all x.
+Weights w have order p if sum_i w_i Phi_i(t) = 1 / gamma(t) for all trees t of up to p vertices. The polynomials B_i(x)
+of an interpolant have order p if sum_i B_i(x) Phi_i(t) = x^|t| / gamma(t) for all x.
 """
 
 from __future__ import annotations
@@ -12,11 +12,11 @@ from math import prod
 from typing import Any, NamedTuple
 
 ROUNDED = 1e-10
-"""What the printed digits of a method may leave of a condition."""
+"""The largest residual of an order condition that the rounding of printed coefficients explains."""
 
 
 class Tree(NamedTuple):
-    """A root with trees that hang on it, each by its place in `trees`; density: gamma."""
+    """A root with subtrees, each given by its index in `trees`; density is gamma."""
 
     vertices: int
     density: int
@@ -25,7 +25,7 @@ class Tree(NamedTuple):
 
 @cache
 def trees(most: int) -> tuple[Tree, ...]:
-    """All rooted trees of up to so many vertices, small ones first."""
+    """Return all rooted trees of up to this number of vertices, smaller trees first."""
     if most == 0:
         return ()
     smaller = trees(most - 1)
@@ -37,7 +37,7 @@ def trees(most: int) -> tuple[Tree, ...]:
 
 
 def _forests(smaller: Sequence[Tree], vertices: int, start: int) -> Iterator[tuple[int, ...]]:
-    """All multisets of trees, from this place on, that have so many vertices together."""
+    """Return all multisets of trees from this index on that have this number of vertices in total."""
     if vertices == 0:
         yield ()
         return
@@ -49,9 +49,9 @@ def _forests(smaller: Sequence[Tree], vertices: int, start: int) -> Iterator[tup
 
 
 def attained(a: Sequence[Sequence[Any]], weights: Sequence[Sequence[Any]], order: int) -> int:
-    """The order, at most `order`, of an interpolant B_i(x) = sum_d weights[i][d - 1] x^d over the stages of a.
+    """Return the order, at most `order`, of an interpolant B_i(x) = sum_d weights[i][d - 1] x^d over the stages of a.
 
-    For the weights of a step's end, b_i: `weights` [(b_i,)], which hold at x = 1.
+    For the weights b_i of the end of a step pass `weights` = [(b_i,)]; they are checked at x = 1.
     """
     rows = [[float(x) for x in row] for row in a]
     polynomials = [[float(x) for x in row] for row in weights]

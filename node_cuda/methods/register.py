@@ -1,4 +1,4 @@
-"""`register_method`: an explicit Runge-Kutta method of the user's, by its tableau."""
+"""`register_method`: adds an explicit Runge-Kutta method of the user, given by its tableau."""
 
 from __future__ import annotations
 
@@ -14,22 +14,22 @@ from node_cuda.status import InvalidInput, InvalidType
 
 
 def register_method(name: str, tableau: Tableau) -> None:
-    """Make a tableau a method: afterwards `odeint(..., method=name)` takes it, in every gradient mode.
+    """Register a tableau as a method: `odeint(..., method=name)` then accepts it, in every gradient mode.
 
-    name: one that no method has. tableau: a `node_cuda.methods.tableau.Tableau`; with `b_hat` the method is adaptive,
-    else it steps on fixed grids. If the last stage of an adaptive method is not f(t_n+1, y_n+1) (FSAL), this stage is
-    added, which costs one evaluation in a rejected step and none in an accepted one. If it has no interpolant
-    (`dense`), the cubic through both ends of a step with the slopes there is taken.
+    name: a name that no method has yet. tableau: a `node_cuda.methods.tableau.Tableau`. With `b_hat` the method is
+    adaptive, else it steps on fixed grids. If the last stage of an adaptive method is not f(t_n+1, y_n+1) (FSAL), this
+    stage is added; it costs one evaluation in a rejected step and none in an accepted one. If the tableau has no
+    interpolant (`dense`), the cubic through both ends of a step with the slopes there is used.
 
-    Raises InvalidType if tableau is no Tableau, and InvalidInput if the name is taken, if the order conditions of
+    Raises InvalidType if tableau is not a Tableau. Raises InvalidInput if the name is taken, if the order conditions of
     b, b_hat or an interpolant do not hold to the order that the tableau states, or if `carry_last_stage` is set for a
-    method that is not FSAL, which would change the method.
-    Source of the conditions: Hairer, Norsett and Wanner, Solving ODEs I, II.2.
+    method that is not FSAL, because that would change the method. Source of the conditions: Hairer, Norsett and Wanner,
+    Solving ODEs I, II.2.
     """
     if not (isinstance(name, str) and name):
         raise InvalidType(f'name must be a word, such as "mine"; got {name!r}.')
     if name in (*TABLEAUS, *ADAMS, *IMPLICIT, SCIPY):
-        raise InvalidInput(f"there is a method {name!r} already. Take another name.")
+        raise InvalidInput(f"the method {name!r} exists already. Choose another name.")
     if not isinstance(tableau, Tableau):
         raise InvalidType(
             f"tableau must be a node_cuda.methods.tableau.Tableau; got a {type(tableau).__name__}. Make one: "
@@ -45,11 +45,11 @@ def register_method(name: str, tableau: Tableau) -> None:
 
 
 def _ready(tableau: Tableau) -> Tableau:
-    """The tableau as the step loop takes it: an adaptive one is FSAL, and has an interpolant."""
+    """Return the tableau in the form that the step loop needs: an adaptive one is FSAL and has an interpolant."""
     b_hat = tableau.b_hat
     if b_hat is None:
         return tableau
-    if tableau.b_mid is not None:  # it made `dense` already
+    if tableau.b_mid is not None:  # `dense` was derived from it already
         tableau = replace(tableau, b_mid=None, mid_order=None)
     if not tableau.fsal:
         tableau = replace(
@@ -66,7 +66,7 @@ def _ready(tableau: Tableau) -> Tableau:
 
 
 def _with_a_stage(dense: DenseOutput | None, stages: int) -> DenseOutput | None:
-    """The interpolant, for the same method with one more stage, which the interpolant does not read."""
+    """Return the interpolant for the same method with one more stage, which the interpolant does not use."""
     if dense is None:
         return None
     nothing = (Fraction(0),) * dense.degree
@@ -87,6 +87,6 @@ def _check_orders(name: str, tableau: Tableau) -> None:
     for what, a, weights, order in stated:
         if order is not None and (found := attained(a, weights, order)) < order:
             raise InvalidInput(
-                f"method {name!r}: {what} is said to be of order {order}, and meets the order conditions of order "
-                f"{found} only. Look for a misprint, or state the order {found}."
+                f"method {name!r}: {what} is stated to have order {order}, but it meets the order conditions of "
+                f"order {found} only. Look for a misprint, or state the order {found}."
             )

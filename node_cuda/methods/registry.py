@@ -15,9 +15,9 @@ DEFAULT = "dopri5"
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 SCIPY = "scipy_solver"
 METHODS = (*TABLEAUS, *ADAMS, SCIPY)
-"""Those that come with the package; `register_method` adds to `TABLEAUS`."""
+"""The methods that come with the package. `register_method` adds to `TABLEAUS`."""
 
-# torchdiffeq's repository has these, its release 0.2.5 has not; each with the method to take instead.
+# The repository of torchdiffeq has these methods, its release 0.2.5 does not. Each value is the method to use instead.
 IMPLICIT = dict.fromkeys(
     ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
     'method="scipy_solver" with options=dict(solver="Radau") for stiff problems, or "implicit_adams"',
@@ -26,7 +26,7 @@ IMPLICIT = dict.fromkeys(
 
 @dataclass(frozen=True)
 class Method:
-    """A method as asked for: its name, its parsed options, and its tableau if it has one."""
+    """The method of a solve: its name, its parsed options, and its tableau if it has one."""
 
     name: str
     options: opt.Common
@@ -34,17 +34,19 @@ class Method:
 
     @property
     def adaptive(self) -> bool:
-        """Steps are chosen by an error estimate."""
+        """The error estimate chooses the steps."""
         return isinstance(self.options, opt.AdaptiveOptions)
 
 
 def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool = False) -> Method:
-    """The method of this name with these options. Raises ValueError for an unknown name, InvalidInput for options;
-    warns of options that it does not know unless quiet."""
+    """Return the method of this name with these options.
+
+    Raises ValueError for an unknown name and InvalidInput for wrong options. Warns of unknown options unless quiet.
+    """
     name = DEFAULT if name is None else name
     if name in IMPLICIT:
         raise ValueError(
-            f'Invalid method "{name}": implicit Runge-Kutta methods are not here yet. Use {IMPLICIT[name]}.'
+            f'Invalid method "{name}": implicit Runge-Kutta methods are not available yet. Use {IMPLICIT[name]}.'
         )
     if name not in TABLEAUS and name not in (*ADAMS, SCIPY):
         known = ", ".join(f'"{known}"' for known in (*TABLEAUS, *ADAMS, SCIPY))
@@ -59,20 +61,22 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
 
 
 def reads_tolerances(method: Method) -> bool:
-    """rtol and atol decide something: steps, or when an iteration ends."""
+    """Return whether the method uses rtol and atol, for its steps or for the end of an iteration."""
     return method.adaptive or method.name in (SCIPY, "implicit_adams", "fixed_adams")
 
 
 def supported_callbacks(method: Method) -> frozenset[str]:
-    """The callbacks that this method calls."""
+    """Return the names of the callbacks that this method calls."""
     if method.adaptive:
         return frozenset(("callback_step", "callback_accept_step", "callback_reject_step"))
     return frozenset(("callback_step",) if method.name != SCIPY else ())
 
 
 def for_one_output(method: Method) -> Method:
-    """The method for a solve whose only output lies between two steps: by default the interpolant is then the accurate
-    one where torchdiffeq's is two orders below the method's (dopri8)."""
+    """Return the method for a solve with one output inside a step.
+
+    By default it then uses the accurate interpolant if that of torchdiffeq is two orders below the method (dopri8).
+    """
     options, tableau = method.options, method.tableau
     if not isinstance(options, opt.AdaptiveOptions) or tableau is None or options.dense != "default":
         return method

@@ -1,4 +1,4 @@
-"""What a step is, whoever takes it."""
+"""The types of a step: `ProposedStep`, `Step`, and the protocols of steppers and quadratures."""
 
 from __future__ import annotations
 
@@ -12,13 +12,13 @@ from node_cuda.kernels.arithmetic import ErrorTerm
 from node_cuda.kernels.stage_times import Interval
 
 Span = tuple[Tensor, Tensor]
-"""The ends of a step as 0-d tensors in the user's time, where the tape must see them."""
+"""The ends of a step as 0-d tensors in the user's time, where autograd records them."""
 
 
 class ProposedStep(NamedTuple):
-    """A step to be tried: its end and size in solver time, and its ends where the tape must see them.
+    """A step to try: its end and size in solver time, and its ends as tensors where autograd records them.
 
-    h is what t1 was made from, and not t1 - t0, which is another number once t1 is rounded.
+    t1 was computed from h. So h is not exactly t1 - t0, because t1 is rounded.
     """
 
     t1: float
@@ -30,8 +30,9 @@ class ProposedStep(NamedTuple):
 class Step:
     """A step over the interval `at` from y0 to y1, accepted or not.
 
-    k: the stages, k[0] at the start. error: the partial error, and last: the stage and its b - b_hat that complete it
-    (see `Arithmetic.error_ratio`); None for methods without an estimate. jump: the field is discontinuous at t1.
+    k: the stages, k[0] at the start. error: the partial error. last: the stage and its b - b_hat that complete the
+    error (see `Arithmetic.error_ratio`). Both are None for methods without an estimate. jump: the field is
+    discontinuous at t1.
     """
 
     at: Interval
@@ -45,54 +46,59 @@ class Step:
 
     @property
     def t0(self) -> float:
-        """Where it starts, in solver time."""
+        """The start of the step, in solver time."""
         return self.at.t0
 
     @property
     def t1(self) -> float:
-        """Where it ends, in solver time."""
+        """The end of the step, in solver time."""
         return self.at.t1
 
 
 class Stepper(Protocol):
-    """Takes single steps. k1 is the field at the step's start where it is known already."""
+    """Takes single steps. k1 is the field at the start of the step, or None if it must be evaluated."""
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
-        """The field at the start of the solve, or None if this stepper always evaluates it anew. inside: beyond a
-        jump at t0."""
+        """Return the field at the start of the solve, or None if this stepper evaluates it in every step.
+
+        inside: the field is discontinuous at t0, so evaluate it just after t0.
+        """
         ...
 
     def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
-        """A step, not judged yet."""
+        """Take a step. The step selector accepts or rejects it later."""
         ...
 
     def carry(self, step: Step) -> Tensor | None:
-        """What the next step starts with, after `step` was accepted."""
+        """Return k1 of the step after `step`, which was accepted, or None if it must be evaluated."""
         ...
 
     def slope_at_end(self, step: Step) -> Tensor:
-        """f(t1, y1), for interpolation."""
+        """Return f(t1, y1), for interpolation."""
         ...
 
 
 class Quadrature(ErrorTerm, Protocol):
-    """Integrates, beside the state, what the field never reads: the integrands come with the field's evaluations. Its
-    errors take part in the norm."""
+    """Integrates quantities that the field does not depend on.
+
+    Each evaluation of the field also returns their integrands. The errors of these integrals take part in the norm.
+    """
 
     def begin(self) -> None:
-        """A step is tried: forget what was added for one that was not accepted."""
+        """Start a step: discard the sums of a step that was rejected."""
         ...
 
     def wants(self, needed: bool) -> None:
-        """Announce an evaluation of the field: are its integrands needed?"""
+        """Announce an evaluation of the field, and say whether its integrands are needed."""
         ...
 
     def take(self) -> Sequence[Tensor | None]:
-        """The integrands of the last evaluation; None for zeros."""
+        """Return the integrands of the last evaluation; None stands for zeros."""
         ...
 
     def add(
         self, integrands: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
-        """Add them, so many times, to this step's sum and its error estimate; with `at` times its signed size."""
+        """Add weighted integrands to the sum of this step and to its error estimate; with `at` also times its signed
+        size."""
         ...

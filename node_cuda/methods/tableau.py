@@ -1,7 +1,7 @@
 """Explicit Runge-Kutta methods as data: the types `Tableau` and `DenseOutput`.
 
-Knows: coefficients, what follows from them, and the checks that need no order theory (shapes, row sums).
-Knows nothing of tensors, steps or step control. The order conditions are proved in the tests.
+This module holds coefficients, what follows from them, and the checks that need no order theory (shapes, row sums). It
+uses no tensors, steps or step control. The tests verify the order conditions.
 """
 
 from __future__ import annotations
@@ -15,23 +15,23 @@ Number = Fraction | float
 Row = tuple[Number, ...]
 SparseRow = tuple[tuple[int, float], ...]
 
-# Sums that must hold exactly are checked to this bound: rationals meet it with zero, published decimals
-# and dopri8's rounded fractions with about 1e-16, a slip of the pen does not.
+# Sums that must hold exactly are checked to this bound. Rationals give zero; published decimals and the rounded
+# fractions of dopri8 give about 1e-16; a misprint gives more.
 SUM_TOLERANCE = 1e-12
 
 
 def row(text: str) -> tuple[Fraction, ...]:
-    """Exact fractions from a text like "0 1/2 -0.161"; a decimal stands for exactly the number printed."""
+    """Return exact fractions from a text like "0 1/2 -0.161"; a decimal means exactly the printed number."""
     return tuple(Fraction(word) for word in text.split())
 
 
 def rows(*texts: str) -> tuple[tuple[Fraction, ...], ...]:
-    """One `row` a text; the first row of an explicit method is the empty text."""
+    """Return one `row` for each text; the first row of an explicit method is the empty text."""
     return tuple(row(text) for text in texts)
 
 
 def sparse(numbers: Iterable[Number]) -> SparseRow:
-    """(j, float(number_j)) for the numbers that are not zero: a zero coefficient is never read (0 * inf is NaN)."""
+    """Return (j, float(number_j)) for the nonzero numbers. Zero coefficients are never read, because 0 * inf is NaN."""
     return tuple((j, float(number)) for j, number in enumerate(numbers) if number != 0)
 
 
@@ -39,13 +39,13 @@ def sparse(numbers: Iterable[Number]) -> SparseRow:
 class DenseOutput:
     """A polynomial through a step: y(t_n + x h) = y_n + h sum_i B_i(x) k_i, 0 <= x <= 1.
 
-    B_i(x) = sum_d weights[i][d - 1] x^d. The sum runs over the method's stages and then over the extra ones,
-    which are evaluated only in steps that hold an output.
+    B_i(x) = sum_d weights[i][d - 1] x^d. The sum runs over the method's stages and then over the extra stages, which
+    are evaluated only in steps with an output.
 
-    order    the continuous order conditions hold to this order: y(t_n + x h) + O(h^(order + 1)) in every step.
-             (Outputs are then of global order min(method's order, order + 1).)
-    weights  a row a stage: the coefficients of x, x^2, ..., x^degree
-    c, a     nodes and rows of the extra stages; a row reaches over all stages before it
+      order    the continuous order conditions hold to this order: y(t_n + x h) + O(h^(order + 1)) in every step.
+               (Outputs then have the global order min(method's order, order + 1).)
+      weights  one row for each stage: the coefficients of x, x^2, ..., x^degree
+      c, a     nodes and rows of the extra stages; a row has an entry for each earlier stage
     """
 
     order: int
@@ -65,7 +65,7 @@ class DenseOutput:
 
     @cached_property
     def extra(self) -> int:
-        """Number of stages beyond the method's own."""
+        """Number of stages that the interpolant adds to those of the method."""
         return len(self.c)
 
     @cached_property
@@ -80,17 +80,17 @@ class DenseOutput:
 
     @cached_property
     def rows(self) -> tuple[SparseRow, ...]:
-        """Non-zero entries (j, a_ij) of the rows of the extra stages."""
+        """Nonzero entries (j, a_ij) of the rows of the extra stages."""
         return tuple(sparse(numbers) for numbers in self.a)
 
     @cached_property
     def weight_rows(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
-        """(i, weights[i] as floats) for the stages whose polynomial is not zero."""
+        """(i, weights[i] as floats) for the stages with a nonzero polynomial."""
         return tuple((i, tuple(map(float, weights))) for i, weights in enumerate(self.weights) if any(weights))
 
     @cached_property
     def slope_rows(self) -> tuple[tuple[int, tuple[float, ...]], ...]:
-        """The same of the derivatives by x, the highest power of x first."""
+        """The coefficients of the derivatives by x, the highest power of x first."""
         return tuple((i, tuple(d * w for d, w in enumerate(row, 1))[::-1]) for i, row in self.weight_rows)
 
 
@@ -100,16 +100,16 @@ class Tableau:
 
     z_i = y_n + h sum_j a_ij k_j,  k_i = f(t_n + c_i h, z_i),  y_n+1 = y_n + h sum_i b_i k_i.
 
-    name              the key in `TABLEAUS` and the user's `method=`
-    order             of b, the solution that is propagated
-    c, a, b           nodes, rows (a[0] is empty, a[i] has i entries) and weights
-    source            paper, equation or page
-    b_hat             weights of the embedded solution, of order `embedded_order`; None on fixed grids
-    b_mid, mid_order  weights of a solution at t_n + h / 2, through which the default interpolant passes, and its order
-    dense             default interpolant; derived from `b_mid` where that is given; None: the step loop has its own
-    accurate          an interpolant of the method's own order, where the default's is lower
-    carry_last_stage  the step's last stage is taken as the next step's first. Exact for FSAL methods; for others a
-                      choice that changes the method, so it is written and not derived.
+      name              the key in `TABLEAUS` and the user's `method=`
+      order             the order of b, which defines the solution that is propagated
+      c, a, b           nodes, rows (a[0] is empty, a[i] has i entries) and weights
+      source            paper, equation or page
+      b_hat             weights of the embedded solution, of order `embedded_order`; None on fixed grids
+      b_mid, mid_order  weights and order of a solution at t_n + h / 2, through which the default interpolant passes
+      dense             default interpolant; derived from `b_mid` if that is given; None: the step loop has one
+      accurate          an interpolant of the method's order, if the order of the default one is lower
+      carry_last_stage  the last stage of a step is used as the first stage of the next step. This is exact for FSAL
+                        methods. For other methods it changes the method, so it is stated and not derived.
     """
 
     name: str
@@ -162,17 +162,17 @@ class Tableau:
 
     @cached_property
     def stages(self) -> int:
-        """Number of stages, the one that only the next step uses included."""
+        """Number of stages, including the one that only the next step uses."""
         return len(self.c)
 
     @cached_property
     def adaptive(self) -> bool:
-        """There is an embedded solution to estimate the error with."""
+        """The method has an embedded solution, from which the error is estimated."""
         return self.b_hat is not None
 
     @cached_property
     def fsal(self) -> bool:
-        """The last stage is f(t_n+1, y_n+1), so the next step may take it as its first."""
+        """The last stage is f(t_n+1, y_n+1), so that the next step may use it as its first stage."""
         return self.stages > 1 and self.c[-1] == 1 and self.b[-1] == 0 and self.a[-1] == self.b[:-1]
 
     @cached_property
@@ -189,30 +189,31 @@ class Tableau:
 
     @cached_property
     def rows(self) -> tuple[SparseRow, ...]:
-        """Non-zero entries (j, a_ij), a row a stage."""
+        """Nonzero entries (j, a_ij), one row for each stage."""
         return tuple(sparse(numbers) for numbers in self.a)
 
     @cached_property
     def b_row(self) -> SparseRow:
-        """Non-zero entries (i, b_i)."""
+        """Nonzero entries (i, b_i)."""
         return sparse(self.b)
 
     @cached_property
     def err_row(self) -> SparseRow | None:
-        """Non-zero entries (i, b_i - b_hat_i), None for a method without an embedded solution."""
+        """Nonzero entries (i, b_i - b_hat_i); None for a method without an embedded solution."""
         return None if self.b_err is None else sparse(self.b_err)
 
 
 def hermite(
     order: int, b: Row, *, b_mid: Row | None = None, c: Row = (), a: tuple[Row, ...] = (), slopes: int = 0
 ) -> DenseOutput:
-    """The polynomial of least degree through y0 and y1 with the slopes k_first at 0 and k_last at 1.
+    """Return the polynomial of least degree through y0 and y1 with the slopes k_first at 0 and k_last at 1.
 
-    With b_mid it also passes through y0 + h sum_i b_mid_i k_i at 1/2: torchdiffeq's quartic. With extra stages (c, a)
-    it has the slopes of the last so many of them (`slopes`) at their nodes; those before only serve to get there.
+    With b_mid it also passes through y0 + h sum_i b_mid_i k_i at 1/2: this is the quartic of torchdiffeq. With extra
+    stages (c, a) it also has the slopes of the last `slopes` of them at their nodes; the extra stages before those are
+    only needed to compute them.
 
-    order: the least of the polynomial's degree, the orders of b and b_mid, and one more than the order of the rows
-    whose slopes it takes.
+    Its order is the least of the polynomial's degree, the orders of b and b_mid, and one more than the order of the
+    rows that give the slopes.
     """
     stages, padding = len(b) + len(c), (Fraction(0),) * len(c)
     values = [(Fraction(1), (*b, *padding))]
@@ -221,7 +222,7 @@ def hermite(
     slope_at = [(Fraction(0), _unit(stages, 0)), (Fraction(1), _unit(stages, len(b) - 1))]
     slope_at += [(Fraction(c[e]), _unit(stages, len(b) + e)) for e in range(len(c) - slopes, len(c))]
     degree = len(values) + len(slope_at)
-    # For each stage B_i is the polynomial, zero at 0, that takes the stage's entries as values and slopes.
+    # For each stage B_i is the polynomial with B_i(0) = 0 that has the entries of the stage as values and slopes.
     conditions = [[x**d for d in range(1, degree + 1)] for x, _ in values]
     conditions += [[d * x ** (d - 1) for d in range(1, degree + 1)] for x, _ in slope_at]
     weights = _solve(conditions, [taken for _, taken in (*values, *slope_at)])
@@ -229,7 +230,7 @@ def hermite(
 
 
 def _solve(matrix: Sequence[Sequence[Fraction]], right: Sequence[Row]) -> list[list[Number]]:
-    """matrix^-1 right by elimination, in the arithmetic of the entries."""
+    """Return matrix^-1 right by elimination, in the arithmetic of the entries."""
     size = len(matrix)
     table: list[list[Number]] = [[*numbers, *targets] for numbers, targets in zip(matrix, right, strict=True)]
     for i in range(size):
@@ -251,7 +252,7 @@ def _unit(length: int, index: int) -> Row:
 
 
 def _check_rows(c: Row, a: Sequence[Row], first: int) -> None:
-    """Row i of a has first + i entries, which add up to c_i."""
+    """Check that row i of a has first + i entries, and that they add up to c_i."""
     for i, (node, numbers) in enumerate(zip(c, a, strict=True)):
         _require(len(numbers) == first + i, f"len(a[{i}])", len(numbers), f"{first + i}, one for each stage before it")
         _require_sum(f"a[{i}]", numbers, node)

@@ -1,7 +1,7 @@
-"""The explicit Runge-Kutta methods, as data: adding a method is adding an entry to `TABLEAUS`.
+"""The explicit Runge-Kutta methods, as data: a new method is a new entry of `TABLEAUS`.
 
-Each entry can be laid beside its paper. Everything else (stages, FSAL, error weights, default interpolants from
-mid-point weights) is derived by `Tableau`; every order is proved in tests/unit/methods/test_tableaus.py.
+Each entry can be compared with its paper. `Tableau` derives everything else (stages, FSAL, error weights, default
+interpolants from mid-point weights). tests/unit/methods/test_tableaus.py verifies every order.
 """
 
 from fractions import Fraction
@@ -10,12 +10,12 @@ from node_cuda.methods.tableau import DenseOutput, Row, Tableau, hermite, row, r
 
 
 def at_half(*polynomials: str) -> Row:
-    """B_i(1/2), B_i given by its coefficients of x, x^2, ... ("0" for a stage it leaves out)."""
+    """Return B_i(1/2) from the coefficients of x, x^2, ... of B_i ("0" for a stage that does not contribute)."""
     half = Fraction(1, 2)
     return tuple(sum((weight * half**d for d, weight in enumerate(row(p), start=1)), Fraction(0)) for p in polynomials)
 
 
-# Weights that an entry names more than once: in `b`, as the last row of an FSAL method, in `accurate`.
+# Weights that an entry uses more than once: in `b`, as the last row of an FSAL method, in `accurate`.
 _BOSH3_B = row("2/9 1/3 4/9 0")
 _DOPRI5_B = row("35/384 0 500/1113 125/192 -2187/6784 11/84 0")
 _TSIT5_B = row(
@@ -82,10 +82,11 @@ _ALL = (
         c=row("0 1"),
         a=rows("", "1"),
         b=row("1/2 1/2"),
-        b_hat=row("0 1"),  # not Euler's (1, 0): this gives torchdiffeq's sign of the error weights
+        b_hat=row("0 1"),  # torchdiffeq's sign of the error weights; Euler's method would be (1, 0)
         b_mid=row("1/2 0"),
         mid_order=1,
-        # k_first may be the last stage before, f(t_n, y_n + O(h^2)): its error enters times h, so order 2 stays.
+        # k_first may be the last stage of the step before, f(t_n, y_n + O(h^2)). Its error is multiplied by h, so the
+        # order stays 2.
         accurate=DenseOutput(order=2, weights=rows("1 -1/2", "0 1/2")),
         carry_last_stage=True,
         source="Heun, Z. Math. Phys. 45 (1900) 23; b_hat, b_mid: torchdiffeq 0.2.5, adaptive_heun.py",
@@ -135,7 +136,7 @@ _ALL = (
             _DOPRI5_B[:-1],
         ),
         b=_DOPRI5_B,
-        # torchdiffeq takes Shampine's embedded row, not the 5179/57600 ... 1/40 of Dormand & Prince
+        # torchdiffeq uses Shampine's embedded row, not the row 5179/57600 ... 1/40 of Dormand & Prince
         b_hat=row("1951/21600 0 22642/50085 451/720 -12231/42400 649/6300 1/60"),
         b_mid=row(
             "6025192743/60171106304 0 51252292925/130801643196 -2691868925/90256659456"
@@ -179,14 +180,15 @@ _ALL = (
             _TSIT5_B[:-1],
         ),
         b=_TSIT5_B,
-        # Errata: what the paper prints as b_hat is b - b_hat, and the sign of its last entry, 1/66, is to be turned.
+        # Errata: the row that the paper prints as b_hat is b - b_hat, and its last entry, 1/66, has the wrong sign.
         b_hat=row(
             "0.09468075576583945807478876255758922856118 0.009183565540343253096776363936645313759814"
             " 0.4877705284247615707855642599631228241517 1.234297566930478985655109673884237654036"
             " -2.707712349983525454881109975059321670690 1.866628418170587035753719399566211498666 1/66"
         ),
-        # The paper's own interpolant, eq. (12), at 1/2, which with both slopes makes up all of it. Its coefficients are
-        # printed to 16 digits; here the entries of stages 2 and 7, short decimals, are kept and the rest is solved for.
+        # The interpolant of the paper, eq. (12), at 1/2; together with the slopes at both ends it determines that
+        # interpolant. The paper prints its coefficients to 16 digits. Here the entries of stages 2 and 7, which are
+        # short decimals, are kept, and the others are solved for.
         b_mid=row(
             "0.1074123523009687674323655126748725996423 0.01135625 0.3956090305604530869553463331820604978621"
             " -0.3447521435259354732980687054642180273794 1.316185364958164736217075073906744458343"
@@ -282,7 +284,7 @@ _ALL = (
             "13451932/455176623 0 0 0 0 -808719846/976000145 1757004468/5645159321 656045339/265891186"
             " -3867574721/1518517206 465885868/322736535 53011238/667516719 2/45 0 0"
         ),
-        b_mid=at_half(  # an interpolant of order 5 that torchdiffeq reads at 1/2 only
+        b_mid=at_half(  # an interpolant of order 5 that torchdiffeq evaluates only at 1/2
             "1 -6.6910181737837595697 19.9990069333683970610 -30.0610568289666450593 22.1396504998094068976"
             " -6.3448349392860401388",
             "0",

@@ -1,1 +1,1 @@
-"""What the user asks for, checked once: the field, the times, the state."""
+"""The user's input, checked once: the field, the times, the state."""

@@ -1,4 +1,4 @@
-"""The user's vector field as the solver calls it: counted, checked, flattened, and never sharing memory with it."""
+"""The user's vector field as the solver calls it: it counts and checks calls, flattens states, and shares no memory."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from node_cuda.status import InvalidField
 
 @dataclass(frozen=True)
 class Layout:
-    """How a tuple of tensors lies in one flat tensor; `shapes` is None for a state that is one tensor anyway."""
+    """The positions of a tuple of tensors in one flat tensor. `shapes` is None for a state that is a single tensor."""
 
     shapes: tuple[torch.Size, ...] | None = None
 
@@ -25,11 +25,12 @@ class Layout:
         return None if self.shapes is None else tuple(shape.numel() for shape in self.shapes)
 
     def flatten(self, parts: Any) -> Tensor:
-        """One tensor from the state: itself, or its components one after another (dtypes promoted)."""
+        """Return the state as one tensor: the state itself, or its components one after another (dtypes promoted)."""
         return parts if self.shapes is None else torch.cat([part.reshape(-1) for part in parts])
 
     def unflatten(self, flat: Tensor, lead: Sequence[int] = ()) -> State:
-        """The state from one tensor of shape (*lead, elements): views, each one slice and one view above it."""
+        """Return the state from one tensor of shape (*lead, elements), as views: one slice and one view for each
+        component."""
         if self.shapes is None:
             return flat
         parts, start = [], 0
@@ -41,11 +42,11 @@ class Layout:
 
 
 class VectorField:
-    """dy/dt = func(t, y) on flat states: what comes back is a tensor of y's shape and dtype that nobody else writes.
+    """dy/dt = func(t, y) on flat states. The result has y's shape and dtype, and no other code writes into it.
 
-    nfe: evaluations so far. The first two evaluations (`probes`) tell what the user's function does with memory: one
-    that returns the same buffer every time gets its output copied, one that writes into its argument gets a copy of it.
-    bounds: func is asked at no time outside of them.
+    nfe: evaluations so far. The first two evaluations (`probes`) find out how the user's function treats memory. If it
+    returns the same buffer each time, its output is copied. If it writes into its argument, it gets a copy of it.
+    bounds: func is never evaluated at a time outside of them.
     """
 
     def __init__(self, func: Func, layout: Layout, bounds: tuple[float, float] | None = None) -> None:
@@ -54,12 +55,12 @@ class VectorField:
         self.bounds = bounds
         self.nfe = 0
         self.probes = 2
-        self.copies_output = False  # func returns memory that it writes again
+        self.copies_output = False  # func returns memory that it writes into again
         self._copies_input = False
         self._last_output: Tensor | None = None
 
     def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """dy/dt at the 0-d tensor t and the state y, which keeps its values."""
+        """Return dy/dt at the 0-d tensor t and the state y, which is not changed."""
         self.nfe += 1
         if self.bounds is not None:
             t = t.clamp(*self.bounds)
@@ -72,17 +73,17 @@ class VectorField:
         out = self._call(t, y)
         if version_of(y) != version:
             raise InvalidField(
-                f"func wrote into its argument y at t = {float(t):.6g}, though not when it was called first. "
+                f"func wrote into its argument y at t = {float(t):.6g}, but not in its first calls. "
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place."
             )
         return self._checked(out, y)
 
     def watch_again(self) -> None:
-        """Watch the next two evaluations as the first were: the backward pass has a tape, and func may know."""
+        """Probe the next two evaluations as the first two: func may act differently when autograd records."""
         self.probes = self.nfe + 2
 
     def release(self) -> None:
-        """Let the user's function, and what it returned, go: nobody evaluates this field any more."""
+        """Drop the references to the user's function and to its output. The field cannot be evaluated after this."""
         self.func = _released
         self._last_output = None
 
@@ -113,14 +114,14 @@ class VectorField:
         return out.clone() if self.copies_output else out
 
     def _probe(self, t: Tensor, y: Tensor) -> Tensor:
-        """One of the first evaluations: on copies, and watching."""
+        """Evaluate with copies, and check how the function treats memory."""
         argument = y.clone()
         version = version_of(argument)
         raw = self._call(t, argument)
         _check(raw, y.shape)
         wrote = not torch.equal(argument, y) if version is None else version_of(argument) != version
         self._copies_input = self._copies_input or wrote
-        # Both are alive here, so that an equal address is one buffer and no accident.
+        # Both are alive here, so that an equal address means the same buffer.
         if self._last_output is not None and _storage(raw) == _storage(self._last_output):
             self.copies_output = True
         self._last_output = raw.detach() if self.nfe < self.probes else None
@@ -135,19 +136,20 @@ def _released(*_: Any) -> NoReturn:
 
 
 def version_of(x: Tensor) -> int | None:
-    """How often x was written to; tensors made in inference mode do not know."""
+    """Return how often x was written to, or None for a tensor made in inference mode, which has no counter."""
     return None if x.is_inference() else x._version
 
 
 def _storage(x: Tensor) -> int:
     try:
         return x.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):  # a tensor under a torch.func transform has none, and is always fresh
+    # a tensor under a torch.func transform has no storage, and is always new
+    except (NotImplementedError, RuntimeError):
         return id(x)
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:
-    """Do two of these tensors start at the same address?"""
+    """Return whether two of these tensors start at the same address."""
     try:
         return len({x.data_ptr() for x in tensors}) < len(tensors)
     except (NotImplementedError, RuntimeError):

@@ -1,4 +1,4 @@
-"""An initial value problem, checked once: everything below it can rely on what stands here."""
+"""An initial value problem, checked once. All other layers rely on these checks."""
 
 from __future__ import annotations
 
@@ -21,13 +21,13 @@ CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
 
 
 NO_DOUBLES = ("mps",)
-"""Kinds of devices without float64: the double times that callbacks get lie on the host there."""
+"""Device types without float64. There the double times that callbacks get are tensors on the host."""
 
 Callback = Callable[[Tensor, Any, Tensor], Any]
 
 
 class Field(Protocol):
-    """dy/dt of a flat state, counting its evaluations. copies_output: what it returns is its caller's own."""
+    """dy/dt of a flat state; counts its evaluations. copies_output: the result is a copy that the caller may keep."""
 
     nfe: int
     copies_output: bool
@@ -37,14 +37,14 @@ class Field(Protocol):
 
 @dataclass(frozen=True)
 class Problem:
-    """dy/dt = field(t, y), y(times[0]) = y0, wanted at `times`.
+    """dy/dt = field(t, y), y(times[0]) = y0, solved for y at `times`.
 
-    func: what the user gave, and field: what the solver calls. y0: the flat state. times: solver times s in ascending
-    order, double; the user's time is direction * s, and a step of s by h > 0 is a step of t by direction * h. t: the
-    user's own tensor of times, where gradients go. norm: what counts as a small error. callbacks: the user's, by
-    name, called with (t0, y0, dt); adjoint_callbacks: those of the backward solve, under the same names. backend: which
-    path is wanted for the steps (see `node_cuda.backend`), in the backward pass as well, which another thread may run.
-    bounds: the user's times between which func may be asked; None: at all times.
+    func: the user's function. field: the function that the solver calls. y0: the flat state. times: solver times s in
+    ascending order, double; the user's time is direction * s, and a step of s by h > 0 is a step of t by direction * h.
+    t: the user's tensor of times, which receives gradients. norm: the norm of errors. callbacks: the user's callbacks
+    by name, called with (t0, y0, dt). adjoint_callbacks: those of the backward solve, under the same names. backend:
+    the path that computes the steps (see `node_cuda.backend`), stored here because another thread may run the backward
+    pass. bounds: the user's times between which func may be evaluated; None: at all times.
     """
 
     func: Func
@@ -61,16 +61,16 @@ class Problem:
     bounds: tuple[float, float] | None = None
 
     def field_of(self, func: Func) -> VectorField:
-        """A field for this problem from another function."""
+        """Return a field for this problem from another function."""
         return VectorField(func, self.layout, self.bounds)
 
     @property
     def time_dtype(self) -> torch.dtype:
-        """The dtype in which func sees t: the state's real one."""
+        """The dtype of the t that func gets: the real dtype of the state."""
         return self.y0.dtype.to_real()
 
     def callback(self, name: str, t0: float, y0: Tensor, h: float, dtype: torch.dtype) -> None:
-        """Call the user's callback, if there is one, with t0 and dt as 0-d tensors (made only then)."""
+        """Call the user's callback of this name, if there is one. t0 and dt become 0-d tensors only for this call."""
         if name in self.callbacks:
             device = "cpu" if y0.device.type in NO_DOUBLES else y0.device
             t0_, dt = torch.tensor([self.direction * t0, h], dtype=dtype, device=device).unbind()
@@ -80,10 +80,12 @@ class Problem:
 def make_problem(
     func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: Norm | None = None, *, clip: bool = False
 ) -> Problem:
-    """Check the user's input and flatten it. norm: of a tensor, or of a tuple where y0 is one. clip: func is asked
-    between the first and the last time only.
+    """Check the user's input and flatten it.
 
-    Raises InvalidType, InvalidInput or InvalidState with the mend.
+    norm: a function of a tensor, or of a tuple if y0 is a tuple. clip: evaluate func only between the first and the
+    last time.
+
+    Raises InvalidType, InvalidInput or InvalidState; the message says what to change.
     """
     if not callable(func):
         raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}.")
@@ -101,7 +103,9 @@ def make_problem(
         None if norm is None else lambda scaled, _: norm(layout.unflatten(scaled)),
     )
     if _is_zero(error_norm.rtol) and _is_zero(error_norm.atol):
-        raise InvalidInput("rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use `rtol=1e-12`, say.")
+        raise InvalidInput(
+            "rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use for example `rtol=1e-12`."
+        )
     bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
     return Problem(
         func=func,
@@ -120,7 +124,10 @@ def make_problem(
 
 
 def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> tuple[float, float]:
-    """The least and the largest number of this dtype between the first and the last time, in the user's time."""
+    """Return the smallest and the largest number of this dtype between the first and the last time.
+
+    Both are in the user's time. Raises InvalidInput if there is none.
+    """
     low, high = sorted((direction * times[0], direction * times[-1]))
     clock = Clock(1.0, dtype, torch.device("cpu"))
     least, most = (float(x) for x in clock.tensors((low, high)))
@@ -135,7 +142,7 @@ def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> t
 
 
 def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
-    """The user's times as ascending floats, and the direction: t = direction * s."""
+    """Return the user's times as ascending floats, and the direction: t = direction * s."""
     if not isinstance(t, Tensor):
         raise InvalidType(f"t must be a torch.Tensor; got a {type(t).__name__}. Use `torch.tensor([0.0, 1.0])`.")
     if not t.is_floating_point():
@@ -166,7 +173,7 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
 
 
 def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:
-    """One event function of (t, flat state) that starts positive: min_i c_i sign(c_i(t0, y0))."""
+    """Return one event function of (t, flat state) that is positive at the start: min_i c_i sign(c_i(t0, y0))."""
     layout = problem.layout
 
     def at(t: Tensor, y: Tensor) -> Tensor:
@@ -174,7 +181,7 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
         if value.dtype is torch.bool:
             raise InvalidType(
                 "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
-                "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
+                "`y[0] - 1.0`, for example, in the place of `y[0] > 1.0`."
             )
         return value
 
@@ -201,7 +208,7 @@ def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
 
 
 def check_tolerance(name: str, tol: Any, layout: Layout, flat: Tensor) -> Tol:
-    """A float where one number serves, else a tensor that broadcasts against the flat state."""
+    """Return a float if one number is enough, else a tensor that broadcasts against the flat state."""
     if layout.shapes is None or isinstance(tol, Tensor) or not isinstance(tol, Iterable):
         return _tolerance(name, tol, flat.shape, flat)
     tol = tuple(tol)
@@ -223,12 +230,12 @@ def check_tolerance(name: str, tol: Any, layout: Layout, flat: Tensor) -> Tol:
 
 
 def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
-    """One tolerance of a state, or of a component, of this shape."""
+    """Return one tolerance of a state, or of a component, of this shape."""
     if not isinstance(tol, (Tensor, float, int)):
         try:
             tol = torch.as_tensor(tol, dtype=flat.dtype.to_real())
         except (TypeError, ValueError, RuntimeError):
-            raise InvalidType(f"{name} must be a number or a tensor; got {tol!r:.60}. Use 1e-6, say.") from None
+            raise InvalidType(f"{name} must be a number or a tensor; got {tol!r:.60}. Use for example 1e-6.") from None
     if isinstance(tol, Tensor) and tol.requires_grad:
         raise InvalidInput(
             f"{name} cannot require gradient, but the tensor that was given does. Pass `{name}.detach()`."

@@ -1,8 +1,8 @@
 """What only a GPU can show: streams, devices, launches, synchronisation and memory, of solves by the installed kernels.
 
-Where the same results are expected from the CPU, they are compared in float64: AGREE, relative to the largest number,
-is what rounding in another order may make of some hundred sums. Work a step is a difference between a short and a long
-solve, in which what a solve costs once drops out; steps are dyadic numbers, so that their number is known.
+Results that a CPU also gives are compared in float64. AGREE is relative to the largest number, and allows for a few
+hundred sums that are rounded in another order. The work of a step is the difference between a short and a long solve,
+so that the cost of the set-up cancels. Step sizes are powers of two, so that the number of steps is known.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from node_cuda.kernels.norms import ErrorNorm
 
 pytestmark = [
     pytest.mark.gpu,
-    # torch says so when the mode is first used.
+    # torch warns of this when the mode is first used.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 
@@ -49,7 +49,7 @@ LOOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
 def differentiated(
     func: nn.Module, y0: Tensor, device: torch.device = CUDA, t_on: torch.device | None = None, **solver: Any
 ) -> tuple[Tensor, ...]:
-    """The solution by odeint_adjoint, and its gradients for y0, t and the parameters."""
+    """Return the solution by odeint_adjoint, and its gradients for y0, t and the parameters."""
     func = func.to(device)
     y0 = y0.to(device).requires_grad_()
     t = TIMES.clone().to(device if t_on is None else t_on).requires_grad_()
@@ -59,7 +59,7 @@ def differentiated(
 
 @pytest.fixture
 def solves(monkeypatch) -> list[Fused]:
-    """The arithmetic of every solve that takes the kernels, forward and backward."""
+    """Collect the arithmetic of every solve that uses the kernels, forward and backward."""
     found: list[Fused] = []
     make = Fused.__init__
 
@@ -72,14 +72,14 @@ def solves(monkeypatch) -> list[Fused]:
 
 
 # ------------------------------------------------------------------ which path, and that it is right
-def test_auto_takes_the_kernels_on_cuda():
+def test_auto_uses_the_kernels_on_cuda():
     y0, norm = state().to(CUDA), ErrorNorm(1e-6, 1e-6)
     assert isinstance(dispatch.make_arithmetic("auto", y0, 1.0, norm, (0.0, 1.0)), Fused)
     assert type(dispatch.make_arithmetic("auto", y0.cpu(), 1.0, norm, (0.0, 1.0))) is Arithmetic
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_a_solve_without_gradients_is_that_of_the_cpu(solves, method):
+def test_a_solve_without_gradients_agrees_with_the_cpu(solves, method):
     func, y0 = MLP(dim=8, timed=True), state()
     with torch.no_grad():
         with node_cuda.backend("reference"):
@@ -93,7 +93,7 @@ def test_a_solve_without_gradients_is_that_of_the_cpu(solves, method):
 
 @pytest.mark.parametrize("times", [torch.device("cpu"), CUDA], ids=["times on the host", "times on the device"])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_the_adjoint_s_gradients_for_state_times_and_parameters_are_those_of_the_cpu(solves, method, times):
+def test_adjoint_gradients_for_state_times_and_parameters_agree_with_the_cpu(solves, method, times):
     with node_cuda.backend("reference"):
         expected = differentiated(MLP(dim=8, timed=True), state(), torch.device("cpu"), method=method)
     with node_cuda.backend("auto"):
@@ -103,9 +103,9 @@ def test_the_adjoint_s_gradients_for_state_times_and_parameters_are_those_of_the
     assert_near(actual, expected)
 
 
-def test_training_by_the_adjoint_learns_and_is_that_of_the_reference():
-    """Adam makes every gradient as large as any other, also those that are little more than rounding, and a step at the
-    edge of being accepted may fall on either side of it: both move the losses by about rtol, hence 1e-4."""
+def test_training_by_the_adjoint_learns_and_agrees_with_the_reference():
+    """Adam scales all gradients to the same size, also those that are hardly more than rounding. A step with an error
+    close to the limit may be accepted on one side only. Both change the losses by about rtol, hence 1e-4."""
 
     def losses(backend: str) -> list[float]:
         func = MLP(hidden=16, dtype=torch.float32).to(CUDA)
@@ -129,8 +129,8 @@ def test_training_by_the_adjoint_learns_and_is_that_of_the_reference():
 
 
 @pytest.mark.parametrize("dtype, tol", [(torch.float32, 1e-5), (torch.bfloat16, 1e-2)], ids=["float32", "bfloat16"])
-def test_a_solve_and_its_gradients_have_the_same_bits_twice(dtype, tol):
-    """With hundreds of blocks, which end in any order."""
+def test_repeating_a_solve_gives_the_same_bits_and_gradients(dtype, tol):
+    """Hundreds of blocks run, and finish in any order."""
     with node_cuda.backend("fused"):
         first, second = (differentiated(Wave(64, dtype), state(4096, 64, dtype), rtol=tol, atol=tol) for _ in "ab")
     assert all(x.isfinite().all() for x in first)
@@ -138,7 +138,7 @@ def test_a_solve_and_its_gradients_have_the_same_bits_twice(dtype, tol):
 
 
 # ------------------------------------------------------------------ streams
-def test_solves_on_two_streams_give_the_bits_of_the_default_stream_on_the_stream_that_is_current(solves):
+def test_solves_run_on_the_current_stream_and_give_the_bits_of_the_default_stream(solves):
     with node_cuda.backend("fused"):
         expected = differentiated(Wave(), state())
         default = {solve.on[0] for solve in solves}
@@ -152,13 +152,13 @@ def test_solves_on_two_streams_give_the_bits_of_the_default_stream_on_the_stream
             assert len(solves) == 2 and {solve.on[0] for solve in solves} == {stream.cuda_stream} != default
 
 
-def test_solves_of_two_threads_on_two_streams_at_a_time_give_the_bits_of_one(solves):
+def test_solves_of_two_threads_on_two_streams_give_the_bits_of_one_thread(solves):
     streams = [torch.cuda.Stream(), torch.cuda.Stream()]
     start = threading.Barrier(2, timeout=60)
 
     def several(stream):
         found = []
-        with torch.cuda.stream(stream), node_cuda.backend("fused"):  # both are of this thread only
+        with torch.cuda.stream(stream), node_cuda.backend("fused"):  # both apply to this thread only
             start.wait()
             for _ in range(5):
                 found.append(differentiated(Wave(), state()))
@@ -176,8 +176,8 @@ def test_solves_of_two_threads_on_two_streams_at_a_time_give_the_bits_of_one(sol
     assert sorted(launched_on) == sorted([stream.cuda_stream for stream in streams] * 10)
 
 
-def test_a_solve_waits_for_what_its_stream_does_before():
-    """A fixed grid, which reads nothing back: on another stream it would be over before the state is written."""
+def test_a_solve_waits_for_earlier_work_on_its_stream():
+    """A fixed grid reads nothing back. On another stream the solve would end before the state is written."""
     stream, y0 = torch.cuda.Stream(), torch.zeros(1000, dtype=F64, device=CUDA)
     solver: dict[str, Any] = dict(method="rk4", options=dict(step_size=0.25))
     with torch.no_grad(), node_cuda.backend("fused"):
@@ -193,7 +193,7 @@ def test_a_solve_waits_for_what_its_stream_does_before():
 
 # ------------------------------------------------------------------ devices
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="this machine has fewer than two CUDA devices")
-def test_a_solve_runs_where_its_state_is_and_leaves_the_current_device_alone(solves):
+def test_a_solve_runs_on_the_device_of_its_state_and_keeps_the_current_device(solves):
     second = torch.device("cuda", 1)
     with torch.cuda.device(0), node_cuda.backend("fused"):
         expected = differentiated(Wave(), state(), torch.device("cuda", 0))
@@ -202,30 +202,30 @@ def test_a_solve_runs_where_its_state_is_and_leaves_the_current_device_alone(sol
         assert torch.cuda.current_device() == 0
     assert all(x.device == second for x in actual)
     assert [solve.on for solve in solves] == [(torch.cuda.current_stream(second).cuda_stream, 1)] * 2
-    assert_near(actual, expected)  # and not the same bits: it may be another GPU
+    assert_near(actual, expected)  # the bits may differ, because it may be another kind of GPU
 
 
 # ------------------------------------------------------------------ work a step
 def steps_of(number: int) -> dict[str, Any]:
-    """A solve from 0 to 1 in so many steps (a power of two), all of them accepted."""
+    """Solve from 0 to 1 in this number of steps (a power of two), all of them accepted."""
     return dict(rtol=1e3, atol=1e3, options=dict(first_step=1 / number, max_step=1 / number))
 
 
 def inside_steps(number: int) -> Tensor:
-    """The start, and one time inside every step."""
+    """Return the start, and one time inside every step."""
     return torch.cat([torch.zeros(1, dtype=F64), (torch.arange(number, dtype=F64) + 0.5) / number])
 
 
 def trace(call: Callable[[], Any], folder: Path) -> list[dict[str, Any]]:
-    """What the GPU did in the second of two calls: kernels, copies and fills, as the profiler writes them."""
+    """Return what the GPU did in the second of two calls: kernels, copies and fills, as named by the profiler."""
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
-        pytest.skip("torch.profiler cannot look at the GPU here")
+        pytest.skip("torch.profiler cannot observe the GPU here")
     call()
     torch.cuda.synchronize()
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # the profiler's own, which differ from version to version
+        warnings.simplefilter("ignore")  # warnings of the profiler, which differ between versions
         with torch.profiler.profile(activities=[ProfilerActivity.CUDA]) as profiler:
-            time.sleep(0.05)  # the clocks of host and device differ: nothing near the edges
+            time.sleep(0.05)  # the clocks of host and device differ, so no work near the edges
             call()
             torch.cuda.synchronize()
             time.sleep(0.05)
@@ -252,7 +252,7 @@ def counts(events: list[dict[str, Any]]) -> dict[str, int]:
 
 @pytest.mark.parametrize("outputs, launches", [(False, 7), (True, 8)], ids=["no outputs", "an output in every step"])
 def test_a_dopri5_step_is_seven_launches_and_eight_with_an_output_and_one_copy_to_the_host(tmp_path, outputs, launches):
-    """The field is one kernel, and there are six evaluations in a step."""
+    """The field is one kernel, and a step evaluates it six times."""
     y0 = state(dtype=torch.float32).to(CUDA)
 
     def work(number: int) -> dict[str, int]:
@@ -292,13 +292,16 @@ def test_all_work_of_a_solve_and_its_backward_pass_is_on_the_current_stream(tmp_
 
 
 # ------------------------------------------------------------------ synchronisation
-ERROR = 2  # what torch.cuda.get_sync_debug_mode says where a synchronisation raises
+ERROR = 2  # the value of torch.cuda.get_sync_debug_mode in which a synchronisation raises
 
 
 @pytest.fixture
 def reads(monkeypatch):
-    """torch's mode at every read of the step control: the one synchronisation of a step that raises in no mode. The one
-    that a backward pass has for dL/dt0 is no step's."""
+    """Collect torch's mode at every read of the step control. This read is the only synchronisation of a step that
+    never raises.
+
+    A backward pass has another read for dL/dt0, which does not belong to a step.
+    """
     found: list[int] = []
     read, ignores_time = DeviceStepControl.read, adjoint.ignores_time
 
@@ -321,8 +324,11 @@ def reads(monkeypatch):
 
 
 def watch(func: Counting, last: int | None = None) -> None:
-    """From here on count anew, and let the third evaluation switch the mode on: those before may belong to the set-up
-    of a solve. `last` switches it off: a fixed grid looks for NaN in the end."""
+    """Reset the counts, and let the third evaluation switch the mode on: earlier ones may belong to the set-up of a
+    solve.
+
+    `last` switches the mode off, because a fixed grid checks for NaN at the end.
+    """
 
     def before(t, y):
         if func.nfe == 3:
@@ -341,7 +347,7 @@ class ControllerSnapshot(Wave):
         return super().forward(t, y) * float(y.sum())
 
 
-def test_a_synchronisation_would_be_found(reads):
+def test_the_mode_finds_a_synchronisation(reads):
     func, y0 = Counting(ControllerSnapshot().to(CUDA)), state().to(CUDA)
     watch(func)
     with torch.no_grad(), node_cuda.backend("fused"), pytest.raises(RuntimeError, match="synchronizing CUDA operation"):
@@ -351,7 +357,7 @@ def test_a_synchronisation_would_be_found(reads):
 
 @pytest.mark.parametrize("dense", ["default", "accurate"])
 @pytest.mark.parametrize("method", ["dopri5", "bosh3"])
-def test_a_step_with_or_without_outputs_synchronises_for_its_read_only(reads, method, dense):
+def test_a_step_synchronises_only_to_read_the_step_control(reads, method, dense):
     func, y0 = Counting(Wave().to(CUDA)), state().to(CUDA)
     watch(func)
     t = torch.cat([linspace(0.0, 0.1, 8), linspace(0.9, 3.0, 4)])
@@ -363,9 +369,9 @@ def test_a_step_with_or_without_outputs_synchronises_for_its_read_only(reads, me
 
 
 @pytest.mark.parametrize("norm", [None, "seminorm"])
-def test_a_step_of_the_backward_pass_synchronises_for_its_read_only(reads, norm):
-    """Over several outputs, with gradients for y0, t and the parameters. The times are on the device: their gradients
-    would otherwise be copied to the host."""
+def test_a_step_of_the_backward_pass_synchronises_only_to_read_the_step_control(reads, norm):
+    """The solve has several outputs, and gradients for y0, t and the parameters. The times are on the device: otherwise
+    their gradients would be copied to the host."""
     func, y0 = Counting(Wave().to(CUDA)), state().to(CUDA).requires_grad_()
     t = TIMES.to(CUDA, copy=True).requires_grad_()
     options = None if norm is None else dict(norm=norm)
@@ -391,7 +397,7 @@ def test_a_step_on_a_fixed_grid_never_synchronises(reads):
 
 
 def test_a_step_on_a_fixed_grid_never_synchronises_in_the_backward_pass(reads):
-    """Between two outputs: at each the grid is laid anew, which reads the times."""
+    """Only between two outputs: at each output a new grid is made, which reads the times."""
     func, y0 = Counting(Wave().to(CUDA)), state().to(CUDA).requires_grad_()
     options = dict(step_size=1 / 16)
     with node_cuda.backend("fused"):
@@ -404,7 +410,7 @@ def test_a_step_on_a_fixed_grid_never_synchronises_in_the_backward_pass(reads):
 
 # ------------------------------------------------------------------ memory
 def allocations() -> int:
-    """By torch's allocator, since the process began."""
+    """Return the number of allocations by torch's allocator since the process began."""
     return torch.cuda.memory_stats()["allocation.all.allocated"]
 
 
@@ -426,15 +432,15 @@ def backward_allocations(number: int) -> int:
 
 
 @pytest.mark.parametrize("count", [forward_allocations, backward_allocations], ids=["forward", "adjoint"])
-def test_every_step_allocates_as_often_as_any_other(count):
-    count(8)  # what is allocated once a process
+def test_every_step_allocates_equally_often(count):
+    count(8)  # memory that is allocated once in a process
     few, some, many = count(8), count(16), count(32)
     assert some > few, "no allocation was counted"
     assert (some - few) / 8 == (many - some) / 16
 
 
 def test_the_peak_of_memory_of_the_adjoint_does_not_depend_on_the_number_of_steps():
-    """A tensor that one of the steps left behind would show: up to half a state is left to the allocator's rounding."""
+    """A tensor that a step does not free would show. Half a state is allowed for the allocator's rounding."""
     y0 = state(4096, 64)
 
     def peak(number: int) -> int:
@@ -462,7 +468,7 @@ def test_the_kernels_pass_their_self_check_on_every_gpu_in_100_ms(monkeypatch, t
         assert module is not None
         record = Record(self_check.facts(module, device))
         seconds = []
-        for _ in range(2):  # the first one also loads the kernels
+        for _ in range(2):  # the first run also loads the kernels
             start = time.perf_counter()
             found = self_check.outcomes(module, device, dtype, record)
             seconds.append(time.perf_counter() - start)
@@ -472,7 +478,7 @@ def test_the_kernels_pass_their_self_check_on_every_gpu_in_100_ms(monkeypatch, t
 
 @pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", dict(step_size=0.1))])
 def test_the_discrete_adjoint_gives_the_gradient_of_times_that_are_on_the_host(method, options):
-    """The grid's cotangents are made on the device and brought to where t is."""
+    """The cotangents of the grid are computed on the device and copied to the device of t."""
 
     def gradients(device):
         y0 = torch.tensor([1.0, 2.0], dtype=torch.float64, device=device, requires_grad=True)

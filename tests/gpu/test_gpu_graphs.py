@@ -1,7 +1,8 @@
-"""Solves that a GPU repeats by itself, of a captured step: the host loop's bits, and nothing left behind.
+"""Solves that a GPU repeats from a captured step: they have the bits of the host loop, and leave no state.
 
-The fields have no matrix product, as in test_gpu.py, so that bits can be compared. What a failed capture, a capture of
-the user's or the profiler may leave behind stays in a process of its own: `apart`, whose findings the last tests read.
+The fields have no matrix product, as in test_gpu.py, so that bits can be compared. A failed capture, a capture by the
+user and the profiler may leave state in a process. So these tests run in a separate process (`apart`), and the last
+tests read its results.
 """
 
 from __future__ import annotations
@@ -34,7 +35,7 @@ from node_cuda.cuda_graphs.cache import GraphCache
 
 pytestmark = [
     pytest.mark.gpu,
-    # torch says so when the mode is first used.
+    # torch warns of this when the mode is first used.
     pytest.mark.filterwarnings("ignore:Synchronization debug mode"),
 ]
 
@@ -42,7 +43,7 @@ TIERS = ("while", "batches")
 each_tier = pytest.mark.parametrize("tier", TIERS)
 LOOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
 GRID: dict[str, Any] = dict(step_size=0.13)
-# How the reasons of a machine without WHILE nodes begin: an older torch, driver or toolkit.
+# The start of the reasons on a machine without WHILE nodes: an older torch, driver or toolkit.
 NO_WHILE = ("this torch gives", "a loop on the GPU needs")
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -55,7 +56,7 @@ class Kicked(Wave):
 
 
 class Changing(Wave):
-    """Has a tensor that is neither parameter nor buffer, and is slower in training."""
+    """Has a tensor that is neither parameter nor buffer, and is slower in training mode."""
 
     def __init__(self):
         super().__init__()
@@ -80,21 +81,21 @@ class Noisy(Wave):
 
 
 class Branching(Wave):
-    """Its Python depends on its data."""
+    """Its Python code depends on its data."""
 
     def forward(self, t, y):
         return super().forward(t, y) * (1.0 if y.sum() > 0 else -1.0)
 
 
 class Selecting(Wave):
-    """The shape of what it computes with depends on its data."""
+    """The shape of its intermediate tensors depends on its data."""
 
     def forward(self, t, y):
         return super().forward(t, y) * (1.0 + y[y > 0].square().mean())
 
 
 class Waiting(Wave):
-    """Waits for the device in every evaluation by no operation on a tensor, so that only its capture tells."""
+    """Waits for the device in every evaluation without an operation on a tensor, so that only the capture finds it."""
 
     def forward(self, t, y):
         torch.cuda.current_stream().synchronize()
@@ -102,7 +103,7 @@ class Waiting(Wave):
 
 
 class Dropping(Wave):
-    """Draws random numbers in training."""
+    """Draws random numbers in training mode."""
 
     def forward(self, t, y):
         return super().forward(t, y) * nn.functional.dropout(torch.ones_like(y), 0.1, self.training)
@@ -115,19 +116,19 @@ def by_the_kernels() -> Iterator[None]:
 
 
 def lacks_while(stats: Stats) -> bool:
-    """This machine has no WHILE nodes, and says so."""
+    """Return whether this machine has no WHILE nodes and reports this."""
     return stats.loop == "batches" and stats.why is not None and stats.why.startswith(NO_WHILE)
 
 
 def require(stats: Stats, tier: str) -> None:
-    """The steps were repeated in this way; skips where the machine cannot."""
+    """Check that the steps were repeated in this way; skip if the machine cannot do this."""
     if tier == "while" and lacks_while(stats):
         pytest.skip(str(stats.why))
     assert stats.loop == tier, stats.why
 
 
 def captured(func: Any, y0: Any, t: Tensor, tier: str | GraphCache, options: Any = None, **solver: Any) -> Solution:
-    """By a tier, captured for this solve alone, or by graphs that are kept."""
+    """Return the options of a captured solve: by a tier, for this solve alone, or with graphs that are kept."""
     graphs = GraphCache(tier) if isinstance(tier, str) else tier
     solution = solve(func, y0, t, options={**(options or {}), "cuda_graph": graphs}, **{**LOOSE, **solver})
     assert graphs.tier is not None
@@ -147,7 +148,7 @@ def cost(solution: Solution) -> tuple[int, ...]:
 @each_tier
 @pytest.mark.parametrize("method", TABLEAUS)
 @torch.no_grad()
-def test_every_explicit_method_takes_the_steps_of_the_host_loop_to_the_bit(method, tier):
+def test_every_explicit_method_has_the_bits_of_the_host_loop(method, tier):
     func, y0 = Wave().to(CUDA), state().to(CUDA)
     options = {} if TABLEAUS[method].adaptive else GRID
     host = by_the_host(func, y0, TIMES, options, method=method)
@@ -203,7 +204,7 @@ def test_a_tuple_of_states_has_the_bits_of_the_host_loop(tier):
 
 @each_tier
 @torch.no_grad()
-def test_what_was_captured_serves_other_states_and_times_and_other_shapes_are_captured_anew(tier):
+def test_a_captured_step_is_reused_for_other_states_and_times_but_not_for_other_shapes(tier):
     func, kept = Wave().to(CUDA), GraphCache(tier)
     small, large = state(3).to(CUDA), state(5000).to(CUDA)
     for y0, t, count in (
@@ -220,7 +221,7 @@ def test_what_was_captured_serves_other_states_and_times_and_other_shapes_are_ca
 
 
 @torch.no_grad()
-def test_compile_and_a_flag_choose_a_tier_by_themselves():
+def test_compile_and_the_option_choose_a_tier():
     def field(t, y):
         return -y * torch.cos(t)
 
@@ -243,7 +244,7 @@ each_failure = pytest.mark.parametrize("status", FAILURES, ids=lambda status: st
 @each_tier
 @each_failure
 @torch.no_grad()
-def test_a_solve_that_fails_raises_the_error_of_the_host_loop_and_the_next_one_does_not_notice(status, tier):
+def test_a_failed_solve_raises_the_error_of_the_host_loop_and_does_not_change_the_next_solve(status, tier):
     func, start, options = FAILURES[status]
     y0, t, kept = torch.full((10,), start, dtype=F64, device=CUDA), linspace(0.0, 2.0, 5), GraphCache(tier)
     with pytest.raises(SolveError) as by_host:
@@ -265,7 +266,7 @@ def test_a_solve_that_fails_raises_the_error_of_the_host_loop_and_the_next_one_d
 
 @each_tier
 @torch.no_grad()
-def test_a_grid_that_overflows_is_told_of_by_the_status(tier):
+def test_the_status_reports_a_grid_that_overflows(tier):
     def func(t, y):
         return y * y
 
@@ -278,7 +279,7 @@ def test_a_grid_that_overflows_is_told_of_by_the_status(tier):
 
 @each_tier
 @torch.no_grad()
-def test_a_deferred_solve_is_looked_at_by_check(tier):
+def test_check_reads_the_status_of_a_deferred_solve(tier):
     func, y0 = Wave().to(CUDA), state().to(CUDA)
     host = by_the_host(func, y0, TIMES)
     device = captured(func, y0, TIMES, tier, dict(throw="deferred"))
@@ -291,7 +292,7 @@ def test_a_deferred_solve_is_looked_at_by_check(tier):
 @each_tier
 @each_failure
 @torch.no_grad()
-def test_a_deferred_solve_that_fails_gives_nan_and_check_raises(status, tier):
+def test_a_failed_deferred_solve_returns_nan_and_check_raises(status, tier):
     func, start, options = FAILURES[status]
     y0, t = torch.full((10,), start, dtype=F64, device=CUDA), linspace(0.0, 2.0, 5)
     device = captured(func, y0, t, tier, {**options, "throw": "deferred"})
@@ -303,8 +304,8 @@ def test_a_deferred_solve_that_fails_gives_nan_and_check_raises(status, tier):
 
 @each_tier
 @torch.no_grad()
-def test_every_deferred_solve_of_several_tells_of_its_own_end(tier):
-    """They share their memory, and the last one writes over what the others left there."""
+def test_each_of_several_deferred_solves_reports_its_status(tier):
+    """They share their memory, and the last one overwrites the data of the others."""
 
     def func(t, y):
         return y * y
@@ -321,8 +322,8 @@ def test_every_deferred_solve_of_several_tells_of_its_own_end(tier):
         assert (solution.stats.accepted, solution.stats.rejected) == cost(expected)[:2]
 
 
-def test_a_deferred_solve_and_its_backward_pass_synchronise_nowhere():
-    """By torch's own account; the profiler's is among the last tests."""
+def test_a_deferred_solve_and_its_backward_pass_never_synchronise():
+    """torch's own mode finds no synchronisation; one of the last tests asks the profiler."""
     net = NeuralODE(Wave(), options=dict(cuda_graph=True, throw="deferred"), **LOOSE).to(CUDA)
     y0 = state().to(CUDA).requires_grad_()
 
@@ -344,14 +345,14 @@ def test_a_deferred_solve_and_its_backward_pass_synchronise_nowhere():
 
 # ------------------------------------------------------------------ what a captured solve depends on
 @torch.no_grad()
-def test_a_field_that_draws_random_numbers_is_the_host_loop_s():
+def test_a_field_that_draws_random_numbers_runs_on_the_host():
     func, y0, kept = Noisy().to(CUDA), state().to(CUDA), GraphCache()
 
     def drawn(options: Any) -> Solution:
         torch.manual_seed(1)
         return solve(func, y0, TIMES, method="rk4", options={**GRID, **options})
 
-    drawn(dict(cuda_graph=kept))  # tries to capture it, which draws numbers of its own
+    drawn(dict(cuda_graph=kept))  # the solver tries to capture it, which also draws numbers
     device, host = drawn(dict(cuda_graph=kept)), drawn({})
     assert torch.equal(device.ys, host.ys)
     assert device.stats.loop == "host" and "draws random numbers" in str(device.stats.why)
@@ -359,7 +360,7 @@ def test_a_field_that_draws_random_numbers_is_the_host_loop_s():
 
 @pytest.mark.parametrize("make, why", [(Reading, "a number"), (Branching, "a number"), (Selecting, "a mask selects")])
 @torch.no_grad()
-def test_a_field_that_waits_for_the_device_is_the_host_loop_s_and_is_not_captured_again(make, why):
+def test_a_field_that_waits_for_the_device_runs_on_the_host_and_is_not_captured_again(make, why):
     func, y0, kept = make().to(CUDA), state().to(CUDA), GraphCache()
     host = by_the_host(func, y0, TIMES)
     for _ in range(2):
@@ -370,7 +371,7 @@ def test_a_field_that_waits_for_the_device_is_the_host_loop_s_and_is_not_capture
 
 
 @torch.no_grad()
-def test_dropout_is_the_host_loop_s_in_training_and_captured_in_evaluation():
+def test_dropout_runs_on_the_host_in_training_and_is_captured_in_evaluation():
     func, y0, kept = Dropping().to(CUDA), state().to(CUDA), GraphCache()
     for training in (True, False, True):
         func.train(training)
@@ -382,7 +383,7 @@ def test_dropout_is_the_host_loop_s_in_training_and_captured_in_evaluation():
 
 
 @torch.no_grad()
-def test_what_was_captured_in_inference_mode_serves_outside_of_it():
+def test_a_step_captured_in_inference_mode_is_reused_outside_of_it():
     func, y0, kept = Wave().to(CUDA), state().to(CUDA), GraphCache()
     expected = by_the_host(func, y0, TIMES).ys
     with torch.inference_mode():
@@ -397,9 +398,9 @@ def test_what_was_captured_in_inference_mode_serves_outside_of_it():
 
 @each_tier
 @torch.no_grad()
-def test_a_captured_solve_outlives_the_graphs_and_workspaces_of_others(tier):
-    """cuBLAS computes in memory that torch keeps for a stream, and frees with any graph that was captured there
-    (pytorch issue 193402). Sums in another order differ by little more than rounding."""
+def test_a_captured_solve_works_after_other_graphs_and_workspaces_are_freed(tier):
+    """cuBLAS computes in memory that torch keeps for a stream, and that torch frees with any graph that was captured
+    there (pytorch issue 193402). Sums in another order differ by little more than rounding."""
 
     class Product(nn.Module):
         def __init__(self):
@@ -412,14 +413,14 @@ def test_a_captured_solve_outlives_the_graphs_and_workspaces_of_others(tier):
     func, y0, kept = Product().to(CUDA), state(2048, 64).to(CUDA), GraphCache(tier)
     expected = by_the_host(func, y0, TIMES).ys
     captured(func, y0, TIMES, kept)
-    for rows in (16, 512):  # others come and go
+    for rows in (16, 512):  # other graphs are made and freed
         other = Product().to(CUDA)
         captured(other, state(rows, 64).to(CUDA), TIMES, tier)
         del other
         gc.collect()
     torch._C._cuda_clearCublasWorkspaces()
     torch.cuda.empty_cache()
-    held = [torch.full((2**20,), 0.5, dtype=F64, device=CUDA) for _ in range(16)]  # what was freed is used again
+    held = [torch.full((2**20,), 0.5, dtype=F64, device=CUDA) for _ in range(16)]  # the freed memory is used again
     for _ in range(2):
         torch.testing.assert_close(captured(func, y0, TIMES, kept).ys, expected, rtol=0.0, atol=1e-9)
     assert all(bool((x == 0.5).all()) for x in held)
@@ -427,8 +428,8 @@ def test_a_captured_solve_outlives_the_graphs_and_workspaces_of_others(tier):
 
 @each_tier
 @torch.no_grad()
-def test_what_a_field_computes_with_is_seen_when_it_changes(tier):
-    """In place by the graph that there is, and otherwise by a new one."""
+def test_a_change_of_the_tensors_of_a_field_is_noticed(tier):
+    """A change in place reuses the graph; any other change captures a new one."""
     func, y0, kept = Changing().to(CUDA), state().to(CUDA), GraphCache(tier)
     changes: tuple[tuple[Callable[[], Any], int], ...] = (
         (lambda: None, 1),
@@ -451,7 +452,7 @@ def test_what_a_field_computes_with_is_seen_when_it_changes(tier):
 
 @each_tier
 @torch.no_grad()
-def test_autocast_is_that_of_the_solve_with_the_weights_as_they_are(tier):
+def test_autocast_uses_the_mode_of_the_solve_and_the_current_weights(tier):
     class Linear(nn.Module):
         def __init__(self):
             super().__init__()
@@ -467,7 +468,7 @@ def test_autocast_is_that_of_the_solve_with_the_weights_as_they_are(tier):
         with torch.autocast(CUDA.type, torch.bfloat16):
             host = by_the_host(func, y0, TIMES, **solver).ys
             device = captured(func, y0, TIMES, kept, **solver).ys
-        # A matrix product may be another algorithm's in a capture; its bfloat16 has 8 bits.
+        # A matrix product may use another algorithm during a capture; its bfloat16 has 8 bits.
         torch.testing.assert_close(device, host, rtol=0.0, atol=1e-2)
         assert not torch.equal(device, plain)
         func.linear.weight.mul_(3.0)
@@ -480,7 +481,7 @@ def test_autocast_is_that_of_the_solve_with_the_weights_as_they_are(tier):
 # ------------------------------------------------------------------ streams
 @each_tier
 @torch.no_grad()
-def test_a_solve_waits_for_what_its_stream_does_before(tier):
+def test_a_captured_solve_waits_for_earlier_work_on_its_stream(tier):
     func, stream, kept = Wave().to(CUDA), torch.cuda.Stream(), GraphCache(tier)
     y0, late = state().to(CUDA), torch.zeros_like(state(), device=CUDA)
     expected = captured(func, y0, TIMES, kept).ys
@@ -496,7 +497,7 @@ def test_a_solve_waits_for_what_its_stream_does_before(tier):
 @each_tier
 @torch.no_grad()
 def test_solves_on_two_streams_one_after_another_do_not_disturb_each_other(tier):
-    """They share memory: the second has to wait for the first, which sleeps, and is not looked at."""
+    """They share memory. The second must wait for the first, which sleeps, and whose status is not read."""
     func, kept, options = Wave().to(CUDA), GraphCache(tier), dict(throw="deferred")
     starts = [state().to(CUDA), 2 * state().to(CUDA)]
     expected = [by_the_host(func, y0, TIMES).ys for y0 in starts]
@@ -535,7 +536,7 @@ def test_a_training_step_on_another_stream_has_the_gradients_of_the_default_one(
 def differentiated(
     func: nn.Module, y0: Tensor, t: Tensor, options: Any, **solver: Any
 ) -> tuple[Stats, tuple[Tensor, ...]]:
-    """What it cost, and y with its gradients for y0, t where it wants one, and the parameters."""
+    """Return the statistics, and y with its gradients for y0, for t if it requires one, and for the parameters."""
     y0, t = y0.clone().requires_grad_(), t.clone().requires_grad_(t.requires_grad)
     solution = solve(func, y0, t, options=options, **{**LOOSE, **solver})
     wanted = [x for x in (y0, t, *func.parameters()) if x.requires_grad]
@@ -543,8 +544,11 @@ def differentiated(
 
 
 def agree(actual: tuple[Tensor, ...], expected: tuple[Tensor, ...], gradient: str) -> None:
-    """The gradients of the host loop: to the bit by the adjoint, and to rounding of the same steps discretely, where
-    the sums over a step are in another order."""
+    """Check that the gradients agree with the host loop: to the bit for the adjoint, up to rounding for the discrete
+    adjoint.
+
+    The discrete adjoint uses the same steps, but adds the stages of a step in another order.
+    """
     if gradient == "adjoint":
         assert same_bits(actual, expected)
     assert_near(actual, expected)
@@ -563,14 +567,14 @@ MODES: dict[str, dict[str, Any]] = {
 @each_tier
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("wants_t", [False, True], ids=["not of t", "of t"])
-def test_gradients_are_those_of_the_host_loop(mode, tier, wants_t):
+def test_gradients_agree_with_the_host_loop(mode, tier, wants_t):
     func, y0, t = Wave().to(CUDA), state().to(CUDA), TIMES.clone().requires_grad_(wants_t)
     given = MODES[mode]
     method = given.get("method")
     options = GRID if method == "rk4" else {}
     host, expected = differentiated(func, y0, t, options, **given)
     kept = {**options, "cuda_graph": GraphCache(tier)}
-    for scale in (1.0, 0.5, 1.0):  # what was captured serves again
+    for scale in (1.0, 0.5, 1.0):  # the captured graphs are reused
         stats, actual = differentiated(func, scale * y0, t, kept, **given)
     if tier == "while" and lacks_while(stats):
         pytest.skip(str(stats.why))
@@ -578,13 +582,13 @@ def test_gradients_are_those_of_the_host_loop(mode, tier, wants_t):
     assert (stats.accepted, stats.nfe_backward > 0) == (host.accepted, True)
     if "checkpoints" in given:
         assert stats.loop_backward == "host" and "gives 2 states" in str(stats.why_backward)
-    elif not (wants_t and method == "rk4" and given["gradient"] == "discrete"):  # dL/dt of a grid is the host's
+    elif not (wants_t and method == "rk4" and given["gradient"] == "discrete"):  # the host computes dL/dt of a grid
         assert stats.loop_backward == tier, stats.why_backward
 
 
 @each_tier
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
-def test_gradients_of_a_tuple_and_of_many_outputs_are_those_of_the_host_loop(gradient, tier):
+def test_gradients_of_a_tuple_and_of_many_outputs_agree_with_the_host_loop(gradient, tier):
     class Pair(Wave):
         def forward(self, t, state):
             a, b = state
@@ -601,9 +605,9 @@ def test_gradients_of_a_tuple_and_of_many_outputs_are_those_of_the_host_loop(gra
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
-def test_twenty_steps_of_adam_have_the_losses_of_the_host_loop(gradient):
-    """The optimizer writes into the parameters, and nothing is captured anew. In float64: what rounding changes in a
-    discrete gradient may flip a step from accepted to rejected, which moves a loss by rtol."""
+def test_twenty_steps_of_adam_give_the_losses_of_the_host_loop(gradient):
+    """The optimizer writes into the parameters, and nothing is captured again. In float64: a rounding difference in a
+    discrete gradient may turn an accepted step into a rejected one, which changes a loss by rtol."""
     y0 = state().to(CUDA)
     with torch.no_grad():
         other = Wave().to(CUDA)
@@ -634,7 +638,7 @@ def test_twenty_steps_of_adam_have_the_losses_of_the_host_loop(gradient):
 
 # ------------------------------------------------------------------ memory
 def held() -> tuple[int, int]:
-    """Bytes allocated and reserved, without what only waits to be used again."""
+    """Return the allocated and the reserved bytes, without memory that is free for reuse."""
     gc.collect()
     torch.cuda.synchronize()
     torch.cuda.empty_cache()
@@ -670,11 +674,11 @@ OWNERS: dict[str, Callable[[], Callable[[Tensor], Any]]] = {
 
 
 @pytest.mark.parametrize("owner", OWNERS)
-def test_memory_does_not_grow_over_fifty_solves_and_comes_back_with_its_owner(owner):
+def test_memory_does_not_grow_over_fifty_solves_and_is_freed_with_its_owner(owner):
     y0 = state(1000, 64).to(CUDA)  # half a MiB
     run = OWNERS[owner]()
     run(y0)
-    del run  # what a process has only once is there now
+    del run  # objects that a process makes only once exist by now
     before = held()
     run = OWNERS[owner]()
     for _ in range(3):
@@ -691,7 +695,7 @@ def test_memory_does_not_grow_over_fifty_solves_and_comes_back_with_its_owner(ow
 
 @each_tier
 @torch.no_grad()
-def test_a_captured_solve_of_many_steps_takes_no_more_memory_than_one_of_few(tier):
+def test_the_memory_of_a_captured_solve_does_not_depend_on_the_number_of_steps(tier):
     func, y0 = Wave(64).to(CUDA), state(1000, 64).to(CUDA)
 
     def taken(steps: int) -> int:
@@ -707,10 +711,10 @@ def test_a_captured_solve_of_many_steps_takes_no_more_memory_than_one_of_few(tie
 
 # ------------------------------------------------------------------ processes
 @pytest.mark.parametrize("backend", ["gloo", "nccl"])
-@pytest.mark.filterwarnings("ignore")  # torch's own, which differ from version to version
+@pytest.mark.filterwarnings("ignore")  # warnings of torch, which differ between versions
 @pytest.mark.skipif(not dist.is_available(), reason="torch was built without torch.distributed")
-def test_distributed_data_parallel_has_the_gradients_of_the_layer_alone(backend, tmp_path):
-    """One process. nccl's watchdog asks for events while the step is captured."""
+def test_distributed_data_parallel_gives_the_gradients_of_the_layer_alone(backend, tmp_path):
+    """One process. The watchdog of nccl queries events while the step is captured."""
     if not getattr(dist, f"is_{backend}_available")():
         pytest.skip(f"torch was built without {backend}")
 
@@ -735,9 +739,9 @@ def test_distributed_data_parallel_has_the_gradients_of_the_layer_alone(backend,
     assert same_bits(tuple(actual), tuple(expected))
 
 
-# ------------------------------------------------------------------ apart
+# ------------------------------------------------------------------ in a separate process
 def a_failed_capture() -> dict[str, Any]:
-    """A field whose capture fails, and what that leaves behind."""
+    """Solve with a field that makes the capture fail, and report the state that this leaves."""
     func, y0, kept = Waiting().to(CUDA), state().to(CUDA), GraphCache()
     with torch.no_grad():
         found = [solve(func, y0, TIMES, options=dict(cuda_graph=kept), **LOOSE) for _ in range(2)]
@@ -747,7 +751,8 @@ def a_failed_capture() -> dict[str, Any]:
         wave = Wave().to(CUDA)
         after = solve(wave, y0, TIMES, options=dict(cuda_graph=True), **LOOSE)
         right = torch.equal(after.ys, by_the_host(wave, y0, TIMES).ys)
-        # A tensor that another stream uses is freed later, which the allocator puts off while it thinks of a capture.
+        # The allocator frees a tensor that another stream uses later, and waits with this while it believes that a
+        # capture runs.
         side, before = torch.cuda.Stream(), torch.cuda.memory_allocated()
         used = torch.zeros(2**20, device=CUDA)
         used.record_stream(side)
@@ -771,7 +776,7 @@ def a_failed_capture() -> dict[str, Any]:
 
 
 def a_capture_of_the_user_s() -> dict[str, Any]:
-    """Solves and gradients inside a torch.cuda.graph: what they say, and whether the capture goes on."""
+    """Run solves and gradients inside a torch.cuda.graph, and report their errors and whether the capture goes on."""
     func, y0 = Wave().to(CUDA), state().to(CUDA)
     kept = dict(cuda_graph=GraphCache(), throw="deferred")
     outside = by_the_host(func, y0.clone().requires_grad_(), TIMES, gradient="adjoint").ys
@@ -794,10 +799,12 @@ def a_capture_of_the_user_s() -> dict[str, Any]:
 
 
 def calls_of_a_deferred_step() -> dict[str, Any]:
-    """What a solve and its backward pass ask of CUDA, by the profiler. It may crash: CUPTI once did, with such loops
-    (pytorch issue 134308)."""
+    """Report the CUDA calls of a solve and its backward pass, as seen by the profiler.
+
+    The profiler may crash: CUPTI did so once with such loops (pytorch issue 134308).
+    """
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
-        return {"skip": "torch.profiler cannot look at the GPU here"}
+        return {"skip": "torch.profiler cannot observe the GPU here"}
     net = NeuralODE(Wave(), options=dict(cuda_graph=True, throw="deferred"), **LOOSE).to(CUDA)
     y0 = state().to(CUDA).requires_grad_()
 
@@ -829,7 +836,7 @@ APART = (a_failed_capture, a_capture_of_the_user_s, calls_of_a_deferred_step)
 
 
 def main() -> None:
-    """In a process of its own: a line of JSON for each of APART, as long as it lives."""
+    """Print a line of JSON for each of APART, in a separate process that may crash."""
     for look in APART:
         try:
             with node_cuda.backend("fused"):
@@ -837,12 +844,12 @@ def main() -> None:
         except Exception:
             found = {"error": traceback.format_exc()}
         print(json.dumps({"name": look.__name__, **found}), flush=True)
-    os._exit(0)  # what a failed capture leaves behind may keep the interpreter from ending
+    os._exit(0)  # the state after a failed capture may keep the interpreter from ending
 
 
 @pytest.fixture(scope="module")
 def apart(tmp_path_factory) -> Callable[[Callable[[], Any]], dict[str, Any]]:
-    """What one of APART found; skips where it says so, fails where it did not come to its end."""
+    """Return the result of one of APART. Skip if it says so, and fail if it did not finish."""
     folder = tmp_path_factory.mktemp("apart")
     paths = [*map(str, (ROOT, ROOT / "tests" / "support", ROOT / "tests" / "gpu")), os.environ.get("PYTHONPATH", "")]
     done = subprocess.run(
@@ -867,7 +874,7 @@ def apart(tmp_path_factory) -> Callable[[Callable[[], Any]], dict[str, Any]]:
     return of
 
 
-def test_a_field_whose_capture_fails_is_the_host_loop_s_and_leaves_nothing_behind(apart):
+def test_after_a_failed_capture_the_host_solves_and_no_state_remains(apart):
     found = apart(a_failed_capture)
     assert found["loops"] == ["host", "host"]
     assert all("could not be captured" in why for why in found["whys"]) and len(set(found["whys"])) == 1
@@ -877,7 +884,7 @@ def test_a_field_whose_capture_fails_is_the_host_loop_s_and_leaves_nothing_behin
     assert all(afterwards.values()), afterwards
 
 
-def test_a_solve_in_a_graph_of_the_user_s_is_refused_before_anything_is_launched(apart):
+def test_a_solve_inside_a_capture_of_the_user_is_refused_before_any_launch(apart):
     said = apart(a_capture_of_the_user_s)["said"]
     assert len(said) == 5 and all("solve outside the graph" in why for why in said)
 

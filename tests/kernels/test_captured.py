@@ -1,7 +1,7 @@
-"""Captured solves as they are kept: what serves again, what is captured anew, and what is the host loop's, and why.
+"""The cache of captured solves: what is reused, what is captured again, and what runs on the host, with the reason.
 
-The recorder stands in for CUDA graphs (test_device_loop.py), so that `count`, how many were captured, is what is looked
-at: unit/cuda_graphs/test_fingerprint.py says that a change is seen.
+The fixture `eager` replaces CUDA graphs. The tests check `count`, the number of captures.
+unit/cuda_graphs/test_fingerprint.py tests that changes are noticed.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from node_cuda.status import InvalidInput, InvalidType, Unsupported
 
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 T = linspace(0.0, 1.0, 4)
-RELEASE = VectorField.release  # the fixture keeps func for Eager
+RELEASE = VectorField.release  # Eager needs func, so the fixture keeps it
 LOOSE = dict(rtol=1e-3, atol=1e-3)
 
 pytestmark = pytest.mark.usefixtures("eager")
@@ -57,7 +57,7 @@ def decay(t, y):
 
 
 def run(func, kept, y0=Y, t=T, options=None, **solver):
-    """A captured solve, whose outputs are those of the host loop to the bit."""
+    """Run a captured solve, and check that its outputs have the bits of the host loop."""
     given = {**LOOSE, **solver}
     device = solve(func, y0, t, options={**(options or {}), "cuda_graph": kept}, **given)
     host = solve(func, y0, t, options=options, **given)
@@ -66,7 +66,7 @@ def run(func, kept, y0=Y, t=T, options=None, **solver):
     return device
 
 
-# ------------------------------------------------------------------ what a key holds
+# ------------------------------------------------------------------ the contents of a key
 TWO = (Y, torch.ones(3, dtype=F64))
 KINDS = {
     "another shape": dict(y0=torch.ones(3, 2, dtype=F64)),
@@ -100,7 +100,7 @@ KINDS = {
 
 
 @torch.no_grad()
-def test_a_solve_of_another_kind_is_captured_anew_and_the_others_are_kept():
+def test_a_solve_of_another_kind_is_captured_and_the_other_graphs_are_kept():
     kept, func = GraphCache(), Scaled().eval()
     run(func, kept)
     for count, (name, kind) in enumerate(KINDS.items(), start=2):
@@ -124,7 +124,7 @@ def test_a_tuple_is_captured_by_the_sizes_of_its_parts():
 
 
 @torch.no_grad()
-def test_other_values_are_served_by_what_there_is():
+def test_a_captured_step_is_reused_for_other_values():
     kept, func = GraphCache(), Scaled().eval()
     rtol = torch.full((2,), 1e-3, dtype=F64)
     for change in (
@@ -142,13 +142,13 @@ def test_other_values_are_served_by_what_there_is():
     assert kept.count == 1
     assert torch.equal(rtol, torch.full((2,), 1e-3, dtype=F64)), "it is the user's"
     kept = GraphCache()
-    for t in (T, 2 * T, T + 1, T.flip(0).neg()):  # as many points
+    for t in (T, 2 * T, T + 1, T.flip(0).neg()):  # the same number of points
         run(func, kept, t=t, method="rk4")
     assert kept.count == 1
 
 
 @torch.no_grad()
-def test_what_torch_is_told_is_part_of_the_kind():
+def test_the_settings_of_torch_are_part_of_the_key():
     kept, func = GraphCache(), decay
     run(func, kept)
     with torch.autocast("cpu", torch.bfloat16):
@@ -163,9 +163,9 @@ def test_what_torch_is_told_is_part_of_the_kind():
     assert kept.count == 3
 
 
-# ------------------------------------------------------------------ what a func holds
+# ------------------------------------------------------------------ the contents of a func
 @torch.no_grad()
-def test_what_a_func_computes_with_is_captured_anew_where_it_must_be():
+def test_a_change_of_func_is_captured_again_only_if_it_must_be():
     kept, func = GraphCache(), Scaled().eval()
     for change, count in (
         (lambda: None, 1),
@@ -173,7 +173,7 @@ def test_what_a_func_computes_with_is_captured_anew_where_it_must_be():
         (lambda: func.load_state_dict({**func.state_dict(), "b": torch.full((2,), 3.0, dtype=F64)}), 1),
         (lambda: setattr(func, "scale", 0.5), 2),
         (lambda: func.train(), 3),
-        (lambda: func.eval(), 3),  # of the time before
+        (lambda: func.eval(), 3),  # from before
         (lambda: setattr(func, "w", nn.Parameter(func.w.detach().clone())), 4),
         (lambda: func.register_buffer("b", func.b.clone()), 5),
         (lambda: func.register_forward_hook(lambda module, given, out: 2 * out), 6),
@@ -201,7 +201,7 @@ def test_a_training_loop_captures_once():
 
 
 @torch.no_grad()
-def test_what_a_func_writes_at_each_evaluation_is_no_change():
+def test_a_tensor_that_func_writes_in_each_evaluation_does_not_count_as_a_change():
     class Logging(Counting):
         def __init__(self):
             super().__init__(decay)
@@ -219,7 +219,7 @@ def test_what_a_func_writes_at_each_evaluation_is_no_change():
 
 
 @torch.no_grad()
-def test_what_a_func_made_in_its_first_evaluation_is_looked_at():
+def test_attributes_made_in_the_first_evaluation_of_func_are_part_of_the_fingerprint():
     class Prepared(nn.Module):
         ready = None
 
@@ -244,7 +244,7 @@ def test_what_a_func_made_in_its_first_evaluation_is_looked_at():
 
 
 @torch.no_grad()
-def test_a_func_that_is_another_one_each_time_is_left_to_the_host_and_told_so():
+def test_a_func_that_is_new_in_each_solve_runs_on_the_host_with_a_warning():
     kept, func = GraphCache(), Scaled().eval()
     for i in range(PATIENCE + 1):
         func.scale = 1.0 + i
@@ -264,7 +264,7 @@ def test_a_func_that_is_another_one_each_time_is_left_to_the_host_and_told_so():
 
 
 @torch.no_grad()
-def test_a_field_that_cannot_be_looked_into_is_the_host_loop_s_and_says_why():
+def test_a_field_with_hidden_state_runs_on_the_host_with_a_reason():
     func, kept = Scaled(), GraphCache()
     func.table = list(range(2000))
     stats = run(func, kept).stats
@@ -275,7 +275,7 @@ def test_a_field_that_cannot_be_looked_into_is_the_host_loop_s_and_says_why():
 
 
 @torch.no_grad()
-def test_what_an_evaluation_makes_may_be_what_cannot_be_looked_into():
+def test_an_evaluation_may_create_the_hidden_state():
     class Once(Scaled):
         def forward(self, t, y):
             self.made = (x for x in [1.0])
@@ -288,7 +288,7 @@ def test_what_an_evaluation_makes_may_be_what_cannot_be_looked_into():
 
 
 @torch.no_grad()
-def test_no_more_are_kept_than_so_many_and_what_was_used_last_stays():
+def test_a_limited_number_of_graphs_is_kept_and_the_last_used_stay():
     kept = GraphCache()
     run(decay, kept)
     for n in range(2, MOST + 3):
@@ -305,7 +305,7 @@ def test_no_more_are_kept_than_so_many_and_what_was_used_last_stays():
 
 
 @torch.no_grad()
-def test_why_something_cannot_be_captured_is_kept_as_well(monkeypatch):
+def test_the_reason_why_a_solve_cannot_be_captured_is_also_kept(monkeypatch):
     tried = []
 
     class Failing(Eager):
@@ -322,7 +322,7 @@ def test_why_something_cannot_be_captured_is_kept_as_well(monkeypatch):
 
 
 @torch.no_grad()
-def test_an_error_of_func_while_it_is_captured_is_the_user_s_and_nothing_is_kept():
+def test_an_error_of_func_during_a_capture_reaches_the_user_and_nothing_is_kept():
     kept, func = GraphCache(), Scaled().eval()
     func.scale = None
     with pytest.raises(TypeError):
@@ -332,7 +332,7 @@ def test_an_error_of_func_while_it_is_captured_is_the_user_s_and_nothing_is_kept
     assert run(func, kept).stats.loop == "eager"
 
 
-# ------------------------------------------------------------------ who keeps them
+# ------------------------------------------------------------------ the owner of the graphs
 class Bound:
     scale = 1.0
 
@@ -344,7 +344,7 @@ class Bound:
 
 
 @torch.no_grad()
-def test_a_flag_keeps_them_with_the_function_the_module_or_the_method_s_object():
+def test_the_option_keeps_graphs_with_the_function_module_or_object():
     def func(t, y):
         return -y
 
@@ -361,7 +361,7 @@ def test_a_flag_keeps_them_with_the_function_the_module_or_the_method_s_object()
 @pytest.mark.filterwarnings("ignore:Solver 'euler' does not support callbacks")
 @pytest.mark.parametrize("method", ["dopri5", "euler"])
 @torch.no_grad()
-def test_they_hold_nothing_of_the_function_that_they_are_of_and_go_with_it(monkeypatch, method):
+def test_graphs_do_not_keep_their_function_alive_and_are_freed_with_it(monkeypatch, method):
     """A graph needs no Python."""
 
     class Once(Eager):
@@ -375,7 +375,7 @@ def test_they_hold_nothing_of_the_function_that_they_are_of_and_go_with_it(monke
     monkeypatch.setattr(VectorField, "release", RELEASE)
 
     class Called(Scaled):
-        if method == "euler":  # which does not call it
+        if method == "euler":  # euler does not call it
 
             def callback_accept_step(self, t0, y0, dt):
                 raise AssertionError("was called")
@@ -387,14 +387,14 @@ def test_they_hold_nothing_of_the_function_that_they_are_of_and_go_with_it(monke
     solve(func, Y, T, method=method, options=dict(cuda_graph=kept, throw=False))
     gone = [weakref.ref(x) for x in (func, func.w, graphs_of(func))]
     del func
-    for _ in range(2):  # the first makes the way free for the second
+    for _ in range(2):  # the first run creates the memory that the second one reuses
         gc.collect()
     assert [x() for x in gone] == [None] * 3
     assert kept.count == 1
 
 
 @torch.no_grad()
-def test_compile_keeps_its_own():
+def test_compile_keeps_separate_graphs():
     func = Scaled().eval()
     solver = node_cuda.compile(func, method="bosh3", options=dict(max_step=0.5), **LOOSE)
     for y0 in (Y, 2 * Y):
@@ -409,7 +409,7 @@ def test_compile_keeps_its_own():
         node_cuda.compile(func, tier="best")
 
 
-def test_options_that_the_user_gave_are_left_as_they_are():
+def test_the_options_of_the_user_are_not_changed():
     options = dict(cuda_graph=True, max_step=0.5)
     net = NeuralODE(Scaled(), options=options, **LOOSE)
     with torch.no_grad():
@@ -421,7 +421,7 @@ def test_options_that_the_user_gave_are_left_as_they_are():
 
 @pytest.mark.parametrize("throw", [True, "deferred"])
 @pytest.mark.parametrize("way", ["deepcopy", "pickle"])
-def test_a_copy_of_a_layer_has_graphs_of_its_own(way, throw):
+def test_a_copy_of_a_layer_has_separate_graphs(way, throw):
     net = NeuralODE(Scaled().eval(), options=dict(cuda_graph=True, throw=throw), **LOOSE)
     with torch.no_grad():
         expected = net(Y, T)
@@ -437,7 +437,7 @@ def test_a_copy_of_a_layer_has_graphs_of_its_own(way, throw):
 
 
 @torch.no_grad()
-def test_two_layers_over_one_func_do_not_share():
+def test_two_layers_with_the_same_func_do_not_share_graphs():
     func = Scaled().eval()
     first, second = (NeuralODE(func, options=dict(cuda_graph=True), **LOOSE) for _ in range(2))
     first(Y, T)
@@ -445,7 +445,7 @@ def test_two_layers_over_one_func_do_not_share():
 
 
 # ------------------------------------------------------------------ modes of torch
-def test_what_was_captured_in_inference_mode_serves_outside_of_it():
+def test_graphs_captured_in_inference_mode_are_reused_outside_of_it():
     kept, func = GraphCache(), Scaled().eval().requires_grad_(False)
     rtol = torch.full((2,), 1e-3, dtype=F64)
     for mode in (torch.inference_mode, torch.no_grad, torch.inference_mode, torch.enable_grad):
@@ -456,7 +456,7 @@ def test_what_was_captured_in_inference_mode_serves_outside_of_it():
 
 
 @torch.no_grad()
-def test_weights_that_torch_keeps_from_one_evaluation_to_the_next_are_not_captured():
+def test_weights_cached_by_torch_between_evaluations_are_not_captured():
     kept, func = GraphCache(), Scaled().eval()
     parametrize.register_parametrization(func, "w", nn.Softplus())
     with parametrize.cached():
@@ -466,7 +466,7 @@ def test_weights_that_torch_keeps_from_one_evaluation_to_the_next_are_not_captur
 
 
 @torch.no_grad()
-def test_a_field_that_differentiates_by_itself_is_captured():
+def test_a_field_that_computes_derivatives_is_captured():
     def hamiltonian(t, y):
         with torch.enable_grad():
             y = y.detach().requires_grad_()
@@ -477,7 +477,7 @@ def test_a_field_that_differentiates_by_itself_is_captured():
 
 
 # ------------------------------------------------------------------ deferred
-def test_deferred_reads_nothing_until_it_is_asked():
+def test_a_deferred_solve_reads_nothing_before_check():
     net = NeuralODE(Scaled().eval(), options=dict(cuda_graph=True, throw="deferred"), **LOOSE)
     with torch.no_grad():
         solution = solve(net.func, Y, T, options=net.solver["options"], **LOOSE)
@@ -490,11 +490,11 @@ def test_deferred_reads_nothing_until_it_is_asked():
     for name in ("accepted", "rejected", "nfe"):
         assert getattr(solution.stats, name) == getattr(expected.stats, name)
     reads = solution.stats.host_reads
-    assert solution.check().stats.host_reads == reads, "nothing is left to look at"
+    assert solution.check().stats.host_reads == reads, "nothing is left to read"
 
 
 @torch.no_grad()
-def test_each_of_several_deferred_solves_tells_of_its_own_end():
+def test_each_of_several_deferred_solves_has_the_right_status():
     def func(t, y):
         return y * y
 
@@ -517,7 +517,7 @@ def test_each_of_several_deferred_solves_tells_of_its_own_end():
 
 
 @torch.no_grad()
-def test_a_deferred_solve_that_the_host_does_has_ended():
+def test_a_deferred_solve_that_runs_on_the_host_has_ended():
     solution = solve(decay, Y, T, method="implicit_adams", options=dict(cuda_graph=True, throw="deferred"), **LOOSE)
     assert (solution.status, solution.stats.loop) == (Status.SUCCESS, "host")
     assert solution.check() is solution
@@ -529,8 +529,8 @@ def test_a_deferred_solve_that_the_host_does_has_ended():
         failed.check()
 
 
-# ------------------------------------------------------------------ sentences
-def test_a_solve_inside_a_graph_of_the_user_s_is_refused_before_func_is_evaluated(monkeypatch):
+# ------------------------------------------------------------------ reasons and messages
+def test_a_solve_inside_a_capture_of_the_user_is_refused_before_func_is_evaluated(monkeypatch):
     func, y0 = Counting(Scaled()), Y.clone().requires_grad_()
     outside = solve(func, y0, T, gradient="adjoint", **LOOSE)
     before = func.nfe
@@ -551,16 +551,14 @@ def test_a_solve_inside_a_graph_of_the_user_s_is_refused_before_func_is_evaluate
 
 def test_deferred_without_cuda_graph_is_refused():
     for options in (dict(throw="deferred"), dict(throw="deferred", cuda_graph=False)):
-        with pytest.raises(
-            InvalidInput, match=r'"deferred" is for solves that the host does not follow.*cuda_graph=True'
-        ):
+        with pytest.raises(InvalidInput, match=r'"deferred" is only for solves in a CUDA graph.*cuda_graph=True'):
             solve(decay, Y, T, options=options)
     with pytest.raises(InvalidInput, match="must be True, False or \"deferred\"; got 'later'"):
         solve(decay, Y, T, options=dict(throw="later", cuda_graph=True))
 
 
 @pytest.mark.parametrize("given", [1, "while", np.bool_(True), [GraphCache]])
-def test_a_flag_that_is_none_is_refused(given):
+def test_an_invalid_value_of_cuda_graph_is_refused(given):
     with pytest.raises(
         InvalidType,
         match=r'options\["cuda_graph"\] must be True, False, or a `node_cuda.cuda_graphs.cache.GraphCache`.*got',
@@ -593,14 +591,14 @@ HOST = {
 
 @pytest.mark.parametrize("case", HOST)
 @torch.no_grad()
-def test_what_cannot_be_captured_is_the_host_s_and_the_reason_is_told(case):
+def test_a_solve_that_cannot_be_captured_runs_on_the_host_with_a_reason(case):
     given, why = HOST[case]
     stats = run(decay, GraphCache(), **given).stats
     assert stats.loop == "host" and why in stats.why
 
 
 @torch.no_grad()
-def test_an_event_is_looked_for_by_the_host():
+def test_a_solve_with_an_event_runs_on_the_host():
     found = {}
     for options in ({}, dict(cuda_graph=True)):
         solution = solve(decay, Y, T[:2], event_fn=lambda t, y: t - 0.25, options=options, **LOOSE)
@@ -610,13 +608,13 @@ def test_an_event_is_looked_for_by_the_host():
 
 
 @torch.no_grad()
-def test_a_solution_as_a_function_is_the_host_s():
+def test_dense_output_runs_on_the_host():
     found = [odeint_dense(decay, Y, 0.0, 1.0, options=options) for options in ({}, dict(cuda_graph=True))]
     assert torch.equal(found[0](0.3), found[1](0.3))
     assert found[0].stats.why is None and "kept by the host" in found[1].stats.why
 
 
-def test_what_autograd_records_is_the_host_s_and_its_gradients_are_right():
+def test_a_solve_that_autograd_records_runs_on_the_host_with_right_gradients():
     func, found = TimedLinear(), []
     for options in ({}, dict(cuda_graph=True)):
         y0 = Y.clone().requires_grad_()
@@ -629,7 +627,7 @@ def test_what_autograd_records_is_the_host_s_and_its_gradients_are_right():
 
 
 @torch.no_grad()
-def test_an_integral_beside_is_captured_once():
+def test_a_solve_with_an_integral_is_captured_once():
     for func in (Scaled().eval(), decay):
         kept, found = GraphCache(), []
         for options in ({}, dict(cuda_graph=kept), dict(cuda_graph=kept)):
@@ -641,14 +639,14 @@ def test_an_integral_beside_is_captured_once():
 
 
 @torch.no_grad()
-def test_without_kernels_it_is_the_host_s():
+def test_without_kernels_the_host_solves():
     with node_cuda.backend("reference"):
         stats = run(decay, GraphCache()).stats
     assert (stats.loop, stats.why) == ("host", 'the backend is "reference"')
 
 
 @torch.no_grad()
-def test_on_a_cpu_it_is_the_host_s_and_the_reason_is_told(monkeypatch):
+def test_on_a_cpu_the_host_solves_with_a_reason(monkeypatch):
     monkeypatch.setattr(backend, "_has_kernels", lambda device: False)
     stats = run(decay, GraphCache()).stats
     assert stats.loop == "host" and "the state is on cpu, and the kernels run on CUDA devices" in stats.why
@@ -681,7 +679,7 @@ class Tied(Weighted):
 
 
 class Recurrent(Weighted):
-    """nn.GRU keeps its parameters in a list as well."""
+    """nn.GRU keeps its parameters also in a list."""
 
     def __init__(self):
         super().__init__()
@@ -692,7 +690,7 @@ class Recurrent(Weighted):
 
 
 class Hoarding(Weighted):
-    """Keeps its parameter in a list as well."""
+    """Keeps its parameter also in a list."""
 
     def __init__(self):
         super().__init__()
@@ -718,7 +716,7 @@ def by_its_method():
     return func.rate, tuple(func.parameters())
 
 
-# What solves, and what is differentiated by; False: func finds its parameters where they cannot be replaced.
+# The solver, and the variables of differentiation. False: func keeps its parameters where they cannot be replaced.
 LEAVES = {
     "a module": (lambda: (Weighted(), None), True),
     "tied and frozen": (lambda: (Tied(), None), True),
@@ -733,7 +731,8 @@ LEAVES = {
 
 @pytest.fixture
 def seen(monkeypatch):
-    """Of each vjp, whether it went through the node that a parameter has in the user's graph. params: these."""
+    """Yield a list with one entry for each vjp: did it use the node of a parameter in the user's graph? params:
+    these."""
     found, real = SimpleNamespace(params=(), nodes=[]), torch.autograd.grad
 
     def spy(outputs, *args, **more):
@@ -752,8 +751,8 @@ def seen(monkeypatch):
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
 @pytest.mark.parametrize("case", LEAVES)
-def test_a_captured_backward_pass_goes_through_no_leaf_of_the_user_s_graph(case, gradient, seen, monkeypatch):
-    """Which would have the stream of that graph wait for the capture."""
+def test_a_captured_backward_pass_uses_no_leaf_of_the_users_graph(case, gradient, seen, monkeypatch):
+    """With such a leaf the stream of that graph would wait for the capture."""
     make, replaceable = LEAVES[case]
     func, named = make()
     wanted = [p for p in (named or func.parameters()) if p.requires_grad]
@@ -775,12 +774,12 @@ def test_a_captured_backward_pass_goes_through_no_leaf_of_the_user_s_graph(case,
             assert (stats.loop_backward, stats.why_backward) == ("eager", None)
         else:
             assert stats.loop_backward == "host" and "as a parameter of an nn.Module" in stats.why_backward
-        for a, b in zip(found, expected, strict=True):  # some roundings
+        for a, b in zip(found, expected, strict=True):  # a few rounding errors
             torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
-def test_a_captured_backward_pass_computes_with_what_an_optimizer_wrote(gradient):
+def test_a_captured_backward_pass_uses_the_values_that_an_optimizer_wrote(gradient):
     func, kept = Weighted(), GraphCache()
     net = NeuralODE(func, gradient=gradient, options=dict(cuda_graph=kept), **LOOSE)
     found = []

@@ -1,4 +1,4 @@
-"""The device loop's state machine through the shim: whole solves against the host loop with the same kernels."""
+"""The device loop through the shim: whole solves, compared with the host loop by the same kernels."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def both(func, y0, t, method, options=None, **more):
 @pytest.mark.parametrize("case", CASES)
 @pytest.mark.parametrize("method", [m for m, x in TABLEAUS.items() if x.adaptive])
 @torch.no_grad()
-def test_the_device_loop_takes_the_steps_of_the_host_loop_to_the_bit(eager, method, case):
+def test_the_device_loop_has_the_bits_of_the_host_loop(eager, method, case):
     given = {"t": linspace(0.0, 1.0, 7), **CASES[case]}
     host, device = both(TimedLinear(), Y, given["t"], method, given.get("options"), rtol=1e-4, atol=1e-4)
     assert (device.stats.loop, device.stats.why) == ("eager", None)
@@ -53,7 +53,7 @@ def test_the_device_loop_takes_the_steps_of_the_host_loop_to_the_bit(eager, meth
 )
 @pytest.mark.parametrize("method", [m for m, x in TABLEAUS.items() if not x.adaptive])
 @torch.no_grad()
-def test_fixed_grids_too(eager, method, options):
+def test_the_device_loop_on_a_fixed_grid_has_the_bits_of_the_host_loop(eager, method, options):
     host, device = both(TimedLinear(), Y, linspace(0.0, 1.0, 7), method, options)
     assert device.stats.loop == "eager"
     assert torch.equal(device.ys, host.ys)
@@ -70,7 +70,7 @@ BACKWARDS = {
 
 @pytest.mark.parametrize("outputs", [2, 5])
 @pytest.mark.parametrize("method", BACKWARDS)
-def test_the_adjoint_solves_backwards_by_the_device_to_the_bit(eager, method, outputs):
+def test_the_backward_solve_of_the_adjoint_on_the_device_has_the_bits_of_the_host_loop(eager, method, outputs):
     func, found, stats = MLP(), [], []
     options = BACKWARDS[method]
     for flag in (False, True):
@@ -83,11 +83,11 @@ def test_the_adjoint_solves_backwards_by_the_device_to_the_bit(eager, method, ou
         stats.append(s.stats)
     assert [s.loop_backward for s in stats] == ["host", "eager"], stats[1].why_backward
     assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
-    if method in ("dopri5", "adaptive_heun"):  # elsewhere f is evaluated beyond jumps, and for dL/dt
+    if method in ("dopri5", "adaptive_heun"):  # the other methods also evaluate f after discontinuities, and for dL/dt
         assert stats[0].nfe_backward == stats[1].nfe_backward
 
 
-def test_what_was_captured_for_the_backward_solve_serves_other_times(eager):
+def test_the_captured_backward_solve_is_reused_for_other_times(eager):
     func, kept = TimedLinear(), graphs.GraphCache()
     for start, end in ((0.0, 1.0), (0.3, 1.1)):
         found = []
@@ -99,7 +99,7 @@ def test_what_was_captured_for_the_backward_solve_serves_other_times(eager):
     assert kept.count == 2
 
 
-def test_options_of_the_backward_solve_alone_leave_who_repeats_the_steps_as_it_is(eager):
+def test_options_of_the_backward_solve_do_not_change_where_the_forward_loop_runs(eager):
     func, y0 = MLP(), Y.clone().requires_grad_()
     s = solve(
         func, y0, linspace(0.0, 1.0, 3), gradient="adjoint", options=dict(cuda_graph=True),
@@ -110,7 +110,7 @@ def test_options_of_the_backward_solve_alone_leave_who_repeats_the_steps_as_it_i
 
 
 @pytest.mark.parametrize("deferred", [False, True])
-def test_a_backward_solve_that_fails_says_so_when_it_is_looked_at(eager, deferred):
+def test_check_raises_the_failure_of_a_backward_solve(eager, deferred):
     func, y0 = MLP(), Y.clone().requires_grad_()
     options = dict(cuda_graph=True, throw="deferred") if deferred else dict(cuda_graph=True)
     s = solve(
@@ -126,7 +126,7 @@ def test_a_backward_solve_that_fails_says_so_when_it_is_looked_at(eager, deferre
         s.check()
 
 
-def test_gradients_of_a_solve_are_not_written_by_the_next_one(eager):
+def test_the_next_solve_does_not_overwrite_gradients(eager):
     kept, func = graphs.GraphCache(), MLP()
     found = []
     for scale in (1.0, 2.0):
@@ -139,10 +139,10 @@ def test_gradients_of_a_solve_are_not_written_by_the_next_one(eager):
     assert not torch.equal(found[0][0][0], found[1][0][0])
 
 
-def test_threads_take_turns_in_the_memory_of_a_captured_solve(eager):
+def test_threads_use_the_memory_of_a_captured_solve_one_after_another(eager):
     class Slow(MLP):
         def forward(self, t, y):
-            time.sleep(1e-4)  # another thread's turn
+            time.sleep(1e-4)  # lets another thread run
             return super().forward(t, y)
 
     func, kept, scales = Slow(), graphs.GraphCache(), (1.0, 0.5, 2.0)
@@ -165,7 +165,7 @@ def test_threads_take_turns_in_the_memory_of_a_captured_solve(eager):
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
-def test_a_field_under_a_transform_is_the_hosts(eager, gradient):
+def test_a_field_under_a_transform_runs_on_the_host(eager, gradient):
     func, found = MLP(), []
     weights = {name: p.detach() for name, p in func.named_parameters()}
     for flag in (False, True):
@@ -181,7 +181,7 @@ def test_a_field_under_a_transform_is_the_hosts(eager, gradient):
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
-def test_a_deferred_solve_that_nobody_looks_at_keeps_nothing_alive(eager, gradient):
+def test_a_deferred_solve_without_a_check_keeps_no_memory(eager, gradient):
     options = dict(cuda_graph=True, throw="deferred")
     y0 = 2.0 * Y.clone().requires_grad_()
     s = solve(MLP(), y0, linspace(0.0, 1.0, 3), gradient=gradient, rtol=1e-3, atol=1e-3, options=options)
@@ -198,7 +198,7 @@ def test_a_deferred_solve_that_nobody_looks_at_keeps_nothing_alive(eager, gradie
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
-def test_captured_loops_do_not_keep_what_keeps_them(eager, gradient):
+def test_captured_loops_do_not_keep_their_owner_alive(eager, gradient):
     kept, y0 = graphs.GraphCache(), Y.clone().requires_grad_()
     solve(
         MLP(), y0, linspace(0.0, 1.0, 3), gradient=gradient, rtol=1e-3, atol=1e-3, options=dict(cuda_graph=kept)
@@ -215,7 +215,8 @@ def test_captured_loops_do_not_keep_what_keeps_them(eager, gradient):
 
 # ------------------------------------------------------------------ problems, states, outputs and options of all kinds
 def agree(func, y0, t, options=None, **solver):
-    """Both loops, the device's having the host's bits, steps, evaluations and end; (host's, device's)."""
+    """Run both loops, and check that the device has the bits, steps, evaluations and status of the host. Returns
+    both."""
     host, device = both(func, y0, t, solver.pop("method", "dopri5"), options, **solver)
     assert (device.stats.loop, device.stats.why) == ("eager", None)
     for ours, theirs in zip(as_tuple(device.ys), as_tuple(host.ys), strict=True):
@@ -316,7 +317,8 @@ def test_solves_of_all_kinds_have_the_bits_of_the_host_loop(eager, case):
     assert all(bool(part.isfinite().all()) for part in as_tuple(device.ys))
     if case == "rejections":
         assert host.stats.rejected > 0
-    # Each attempt of the device has what the host evaluates where it must: stages to interpolate, a jump's other side.
+    # Each attempt of the device includes evaluations that the host makes only where needed: stages for interpolation,
+    # and the other side of a discontinuity.
     more = case == "accurate" or "cubic" in str(given) or "jump_t" in given.get("options", {})
     assert device.stats.nfe >= host.stats.nfe if more else device.stats.nfe == host.stats.nfe
     assert device.check() is device
@@ -327,8 +329,9 @@ def test_solves_of_all_kinds_have_the_bits_of_the_host_loop(eager, case):
     [("dopri5", {}), ("dopri8", dict(dense="accurate")), ("bosh3", {}), ("rk4", dict(interp="cubic")), ("euler", {})],
 )
 @torch.no_grad()
-def test_the_evaluations_are_those_of_the_beginning_and_of_each_attempt(eager, method, options):
-    """The host does not evaluate what interpolation needs in a step without outputs; the device does it in each."""
+def test_the_number_of_evaluations_is_that_of_the_start_plus_that_of_each_attempt(eager, method, options):
+    """In a step without outputs the host skips the evaluations for interpolation. The device makes them in each
+    step."""
     func = Counting(turn)
     given = dict(rtol=1e-4, atol=1e-4, method=method, options={**options, "cuda_graph": graphs.GraphCache()})
     solve(func, Y, linspace(0.0, 1.0, 4), **given)
@@ -347,12 +350,12 @@ def blow_up(t, y):
 
 
 def noise(t, y):
-    """No step is small enough for it, from t = 1.6 on."""
+    """No step is small enough for this field after t = 1.6."""
     return torch.where(t > 1.6, 1e30 * torch.cos(1e25 * t), 1.0) * y
 
 
 NAN = torch.full((2,), math.nan, dtype=F64)
-END = linspace(1.0, 3.0, 5)  # from 0 a step can shrink for long
+END = linspace(1.0, 3.0, 5)  # steps from 0 can shrink for a long time
 QUICKLY = dict(dfactor=0.01)  # steps shrink
 FAILURES = {
     "too many steps": (decay, Y, END, dict(max_num_steps=2, **EIGHTHS)),
@@ -370,7 +373,7 @@ FAILURES = {
 
 
 def message(call):
-    """(type, status, time, the sentence without its statistics, those) of the error that it raises."""
+    """Return (type, status, time, the sentence without its statistics, the statistics) of the error that is raised."""
     with pytest.raises((SolveError, InvalidInput)) as failure:
         call()
     error = failure.value
@@ -383,7 +386,7 @@ def message(call):
 
 @pytest.mark.parametrize("case", FAILURES)
 @torch.no_grad()
-def test_a_failure_is_told_in_the_words_of_the_host_loop(eager, case):
+def test_a_failure_has_the_message_of_the_host_loop(eager, case):
     func, y0, t, options = FAILURES[case]
     kept = graphs.GraphCache()
 
@@ -395,7 +398,7 @@ def test_a_failure_is_told_in_the_words_of_the_host_loop(eager, case):
     pending = run(throw="deferred", cuda_graph=kept)
     assert pending.status is Status.PENDING and bool(pending.ys[-1].isnan().all())
     looked_at = message(pending.check)
-    if "holds NaN" in expected[3]:  # y0 and its slope may be others by now
+    if "holds NaN" in expected[3]:  # y0 and its slope may have other values by now
         assert looked_at[:3] == expected[:3] and "y0 or func(t0, y0) is not finite" in looked_at[3]
     else:
         assert looked_at == expected
@@ -407,7 +410,7 @@ def test_a_failure_is_told_in_the_words_of_the_host_loop(eager, case):
 
 @pytest.mark.parametrize("case", ["too many steps since an output", "NaN on the way, with a smallest step"])
 @torch.no_grad()
-def test_a_partial_solution_ends_where_that_of_the_host_loop_ends(eager, case):
+def test_a_partial_solution_ends_at_the_same_time_as_on_the_host(eager, case):
     func, y0, t, options = FAILURES[case]
     host, device = agree(func, y0, t, dict(options, throw=False), rtol=1e-2, atol=1e-2)
     assert device.stats.nfe == host.stats.nfe
@@ -417,7 +420,7 @@ def test_a_partial_solution_ends_where_that_of_the_host_loop_ends(eager, case):
 
 @pytest.mark.parametrize("throw", [True, False])
 @torch.no_grad()
-def test_tolerances_that_are_too_small_are_the_caller_s_mistake_here_too(eager, throw):
+def test_tolerances_that_are_too_small_raise_the_same_error_as_on_the_host(eager, throw):
     zero = torch.zeros(2, dtype=F64)
     host, device = (
         message(lambda o=options: solve(decay, zero, END, rtol=1e-3, atol=0.0, options=dict(o, throw=throw)))
@@ -430,24 +433,24 @@ def test_tolerances_that_are_too_small_are_the_caller_s_mistake_here_too(eager, 
 
 @pytest.mark.parametrize("deferred", [False, True])
 @torch.no_grad()
-def test_a_grid_that_meets_nan_raises_nothing_before_check(eager, deferred):
+def test_a_grid_with_nan_raises_only_in_check(eager, deferred):
     host, device = (
         solve(blow_up, Y, END, method="rk4", options=options)
         for options in ({}, dict(cuda_graph=True, throw="deferred" if deferred else True))
     )
     assert host.status is Status.NON_FINITE and device.status is (Status.PENDING if deferred else host.status)
     assert torch.equal(device.ys.isnan(), host.ys.isnan())
-    device.ys.zero_()  # the user's own by now
+    device.ys.zero_()  # the user may write into it by now
     if not deferred:
         device.ys.copy_(host.ys)
     assert message(device.check) == message(host.check)
     assert device.status is Status.NON_FINITE
 
 
-# ------------------------------------------------------------------ whose memory is whose
+# ------------------------------------------------------------------ the owner of memory
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @torch.no_grad()
-def test_solutions_and_states_are_the_user_s_own(eager, method):
+def test_no_later_solve_overwrites_a_solution_or_a_state(eager, method):
     kept, y0, t = graphs.GraphCache(), Y.clone(), linspace(0.0, 1.0, 4)
 
     def run(y0, **more):

@@ -1,4 +1,4 @@
-"""The discrete adjoint through the shim: what the device records on its way forwards, and the walk back over it."""
+"""The discrete adjoint through the shim: the steps that the device records, and the reverse pass over them."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ DISCRETE = {
 
 
 def discrete(func, flag, *, outputs=5, method="dopri5", options=None, checkpoints=None, timed=False, tol=1e-4):
-    """Gradients of a weighted sum of the outputs, and what they cost."""
+    """Return the gradients of a weighted sum of the outputs, and the statistics."""
     y0, t = Y.clone().requires_grad_(), linspace(0.0, 1.0, outputs).requires_grad_(timed)
     s = solve(
         func,
@@ -46,14 +46,14 @@ def discrete(func, flag, *, outputs=5, method="dopri5", options=None, checkpoint
 
 
 def close(found, expected):
-    """Sums in another order: some hundred roundings of float64."""
+    """Compare sums that are rounded in another order: a few hundred rounding errors of float64."""
     for a, b in zip(found, expected, strict=True):
         torch.testing.assert_close(a, b, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("outputs", [2, 9])
 @pytest.mark.parametrize("method", DISCRETE)
-def test_the_discrete_adjoint_takes_its_steps_back_by_the_device(eager, method, outputs):
+def test_the_discrete_adjoint_reverses_its_steps_on_the_device(eager, method, outputs):
     func = TimedLinear()
     (expected, host), (found, device) = (
         discrete(func, flag, method=method, outputs=outputs, options=DISCRETE[method]) for flag in (False, True)
@@ -65,14 +65,14 @@ def test_the_discrete_adjoint_takes_its_steps_back_by_the_device(eager, method, 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @pytest.mark.parametrize("most", ["auto", 5])
-def test_a_solve_with_more_steps_than_states_that_may_be_kept_is_the_host_s(eager, most, method, monkeypatch):
+def test_a_solve_with_more_steps_than_checkpoints_runs_on_the_host(eager, most, method, monkeypatch):
     for module in (recording, by_the_host):
         monkeypatch.setattr(module, "slots_for", lambda *_: 5)
     func, kept = TimedLinear(), graphs.GraphCache()
     given = dict(method=method, checkpoints=most)
     options = dict(max_step=0.07) if method == "dopri5" else dict(step_size=0.07)
     expected, host = discrete(func, False, **given, options=options)
-    known = method == "rk4"  # the number of steps, before
+    known = method == "rk4"  # the number of steps is known in advance
     for again in (known, True, True):
         found, stats = discrete(func, kept, **given, options=options)
         assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
@@ -90,7 +90,7 @@ def test_a_solve_with_more_steps_than_states_that_may_be_kept_is_the_host_s(eage
     assert 1 < stats.peak_checkpoints == stats.accepted <= 5
 
 
-def test_where_the_device_does_not_repeat_steps_the_host_launches_as_many_as_there_were(eager):
+def test_without_a_loop_on_the_device_the_host_launches_one_graph_for_each_step(eager):
     func = TimedLinear()
     expected, _ = discrete(func, False)
     found, stats = discrete(func, graphs.GraphCache("batches"))
@@ -98,13 +98,15 @@ def test_where_the_device_does_not_repeat_steps_the_host_launches_as_many_as_the
     close(found, expected)
 
 
-def test_dL_dt_of_the_flow_is_that_of_the_host(eager):
+def test_dL_dt_of_the_flow_agrees_with_the_host(eager):
     func = TimedLinear()
     close(discrete(func, True, timed=True)[0], discrete(func, False, timed=True)[0])
 
 
 @pytest.mark.parametrize("checkpoints", [None, 60])
-def test_a_solve_with_more_steps_than_there_was_room_for_is_taken_again_and_makes_room(eager, checkpoints, monkeypatch):
+def test_a_solve_with_more_steps_than_the_record_holds_is_repeated_with_a_larger_record(
+    eager, checkpoints, monkeypatch
+):
     monkeypatch.setattr(recording, "_first_room", lambda problem: 8)
     func, kept = TimedLinear(), graphs.GraphCache()
     options = dict(max_step=0.05)
@@ -117,7 +119,7 @@ def test_a_solve_with_more_steps_than_there_was_room_for_is_taken_again_and_make
     close(second, expected)
 
 
-def test_room_by_the_free_memory_is_measured_once(eager, monkeypatch):
+def test_the_size_of_the_record_is_derived_from_the_free_memory_once(eager, monkeypatch):
     free = iter((40, 39, 38))
     monkeypatch.setattr(recording, "slots_for", lambda *_: next(free))
     func, kept = TimedLinear(), graphs.GraphCache()
@@ -127,7 +129,7 @@ def test_room_by_the_free_memory_is_measured_once(eager, monkeypatch):
     assert kept.count == 2, "one forwards and one backwards"
 
 
-def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
+def test_two_solves_by_one_capture_keep_separate_records(eager):
     func, kept = TimedLinear(), graphs.GraphCache()
     given = dict(gradient="discrete", rtol=1e-4, atol=1e-4)
     starts = [(scale * Y).requires_grad_() for scale in (1.0, 0.5, 2.0)]
@@ -147,7 +149,7 @@ def test_two_solves_by_one_capture_keep_what_their_gradients_need(eager):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_a_walk_that_was_captured_serves_outputs_at_other_times(eager, method):
+def test_a_captured_reverse_pass_is_reused_for_outputs_at_other_times(eager, method):
     func, kept, found = MLP(), graphs.GraphCache(), ([], [])
     for end in (1.0, 0.1, 4.0, 1.0):
         for flag, gradients in zip((False, kept), found, strict=True):
@@ -161,7 +163,7 @@ def test_a_walk_that_was_captured_serves_outputs_at_other_times(eager, method):
     close(*found)
 
 
-def test_a_field_that_depends_on_nothing_has_gradients_of_zero(eager):
+def test_a_constant_field_has_gradients_of_zero(eager):
     class Constant(MLP):
         def forward(self, t, y):
             return torch.ones_like(y)
@@ -171,21 +173,21 @@ def test_a_field_that_depends_on_nothing_has_gradients_of_zero(eager):
     close(found, expected)
 
 
-def test_a_state_without_elements_is_the_hosts(eager):
+def test_a_state_without_elements_runs_on_the_host(eager):
     y0 = Y.new_empty(0, 2).requires_grad_()
     s = solve(MLP(), y0, linspace(0.0, 1.0, 3), method="rk4", gradient="discrete", options=dict(cuda_graph=True))
     s.ys.sum().backward()
     assert (s.ys.shape, s.stats.why, y0.grad.shape) == ((3, 0, 2), "there is nothing to solve", (0, 2))
 
 
-def test_a_second_backward_pass_finds_what_the_first_one_used(eager):
+def test_a_second_backward_pass_uses_the_record_of_the_first_one(eager):
     func, y0 = MLP(), Y.clone().requires_grad_()
     s = solve(func, y0, linspace(0.0, 1.0, 4), gradient="discrete", options=dict(cuda_graph=True))
     first, second = (torch.autograd.grad(s.ys.sum(), [y0, *func.parameters()], retain_graph=True) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
 
 
-def test_a_backward_pass_that_cannot_be_captured_is_the_hosts_over_what_the_device_recorded(eager, monkeypatch):
+def test_a_backward_pass_that_cannot_be_captured_runs_on_the_host_over_the_record_of_the_device(eager, monkeypatch):
     func, options = TimedLinear(), dict(max_step=0.1, jump_t=[0.4])
     expected, host = discrete(func, False, options=options)
 
@@ -199,7 +201,7 @@ def test_a_backward_pass_that_cannot_be_captured_is_the_hosts_over_what_the_devi
     close(found, expected)
 
 
-def test_a_deferred_discrete_gradient_is_known_when_it_is_looked_at(eager, monkeypatch):
+def test_check_completes_a_deferred_discrete_gradient(eager, monkeypatch):
     func, y0, kept = MLP(), Y.clone().requires_grad_(), graphs.GraphCache()
     given = dict(gradient="discrete", rtol=1e-6)
     host = solve(func, y0, linspace(0.0, 1.0, 4), **given)
@@ -228,7 +230,7 @@ def test_a_deferred_discrete_gradient_is_known_when_it_is_looked_at(eager, monke
         ("fixed grid", dict(method="rk4", timed=True)),
     ],
 )
-def test_a_discrete_gradient_that_is_the_hosts_says_why(eager, why, given):
+def test_a_discrete_gradient_on_the_host_has_a_reason(eager, why, given):
     func = TimedLinear()
     found, stats = discrete(func, True, **given)
     assert stats.loop == "host" and why in stats.why
@@ -258,7 +260,7 @@ class Switched(torch.nn.Module):
 
 
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
-def test_a_parameter_that_the_captured_backward_pass_does_not_reach_is_told_of(eager, gradient):
+def test_a_parameter_that_the_captured_backward_pass_does_not_reach_is_reported(eager, gradient):
     func, y0 = Switched(), Y.clone().requires_grad_()
     s = solve(func, y0, linspace(0.0, 1.0, 3), gradient=gradient, options=dict(cuda_graph=True))
     func.uses_w = False

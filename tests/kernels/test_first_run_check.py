@@ -1,6 +1,6 @@
-"""The first captured solve of a process, and its first captured gradients, are compared with the host loop's.
+"""The first captured solve of a process, and its first captured gradients, are compared with the host loop.
 
-Recorders that are broken stand in for a driver or a toolkit that captures wrongly.
+Broken captures stand for a driver or a toolkit that captures wrongly.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ WAS_NOT = "was not that of the host loop"
 
 @pytest.fixture
 def first(eager, monkeypatch):
-    """Nothing was compared yet. The list has what the comparisons found."""
+    """Reset the record of comparisons. The list holds the results of the comparisons."""
     found = []
     monkeypatch.setattr(first_run_check, "_confirmed", set())
     monkeypatch.setattr(first_run_check, "_refuted", {})
@@ -37,7 +37,7 @@ def first(eager, monkeypatch):
 
 
 def run(kind, flag, *, between=lambda: None, func=None, throw=True, dtype=F64):
-    """(what it gave, the solution). between: what happens before the backward pass."""
+    """Return (the result, the solution). between: a function to call before the backward pass."""
     func = TimedLinear(dtype=dtype) if func is None else func
     options = dict(cuda_graph=flag, max_step=0.15, **(dict(throw=throw) if flag else {}))
     given = dict(method="bosh3", rtol=1e-3, atol=1e-3, options=options)
@@ -57,7 +57,7 @@ def same(a, b):
 
 @pytest.mark.parametrize("throw", [True, "deferred"])
 @pytest.mark.parametrize("kind", KINDS)
-def test_what_is_right_is_compared_once_for_each_dtype_and_counts_once(first, kind, throw):
+def test_a_right_result_is_compared_once_for_each_dtype(first, kind, throw):
     func, kept = TimedLinear(), GraphCache()
     _, host = run(kind, False, func=func)
     backward = []
@@ -122,7 +122,7 @@ BROKEN = [
 
 @pytest.mark.parametrize("throw", [True, "deferred"])
 @pytest.mark.parametrize(("kind", "spoil"), BROKEN, ids=lambda x: x if isinstance(x, str) else x.__name__)
-def test_what_is_wrong_is_the_host_s_from_then_on(first, monkeypatch, kind, spoil, throw):
+def test_after_a_wrong_result_the_host_solves(first, monkeypatch, kind, spoil, throw):
     func, kept = TimedLinear(), GraphCache()
     expected, host = run(kind, False, func=func)
 
@@ -140,13 +140,13 @@ def test_what_is_wrong_is_the_host_s_from_then_on(first, monkeypatch, kind, spoi
     assert s.check().status is Status.SUCCESS
     assert (s.stats.accepted, s.stats.nfe_backward) == (host.stats.accepted, host.stats.nfe_backward)
     compared = len(first)
-    found, s = run(kind, kept, func=func, throw=throw)  # with no further warning
+    found, s = run(kind, kept, func=func, throw=throw)  # without another warning
     assert same(found, expected)
     assert (s.stats.loop, s.stats.loop_backward) == ("host", "host") and WAS_NOT in s.stats.why
     assert len(first) == compared
 
 
-def test_a_deferred_solve_from_before_is_still_differentiated(first, monkeypatch):
+def test_an_earlier_deferred_solve_can_still_be_differentiated(first, monkeypatch):
     func, kept = TimedLinear(), GraphCache()
     expected, _ = run("discrete", False, func=func)
 
@@ -160,14 +160,14 @@ def test_a_deferred_solve_from_before_is_still_differentiated(first, monkeypatch
 
 
 @pytest.mark.parametrize("throw", [True, "deferred"])
-def test_a_solve_that_fails_as_the_host_s_is_right(first, throw):
+def test_a_solve_that_fails_as_on_the_host_counts_as_right(first, throw):
     options = dict(cuda_graph=True, throw=throw, max_num_steps=2, max_step=0.1)
     with torch.no_grad(), pytest.raises(SolveError, match="max_num_steps"):
         solve(TimedLinear(), Y, T, options=options).check()
     assert first == [None]
 
 
-def test_where_there_is_no_memory_to_compare_it_is_done_the_next_time(first, monkeypatch):
+def test_without_memory_for_the_comparison_the_next_solve_is_compared(first, monkeypatch):
     func, kept = TimedLinear(), GraphCache()
     with monkeypatch.context() as patch:
 
@@ -188,7 +188,7 @@ def outcomes(change, x=None, steps=((3, 1), (3, 1))):
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.bfloat16, torch.complex64], ids=str)
-def test_rounding_is_no_difference_and_more_is(dtype):
+def test_only_more_than_rounding_counts_as_a_difference(dtype):
     x, eps = torch.linspace(-1.0, 1.0, 7).to(dtype), torch.finfo(dtype).eps
     assert outcomes(lambda x: x, x) is None
     assert outcomes(lambda x: x * (1 + 4 * eps), x) is None
@@ -198,13 +198,13 @@ def test_rounding_is_no_difference_and_more_is(dtype):
     assert outcomes(lambda x: x.clone(), nan) is None
 
 
-def test_steps_are_the_same_where_the_bits_are():
+def test_steps_count_as_equal_if_their_bits_are():
     assert "steps" in outcomes(lambda x: x, steps=((4, 1), (3, 1)))
     assert outcomes(lambda x: x * (1 + 1e-15), steps=((4, 1), (3, 1))) is None
     assert "steps" in outcomes(lambda x: x * (1 + 1e-15), steps=((5, 1), (3, 1)))
 
 
-def test_a_sum_that_is_nearly_zero_is_measured_by_the_others():
+def test_a_sum_close_to_zero_is_compared_relative_to_the_others():
     large, small = torch.ones(2, dtype=F64), torch.full((2,), 1e-17, dtype=F64)
     a, b = Outcome(Status.SUCCESS, [large, small]), Outcome(Status.SUCCESS, [large, 0 * small])
     assert difference(a, b, F64) is None

@@ -1,10 +1,11 @@
-"""Whole solves by the compiled kernels, through the public functions, against plain PyTorch: on the CPU behind the
-shim, and the same cases on a GPU.
+"""Whole solves by the compiled kernels, through the public functions, compared with plain PyTorch.
 
-Tolerances. AGREE is what the two paths may differ by in float64, relative to the largest number of a tensor: sums are
-rounded in another order, and a solve makes some hundred of them grow. STEP_TIMES is for the steps that were chosen:
-an error estimate keeps about rtol of the digits, so its rounding is eps / rtol, and the order's root divides that. It
-holds for the loose tolerances used here, rtol >= 1e-4, with which solves are short as well.
+They run on the CPU through the shim, and the same cases run on a GPU.
+
+Tolerances. AGREE is the allowed difference of the two paths in float64, relative to the largest number of a tensor:
+sums are rounded in another order, and a solve amplifies a few hundred of these differences. STEP_TIMES is for the
+chosen steps: the error estimate has a relative rounding error of about eps / rtol, and the step size depends on its
+root of the method's order. It holds for the loose tolerances used here, rtol >= 1e-4, which also keep the solves short.
 """
 
 from __future__ import annotations
@@ -59,14 +60,14 @@ LOOSE: dict[str, Any] = dict(rtol=1e-3, atol=1e-3)
 # ------------------------------------------------------------------ where solves run
 @dataclass
 class Path:
-    """The device of the kernels, and the arithmetic of every solve that took them."""
+    """The device of the kernels, and the arithmetic of every solve that used them."""
 
     device: torch.device
     solves: list[Fused] = field(default_factory=list)
 
     @property
     def launches(self) -> int:
-        """By the plans, so without those of the adjoint's packing and sums."""
+        """The launches of the plans, without those of the adjoint's packing and sums."""
         return sum(solve.plan.launches for solve in self.solves)
 
     @property
@@ -91,14 +92,14 @@ def path(request, monkeypatch):
 
 # ------------------------------------------------------------------ comparing
 class Outcome(NamedTuple):
-    """What a solve gave: outputs and gradients, and what it cost."""
+    """The result of a solve: outputs, gradients and statistics."""
 
     tensors: tuple[Tensor, ...]
     stats: Stats | None = None
 
 
 def both(path: Path, call: Callable[[], Any]) -> tuple[Any, Any]:
-    """What `call` gives by the kernels, and in plain PyTorch."""
+    """Return the result of `call` by the kernels, and in plain PyTorch."""
     path.solves.clear()
     with node_cuda.backend("reference"):
         expected = call()
@@ -110,7 +111,7 @@ def both(path: Path, call: Callable[[], Any]) -> tuple[Any, Any]:
 
 
 def assert_near(actual: Tensor, expected: Tensor, rel: float = AGREE) -> None:
-    """Relative to the largest number of the tensor; NaN equals NaN."""
+    """Compare relative to the largest number of the tensor; NaN equals NaN."""
     assert actual.dtype == expected.dtype and actual.shape == expected.shape and actual.device == expected.device
     actual, expected = actual.detach(), expected.detach()
     assert torch.equal(actual.isnan(), expected.isnan())
@@ -133,7 +134,7 @@ def assert_agree(actual: Outcome, expected: Outcome, rel: float = AGREE) -> None
 
 
 def weighted(ys) -> Tensor:
-    """A loss that sees every number with a weight of its own."""
+    """Return a loss in which every number has a different weight."""
     parts = as_tuple(ys)
     total = torch.zeros((), dtype=F64, device=parts[0].device)
     for part in parts:
@@ -143,13 +144,13 @@ def weighted(ys) -> Tensor:
     return total
 
 
-# ------------------------------------------------------------------ what is solved
+# ------------------------------------------------------------------ the problems
 MODES = ("none", "backprop", "adjoint", "discrete")
 MODES_AND_METHODS = [*((mode, "dopri5") for mode in MODES), ("adjoint", "rk4")]
 
 
 class Case(NamedTuple):
-    """A problem whose field, a module with parameters, and state are made anew for each solve."""
+    """A problem. Its field (a module with parameters) and its state are made new for each solve."""
 
     func: Callable[[], nn.Module]
     y0: Any
@@ -157,7 +158,7 @@ class Case(NamedTuple):
     solver: dict[str, Any]
 
     def start(self, device: torch.device):
-        """The field, and the leaves: y0 (a tuple), t."""
+        """Return the field and the leaves: y0 (a tuple), t."""
         y0 = tuple(part.to(device).clone().requires_grad_() for part in as_tuple(self.y0))
         return self.func().to(device), y0, self.t.to(device).clone().requires_grad_()
 
@@ -166,7 +167,7 @@ class Case(NamedTuple):
 
     @property
     def recording(self) -> dict[str, Any]:
-        """The solver's arguments, with the steps recorded, on a device only where they are numbers."""
+        """Return the solver's arguments, which record the steps; on a device only if the times are numbers."""
         return {**self.solver, "options": {**self.solver.get("options", {}), "record_steps": True}}
 
 
@@ -236,7 +237,7 @@ NETWORK = Case(network, normal(5, 3), linspace(0.0, 1.0, 4), LOOSE)
 
 
 def settings(method: str) -> dict[str, Any]:
-    """A few steps, some of them with several outputs and some with none."""
+    """Return times and tolerances with a few steps, some with several outputs and some with none."""
     if method in TABLEAUS and TABLEAUS[method].adaptive:
         rtol = 1e-2 if TABLEAUS[method].order < 3 else 1e-3
         return dict(method=method, rtol=rtol, atol=rtol, options=dict(first_step=0.3))
@@ -277,7 +278,7 @@ class Spiral(nn.Module):
 
 
 class Switched(nn.Module):
-    """Another field from t = 0.4 on."""
+    """Another field after t = 0.4."""
 
     def __init__(self):
         super().__init__()
@@ -304,12 +305,12 @@ def largest(scaled) -> Tensor:
 
 
 def of_state_and_gradient(parts) -> Tensor:
-    """A user's norm of the backward solve."""
+    """A norm of the user for the backward solve."""
     return largest(tuple(parts))
 
 
 def of_parameters(parts) -> Tensor:
-    """The same, of (t, y, adj_y, *adj_params) without the first three."""
+    """A norm of the user of (t, y, adj_y, *adj_params) that uses only the parameters."""
     return largest(tuple(parts[3:]))
 
 
@@ -377,7 +378,7 @@ def test_every_kind_of_state_and_option_agrees_with_the_reference(path, function
         assert actual.stats.rejected > 0
 
 
-def test_one_time_is_the_state_itself(path):
+def test_a_single_time_returns_the_state(path):
     y0 = normal(3).to(path.device)
     with node_cuda.backend("fused"):
         assert torch.equal(odeint(lambda t, y: -y, y0, linspace(0.5, 0.5, 1)), y0[None])
@@ -401,9 +402,9 @@ class Sines(nn.Module):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @pytest.mark.parametrize("function", [by_adjoint, by_backprop, by_discrete], ids=lambda f: f.__name__)
-def test_every_dtype_agrees_to_its_rounding(path, function, method, dtype):
-    """Steps of one size, so that none is chosen by an error of a few roundings. In them a stage may be rounded another
-    way, once, and the gradient of a half is a sum of some hundred halves."""
+def test_every_dtype_agrees_up_to_its_rounding(path, function, method, dtype):
+    """All steps have the same size, so that no step is chosen by an error of a few rounding errors. A stage in them may
+    be rounded differently once. The gradient of a half is a sum of a few hundred halves."""
     steps = dict(first_step=0.25, max_step=0.25) if method == "dopri5" else dict(step_size=0.25)
     case = Case(
         lambda: Sines(dtype, 37),
@@ -416,8 +417,8 @@ def test_every_dtype_agrees_to_its_rounding(path, function, method, dtype):
     assert all(x.dtype in (dtype, F64) for x in actual.tensors)
 
 
-def test_parameters_of_other_dtypes_than_the_state(path):
-    """Gradients accumulate in float32 at least, and come back in the parameters' own dtypes."""
+def test_parameters_may_have_other_dtypes_than_the_state(path):
+    """Gradients accumulate at least in float32, and are returned in the dtypes of the parameters."""
 
     class Mixed(nn.Module):
         def __init__(self):
@@ -465,10 +466,10 @@ ENDINGS = {
     ),
     "NaN later": Ending(broken, Status.NON_FINITE, dict(dfactor=0.05)),
     "NaN later, in a norm of the user's": Ending(broken, Status.NON_FINITE, dict(norm=largest, dfactor=0.05)),
-    "the field is infinite behind its start": Ending(
+    "the field is infinite after its start": Ending(
         lambda t, y: torch.where(t > 0, y / 0.0, -y), Status.STEP_UNDERFLOW, {}
     ),
-    "the field is infinite behind its start, in a norm of the user's": Ending(
+    "the field is infinite after its start, in a norm of the user": Ending(
         lambda t, y: torch.where(t > 0, y / 0.0, -y), Status.STEP_UNDERFLOW, dict(norm=largest)
     ),
     "NaN in a step of min_step": Ending(broken, Status.NON_FINITE, dict(min_step=0.05)),
@@ -476,7 +477,7 @@ ENDINGS = {
 
 
 @pytest.mark.parametrize("name", list(ENDINGS))
-def test_every_ending_is_that_of_the_reference(path, name):
+def test_every_solve_ends_as_the_reference_does(path, name):
     ending = ENDINGS[name]
     y0 = torch.full((3,), ending.y0, dtype=F64, device=path.device)
     t = torch.tensor([0.0, 1.0, ending.t1], dtype=F64)
@@ -493,7 +494,7 @@ def test_every_ending_is_that_of_the_reference(path, name):
     if isinstance(expected, SolveError):
         assert type(actual) is type(expected) and ending.status.sentence in str(actual)
         assert actual.t == pytest.approx(expected.t, rel=1e-6)
-    # Where a field breaks, steps shrink to the last bit, which a GPU's pow may choose otherwise.
+    # When a field fails, steps shrink to the last bit, where the pow of a GPU may differ.
     if path.device.type == "cpu":
         assert actual.stats.rejected == expected.stats.rejected
         assert not isinstance(expected, SolveError) or str(actual) == str(expected)
@@ -502,8 +503,8 @@ def test_every_ending_is_that_of_the_reference(path, name):
     assert_near(actual.ys, expected.ys)
 
 
-def test_tolerances_that_no_state_can_meet_are_refused_alike(path):
-    """The state is finite, but not in units of the tolerance: half has no number for it."""
+def test_tolerances_that_no_state_can_meet_are_refused_as_by_the_reference(path):
+    """The state is finite, but not in units of the tolerance, which is too small for half precision."""
     y0 = torch.full((3,), 6e4, dtype=torch.float16, device=path.device)
 
     def found():
@@ -516,7 +517,7 @@ def test_tolerances_that_no_state_can_meet_are_refused_alike(path):
 
 
 @pytest.mark.parametrize("limit", [1000.0, 2.5, math.inf, 10**30])
-def test_the_number_of_steps_may_be_any_number(path, limit):
+def test_max_num_steps_may_be_any_number(path, limit):
     options = dict(max_num_steps=limit, max_step=0.1)
 
     def found():
@@ -529,8 +530,8 @@ def test_the_number_of_steps_may_be_any_number(path, limit):
     assert actual[0] is (Status.MAX_STEPS if limit == 2.5 else Status.SUCCESS)
 
 
-def test_a_gradient_of_the_parameters_that_is_not_finite_fails_alike(path):
-    """The state and its gradient are fine: only the parameters' part of the norm is NaN."""
+def test_a_gradient_of_the_parameters_that_is_not_finite_fails_as_in_the_reference(path):
+    """The state and its gradient are finite: only the parameters' part of the norm is NaN."""
 
     class Cusp(nn.Module):
         def __init__(self):
@@ -598,9 +599,9 @@ def assert_same_bits(one: Outcome, other: Outcome) -> None:
     assert one.stats == other.stats
 
 
-# ------------------------------------------------------------------ what a step costs
+# ------------------------------------------------------------------ the cost of a step
 class Moves(TorchDispatchMode):
-    """The operations that read or write data of `size` elements or more, and the numbers that the host asked for."""
+    """Counts the operations that read or write data of `size` elements or more, and the reads by the host."""
 
     def __init__(self, size: int):
         super().__init__()
@@ -622,7 +623,7 @@ class Moves(TorchDispatchMode):
 
 
 class Hidden(torch.autograd.Function):
-    """y' = -p y cos t and its derivatives, with the counter stopped in both directions."""
+    """y' = -p y cos t and its derivatives, without counting in both directions."""
 
     @staticmethod
     def forward(ctx, counter, t, y, p):
@@ -642,7 +643,7 @@ class Hidden(torch.autograd.Function):
 
 
 class HiddenField(nn.Module):
-    """A field whose own operations are not counted, that hands out its result as `given` says."""
+    """A field without counting of its operations. `given` makes its result."""
 
     def __init__(self, counter: Moves, given: str, like: Tensor):
         super().__init__()
@@ -677,7 +678,8 @@ SHAPE = (16, 20)  # more elements than the control has bytes
 
 
 def cost(path: Path, monkeypatch, steps: int, *, given="fresh", inside=0, method="dopri5", backward=False) -> Cost:
-    """What a solve of so many steps costs, f excluded, with `inside` outputs in each step, none of them at its end."""
+    """Return the cost of a solve of this many steps without f, with `inside` outputs in each step, none of them at its
+    end."""
     counter, reads = Moves(SHAPE[0] * SHAPE[1]), 0
     read = DeviceStepControl.read
 
@@ -690,7 +692,7 @@ def cost(path: Path, monkeypatch, steps: int, *, given="fresh", inside=0, method
     func = HiddenField(counter, given, y0)
     t = torch.tensor([0.0, *((i + (j + 1) / (inside + 1)) / steps for i in range(steps) for j in range(inside))])
     t = torch.cat([t.double(), torch.ones(0 if inside else 1, dtype=F64)])
-    options = dict(first_step=1 / steps, max_step=1 / steps)  # and tolerances with which all are accepted
+    options = dict(first_step=1 / steps, max_step=1 / steps)  # with tolerances that accept all of them
     path.solves.clear()
     with monkeypatch.context() as patch, node_cuda.backend("fused"):
         patch.setattr(DeviceStepControl, "read", counted)
@@ -712,8 +714,8 @@ def cost(path: Path, monkeypatch, steps: int, *, given="fresh", inside=0, method
 
 
 def of_a_step(path, monkeypatch, **how) -> Cost:
-    """The difference that one more step makes: what a solve costs once drops out."""
-    few, many = (cost(path, monkeypatch, steps, **how) for steps in (16, 32))  # the last output is a step's end
+    """Return the cost of one more step, in which the cost of the set-up cancels."""
+    few, many = (cost(path, monkeypatch, steps, **how) for steps in (16, 32))  # the last output is at the end of a step
     steps = many.steps - few.steps
     assert steps >= 15
     return Cost(*((b - a) / steps for a, b in zip(few, many, strict=True)))
@@ -736,8 +738,8 @@ def test_a_dopri5_step_is_seven_launches_and_eight_with_outputs_and_moves_what_t
 
 
 @pytest.mark.parametrize("given", ["in a static buffer", "transposed"])
-def test_outputs_of_the_field_that_cannot_be_rows_are_copied_once(path, monkeypatch, given):
-    """Six clones, which read and write: 12 sizes of the state more."""
+def test_outputs_of_the_field_in_another_layout_are_copied_once(path, monkeypatch, given):
+    """Six clones, each with a read and a write: 12 more sizes of the state."""
     step = of_a_step(path, monkeypatch, given=given)
     assert step.moved == 6
     assert step.launches == 7 and step.bytes == 37 * SIZE
@@ -752,7 +754,7 @@ def test_a_step_of_the_backward_pass_moves_state_and_gradients_by_kernels_only(p
 
 
 def test_a_step_of_the_backward_pass_is_21_launches(shim, monkeypatch):
-    """7 of the step, 6 that pack f and its vjp, 6 that add up the parameters' gradient, its norm and its commit."""
+    """7 of the step, 6 that pack f and its vjp, 6 that sum the parameters' gradient, its norm and its commit."""
     launches = []
     here = Path(torch.device("cpu"))
     for steps in (8, 24):
@@ -760,13 +762,13 @@ def test_a_step_of_the_backward_pass_is_21_launches(shim, monkeypatch):
         taken = cost(here, monkeypatch, steps, backward=True).steps
         launches.append((shim.lib.shim_launches() - before, taken))
     (few, steps), (many, more) = launches
-    forward = 7  # the forward pass takes as many steps
+    forward = 7  # the forward pass has the same number of steps
     assert (many - few) / (more - steps) == pytest.approx(forward + 21, abs=0.5)
 
 
-# ------------------------------------------------------------------ what the user holds
+# ------------------------------------------------------------------ the user's tensors
 class Keeping(nn.Module):
-    """Keeps every t and y that it was given, every k that it gave, and copies of them all."""
+    """Keeps every t and y that it gets, every k that it returns, and copies of them all."""
 
     def __init__(self):
         super().__init__()
@@ -783,7 +785,7 @@ class Keeping(nn.Module):
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "bosh3", "rk4", "implicit_adams"])
 @pytest.mark.parametrize("function", FUNCTIONS, ids=lambda f: f.__name__)
-def test_what_a_field_keeps_is_never_rewritten(path, function, method):
+def test_tensors_that_a_field_keeps_are_never_overwritten(path, function, method):
     if function is by_discrete and method not in TABLEAUS:
         pytest.skip("the discrete adjoint is of Runge-Kutta methods")
     fields = []
@@ -803,7 +805,7 @@ def test_what_a_field_keeps_is_never_rewritten(path, function, method):
 
 
 class Odd(nn.Module):
-    """A field of states of shape (3, 4) that returns what `give(self, t, y)` says."""
+    """A field of states of shape (3, 4) that returns the result of `give(self, t, y)`."""
 
     def __init__(self, give):
         super().__init__()
@@ -844,18 +846,18 @@ STATIC = {
 
 @pytest.mark.parametrize("gradient, method", MODES_AND_METHODS)
 @pytest.mark.parametrize("name", ODD)
-def test_whatever_a_field_returns_the_result_is_that_of_the_reference(path, name, gradient, method):
+def test_a_field_may_return_any_kind_of_tensor(path, name, gradient, method):
     def solved():
         y0 = normal(3, 4).to(path.device).requires_grad_()
         return in_mode(gradient, Odd(ODD[name]).to(path.device), y0, y0, settings(method))
 
-    # Its own rounding to float32 differs where the arguments do.
+    # Its rounding to float32 differs if the arguments differ.
     assert_agree(*both(path, solved), 1e-6 if name == "another dtype" else AGREE)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "bosh3", "explicit_adams"])
 @pytest.mark.parametrize("name", STATIC)
-def test_a_field_that_returns_one_buffer_every_time_is_copied(path, name, method):
+def test_the_output_of_a_field_that_reuses_one_buffer_is_copied(path, name, method):
     def solved():
         y0 = normal(3, 4).to(path.device)
         return in_mode("none", Odd(STATIC[name]).to(path.device), y0, y0, settings(method))
@@ -864,7 +866,7 @@ def test_a_field_that_returns_one_buffer_every_time_is_copied(path, name, method
 
 
 class Laid(torch.autograd.Function):
-    """The identity, whose gradient lies in memory in another way at each evaluation."""
+    """The identity, with a gradient in another memory layout at each evaluation."""
 
     count = 0
 
@@ -888,8 +890,8 @@ class Laid(torch.autograd.Function):
 
 @pytest.mark.parametrize("first", range(6))
 @pytest.mark.parametrize("dtype", [F64, C128], ids=str)
-def test_however_gradients_of_parameters_lie_in_memory_they_are_those_of_the_reference(path, dtype, first):
-    """The sums are laid out as the first that comes."""
+def test_gradients_of_parameters_may_have_any_memory_layout(path, dtype, first):
+    """The sums have the layout of the first gradient."""
 
     class Field(nn.Module):
         def __init__(self):
@@ -923,9 +925,7 @@ GRADIENTS = {
 @pytest.mark.parametrize("gradient, method", [("adjoint", "dopri5"), ("discrete", "dopri5"), ("discrete", "rk4")])
 @pytest.mark.parametrize("name", GRADIENTS)
 @pytest.mark.parametrize("func", [Sine, Spiral])
-def test_however_the_gradient_of_the_outputs_lies_in_memory_the_others_are_those_of_the_reference(
-    path, func, name, gradient, method
-):
+def test_the_gradient_of_the_outputs_may_have_any_memory_layout(path, func, name, gradient, method):
     def solved():
         field = func().to(path.device)
         y0 = normal(3, 2, dtype=C128 if func is Spiral else F64).to(path.device).requires_grad_()
@@ -945,7 +945,7 @@ class Conjugated(Spiral):
 
 
 @pytest.mark.parametrize("gradient", MODES)
-def test_a_conjugated_field_and_state_are_those_of_the_reference(path, gradient):
+def test_a_conjugated_field_and_state_agree_with_the_reference(path, gradient):
     def solved():
         func = Conjugated().to(path.device)
         leaf = torch.tensor([1.0 + 0.5j, -0.3j], dtype=C128, device=path.device).requires_grad_()
@@ -957,7 +957,7 @@ def test_a_conjugated_field_and_state_are_those_of_the_reference(path, gradient)
 
 
 def in_mode(gradient: str, func: nn.Module, y0: Tensor, leaf: Tensor, solver: dict[str, Any]) -> Outcome:
-    """The outputs, and the gradients for the leaf and the parameters but for gradient="none"."""
+    """Return the outputs, and the gradients for the leaf and the parameters unless gradient="none"."""
     mode = "backprop" if gradient == "none" else gradient
     with torch.set_grad_enabled(gradient != "none"):
         ys = solve(func, y0, linspace(0.0, 1.0, 4), gradient=mode, **solver).ys
@@ -982,11 +982,11 @@ STATES = {
 
 @pytest.mark.parametrize("name", STATES)
 @pytest.mark.parametrize("gradient, method", MODES_AND_METHODS)
-def test_however_a_state_lies_in_memory_the_result_is_that_of_the_reference(path, gradient, name, method):
+def test_a_state_may_have_any_memory_layout(path, gradient, name, method):
     def solved():
         y0 = STATES[name](path.device)
         before = y0.detach().clone()
-        leaf = y0.detach().requires_grad_()  # of the same memory
+        leaf = y0.detach().requires_grad_()  # shares its memory
         outcome = in_mode(gradient, Sine().to(path.device), leaf, leaf, settings(method))
         assert torch.equal(y0, before), "the caller's y0 was rewritten"
         return outcome
@@ -995,8 +995,8 @@ def test_however_a_state_lies_in_memory_the_result_is_that_of_the_reference(path
 
 
 @pytest.mark.parametrize("primitive", ["dense_outputs", "scaled_error"])
-def test_autograd_sees_that_a_kernel_has_written_over_what_it_saved(path, primitive):
-    """Without the version counter the gradient would be computed from what the kernel wrote, and be wrong."""
+def test_autograd_notices_that_a_kernel_overwrote_a_saved_tensor(path, primitive):
+    """Without the version counter the gradient would be computed from the overwritten tensor, and be wrong."""
     y0, y1, k = (normal(5, seed=seed).to(path.device) for seed in range(3))
     arithmetic = dispatch.make_arithmetic("fused", y0, 1.0, ErrorNorm(1e-3, 1e-3), (0.0, 0.5, 1.0))
     assert isinstance(arithmetic, Fused)
@@ -1017,8 +1017,9 @@ def test_autograd_sees_that_a_kernel_has_written_over_what_it_saved(path, primit
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, "a solve that fails"], ids=lambda f: getattr(f, "__name__", f))
-def test_the_memory_of_a_solve_is_free_when_it_ends_without_waiting_for_the_garbage_collector(path, function):
-    """A cycle would keep workspace and stages on the device until Python looks for cycles, which knows no GPU."""
+def test_a_solve_frees_its_memory_without_the_garbage_collector(path, function):
+    """A reference cycle would keep workspace and stages on the device until Python collects cycles, and Python does not
+    know how much memory of the GPU is used."""
     case = NETWORK
 
     def run():
@@ -1041,12 +1042,12 @@ def test_the_memory_of_a_solve_is_free_when_it_ends_without_waiting_for_the_garb
         gc.enable()
 
 
-# ------------------------------------------------------------------ which path
+# ------------------------------------------------------------------ the choice of the path
 def solve_a_little(y0: Tensor, func: Callable = lambda t, y: -y, **solver) -> Tensor:
     return odeint(func, y0, linspace(0.0, 1.0, 3), **{**LOOSE, **solver})
 
 
-def test_the_innermost_context_decides_until_it_is_left_also_by_an_exception(monkeypatch):
+def test_the_innermost_context_decides_until_it_ends_also_by_an_exception(monkeypatch):
     monkeypatch.delenv("NODE_CUDA_BACKEND", raising=False)
     assert dispatch.chosen() == "auto"
     with node_cuda.backend("fused"):
@@ -1058,7 +1059,7 @@ def test_the_innermost_context_decides_until_it_is_left_also_by_an_exception(mon
     assert dispatch.chosen() == "auto"
 
 
-def test_a_context_is_of_its_thread_only(monkeypatch):
+def test_a_context_applies_to_its_thread_only(monkeypatch):
     monkeypatch.delenv("NODE_CUDA_BACKEND", raising=False)
     with node_cuda.backend("reference"):
         assert in_a_thread(dispatch.chosen) == "auto"
@@ -1086,7 +1087,7 @@ def test_the_environment_decides_outside_any_context(shim, monkeypatch):
             assert shim.lib.shim_launches() == before
 
 
-def test_a_name_that_is_none_of_them_is_refused_with_all_of_them(monkeypatch):
+def test_an_unknown_name_is_refused_with_a_list_of_the_names(monkeypatch):
     names = "must be one of 'auto', 'reference', 'fused'"
     with pytest.raises(InvalidInput, match=f"{names}; got 'cuda'"), node_cuda.backend("cuda"):
         pytest.fail("entered")
@@ -1097,7 +1098,7 @@ def test_a_name_that_is_none_of_them_is_refused_with_all_of_them(monkeypatch):
         solve_a_little(normal(3))
 
 
-def test_fused_on_the_cpu_is_refused_with_the_reason_and_the_mend():
+def test_fused_on_the_cpu_is_refused_with_the_reason_and_a_remedy():
     for call in (solve_a_little, lambda y0: odeint_dense(lambda t, y: -y, y0, torch.tensor(0.0), torch.tensor(1.0))):
         with node_cuda.backend("fused"), pytest.raises(Unsupported) as caught:
             call(normal(3))
@@ -1108,8 +1109,8 @@ def test_fused_on_the_cpu_is_refused_with_the_reason_and_the_mend():
 
 
 @pytest.mark.parametrize("inside, fused", [("reference", False), ("fused", True)])
-def test_the_backward_pass_takes_the_path_of_its_forward_pass_wherever_it_runs(path, inside, fused):
-    """Outside the context, in another one, and in another thread."""
+def test_the_backward_pass_uses_the_path_of_its_forward_pass(path, inside, fused):
+    """Also outside of the context, in another context, and in another thread."""
     other = "fused" if inside == "reference" else "reference"
     for where in ("outside", "another context", "another thread"):
         func, (y0,), t = NETWORK.start(path.device)
@@ -1127,7 +1128,7 @@ def test_the_backward_pass_takes_the_path_of_its_forward_pass_wherever_it_runs(p
 
 
 class Subclass(Tensor):
-    """Sees every operation of torch, as subclasses may."""
+    """Observes every operation of torch, as subclasses may."""
 
     seen = 0
 
@@ -1138,7 +1139,7 @@ class Subclass(Tensor):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_a_tensor_subclass_takes_the_reference(path, method):
+def test_a_tensor_subclass_uses_the_reference(path, method):
     y0 = normal(3).to(path.device)
     expected = solve_a_little(y0, method=method)
     path.solves.clear()
@@ -1150,7 +1151,7 @@ def test_a_tensor_subclass_takes_the_reference(path, method):
         solve_a_little(y0.as_subclass(Subclass), method=method)
 
 
-def test_a_dtype_without_kernels_takes_the_reference(shim):
+def test_a_dtype_without_kernels_uses_the_reference(shim):
     y0 = torch.tensor([1.0 + 0.5j, -0.3j])
     expected = solve_a_little(y0, method="rk4")
     before = shim.lib.shim_launches()
@@ -1195,14 +1196,14 @@ def tangent(f, y, w, dual_state: bool) -> Tensor:
         return result.clone()
 
 
-# torch's own forward derivatives of some operations are scripts.
+# torch implements the forward derivatives of some operations as scripts.
 forward_mode_warns = pytest.mark.filterwarnings("ignore:.*torch.jit.script.*:DeprecationWarning")
 
 
 @forward_mode_warns
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @pytest.mark.parametrize("name", TRANSFORMS)
-def test_a_transform_of_torch_func_and_forward_mode_take_the_reference(path, name, method):
+def test_transforms_of_torch_func_and_forward_mode_use_the_reference(path, name, method):
     if name == "jvp without recording" and method == "dopri5":
         pytest.skip("outputs of the reference go into one tensor, which forward mode refuses")
 
@@ -1220,7 +1221,7 @@ def test_a_transform_of_torch_func_and_forward_mode_take_the_reference(path, nam
         TRANSFORMS[name](f, y, w)
 
 
-def test_vmap_of_a_solve_says_the_same_as_the_reference(path):
+def test_vmap_of_a_solve_raises_the_error_of_the_reference(path):
     words, values = [], []
     for name in ("auto", "reference"):
         with node_cuda.backend(name):
@@ -1234,7 +1235,7 @@ def test_vmap_of_a_solve_says_the_same_as_the_reference(path):
 
 
 @forward_mode_warns
-def test_a_field_may_use_transforms_itself(path):
+def test_a_field_may_use_transforms(path):
     """As continuous normalising flows do for the divergence."""
     w = normal(3, 3).to(path.device)
 
@@ -1256,7 +1257,7 @@ def test_a_field_may_use_transforms_itself(path):
     assert_agree(*both(path, solved))
 
 
-def test_a_field_may_solve_itself(path):
+def test_a_field_may_call_a_solver(path):
     def func(t, y):
         return torch.tanh(odeint(lambda s, z: -z * torch.cos(s), y, linspace(0.0, 0.5, 2), **LOOSE)[-1])
 
@@ -1271,7 +1272,7 @@ def test_a_field_may_solve_itself(path):
         assert_agree(*both(path, solved))
 
 
-def test_solves_of_several_threads_at_a_time_are_those_of_one(path):
+def test_solves_in_several_threads_agree_with_those_in_one(path):
     case = NETWORK._replace(solver=settings("dopri5"))
 
     def solved():
@@ -1286,11 +1287,11 @@ def test_solves_of_several_threads_at_a_time_are_those_of_one(path):
     for thread in threads:
         thread.join()
     assert len(found) == 4, "a thread raised"
-    for outcome in found:  # to rounding: a product of matrices may depend on what else runs on a GPU
+    for outcome in found:  # up to rounding: on a GPU a matrix product may depend on other work
         assert_agree(outcome, expected)
 
 
-def test_second_derivatives_are_those_of_the_reference(path):
+def test_second_derivatives_agree_with_the_reference(path):
     def solved():
         func, (y0,), t = NETWORK.start(path.device)
         (first,) = torch.autograd.grad(weighted(odeint(func, y0, t, **LOOSE)), y0, create_graph=True)
@@ -1299,7 +1300,7 @@ def test_second_derivatives_are_those_of_the_reference(path):
     assert_agree(*both(path, solved))
 
 
-def test_a_field_that_is_recorded_in_some_of_its_evaluations_has_the_reference_s_gradient(path):
+def test_a_field_that_autograd_records_only_sometimes_has_the_gradient_of_the_reference(path):
     def solved():
         w = torch.tensor(1.5, dtype=F64, device=path.device, requires_grad=True)
         y0 = normal(3).to(path.device)
@@ -1314,9 +1315,10 @@ def test_a_field_that_is_recorded_in_some_of_its_evaluations_has_the_reference_s
     assert_agree(*both(path, solved))
 
 
-# Dynamo looks whether its arguments have a .grad, and hides the warning by a way that "error" goes before.
+# Dynamo checks whether its arguments have a .grad, and suppresses the warning in a way that does not work with the
+# filter "error".
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
-def test_a_compiled_field_gives_the_reference_s_result(path):
+def test_a_compiled_field_agrees_with_the_reference(path):
     pytest.importorskip("torch._dynamo")
     w = normal(3, 3).to(path.device)
     func = torch.compile(lambda t, y: torch.tanh(y @ w) * torch.cos(t), backend="eager")
@@ -1329,13 +1331,13 @@ def test_a_compiled_field_gives_the_reference_s_result(path):
     assert_agree(*both(path, solved))
 
 
-def test_a_traced_field_gives_the_reference_s_result(path):
+def test_a_traced_field_agrees_with_the_reference(path):
     func = torch.fx.symbolic_trace(network()).to(path.device)
     case = NETWORK._replace(func=lambda: func)
     assert_agree(*both(path, lambda: by_adjoint(case, path.device)))
 
 
-def test_a_solve_in_a_compiled_function_takes_the_kernels_as_any_other(path):
+def test_a_solve_in_a_compiled_function_uses_the_kernels(path):
     pytest.importorskip("torch._dynamo")
     y0 = normal(3).to(path.device)
 
@@ -1352,7 +1354,7 @@ def test_a_solve_in_a_compiled_function_takes_the_kernels_as_any_other(path):
 @pytest.mark.filterwarnings("ignore:.*torch.jit.trace.*:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("method", ["euler", "dopri5"])
-def test_a_trace_of_a_solve_computes_what_the_solve_does(path, method):
+def test_a_trace_of_a_solve_gives_the_result_of_the_solve(path, method):
     y0 = normal(3).to(path.device)
 
     def solved(y0):
@@ -1363,7 +1365,7 @@ def test_a_trace_of_a_solve_computes_what_the_solve_does(path, method):
         assert_near(traced(y0), solved(y0))
 
 
-def test_a_graph_of_a_solve_is_refused_as_by_the_reference(path):
+def test_exporting_a_solve_as_a_graph_is_refused_as_by_the_reference(path):
     make_fx: Any = pytest.importorskip("torch.fx.experimental.proxy_tensor").make_fx
     for name in ("reference", "auto"):
         with node_cuda.backend(name), pytest.raises(RuntimeError, match="value out of a tracing tensor"):
@@ -1371,7 +1373,7 @@ def test_a_graph_of_a_solve_is_refused_as_by_the_reference(path):
 
 
 class Wrapper(Tensor):
-    """A tensor without memory of its own, as distributed and quantised ones are."""
+    """A tensor without memory, as distributed and quantised tensors are."""
 
     held: Tensor
 
@@ -1404,7 +1406,7 @@ class Unwrapped(torch.autograd.Function):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_a_field_that_returns_a_tensor_without_memory_is_right_or_told_so(path, method):
+def test_a_field_that_returns_a_tensor_without_memory_is_solved_or_refused(path, method):
     y0 = normal(3).to(path.device)
     with node_cuda.backend("reference"), torch.no_grad():
         expected = solve_a_little(y0, lambda t, y: -y, method=method)
@@ -1418,7 +1420,7 @@ def test_a_field_that_returns_a_tensor_without_memory_is_right_or_told_so(path, 
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_parameters_without_memory_have_the_reference_s_gradient(path, method):
+def test_parameters_without_memory_have_the_gradient_of_the_reference(path, method):
     class Wrapped(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1429,7 +1431,7 @@ def test_parameters_without_memory_have_the_reference_s_gradient(path, method):
 
     def solved():
         func, y0 = Wrapped(), normal(3).to(path.device).requires_grad_()
-        # Norms are read by tolist(), which torch has not for such tensors.
+        # Norms are read by tolist(), which torch does not support for such tensors.
         without = dict(norm="seminorm") if method == "dopri5" else {}
         solver = dict(settings(method), gradient="adjoint", adjoint_options={**settings(method)["options"], **without})
         ys = solve(func, y0, linspace(0.0, 1.0, 3), **solver).ys
@@ -1440,7 +1442,7 @@ def test_parameters_without_memory_have_the_reference_s_gradient(path, method):
     assert_agree(*both(path, solved))
 
 
-def test_sparse_gradients_of_parameters_are_those_of_the_reference(path):
+def test_sparse_gradients_of_parameters_agree_with_the_reference(path):
     class Table(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1460,7 +1462,7 @@ def test_sparse_gradients_of_parameters_are_those_of_the_reference(path):
     assert_agree(*both(path, solved))
 
 
-def test_a_sparse_field_gives_the_reference_s_result_or_is_told_so(path):
+def test_a_sparse_field_agrees_with_the_reference_or_is_refused(path):
     y0 = normal(3).to(path.device)
     with node_cuda.backend("reference"):
         expected = solve_a_little(y0, method="rk4")
@@ -1477,8 +1479,8 @@ NUMBER = dict(**LOOSE, options=dict(norm=lambda e: float(largest(e))))
 @pytest.mark.parametrize(
     "solver", [settings("dopri5"), settings("rk4"), NUMBER], ids=["dopri5", "rk4", "a norm that is a number"]
 )
-def test_torch_s_default_device_is_no_matter(path, solver):
-    """`torch.set_default_device("cuda")` is a common first line. Behind the shim the other device is "meta"."""
+def test_the_default_device_of_torch_does_not_matter(path, solver):
+    """`torch.set_default_device("cuda")` is a common first line. With the shim the other device is "meta"."""
 
     def solved():
         func = Pair().to(path.device)
@@ -1495,7 +1497,7 @@ def test_torch_s_default_device_is_no_matter(path, solver):
 
 @pytest.mark.parametrize("path", [pytest.param("gpu", marks=pytest.mark.gpu)], indirect=True)
 @pytest.mark.parametrize("norm", [None, "seminorm"])
-def test_parameters_on_another_device_than_the_state_have_the_reference_s_gradient(path, norm):
+def test_parameters_on_another_device_have_the_gradient_of_the_reference(path, norm):
     class Offloaded(nn.Module):
         def __init__(self):
             super().__init__()
@@ -1512,7 +1514,7 @@ def test_parameters_on_another_device_than_the_state_have_the_reference_s_gradie
     assert_agree(*both(path, solved))
 
 
-def test_inference_mode_gives_the_reference_s_result(path):
+def test_inference_mode_agrees_with_the_reference(path):
     for method in ("dopri5", "rk4"):
         for made_inside in (False, True):
 
@@ -1537,8 +1539,9 @@ def test_a_state_made_in_inference_mode_can_be_solved_outside_of_it(path):
 
 
 @pytest.mark.parametrize("gradient", MODES)
-def test_autocast_gives_the_reference_s_result(path, gradient):
-    """The state stays in float32, the field's products are in bfloat16: to their rounding."""
+def test_autocast_agrees_with_the_reference(path, gradient):
+    """The state stays in float32. The products in the field are in bfloat16, so the results agree up to its
+    rounding."""
 
     def solved():
         func = MLP(dim=3, hidden=4, seed=1, timed=True, dtype=torch.float32).to(path.device)
@@ -1553,7 +1556,7 @@ def test_autocast_gives_the_reference_s_result(path, gradient):
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams"])
 @pytest.mark.parametrize("when", [1, 4])
-def test_a_field_that_returns_a_tensor_on_another_device_is_told_so(path, method, when):
+def test_a_field_that_returns_a_tensor_on_another_device_is_refused(path, method, when):
     calls = 0
 
     def func(t, y):
@@ -1589,7 +1592,7 @@ FAILING = {  # a primitive, and the method that launches it
 
 
 @pytest.mark.parametrize("name", FAILING)
-def test_a_launch_that_fails_names_itself_and_the_next_solve_works(shim, monkeypatch, name):
+def test_a_failed_launch_is_named_and_the_next_solve_works(shim, monkeypatch, name):
     options = dict(norm=largest) if name in ("scaled_error", "step_control") else {}
     case = variant(t=linspace(0.0, 0.5, 2), options=options)
 
@@ -1607,19 +1610,19 @@ def test_a_launch_that_fails_names_itself_and_the_next_solve_works(shim, monkeyp
 
     with monkeypatch.context() as patch:
         patch.setattr(owner, method, failing)
-        with pytest.raises(RuntimeError, match=f"node_cuda: {name} failed: cudaErrorOfTheShim: as a test asked for"):
+        with pytest.raises(RuntimeError, match=f"node_cuda: {name} failed: cudaErrorOfTheShim: as the test requests"):
             train()
     assert_same_bits(train(), expected)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_sparse_parameters_have_the_reference_s_gradient(path, method):
+def test_sparse_parameters_have_the_gradient_of_the_reference(path, method):
     y0 = normal(3, 2).to(path.device).requires_grad_()
     p = torch.eye(3, dtype=F64, device=path.device).to_sparse().requires_grad_()
 
     def solved():
         options = dict(adjoint_params=(p,), method=method)
-        if method == "dopri5":  # the norm of a sparse error is nothing that torch has
+        if method == "dopri5":  # torch has no norm of a sparse error
             options["adjoint_options"] = dict(norm="seminorm")
         ys = odeint_adjoint(lambda t, y: -0.1 * torch.sparse.mm(p, y), y0, linspace(0.0, 1.0, 3), **options)
         return torch.autograd.grad(ys.square().sum(), y0)[0]
@@ -1630,7 +1633,7 @@ def test_sparse_parameters_have_the_reference_s_gradient(path, method):
         assert_near(solved(), expected)
 
 
-def test_a_parameter_s_gradient_without_memory_is_told_so(path):
+def test_a_gradient_of_a_parameter_without_memory_is_refused(path):
     class Passed(torch.autograd.Function):
         @staticmethod
         def forward(ctx, w):
@@ -1648,15 +1651,15 @@ def test_a_parameter_s_gradient_without_memory_is_told_so(path):
             ys.sum().backward()
 
 
-def test_the_norm_of_parameters_on_another_device_is_brought_to_the_state(path, monkeypatch):
-    """A kernel given an address of the host would end the process' work on the device."""
+def test_the_norm_of_parameters_on_another_device_is_moved_to_the_device_of_the_state(path, monkeypatch):
+    """A kernel that gets an address of the host would make the device unusable for the process."""
     seen = []
     monkeypatch.setattr(
         Fused, "sums", lambda self, like, *, with_error: GradientAccumulator(like, with_error=with_error)
     )
     ratio = GradientAccumulator.device_ratio
     monkeypatch.setattr(GradientAccumulator, "device_ratio", lambda self, norm: Elsewhere(ratio(self, norm), seen))
-    w = torch.tensor(0.5, dtype=F64, requires_grad=True)  # on a GPU this is another device, and legal
+    w = torch.tensor(0.5, dtype=F64, requires_grad=True)  # on a GPU this is another device, which is allowed
     y0 = normal(3).to(path.device)
     with node_cuda.backend("fused"):
         ys = odeint_adjoint(lambda t, y: -y * w, y0, linspace(0.0, 1.0, 2), adjoint_params=(w,))
@@ -1666,7 +1669,7 @@ def test_the_norm_of_parameters_on_another_device_is_brought_to_the_state(path, 
 
 
 class Elsewhere:
-    """A number on another device, as far as it can be asked: it says where it is brought to."""
+    """A number that pretends to be on another device, and records where it is moved to."""
 
     def __init__(self, number, seen):
         self.number, self.seen = number, seen
@@ -1678,8 +1681,10 @@ class Elsewhere:
 
 # ------------------------------------------------------------------ the same bits
 class Bits(NamedTuple):
-    """What a solve gave, and norms on its way: the last bit of a norm moves a step rarely, and another order of its sum
-    moves that bit rarely."""
+    """The result of a solve, and norms on its way.
+
+    The last bit of a norm rarely changes a step, and another order of its sum rarely changes that bit.
+    """
 
     outcome: Outcome
     readings: list[dict[str, Any]]
@@ -1688,7 +1693,8 @@ class Bits(NamedTuple):
 
 @pytest.fixture
 def large(monkeypatch):
-    """Solves states and parameters of several blocks and chunks, in segments, with rejected steps; and backwards."""
+    """Yield solves with states and parameters of several blocks and chunks, in segments, with rejected steps; and
+    backward."""
     n = 9001
     readings: list[dict[str, Any]] = []
     norms: list[float] = []

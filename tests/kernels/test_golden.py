@@ -1,7 +1,7 @@
-"""The golden record: a fixed set of problems gives what it gave before the code was rearranged.
+"""The golden record: a fixed set of problems has the same results as when they were recorded.
 
-`RECORD_GOLDEN=1 python -m pytest tests/kernels/test_golden.py` records anew, after a change that is wanted.
-Bits are compared on the kind of machine that they were recorded on, counts and rounded numbers everywhere.
+`RECORD_GOLDEN=1 python -m pytest tests/kernels/test_golden.py` records again, after a change on purpose. Bits are
+compared on the kind of machine that recorded them, counts and rounded numbers everywhere.
 """
 
 from __future__ import annotations
@@ -18,12 +18,12 @@ from golden.record import machine, record
 PATH = Path(__file__).parents[1] / "support" / "golden" / "golden.json"
 ANEW = "RECORD_GOLDEN" in os.environ
 SLOW = ("adaptive_heun", "no event", "explodes", "limits", "explicit_", "fixed_", "fehlberg2", "bosh3 adjoint")
-BY_KERNELS = [  # the others do the same on this path, or take long where a thread stands for each of a GPU's
+BY_KERNELS = [  # the others test the same on this path, or take long, because each thread of a GPU is a fiber
     name
     for name in PROBLEMS
     if not name.endswith(("True", "False", "backwards", "backprop")) and not name.startswith(SLOW)
 ]
-CAPTURED = [  # a part of them: what is captured takes the steps of the kernels
+CAPTURED = [  # a part of them: captured solves take the same steps as the kernels
     "step_t, adjoint", "jump_t, discrete", "PID, adjoint", "dopri5 adjoint", "dopri5 discrete", "rk4 adjoint",
     "rk4 discrete", "norm, adjoint", "dopri5 backprop", "too many steps", "explodes, not raised",
 ]  # fmt: skip
@@ -36,7 +36,7 @@ def solved(names, **options):
 
 
 def numbers(value):
-    """A record without the hashes of its bits."""
+    """Return a record without the hashes of its bits."""
     if isinstance(value, list) and len(value) == 2 and isinstance(value[0], str):
         return pytest.approx(value[1], rel=2e-4, abs=1e-6)
     if isinstance(value, list):
@@ -53,7 +53,7 @@ def rounded(value):
 
 
 def ended(value):
-    """The record itself; of a solve that failed, how."""
+    """Return the record; for a solve that failed only its status."""
     failed = value.get("status", "SUCCESS") != "SUCCESS"
     return {key: value[key] for key in ("raised", "status") if key in value} if failed else value
 
@@ -67,7 +67,7 @@ def agrees(path, found):
     expected = book[path]
     assert set(found) == set(expected)
     same_bits = book["machine"] == machine()
-    if not same_bits:  # where a solve breaks down, its last steps are chosen by rounding: only how it ended is compared
+    if not same_bits:  # when a solve breaks down, rounding chooses its last steps: only the status is compared
         found, expected = ({name: ended(x) for name, x in book.items()} for book in (found, expected))
     differ = [
         f"{name}: {key} was {before.get(key)} and is {now.get(key)}"
@@ -79,13 +79,13 @@ def agrees(path, found):
     assert not differ, "\n".join(differ)
 
 
-def test_solves_in_plain_pytorch_are_what_they_were():
+def test_solves_in_plain_pytorch_agree_with_the_record():
     agrees("plain", solved(PROBLEMS))
 
 
-def test_solves_by_the_kernels_are_what_they_were(shim):
+def test_solves_by_the_kernels_agree_with_the_record(shim):
     agrees("kernels", solved(BY_KERNELS))
 
 
-def test_captured_solves_are_what_they_were(eager):
+def test_captured_solves_agree_with_the_record(eager):
     agrees("captured", solved(CAPTURED, cuda_graph=True))

@@ -1,8 +1,8 @@
-"""nvcc compiles every kernel for every architecture that we build for: registers, spills, and 16 bytes at a time.
+"""nvcc compiles every kernel for every architecture of the build: registers, spills, and accesses of 16 bytes.
 
-`broken_rules` is what must hold on any day. The budget (kernel_budget.json) is what nvcc said last: the most registers
-that any variant of a kernel uses on each architecture, and the spills that the rules let pass, by name and bytes. To
-write it anew: `python tests/kernels/test_kernels_nvcc.py`; look at the difference.
+`broken_rules` lists the rules that always hold. The budget (kernel_budget.json) is the last output of nvcc: the most
+registers of any variant of a kernel on each architecture, and the spills that the rules allow, by name and bytes. To
+write it again run `python tests/kernels/test_kernels_nvcc.py`, and check the difference.
 """
 
 from __future__ import annotations
@@ -24,14 +24,14 @@ import pytest
 HERE = Path(__file__).resolve().parent
 CSRC = HERE.parents[1] / "csrc"
 BUDGET = HERE / "kernel_budget.json"
-# Two front ends, which is where the time goes: what one makes differs little within a row, and much between them.
+# Two front ends, which take most of the time. Their outputs differ little within a row, and much between rows.
 FRONT_ENDS = {80: (80, 86, 89, 90), 100: (100, 120)}
 ARCHITECTURES = tuple(f"sm_{a}" for row in FRONT_ENDS.values() for a in row)
 
-MOST_REGISTERS = 64  # a thread: four blocks of 256 fill a multiprocessor's registers
+MOST_REGISTERS = 64  # for each thread: four blocks of 256 threads use all registers of a multiprocessor
 MOST_REGISTERS_OTHERWISE = 96  # complex types, and more than 7 stages
 NO_SPILLS = ("sm_80", "sm_90")
-COUNTED_UP_TO_7 = ("rk_stage_kernel", "rk_finish_kernel")  # a variant for each count, and "0" for more
+COUNTED_UP_TO_7 = ("rk_stage_kernel", "rk_finish_kernel")  # one variant for each count, and "0" for more
 
 NO_STATE = (
     "grid_control_kernel", "resume_kernel", "set_condition_kernel", "begin_reverse_kernel", "stage_time_kernel",
@@ -55,7 +55,7 @@ class Variant:
 
     kernel: str
     type: str | None = None
-    count: int | None = None  # of terms; 0: any
+    count: int | None = None  # number of terms; 0: any
 
     @classmethod
     def of(cls, mangled: str) -> Variant:
@@ -83,7 +83,7 @@ class Variant:
 
 @dataclass(frozen=True)
 class Usage:
-    """What ptxas says of a variant."""
+    """The output of ptxas for a variant."""
 
     variant: Variant
     architecture: str
@@ -104,7 +104,8 @@ def usages_in(report: str) -> list[Usage]:
 
 
 def broken_rules(usages: Iterable[Usage]) -> list[str]:
-    """No spills on sm_80 and sm_90; at most 64 registers for real types up to 7 stages, 96 otherwise."""
+    """Return the broken rules: no spills on sm_80 and sm_90; at most 64 registers for real types up to 7 stages, else
+    96."""
     broken = []
     for usage in usages:
         if usage.registers > usage.variant.most_registers:
@@ -124,7 +125,7 @@ def budget_of(usages: Iterable[Usage]) -> dict[str, dict]:
 
 
 def over_budget(usages: Iterable[Usage], budget: dict[str, dict]) -> list[str]:
-    """Sentences on what came, went or grew since the budget was written."""
+    """Return sentences on the variants that are new, are gone, or grew since the budget was written."""
     now, over = budget_of(usages), []
     if now["registers"].keys() != budget["registers"].keys():
         over.append("a kernel came or went: run `python tests/kernels/test_kernels_nvcc.py`")
@@ -140,12 +141,13 @@ def over_budget(usages: Iterable[Usage], budget: dict[str, dict]) -> list[str]:
 
 
 def narrow_access_in(ptx: str) -> list[str]:
-    """The variants that never read, or never write, 16 bytes of a tensor at a time. (ptxas keeps what PTX says.)"""
+    """Return the variants that never read, or never write, 16 bytes of a tensor at a time. (ptxas keeps the PTX
+    accesses.)"""
     wide = re.compile(r"\b(ld|st)(?:\.global)?(?:\.(?:nc|cg|cs|wb))?\.(?:v4\.[bfu]32|v2\.[bfu]64)\b")
     narrow = []
     for mangled, body in re.findall(r"\.entry (\w+)\((.*?)\n}", ptx, re.DOTALL):
         variant = Variant.of(mangled)
-        if variant.kernel in NO_STATE or variant.type == "complex<double>":  # of 16 bytes itself
+        if variant.kernel in NO_STATE or variant.type == "complex<double>":  # an element has 16 bytes
             continue
         wanted = {"ld": "read"} if variant.kernel in ONLY_READ else {"ld": "read", "st": "write"}
         missing = wanted.keys() - set(wide.findall(body))
@@ -154,7 +156,7 @@ def narrow_access_in(ptx: str) -> list[str]:
 
 
 def compile_for_all(source: Path, folder: Path) -> tuple[str, list[str]]:
-    """What ptxas says of this file's kernels on all architectures, and the PTX of both front ends."""
+    """Return the output of ptxas for this file's kernels on all architectures, and the PTX of both front ends."""
     folder = folder / source.stem
     folder.mkdir()
     targets = []
@@ -173,14 +175,14 @@ def compile_for_all(source: Path, folder: Path) -> tuple[str, list[str]]:
 
 
 def compile_everything(folder: Path) -> tuple[str, list[str]]:
-    """What ptxas said, and the PTX."""
+    """Return the output of ptxas, and the PTX."""
     slow = (
         "rk_finish",
         "rk_stage",
         "dense_eval",
         "initial_step",
         "error_ratio",
-    )  # these first, to share the cores well
+    )  # these first, to use all cores to the end
     sources = sorted(CSRC.rglob("*.cu"), key=lambda path: slow.index(path.stem) if path.stem in slow else len(slow))
     with ThreadPoolExecutor(2) as pool:
         reports, ptx = zip(*pool.map(lambda source: compile_for_all(source, folder), sources), strict=True)
@@ -188,7 +190,7 @@ def compile_everything(folder: Path) -> tuple[str, list[str]]:
 
 
 def kept(folder: Path) -> Path:
-    """What `compile_everything` gives, in a file of the folder."""
+    """Return the result of `compile_everything`, stored in a file of the folder."""
     with tempfile.TemporaryDirectory() as scratch:
         (folder / "said.json").write_text(json.dumps(compile_everything(Path(scratch))))
     return folder / "said.json"
@@ -196,8 +198,8 @@ def kept(folder: Path) -> Path:
 
 @pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
 def test_registers_spills_and_width_of_access():
-    """nvcc takes a minute or two: what it said is kept for as long as the sources, this file and nvcc are the same."""
-    from shim.library import built  # where this file is run as a program, it cannot be imported
+    """nvcc takes a minute or two. Its output is kept as long as the sources, this file and nvcc do not change."""
+    from shim.library import built  # if this file runs as a program, this cannot be imported
 
     version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     report, ptx = json.loads(built("nvcc", kept, Path(__file__).read_text() + version).read_text())
@@ -214,13 +216,13 @@ def test_registers_spills_and_width_of_access():
         ("_ZN9node_cuda15rk_stage_kernelIfLi7EEEvNS_5SplitE", 64),
         ("_ZN9node_cuda16rk_finish_kernelI13__nv_bfloat16Li1EEEvNS_5SplitE", 64),
         ("_ZN9node_cuda15rk_stage_kernelIdLi0EEEvNS_5SplitE", 96),
-        ("_ZN9node_cuda17dense_eval_kernelI6__halfLi0EEEvNS_5SplitE", 64),  # of 1, 2, 3 and 5 terms too
+        ("_ZN9node_cuda17dense_eval_kernelI6__halfLi0EEEvNS_5SplitE", 64),  # also with 1, 2, 3 and 5 terms
         ("_ZN9node_cuda11jump_kernelIdEEvNS_5SplitE", 64),
         ("_ZN9node_cuda11jump_kernelINS_7ComplexIdEEEEvNS_5SplitE", 96),
         ("_ZN9node_cuda13commit_kernelENS_5SplitE", 64),
     ],
 )
-def test_a_register_or_a_spill_too_many_breaks_the_rules(mangled, most):
+def test_too_many_registers_or_a_spill_break_the_rules(mangled, most):
     variant = Variant.of(mangled)
     assert broken_rules([Usage(variant, "sm_120", most, local=8)]) == []
     assert broken_rules([Usage(variant, "sm_120", most + 1)]) == [
@@ -232,7 +234,7 @@ def test_a_register_or_a_spill_too_many_breaks_the_rules(mangled, most):
         ]
 
 
-def test_what_grows_is_over_budget():
+def test_a_variant_that_grows_is_over_budget():
     variant = Variant("jump_kernel", "float")
     before = [Usage(variant, "sm_90", 40), Usage(variant, "sm_120", 64, local=8)]
     budget = json.loads(json.dumps(budget_of(before)))
@@ -246,7 +248,7 @@ def test_what_grows_is_over_budget():
     assert over_budget([], budget) == ["a kernel came or went: run `python tests/kernels/test_kernels_nvcc.py`"]
 
 
-def test_scalar_access_is_seen_in_ptx():
+def test_scalar_access_is_found_in_ptx():
     ptx = (
         ".visible .entry _ZN9node_cuda11jump_kernelIfEEvPf(\n)\n{{\n\tld.global.v4.f32 \t{{%f1}}, [%rd1];\n\t{}\n}}\n"
         ".visible .entry _ZN9node_cuda19step_control_kernelEPNS_3CtlE(\n)\n{{\n\tst.global.f64 \t[%rd1], %fd1;\n}}\n"

@@ -1,7 +1,8 @@
-"""The kernels of csrc/, as solves call them, against kernels.reference: on the CPU behind the shim, and on a GPU.
+"""The kernels of csrc/, as solves call them, compared with kernels.reference: on the CPU through the shim, and on a
+GPU.
 
-What every primitive computes is compared by the rows of the self-check, here in sizes around a warp, a block and the
-largest number of blocks, and at any alignment. The other tests are of what no row shows.
+The rows of the self-check compare the result of every primitive, here in sizes around a warp, a block and the largest
+number of blocks, and at any alignment. The other tests check properties that no row shows.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ LAW = Controller(keep=True).law(5, AdaptiveOptions())
 
 
 class Kernels(NamedTuple):
-    """The compiled module and where it runs. shuffle: chooses the order of blocks, where it can be chosen."""
+    """The compiled module and its device. shuffle: changes the order of blocks, if that is possible."""
 
     module: ModuleType
     on: Launch
@@ -54,7 +55,7 @@ class Kernels(NamedTuple):
         return Fused(self.module, self.on, y0, direction, norm, times)
 
     def numbers(self, n, dtype=torch.float32):
-        """Random numbers of size 1."""
+        """Return random numbers of size 1."""
         x = torch.randn(n, dtype=torch.complex128 if dtype.is_complex else F64)
         return x.to(self.device, dtype)
 
@@ -77,11 +78,11 @@ def control_of(a, law=LAW, **given) -> DeviceStepControl:
 
 
 def unit(a, h=1.0):
-    """A step from 0."""
+    """Return a step from 0."""
     return a.interval(0.0, h, h)
 
 
-# --- what each primitive computes ----------------------------------------------------------------------------------
+# --- the results of the primitives ---------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -93,7 +94,7 @@ def test_the_rows_of_the_self_check_pass_around_warps_and_blocks_and_at_any_alig
     with torch.no_grad():
         for row in rows:
             assert difference(row._replace(cases=[*(Case(n, 0) for n in sizes), Case(33, 1)]), *pair) is None
-        # Tensors of other alignments than those beside them.
+        # Tensors with other alignments than the tensors next to them.
         tensor = Side.tensor
         monkeypatch.setattr(Side, "tensor", lambda s, case, of: tensor(s, case._replace(shift=s.taken % 3), of))
         for row in rows:
@@ -119,7 +120,7 @@ def test_a_zero_coefficient_is_never_read(kernels, dtype):
 
 @pytest.mark.parametrize("dtype", list(DTYPES)[:4], ids=str)
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-def test_stage_times_are_those_of_the_clock(kernels, dtype, direction):
+def test_stage_times_agree_with_the_clock(kernels, dtype, direction):
     y0 = kernels.numbers(3, dtype)
     a = kernels.arithmetic(y0, direction=direction)
     for t0, h in [(0.0, 0.1), (0.9, 0.1), (-1.0, 1.0), (-0.3, 0.05), (3.0, 1.0), (1 / 3, 1 / 7), (100.0, 28.0)]:
@@ -139,7 +140,7 @@ def test_stage_times_are_those_of_the_clock(kernels, dtype, direction):
 
 @pytest.mark.parametrize("bad", [math.nan, math.inf])
 @pytest.mark.parametrize("where", ["error", "last", "y0", "y1"])
-def test_what_is_not_finite_reaches_the_ratio(kernels, bad, where):
+def test_an_error_that_is_not_finite_reaches_the_ratio(kernels, bad, where):
     n = 5000
     tensors = {name: kernels.numbers(n) for name in ("error", "last", "y0", "y1")}
     tensors[where][n - 7] = bad
@@ -148,12 +149,12 @@ def test_what_is_not_finite_reaches_the_ratio(kernels, bad, where):
     control, given = control_of(a), (unit(a), tensors["error"], (tensors["last"], 0.5), tensors["y0"], tensors["y1"])
     control.start(0.0, 1.0)
     a.judge(*given, None)
-    # An infinite state alone makes its scale infinite, and its quotient zero: the reference says the same.
+    # An infinite state with a finite error has an infinite scale and a quotient of zero: the reference gives the same.
     found = math.isfinite(control.read().ratio), math.isfinite(a.error_ratio(*given))
     assert found == 2 * (where in ("y0", "y1") and bad == math.inf,)
 
 
-def test_the_norm_of_sums_sees_every_tensor(kernels):
+def test_the_norm_of_sums_includes_every_tensor(kernels):
     for i, bad in itertools.product(range(3), (1e3, math.nan)):
         x = [torch.zeros(n, device=kernels.device) for n in (10, 5000, 3)]
         sums = kernels.arithmetic(x[0]).sums(x, with_error=True)
@@ -164,7 +165,7 @@ def test_the_norm_of_sums_sees_every_tensor(kernels):
         assert math.isnan(ratio) if math.isnan(bad) else ratio == pytest.approx(bad / len(x[i]) ** 0.5, rel=1e-5)
 
 
-def test_the_same_bits_in_any_order_of_the_blocks_at_any_alignment_and_in_a_workspace_that_was_used(kernels):
+def test_bits_do_not_depend_on_block_order_alignment_or_a_used_workspace(kernels):
     n = 20_000
     tensors, seen = [kernels.numbers(n) for _ in range(4)], set()
     for seed, offset in itertools.product((0, 1, 2, 3), (0, 1, 3)):
@@ -195,7 +196,7 @@ def test_the_same_bits_in_any_order_of_the_blocks_at_any_alignment_and_in_a_work
 @pytest.mark.parametrize("with_end", [False, True])
 @pytest.mark.parametrize("count", [0, 1, 2, 4, 6, 7, 8, 20])
 def test_dense_adjoint_is_the_transpose_of_dense_eval_for_many_outputs(kernels, count, with_end):
-    """More outputs than the kernels take at once, and more rows."""
+    """More outputs than the kernels handle at once, and more rows."""
     n, m = 37, 150
     y0, y1, lam, *k = (kernels.numbers(n, F64) for _ in range(3 + count))
     times = [0.0, *(i / m for i in range(1, m + 1))]
@@ -216,7 +217,7 @@ def test_dense_adjoint_is_the_transpose_of_dense_eval_for_many_outputs(kernels, 
 
 
 def test_dense_adjoint_never_reads_a_zero_coefficient(kernels):
-    """The output at the end of a step is y1 itself, and without P y1 is in no other."""
+    """The output at the end of a step is y1 itself. Without P no other output depends on y1."""
     lam = kernels.numbers(300)
     a = kernels.arithmetic(lam, times=(0.0, 0.5, 1.0))
     polynomials = a.polynomials([(0, (1.0, 0.0)), (1, (1.0, -2.0))])
@@ -231,7 +232,7 @@ def test_dense_adjoint_never_reads_a_zero_coefficient(kernels):
 
 
 def scenario(seed):
-    """Options, times and ratios of a solve that meets every rule of step control."""
+    """Return options, times and ratios of a solve that uses every rule of step control."""
     rnd = random.Random(seed)
     grid = sorted(rnd.uniform(0.05, 3.0) for _ in range(6))
     options = dict(
@@ -307,7 +308,7 @@ def test_a_control_that_has_ended_changes_nothing(kernels):
     assert not z.any()
 
 
-def test_the_starting_step(kernels):
+def test_the_starting_step_agrees_with_the_host(kernels):
     y0, f0, f1 = (kernels.numbers(999, F64) for _ in range(3))
     norm = ErrorNorm(1e-3, 1e-6)
     a = kernels.arithmetic(y0, norm, direction=-1.0)
@@ -359,7 +360,7 @@ def step(h: float):
     return ctypes.create_string_buffer(struct.pack("=q5d", 0, 0.0, h, h, h, 1.0))
 
 
-def test_nothing_is_launched_for_nothing(shim_module, shim_controls):
+def test_without_elements_nothing_is_launched(shim_module, shim_controls):
     x = torch.empty(0)
     a = Fused(shim_module, (0, 0), x, 1.0, ErrorNorm(1.0, 1.0), (0.0, 1.0))
     at, stage, before = unit(a), a.last_stage([(0, 1.0)], [(0, 1.0)], 1.0, HERE), shim_controls.lib.shim_launches()
@@ -375,11 +376,11 @@ def test_nothing_is_launched_for_nothing(shim_module, shim_controls):
     assert shim_controls.lib.shim_launches() == before
 
 
-def test_csrc_knows_nothing_of_torch():
+def test_the_kernels_do_not_include_torch():
     allowed = {"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "cmath", "cstddef", "cstdint", "type_traits"}
     headers = sorted(shim.CSRC.rglob("*.h"))
     own = {str(p.relative_to(shim.CSRC)) for p in headers}
-    for path in (*shim.sources(), *(p for p in headers if p.name != "check.h")):  # which the .cpp include
+    for path in (*shim.sources(), *(p for p in headers if p.name != "check.h")):  # headers that the .cpp include
         includes = (line.split() for line in path.read_text().splitlines() if line.startswith("#include"))
         included = {name.strip('<>"') for _, name, *_ in includes}
         assert included <= allowed | own, path.name
@@ -411,7 +412,7 @@ def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
     )
     hashes = set()
     for seed, workers in ((0, 1), (1, 3)):
-        # The thread sanitizer cannot map its shadow where addresses are too random.
+        # The thread sanitizer cannot map its shadow memory if addresses are too random.
         run = subprocess.run(
             ["setarch", "-R", str(program), str(seed), str(workers)],
             env={**os.environ, **SANITIZERS[sanitizer]},

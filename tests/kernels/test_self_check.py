@@ -1,6 +1,6 @@
-"""The self-check of the kernels through the shim: it passes on them as they are, and finds each fault in each of them.
+"""The self-check of the kernels through the shim: the kernels pass it, and it finds each fault in each of them.
 
-A fault lies in one method of the compiled module, between Python and the kernel: nothing is compiled for it.
+A fault is put into one method of the compiled module, between Python and the kernel, so nothing is compiled for it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ from node_cuda.kernels.fused import DTYPES
 CPU = torch.device("cpu")
 ON = (0, 0)
 
-# A dtype that memory is mistaken for: not a wider one, so that nothing is read beyond its end.
+# A dtype in the place of the right one: never a wider one, so that nothing is read past the end.
 MISTAKEN = {
     torch.float32: torch.float16,
     torch.float64: torch.float32,
@@ -49,12 +49,12 @@ _PART = struct.Struct("=6q")
 _SIZES = [dtype.itemsize for dtype in DTYPES]
 _SUMS = [torch.promote_types(dtype, torch.float32).itemsize for dtype in DTYPES]
 Memory = tuple[int, int, int]
-"""An address, the size of an element, and how many there are."""
+"""An address, the size of an element, and the number of elements."""
 
 
-# ------------------------------------------------------------------ what the calls write, and what they add up
+# ------------------------------------------------------------------ the outputs and the sums of a call
 def written(plan: Any, name: str, args: tuple[Any, ...]) -> list[Memory]:
-    """What a call of this method writes of the state's or the parameters' size."""
+    """Return the memory of the state's or the parameters' size that a call of this method writes."""
     n, size, error_size = plan.n, plan.size, plan.error_size
     match name, args:
         case "rk_stage", (_, _, z, *_):
@@ -79,7 +79,8 @@ def written(plan: Any, name: str, args: tuple[Any, ...]) -> list[Memory]:
 
 
 def summed(plan: Any, name: str, args: tuple[Any, ...]) -> list[Memory]:
-    """What a call of this method adds up over the elements of a state: where it is zero, it is left out."""
+    """Return the memory that a call of this method sums over the elements of a state. Zeros there are left out of the
+    sum."""
     n, size = plan.n, plan.size
     match name, args:
         case "judge", (_, error, last, *_):
@@ -94,7 +95,7 @@ def summed(plan: Any, name: str, args: tuple[Any, ...]) -> list[Memory]:
 
 
 def written_sums(parts: Sequence[tuple[int, ...]], name: str, args: tuple[Any, ...]) -> list[Memory]:
-    """The same for a list of parameters."""
+    """Return the memory that a call writes for a list of parameters."""
     if name == "commit":
         return [(total, _SUMS[code], size) for _, _, total, size, _, code in parts]
     if name in ("accumulate", "keep"):
@@ -106,7 +107,7 @@ def written_sums(parts: Sequence[tuple[int, ...]], name: str, args: tuple[Any, .
 # ------------------------------------------------------------------ faults
 Call = Callable[..., Any]
 Fault = Callable[["Broken", Any, str, Call, tuple[Any, ...]], Any]
-"""What happens instead of a call of a method with these arguments."""
+"""A function that replaces a call of a method with these arguments."""
 
 
 def no_write(broken, plan, name, call, args):
@@ -115,7 +116,7 @@ def no_write(broken, plan, name, call, args):
 
 
 def _keeping(start: Callable[[int], slice]) -> Fault:
-    """These elements are not written, and those that are added up are left out."""
+    """Do not write these elements, and leave them out of the sums."""
 
     def fault(broken, plan, name, call, args):
         outputs, inputs = plan.written(name, args), plan.summed(name, args)
@@ -140,12 +141,12 @@ missing_block = _keeping(lambda count: slice(2048, 4096))
 
 
 def wrong_dtype(broken, plan, name, call, args):
-    """The kernel of another dtype."""
+    """The kernel for another dtype runs."""
     return plan.mistaken(name, args)
 
 
 def no_write_of_current(broken, plan, name, call, args):
-    """The kernel does nothing where the step is the one that the control says."""
+    """The kernel does nothing if its step is the one in the control."""
     if not any(x is at for x in args for at in broken.currents):
         call(*args)
 
@@ -163,14 +164,14 @@ def no_write_of_one(broken, plan, name, call, args):
 
 
 def no_write_unaligned(broken, plan, name, call, args):
-    """The kernel does nothing where it cannot read vectors."""
+    """The kernel does nothing if it cannot read vectors."""
     given = [x for group in args for x in (group if isinstance(group, list) else [group])]
     if not any(isinstance(x, int) and x > 2**20 and x % 16 for x in given):
         call(*args)
 
 
 def no_second_launch(broken, plan, name, call, args):
-    """Of a list that takes several launches, only the first one comes."""
+    """If a list needs several launches, only the first one runs."""
     late = [(part[0], _SUMS[part[5]] * part[3]) for part in plan.parts[448:]]
     saved = [(address, ctypes.string_at(address, size)) for address, size in late]
     call(*args)
@@ -179,7 +180,7 @@ def no_second_launch(broken, plan, name, call, args):
 
 
 def argument(place: int, change: Callable[[Any], Any]) -> Fault:
-    """One argument of the call is another one."""
+    """Replace one argument of the call."""
 
     def fault(broken, plan, name, call, args):
         return call(*(change(x) if i == place else x for i, x in enumerate(args)))
@@ -188,14 +189,14 @@ def argument(place: int, change: Callable[[Any], Any]) -> Fault:
 
 
 def scaled(x):
-    """A coefficient that is wrong by two percent, the last one of several."""
+    """Make a coefficient wrong by two percent, the last one of several."""
     if isinstance(x, (list, tuple)):
         return [*x[:-1], scaled(x[-1])] if x and not isinstance(x[-1], int) else x
     return 1.02 * x
 
 
 def of_row(entries):
-    """The same in a row of stages and their coefficients."""
+    """Do the same in a row of stages and their coefficients."""
     return [*entries[:-1], (entries[-1][0], 1.02 * entries[-1][1])] if entries else entries
 
 
@@ -204,7 +205,7 @@ def shorter(array):
 
 
 class Faulty:
-    """What the faults ask of a plan, or of the module. _other: the same, which takes the dtype for another."""
+    """The data of a plan, or of the module, that the faults need. _other: the same, with another dtype."""
 
     n = size = error_size = 0
     written, summed = written, summed
@@ -220,7 +221,7 @@ class Broken(Faulty):
     def __init__(self, module: ModuleType, where: str, fault: Fault) -> None:
         self._module, self.where, self.fault = module, where, fault
         self.called: set[str] = set()
-        self.currents: list[Any] = []  # what says to a kernel that its step is the control's
+        self.currents: list[Any] = []  # tells a kernel that its step is in the control
 
     def __getattr__(self, name: str) -> Any:
         value = getattr(self._module, name)
@@ -242,7 +243,7 @@ class Broken(Faulty):
 
 
 class OfState(Faulty):
-    """A plan, and one beside it that takes the state for another dtype."""
+    """A plan, and a second plan with another dtype of the state."""
 
     def __init__(
         self, broken: Broken, code: int, n: int, size: int, error_size: int, on: Any, direction: float
@@ -251,7 +252,7 @@ class OfState(Faulty):
             direction = -direction
         self.broken, self.n, self.size, self.error_size = broken, n, size, error_size
         self.real_size = size // 2 if list(DTYPES)[code].is_complex else size
-        self.terms: list[int] = []  # of the rows
+        self.terms: list[int] = []  # for each row
         self._real = broken._module.SolveContext(code, n, size, error_size, on, direction)
         self._other = broken._module.SolveContext(WRONG_CODE[code], n, size, error_size, on, direction)
 
@@ -272,7 +273,7 @@ class OfState(Faulty):
 
 
 class OfSums(Faulty):
-    """A plan of sums, and one beside it that takes the tensors for others."""
+    """A plan of sums, and a second plan with other dtypes of the tensors."""
 
     def __init__(self, broken: Broken, parts: int, sizes: Sequence[int], on: Any) -> None:
         table = ctypes.string_at(parts, _PART.size * len(sizes))
@@ -293,13 +294,13 @@ class OfSums(Faulty):
 
 
 def found_by(module: Any, dtype: torch.dtype, rows: Sequence[check_rows.Primitive]) -> str | None:
-    """The first row that disagrees."""
+    """Return the first row that disagrees."""
     pair = check_rows.sides(module, ON, CPU, dtype)
     with torch.no_grad():
         for row in rows:
             try:
                 wrong = difference(row, *pair)
-            except RuntimeError as error:  # as the self-check takes it
+            except RuntimeError as error:  # as in the self-check
                 wrong = str(error)
             if wrong is not None:
                 return row.name
@@ -308,7 +309,7 @@ def found_by(module: Any, dtype: torch.dtype, rows: Sequence[check_rows.Primitiv
 
 @pytest.fixture(scope="session")
 def called(shim_module) -> dict[str, list[check_rows.Primitive]]:
-    """The rows that call each method of the module, the fastest ones first."""
+    """Return the rows that call each method of the module, the fastest ones first."""
     rows: dict[str, list[check_rows.Primitive]] = {}
     seconds = {}
     for row in ROWS:
@@ -322,14 +323,14 @@ def called(shim_module) -> dict[str, list[check_rows.Primitive]]:
 
 
 def launches(module: ModuleType) -> Iterator[str]:
-    """Every method of the plans and every function that Fused calls, but those that launch nothing."""
+    """Return every method of the plans and every function that Fused calls, without those that launch nothing."""
     quiet = {"launches", "bytes", "workspace_size", "current"}
     for owner in ("SolveContext", "SumsPlan"):
         yield from (f"{owner}.{x}" for x in dir(getattr(module, owner)) if not x.startswith("_") and x not in quiet)
     yield from ("pack_adjoint", "jump")
 
 
-def test_every_method_of_the_compiled_module_that_solves_call_is_called_by_a_row(shim_module, called):
+def test_the_rows_call_every_method_of_the_compiled_module(shim_module, called):
     assert set(launches(shim_module)) <= set(called)
 
 
@@ -343,7 +344,7 @@ LARGE = [*(f"SolveContext.{name}" for name in (*OF_STATE, *NORMS)), *SUMS, "pack
 NOT_SUMS = [x for x in LARGE if x not in SUMS]
 TYPED = [x for x in LARGE if x != "SolveContext.commit"] + ["SolveContext.stage_times"]  # a commit copies bytes
 
-NONE = ctypes.create_string_buffer(8)  # of the tstops a jump
+NONE = ctypes.create_string_buffer(8)  # which of the tstops are discontinuities
 COEFFICIENTS = [
     ("SolveContext", no_write),  # the direction, see OfState
     *(("SolveContext.interval", argument(i, scaled)) for i in range(3)),
@@ -405,16 +406,16 @@ def test_a_kernel_with_a_fault_is_found(shim_module, called, where, fault):
 
 
 OTHERS = [dtype for dtype in DTYPES if dtype != torch.float32]
-# The others run lists of all dtypes, whatever the state is.
+# The others use lists of all dtypes, independent of the state.
 OF_DTYPE = [row for row in ROWS if row.name not in ("accumulate", "long_list", "sums_on_device")]
 QUICK = ("rk_stage", "rk_finish", "combine", "sum", "scaled_error")
 
 
 @pytest.mark.parametrize("dtype", OTHERS, ids=str)
-def test_the_kernels_as_they_are_pass_in_every_dtype_and_those_of_another_dtype_do_not(shim_module, called, dtype):
+def test_the_kernels_pass_in_every_dtype_and_kernels_of_another_dtype_do_not(shim_module, called, dtype):
     assert found_by(shim_module, dtype, OF_DTYPE) is None
     faults = [(f"SolveContext.{name}", wrong_dtype) for name in QUICK]
-    if not dtype.is_complex:  # where times are of the dtype that the state is mistaken for
+    if not dtype.is_complex:  # for complex states the times have the same dtype
         faults.append(("SolveContext.stage_times", wrong_dtype))
     faults += [
         ("SolveContext.row", argument(0, of_row)),
@@ -425,14 +426,16 @@ def test_the_kernels_as_they_are_pass_in_every_dtype_and_those_of_another_dtype_
         assert found_by(Broken(shim_module, where, fault), dtype, called[where]) is not None, where
 
 
-by_kernels: list[Any] = []  # the arithmetic of solves, without that of checks
+by_kernels: list[Any] = []  # the arithmetic of solves, without that of the checks
 
 
-# ------------------------------------------------------------------ when it runs, and what a solve makes of it
+# ------------------------------------------------------------------ when the check runs, and how solves use its result
 @pytest.fixture
 def unchecked(shim, monkeypatch, tmp_path) -> Callable[[Any], None]:
-    """A process in which nothing was checked and nothing is remembered, with two quick rows. Calling it exchanges the
-    module; without an argument it only forgets what the process knows."""
+    """A process in which nothing was checked and nothing is recorded, with two quick rows.
+
+    Calling it replaces the module. Without an argument it only resets the results of the process.
+    """
     monkeypatch.setenv(check_record.VARIABLE, str(tmp_path))
     monkeypatch.setattr(self_check, "ROWS", tuple(row for row in ROWS if row.name in ("stage_times", "combine")))
 
@@ -465,7 +468,7 @@ def run(dtype=torch.float64):
 
 
 def takes_kernels(dtype=torch.float64) -> bool:
-    """Are the steps of a solve computed by the kernels?"""
+    """Return whether the kernels compute the steps of a solve."""
     by_kernels.clear()
     run(dtype)
     return bool(by_kernels)
@@ -473,7 +476,7 @@ def takes_kernels(dtype=torch.float64) -> bool:
 
 @pytest.fixture
 def checks(monkeypatch) -> list[torch.dtype]:
-    """The dtypes of the checks that ran."""
+    """Collect the dtypes of the checks that ran."""
     ran = []
     outcomes = self_check.outcomes
 
@@ -485,7 +488,7 @@ def checks(monkeypatch) -> list[torch.dtype]:
     return ran
 
 
-def test_a_kernel_that_disagrees_is_named_in_one_warning_and_solves_take_plain_pytorch(unchecked, wrong):
+def test_a_kernel_that_disagrees_is_named_in_one_warning_and_solves_use_plain_pytorch(unchecked, wrong):
     with node_cuda.backend("reference"):
         expected = run()
     unchecked(wrong)
@@ -496,8 +499,8 @@ def test_a_kernel_that_disagrees_is_named_in_one_warning_and_solves_take_plain_p
     assert "Solves on cpu take plain PyTorch instead of the kernels" in message
     assert "disagree with plain PyTorch on cpu in float64: combine." in message
     assert "is right, and rounding allows" in message and "python -m node_cuda" in message
-    assert not takes_kernels()  # and warns no more
-    assert not takes_kernels(torch.float32)  # nor does another dtype trust the same build
+    assert not takes_kernels()  # and does not warn again
+    assert not takes_kernels(torch.float32)  # other dtypes do not trust the same build either
     with node_cuda.backend("fused"), pytest.raises(Unsupported, match="the self-check found kernels that disagree"):
         run()
     with torch.no_grad():
@@ -515,7 +518,7 @@ def test_kernels_that_cannot_be_called_are_named_with_the_error(unchecked, shim_
         run()
 
 
-def test_the_first_solve_of_a_dtype_checks_it_and_later_ones_look_into_a_dict(unchecked, checks, monkeypatch):
+def test_only_the_first_solve_of_a_dtype_checks_it(unchecked, checks, monkeypatch):
     assert takes_kernels()
     run(torch.float32)
     assert checks == [torch.float64, torch.float32]
@@ -525,7 +528,7 @@ def test_the_first_solve_of_a_dtype_checks_it_and_later_ones_look_into_a_dict(un
     assert checks == [torch.float64, torch.float32]
 
 
-def test_one_thread_checks_and_the_others_wait_for_it(unchecked, checks):
+def test_one_thread_checks_and_the_others_wait(unchecked, checks):
     threads = [threading.Thread(target=run) for _ in range(4)]
     for thread in threads:
         thread.start()
@@ -534,7 +537,7 @@ def test_one_thread_checks_and_the_others_wait_for_it(unchecked, checks):
     assert checks == [torch.float64]
 
 
-def test_nothing_is_checked_during_a_capture_and_the_next_solve_does_it(unchecked, checks, monkeypatch):
+def test_nothing_is_checked_during_a_capture_but_in_the_next_solve(unchecked, checks, monkeypatch):
     with monkeypatch.context() as capture:
         capture.setattr(self_check, "capturing", lambda device: True)
         assert not takes_kernels()
@@ -556,7 +559,7 @@ def test_nothing_is_checked_inside_a_dispatch_mode_or_a_torch_func_transform(unc
     assert takes_kernels()
 
 
-def test_the_check_neither_sees_nor_changes_the_modes_and_random_states_of_the_caller(unchecked, checks, shim_module):
+def test_the_check_is_independent_of_the_modes_and_random_states_of_the_caller(unchecked, checks, shim_module):
     torch.manual_seed(3)
     before = torch.get_rng_state()
     torch.set_default_dtype(torch.float16)
@@ -576,7 +579,7 @@ def test_the_check_neither_sees_nor_changes_the_modes_and_random_states_of_the_c
     assert checks == [torch.float32, torch.complex64]
 
 
-def test_a_full_memory_is_no_fault_of_a_kernel_and_the_next_solve_checks_again(unchecked, shim_module, tmp_path):
+def test_out_of_memory_is_not_a_fault_of_a_kernel_and_the_next_solve_checks_again(unchecked, shim_module, tmp_path):
     def full(broken, plan, name, call, args):
         raise torch.OutOfMemoryError("CUDA out of memory")
 
@@ -589,8 +592,8 @@ def test_a_full_memory_is_no_fault_of_a_kernel_and_the_next_solve_checks_again(u
     assert takes_kernels()
 
 
-# ------------------------------------------------------------------ what is remembered
-def test_a_pass_is_remembered_for_the_next_process_and_a_failure_is_not(unchecked, checks, wrong, tmp_path):
+# ------------------------------------------------------------------ the record on disk
+def test_the_next_process_knows_of_a_pass_but_not_of_a_failure(unchecked, checks, wrong, tmp_path):
     run()
     unchecked()
     assert takes_kernels() and checks == [torch.float64]
@@ -607,7 +610,7 @@ def test_a_pass_is_remembered_for_the_next_process_and_a_failure_is_not(unchecke
 
 
 @pytest.mark.parametrize("changed", ["device", "driver", "torch"])
-def test_another_device_driver_or_torch_is_checked_anew(unchecked, checks, monkeypatch, changed):
+def test_another_device_driver_or_torch_is_checked_again(unchecked, checks, monkeypatch, changed):
     run()
     facts = self_check.facts
     monkeypatch.setattr(self_check, "facts", lambda *args: facts(*args).replace(f"{changed} ", f"{changed} other "))
@@ -616,7 +619,7 @@ def test_another_device_driver_or_torch_is_checked_anew(unchecked, checks, monke
     assert checks == [torch.float64] * 2
 
 
-def test_another_build_is_checked_anew(unchecked, checks, monkeypatch, shim_module, tmp_path):
+def test_another_build_is_checked_again(unchecked, checks, monkeypatch, shim_module, tmp_path):
     run()
     library = tmp_path / "other.so"
     library.write_bytes(Path(shim_module.__file__).read_bytes() + b"0")
@@ -626,7 +629,7 @@ def test_another_build_is_checked_anew(unchecked, checks, monkeypatch, shim_modu
     assert checks == [torch.float64] * 2
 
 
-def test_a_damaged_file_is_no_error_and_is_written_anew(unchecked, checks, tmp_path):
+def test_a_damaged_file_is_replaced_without_an_error(unchecked, checks, tmp_path):
     run()
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
@@ -638,7 +641,7 @@ def test_a_damaged_file_is_no_error_and_is_written_anew(unchecked, checks, tmp_p
     assert len(checks) == 4
 
 
-def test_a_folder_that_cannot_be_written_is_no_error(unchecked, checks, monkeypatch, tmp_path):
+def test_a_folder_that_cannot_be_written_raises_no_error(unchecked, checks, monkeypatch, tmp_path):
     (tmp_path / "file").write_text("")
     monkeypatch.setenv(check_record.VARIABLE, str(tmp_path / "file" / "folder"))
     assert takes_kernels()
@@ -647,7 +650,7 @@ def test_a_folder_that_cannot_be_written_is_no_error(unchecked, checks, monkeypa
     assert checks == [torch.float64] * 2
 
 
-def test_checks_are_remembered_where_the_environment_says_else_in_the_users_cache(monkeypatch):
+def test_checks_are_recorded_in_the_folder_of_the_environment_or_in_the_users_cache(monkeypatch):
     monkeypatch.delenv(check_record.VARIABLE, raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", "/some/cache")
     assert check_record.folder() == Path("/some/cache/node_cuda")
@@ -671,9 +674,7 @@ with record.Record(sys.argv[2]).checking() as note:
 """
 
 
-def test_the_entry_of_a_running_process_is_no_death_and_that_of_a_dead_one_is_found(
-    unchecked, checks, shim_module, tmp_path
-):
+def test_the_entry_of_a_dead_process_is_found_but_not_that_of_a_running_one(unchecked, checks, shim_module, tmp_path):
     facts = self_check.facts(shim_module, CPU)
     command = [sys.executable, "-c", OTHER_PROCESS, check_record.__file__, facts]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as other:
@@ -688,17 +689,17 @@ def test_the_entry_of_a_running_process_is_no_death_and_that_of_a_dead_one_is_fo
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert takes_kernels()  # float64 passed
-        with pytest.raises(RuntimeWarning, match=f"checked combine in float32 did not survive it. .*rm {entry}"):
+        with pytest.raises(RuntimeWarning, match=f"died while it checked combine in float32. .*rm {entry}"):
             run(torch.float32)
         assert not takes_kernels(torch.float32)
-    assert checks == [torch.float64]  # and nothing was run
+    assert checks == [torch.float64]  # no check ran
     entry.unlink()
     unchecked()
     assert takes_kernels(torch.float32)
     assert checks == [torch.float64, torch.float32]
 
 
-def test_an_error_that_ruins_the_device_is_told_and_left_for_the_next_process(
+def test_an_error_that_ruins_the_device_is_raised_and_reported_by_the_next_process(
     unchecked, checks, shim_module, monkeypatch, tmp_path
 ):
     def illegal(broken, plan, name, call, args):
@@ -711,12 +712,12 @@ def test_an_error_that_ruins_the_device_is_told_and_left_for_the_next_process(
             run()
     (entry,) = tmp_path.iterdir()
     unchecked(shim_module)
-    with pytest.warns(RuntimeWarning, match=f"checked combine in float64 did not survive it. .*rm {entry}"):
+    with pytest.warns(RuntimeWarning, match=f"died while it checked combine in float64. .*rm {entry}"):
         run()
     assert checks == [torch.float64]
 
 
-def test_where_files_cannot_be_locked_an_entry_counts_as_a_death_when_it_is_old(monkeypatch, tmp_path):
+def test_without_file_locks_an_old_entry_counts_as_a_death(monkeypatch, tmp_path):
     monkeypatch.setenv(check_record.VARIABLE, str(tmp_path))
     monkeypatch.setattr(check_record, "fcntl", None)
     record = Record("facts")
@@ -726,7 +727,7 @@ def test_where_files_cannot_be_locked_an_entry_counts_as_a_death_when_it_is_old(
         monkeypatch.setattr(check_record, "LONGEST_CHECK", -1.0)
         assert [what for what, _ in record.unfinished()] == ["tape in float16"]
         note("")
-        assert not record.unfinished()  # nothing was run yet
+        assert not record.unfinished()  # no check ran yet
     assert not record.unfinished()
 
 
@@ -744,18 +745,18 @@ def test_the_report_has_a_row_for_each_primitive(unchecked, shim_module, wrong, 
     assert disagrees.startswith("in float32 disagrees: element ") and "; in float64 disagrees: element " in disagrees
 
 
-def test_the_report_runs_what_can_be_run_and_says_how_to_run_the_rest(unchecked, shim_module, tmp_path):
+def test_the_report_checks_the_other_rows_and_says_how_to_check_the_rest(unchecked, shim_module, tmp_path):
     with pytest.raises(Lost), Record(self_check.facts(shim_module, CPU)).checking() as note:
         note("combine in float16")
         raise Lost
     (entry,) = tmp_path.iterdir()
     (_, (_, passed), (_, not_run)) = self_check.survey(shim_module, CPU)
     assert passed == "passed"
-    assert not_run.endswith(f"not run: a process that checked combine in float16 did not survive it; to check it "
+    assert not_run.endswith(f"not run: a process died while it checked combine in float16; to check it "
                             f"again: rm {entry}")  # fmt: skip
 
 
-def test_python_m_node_cuda_prints_the_rows_or_why_there_are_none(shim_module, monkeypatch):
+def test_python_m_node_cuda_prints_the_rows_or_the_reason_for_none(shim_module, monkeypatch):
     live = environment.LivePath(environment.FUSED, "", None)
     assert environment.checks(environment.LivePath(environment.REFERENCE, "", None)) == [
         "not run: the kernels are not live"

@@ -1,6 +1,6 @@
-"""The tape of a solve on the device through the shim: what is recorded, what is kept, and the walk back over it.
+"""The tape of a solve on the device through the shim: the recorded steps, the kept tensors, and the reverse pass.
 
-The host loop's Trajectory and Checkpoints say what must be on it.
+The host loop's Trajectory and Checkpoints give the expected content.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ RECORDED = struct.Struct("=4d2q2i")  # struct Recorded
 
 @pytest.fixture
 def control(shim_module) -> Callable[..., DeviceStepControl]:
-    """Makes the control of a solve that records on a tape, or of a walk."""
+    """Make the control of a solve that records on a tape, or of a reverse pass."""
 
     def make(law=LAW, outputs=(), direction=1.0, tape=None, on=(0, 0), dtype=F64) -> DeviceStepControl:
         fused = Fused(shim_module, on, torch.zeros(2, dtype=dtype), direction, ErrorNorm(1.0, 1.0), (0.0, *outputs))
@@ -68,7 +68,7 @@ def step_log(shim_module) -> Callable[..., StepLog]:
 
 
 def walk_in(control: Callable[..., DeviceStepControl], tape: StepLog, **given) -> DeviceStepControl:
-    """A walk over a tape, which has begun."""
+    """Start a reverse pass over a tape."""
     walk = control(**given)
     walk.start(0.0, None)
     walk.begin_reverse(tape)
@@ -76,7 +76,7 @@ def walk_in(control: Callable[..., DeviceStepControl], tape: StepLog, **given) -
 
 
 def grid_solve(control: Callable[..., DeviceStepControl], tape: StepLog, points: Tensor, **given) -> None:
-    """A solve goes from point to point of a grid, to its end."""
+    """Solve from point to point of a grid, to its end."""
     made = control(tape=tape, **given)
     made.points = points
     made.start(float(points[0]), None)
@@ -85,7 +85,7 @@ def grid_solve(control: Callable[..., DeviceStepControl], tape: StepLog, points:
 
 
 class Recorded(NamedTuple):
-    """struct Recorded of csrc/control/tape.h: a step, the outputs in it, and how its first stage begins."""
+    """struct Recorded of csrc/control/tape.h: a step, the outputs in it, and the start of its first stage."""
 
     t0: float
     t1: float
@@ -104,7 +104,7 @@ def read_tape(tape: StepLog) -> tuple[int, list[Recorded]]:
     return count, [Recorded(*step) for step in steps][:count]
 
 
-# --- what is kept ------------------------------------------------------------------------------------------------
+# --- the kept tensors ----------------------------------------------------------------------------------------------
 
 
 def test_a_tape_without_room_is_refused(step_log):
@@ -113,7 +113,7 @@ def test_a_tape_without_room_is_refused(step_log):
 
 
 @pytest.mark.parametrize("capacity", [3, 8])
-def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(control, capacity, step_log):
+def test_a_step_uses_the_row_of_its_number_or_the_scratch_row_if_it_is_not_kept(control, capacity, step_log):
     tape = step_log(capacity, first=1, carries=True)
     solve = control(outputs=[1.0], tape=tape)
     solve.start(0.0, 0.25)
@@ -123,7 +123,7 @@ def test_a_step_has_the_row_of_its_number_and_what_is_not_kept_the_scratch_row(c
         solve.judge_ratio(ratio)
         rows.append((solve.read().accept, int(tape.slot)))
     taken = solve.read().accepted
-    assert 3 < taken < 7 and not solve.read().active  # the last ones came behind the end
+    assert 3 < taken < 7 and not solve.read().active  # the last attempts came after the end
     assert [row for accept, row in rows if accept] == [min(i, capacity) for i in range(taken)]
     assert {row for accept, row in rows if not accept} == {capacity}
     solve.start(0.0, 0.25)
@@ -145,7 +145,7 @@ def test_a_step_that_fails_is_not_recorded(control, step_log):
 
 @dataclass
 class Solved:
-    """A solve by the device loop with a tape, and the same by the host loop."""
+    """A solve by the device loop with a tape, and the same solve by the host loop."""
 
     loop: OutputLoop
     tape: StepLog
@@ -199,12 +199,12 @@ SOLVES = {
 
 
 def begins_of(solved: Solved) -> list[int]:
-    """From the host loop's record."""
+    """Return the starts of the first stages, from the host loop's record."""
     return [-1 if taken.carried else taken.side for taken in solved.host.steps]
 
 
 @pytest.mark.parametrize("name", SOLVES)
-def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, name):
+def test_the_record_of_a_solve_agrees_with_the_host_loop(shim, name):
     method, options, t = SOLVES[name]
     device = solved(torch.tensor([0.7, -0.4], dtype=F64), t, method, options, 200)
     count, steps = read_tape(device.tape)
@@ -229,7 +229,7 @@ def test_the_record_of_a_solve_is_that_of_the_host_loop(shim, name):
         assert torch.equal(device.states[i], state.y0)
 
 
-def test_steps_beyond_the_capacity_are_counted_and_not_written(shim):
+def test_steps_past_the_capacity_are_counted_but_not_written(shim):
     device = solved(torch.tensor([0.7, -0.4], dtype=F64), T, "rk4", dict(step_size=0.1), 7)
     count, steps = read_tape(device.tape)
     assert count == 20 and len(steps) == 7
@@ -240,11 +240,11 @@ def test_steps_beyond_the_capacity_are_counted_and_not_written(shim):
     assert (state.active, Status(state.status)) == (0, Status.RECORD_FULL)
 
 
-# --- the walk ----------------------------------------------------------------------------------------------------
+# --- the reverse pass ----------------------------------------------------------------------------------------------
 
 
 def walk_of(fused: Fused) -> DeviceStepControl:
-    """The control of a walk over the tape of a solve with this arithmetic, in a plan of its own."""
+    """Return the control of a reverse pass over the tape of a solve with this arithmetic, in a new plan."""
     y0 = torch.zeros(fused.shape, dtype=fused.dtype)
     own = Fused(fused.module, fused.on, y0, fused.direction, fused.norm, (0.0,))
     law = ControllerParams((0.0, 0.0, 0.0), 1.0, 1.0, 1.0, False, 0.0, math.inf)
@@ -255,7 +255,7 @@ def walk_of(fused: Fused) -> DeviceStepControl:
 
 @pytest.mark.parametrize("name", SOLVES)
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
-def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, name, dtype):
+def test_the_reverse_pass_loads_each_step_with_the_time_of_its_first_stage(shim, name, dtype):
     method, options, t = SOLVES[name]
     y0 = torch.tensor([0.7, -0.4], dtype=F64).to(dtype)
     device = solved(y0, t, method, options, 200)
@@ -278,7 +278,7 @@ def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, 
         walk.advance_reverse(device.tape)
     assert not walk.read().active
     before = walk.read()
-    walk.load_step(device.tape, time.fill_(7.0))  # behind the end
+    walk.load_step(device.tape, time.fill_(7.0))  # past the end
     walk.advance_reverse(device.tape)
     now = walk.read()
     expected = {**numbers_of(before), "accept": 0, "first_output": now.next_output}
@@ -288,7 +288,7 @@ def test_the_walk_takes_the_steps_back_at_the_times_of_their_first_stages(shim, 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.float16, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("direction", [1.0, -1.0])
-def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(control, dtype, direction, step_log):
+def test_the_time_of_a_first_stage_agrees_with_the_clock_in_every_dtype(control, dtype, direction, step_log):
     points = torch.tensor([-3.1, -1.0, 0.0, 1 / 3, 1.0, 2.0, 100.1], dtype=F64)
     clock, time = Clock(direction, dtype, CPU), torch.zeros((), dtype=dtype)
     for first, carries in ((HERE, False), (JUST_AFTER, False), (JUST_AFTER, True)):
@@ -305,7 +305,7 @@ def test_the_time_of_a_first_stage_is_the_clock_s_in_every_dtype(control, dtype,
             assert torch.equal(time, clock.at_nodes(at, (node,), side)[0])
 
 
-def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(control, step_log):
+def test_a_reverse_pass_over_steps_that_were_not_kept_does_nothing_and_has_a_status(control, step_log):
     points, tape = torch.arange(12.0, dtype=F64), step_log(4, first=0, carries=False)
     grid_solve(control, tape, points)
     walk, time = walk_in(control, tape), torch.full((), 7.0, dtype=F64)
@@ -319,20 +319,20 @@ def test_a_walk_over_what_was_not_kept_does_nothing_and_says_so(control, step_lo
     assert (walk.read().active, walk.read().status) == (1, 0)
 
 
-def test_a_solve_without_a_step_has_nothing_to_take_back(control, step_log):
+def test_a_solve_without_a_step_has_no_step_to_reverse(control, step_log):
     tape = step_log(4, first=0, carries=True)
     walk = walk_in(control, tape)
     walk.load_step(tape)
     assert (walk.read().active, walk.read().status, int(tape.row)) == (0, 0, 0)
 
 
-def test_a_dtype_that_there_is_not_is_refused(shim_module, control, step_log):
+def test_an_unknown_dtype_is_refused(shim_module, control, step_log):
     tape = step_log(4, first=0, carries=True)
     with pytest.raises(RuntimeError, match="load_step failed"):
         shim_module.load_step(9, control().address, tape.address, 0, (0, 0))
 
 
-def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_module, control, step_log):
+def test_a_captured_reverse_pass_repeats_in_a_loop_on_the_device(shim_library, shim_module, control, step_log):
     graphs, on = GraphCache(shim_library), (STREAM, DEVICE)
     graphs.reset()
     points, tape = torch.arange(9.0, dtype=F64) / 4, step_log(8, first=1, carries=True)
@@ -343,7 +343,7 @@ def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_modu
         walk.begin_reverse(tape)
     with graphs.capturing(STREAM) as bodies:
         walk.load_step(tape, time)
-        for i in range(2):  # the row of this step becomes the first, and the one before it the second
+        for i in range(2):  # copy the row of this step to the first row, and that of the step before it to the second
             source = rows if i == 0 else tape.row
             graphs.lib.shim_copy(rows[1 - i :].data_ptr(), source.data_ptr(), 8, STREAM)
         walk.advance_reverse(tape)
@@ -362,13 +362,13 @@ def test_a_captured_walk_goes_round_a_loop_on_the_device(shim_library, shim_modu
     assert graphs.lib.shim_complaints() == b""
 
 
-# --- the arithmetic of the backward pass at the step that the walk has come to -------------------------------------
+# --- the arithmetic of the backward pass at the current step of the reverse pass -----------------------------------
 
 
 @pytest.mark.parametrize("dtype", [F64, torch.float32, torch.complex64], ids=str)
 @pytest.mark.parametrize("name", ["many outputs in a step", "reversed", "accurate", "grid", "finer grid"])
-def test_the_cotangents_of_the_current_step_are_those_of_the_same_step_by_value_to_the_bit(shim, name, dtype):
-    """And those of the reference to rounding."""
+def test_the_cotangents_of_the_current_step_have_the_bits_of_those_of_the_same_step_by_value(shim, name, dtype):
+    """They also agree with the reference up to rounding."""
     method, options, t = SOLVES[name]
     device = solved(torch.tensor([0.7, -0.4], dtype=F64).to(dtype), t, method, options, 200)
     host = device.fused
@@ -396,16 +396,16 @@ def test_the_cotangents_of_the_current_step_are_those_of_the_same_step_by_value_
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
-def test_half_states_have_plain_cotangents(shim, dtype):
+def test_cotangents_of_half_states_take_the_path_of_plain_pytorch(shim, dtype):
     device = solved(torch.ones(2, dtype=dtype), linspace(0.0, 1.0, 4), "rk4", {}, 20)
     fused, at = device.fused, device.host.steps[0].at
     lam, g = torch.ones(2, dtype=dtype), torch.ones(1, 2, dtype=dtype)
     found = fused.dense_adjoint(fused.polynomials((), (1.0,)), at, lam, 1, g)
-    assert torch.equal(found.lam, 2 * lam) and not found.start.any()  # it is at the end of the step
+    assert torch.equal(found.lam, 2 * lam) and not found.start.any()  # the output is at the end of the step
 
 
 def polynomials_of(loop: OutputLoop, fused: Fused) -> Polynomials:
-    """Those of the loop's outputs, prepared once more."""
+    """Prepare the polynomials of the loop's outputs again."""
     own = loop.interpolant._polynomials
     return fused.polynomials(own.rows, own.end)
 

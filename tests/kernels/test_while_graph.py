@@ -1,7 +1,7 @@
-"""A solve without the host in its loop: csrc/graphs/graphs.cpp behind the shim, on captured steps of the real kernels.
+"""A step loop without the host: csrc/graphs/graphs.cpp through the shim, on captured steps of the real kernels.
 
-The shim's runtime refuses what CUDA would, complains about what CUDA leaves undefined, and runs a graph in any order
-that its dependencies leave open. What a GPU does with such a graph only a GPU can show.
+The shim's runtime refuses the calls that CUDA refuses, complains about undefined behaviour, and runs a graph in any
+order that its dependencies allow. Only a GPU can show what a GPU does with such a graph.
 """
 
 from __future__ import annotations
@@ -47,7 +47,8 @@ def module(shim_library):
 
 @pytest.fixture
 def shim(shim_library, module, monkeypatch) -> Iterator[GraphCache]:
-    """The runtime's other side. A test that leaves something behind, or does what CUDA leaves undefined, fails."""
+    """The controls of the shim's runtime. A test fails if it leaves objects, or if its behaviour is undefined in
+    CUDA."""
     monkeypatch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
     monkeypatch.setattr(dispatch, "_kernels", lambda device: (module, ON))
     graphs = GraphCache(shim_library)
@@ -57,11 +58,11 @@ def shim(shim_library, module, monkeypatch) -> Iterator[GraphCache]:
     gc.collect()
     found = graphs.lib.shim_complaints().decode(), graphs.lib.shim_leaks() - before, graphs.lib.shim_device()
     graphs.reset()
-    assert found == ("", 0, 0), "complaints, objects left behind, the current device"
+    assert found == ("", 0, 0), "complaints, objects that were not freed, the current device"
 
 
 class CapturedSolve:
-    """One attempted step as a graph, and all that it works on. The start is the host loop's."""
+    """One attempted step as a graph, with all of its memory. The start comes from the host loop."""
 
     def __init__(
         self, shim: GraphCache, y0: Tensor, t: Tensor, method: str = "dopri5", tol: float = 1e-5, **options: Any
@@ -102,7 +103,7 @@ class CapturedSolve:
         self.selector.start(t0, self.y0, self.k1)
 
     def attempt(self) -> list[Any]:
-        """A step at static addresses; returns what must live as long as its graph."""
+        """Take a step at fixed addresses. Returns the objects that must exist as long as its graph."""
         fused, tableau, k = self.fused, self.tableau, [self.k1]
         at = Interval(math.nan, math.nan, math.nan, math.nan, math.nan, fused.plan.current())
         nodes, known = tableau.nodes[1:], tableau.stages - tableau.fsal
@@ -124,7 +125,7 @@ class CapturedSolve:
         return [times, z, k, y1, error]
 
     def by_the_host(self, y0: Tensor | None = None, **options: Any) -> Solution:
-        """The same solve by the host's loop, with the same kernels."""
+        """Run the same solve by the host loop, with the same kernels."""
         tol = self.problem.norm.rtol
         options["throw"] = False
         y0 = self.problem.y0 if y0 is None else y0
@@ -158,15 +159,15 @@ SOLVES = {
 
 
 @pytest.mark.parametrize("name", SOLVES)
-def test_one_launch_is_the_solve_of_the_host_to_the_bit(shim, module, name):
+def test_one_launch_has_the_bits_of_the_solve_on_the_host(shim, module, name):
     n, dtype, t, options = SOLVES[name]
     method = name if name in TABLEAUS else "dopri5"
     solve = CapturedSolve(shim, linspace(n, dtype), torch.tensor(t, dtype=torch.float64), method, **options)
     expected = solve.by_the_host(**options)
     loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
-    solve.close()  # the loop has its own copy
+    solve.close()  # the loop has its own copy of the graph
     states = []
-    for seed in (0, 1, 2, 3):  # the order of blocks, and of nodes that do not depend on each other
+    for seed in (0, 1, 2, 3):  # the order of blocks, and of independent nodes
         shim.lib.shim_configure(seed, 1)
         solve.start()
         with shim.written() as calls:
@@ -182,7 +183,7 @@ def test_one_launch_is_the_solve_of_the_host_to_the_bit(shim, module, name):
         assert expected.stats.rejected > 0
 
 
-def test_a_solve_that_has_ended_is_not_begun(shim, module):
+def test_a_solve_that_has_ended_does_not_start(shim, module):
     solve = CapturedSolve(shim, linspace(40), torch.tensor([0.0, 1.0]))
     loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
     loop.launch(STREAM)
@@ -203,7 +204,7 @@ def test_a_solve_that_has_ended_is_not_begun(shim, module):
     ],
     ids=["too many steps", "infinite", "nan", "pole"],
 )
-def test_a_solve_that_fails_ends_its_loop_and_says_why(shim, module, status, start, options):
+def test_a_failed_solve_ends_its_loop_and_has_a_status(shim, module, status, start, options):
     y0 = torch.full((40,), start, dtype=torch.float64)
     solve = CapturedSolve(shim, y0, torch.tensor([0.0, 0.001, 9.0]), **options)
     expected = solve.by_the_host(**options)
@@ -216,7 +217,7 @@ def test_a_solve_that_fails_ends_its_loop_and_says_why(shim, module, status, sta
     solve.close()
 
 
-def test_what_torch_copies_and_fills_in_a_step_goes_round_the_loop(shim, module):
+def test_copies_and_fills_of_torch_in_a_step_are_repeated(shim, module):
     solve = CapturedSolve(
         shim, linspace(40), torch.tensor([0.0, 1.0], dtype=torch.float64), first_step=0.05, max_step=0.05
     )
@@ -233,13 +234,13 @@ def test_what_torch_copies_and_fills_in_a_step_goes_round_the_loop(shim, module)
     solve.close()
 
 
-def test_a_plan_without_step_control_has_no_step_of_its_own(shim, module):
+def test_a_plan_without_step_control_has_no_current_step(shim, module):
     plan = module.SolveContext(0, 1, 4, 4, ON, 1.0)
     with pytest.raises(RuntimeError, match="has no current step"):
         plan.current()
 
 
-# --- what cannot be a loop ---------------------------------------------------------------------------------------
+# --- steps that cannot be in a loop ------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -249,11 +250,11 @@ def test_a_plan_without_step_control_has_no_step_of_its_own(shim, module):
         (["wait", "kernel", "record", "record"], "1 wait for an event, 2 records of events"),
         (["alloc", "kernel", "free"], "1 allocation of memory, 1 release of memory"),
         (["signal", "semaphore"], "1 signal to a semaphore, 1 wait for a semaphore"),
-        (["conditional", "conditional"], "2 branches or loops of its own"),
+        (["conditional", "conditional"], "2 branches or loops"),
         (["unheard of"], "1 node of an unknown kind"),
     ],
 )
-def test_a_step_that_no_loop_may_hold_is_refused_with_the_kinds_of_its_nodes(shim, module, types, words):
+def test_a_step_that_cannot_be_in_a_loop_is_refused_with_the_kinds_of_its_nodes(shim, module, types, words):
     ctl = torch.zeros(208, dtype=torch.uint8)
     plain, inner = shim.graph(*types), shim.graph("kernel", "memset")
     graphs = [plain, inner]
@@ -271,7 +272,7 @@ def test_a_step_that_no_loop_may_hold_is_refused_with_the_kinds_of_its_nodes(shi
         shim.lib.shim_destroy_graph(graph)
 
 
-def test_all_kinds_of_nodes_that_a_loop_may_hold_are_taken(shim, module):
+def test_all_kinds_of_nodes_that_a_loop_may_contain_are_accepted(shim, module):
     ctl = torch.zeros(208, dtype=torch.uint8)
     child = shim.graph("kernel", "memcpy", "memset", "empty")
     graphs = [child, shim.graph("empty", child=child), shim.graph()]  # one of them is empty
@@ -286,10 +287,10 @@ def test_a_driver_that_is_too_old_is_named(shim, module, driver, words):
     with shim.written() as calls, pytest.raises(NotImplementedError) as refused:
         module.WhileGraph(0, 0, DEVICE)
     assert str(refused.value) == f"a loop on the GPU needs a driver for CUDA 12.4 or newer, and {words}"
-    assert [call.name for call in calls] == ["cudaDriverGetVersion"]  # nothing that would need a driver
+    assert [call.name for call in calls] == ["cudaDriverGetVersion"]  # no call that needs a driver
 
 
-# --- who owns what -----------------------------------------------------------------------------------------------
+# --- the owner of each object ------------------------------------------------------------------------------------
 
 MADE = [
     "cudaDriverGetVersion",
@@ -306,7 +307,7 @@ MADE = [
 ]
 
 
-def test_a_loop_is_made_launched_and_freed_on_its_device_and_never_under_the_gil(shim, module):
+def test_a_loop_is_made_launched_and_freed_on_its_device_without_the_gil(shim, module):
     ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
     with shim.written() as calls:
         loop = module.WhileGraph(step, ctl.data_ptr(), DEVICE)
@@ -326,7 +327,7 @@ def test_a_loop_is_made_launched_and_freed_on_its_device_and_never_under_the_gil
 
 
 @pytest.mark.parametrize("place", range(len(MADE)))
-def test_whichever_call_fails_is_named_and_nothing_is_left_behind(shim, module, place):
+def test_a_failed_call_is_named_and_all_objects_are_freed(shim, module, place):
     ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
     name = MADE[place]
     shim.lib.shim_fail_call(name.encode(), MADE[:place].count(name), OUT_OF_MEMORY)
@@ -339,7 +340,7 @@ def test_whichever_call_fails_is_named_and_nothing_is_left_behind(shim, module, 
     shim.lib.shim_destroy_graph(step)
 
 
-def test_a_launch_that_fails_says_so(shim, module):
+def test_a_failed_launch_raises(shim, module):
     ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
     loop = module.WhileGraph(step, ctl.data_ptr(), DEVICE)
     shim.lib.shim_fail_call(b"cudaGraphLaunch", 0, OUT_OF_MEMORY)
@@ -351,7 +352,7 @@ def test_a_launch_that_fails_says_so(shim, module):
     shim.lib.shim_destroy_graph(step)
 
 
-def test_a_loop_may_go_while_its_launch_is_still_to_come(shim, module):
+def test_a_loop_may_be_freed_before_its_launch_has_run(shim, module):
     solve = CapturedSolve(shim, linspace(40), torch.tensor([0.0, 1.0]))
     shim.lib.shim_lazy(1)
     loop = module.WhileGraph(solve.graph, solve.ctl, DEVICE)
@@ -363,7 +364,7 @@ def test_a_loop_may_go_while_its_launch_is_still_to_come(shim, module):
 
 
 @pytest.mark.parametrize("on_its_way", [False, True])
-def test_what_goes_during_a_capture_of_somebody_else_leaves_that_in_order(shim, module, on_its_way):
+def test_freeing_objects_does_not_break_a_capture_of_another_thread(shim, module, on_its_way):
     ctl, step = torch.zeros(208, dtype=torch.uint8), shim.graph("kernel")
     loop, flag = module.WhileGraph(step, ctl.data_ptr(), DEVICE), module.Flag(ctl.data_ptr(), DEVICE)
     shim.lib.shim_destroy_graph(step)
@@ -374,7 +375,7 @@ def test_what_goes_during_a_capture_of_somebody_else_leaves_that_in_order(shim, 
         del loop, flag
     assert captured[0] is not None
     with shim.capturing(STREAM + 1) as spoiled, pytest.raises(RuntimeError, match="cudaHostAlloc failed"):
-        module.Flag(ctl.data_ptr(), DEVICE)  # the mode of the thread is what it was
+        module.Flag(ctl.data_ptr(), DEVICE)  # the mode of the thread is restored
     assert spoiled == [None]
     shim.lib.shim_last_error()
     shim.lib.shim_destroy_graph(captured[0])
@@ -383,7 +384,7 @@ def test_what_goes_during_a_capture_of_somebody_else_leaves_that_in_order(shim, 
 # --- the host repeats the step -----------------------------------------------------------------------------------
 
 
-def test_batches_with_flags_are_the_same_solve_and_the_next_batch_is_there_before_one_is_waited_for(shim, module):
+def test_batches_with_flags_give_the_same_solve_and_wait_only_after_launching_the_next_batch(shim, module):
     t = torch.tensor([0.0, 0.7, 2.0], dtype=torch.float64)
     solve = CapturedSolve(shim, linspace(200), t, first_step=1.5)
     expected = solve.by_the_host(first_step=1.5)
@@ -398,9 +399,9 @@ def test_batches_with_flags_are_the_same_solve_and_the_next_batch_is_there_befor
             batches += 1
             if batches == 1:
                 continue
-            flag = flags[batches % 2]  # of the batch before
+            flag = flags[batches % 2]  # of the previous batch
             flag.wait()
-            with pytest.raises(RuntimeError, match=r"wait\(\) first"):  # else the GPU has nothing to do meanwhile
+            with pytest.raises(RuntimeError, match=r"wait\(\) first"):  # else the GPU has no work in the meantime
                 flags[(batches + 1) % 2].read()
             state = flag.read()
             assert state.accepted + state.rejected > done or not state.active
@@ -413,17 +414,17 @@ def test_batches_with_flags_are_the_same_solve_and_the_next_batch_is_there_befor
     assert done == expected.stats.accepted + expected.stats.rejected and batches == math.ceil(done / batch) + 1
     assert torch.equal(solve.ys, expected.ys)
     del flags, flag
-    end = solve.control.read()  # the last batch has run by now, and did nothing
+    end = solve.control.read()  # the last batch has run by now, and changed nothing
     assert (end.accepted, end.rejected) == (expected.stats.accepted, expected.stats.rejected)
     assert torch.equal(solve.ys, expected.ys)
     assert shim.lib.shim_destroy_exec(step) == 0
     solve.close()
 
 
-def test_a_flag_is_read_when_its_copy_was_waited_for_and_not_before(shim, module):
+def test_a_flag_can_be_read_only_after_waiting_for_its_copy(shim, module):
     ctl = torch.arange(208, dtype=torch.uint8)
     flag = module.Flag(ctl.data_ptr(), DEVICE)
-    flag.wait()  # for nothing
+    flag.wait()  # no copy to wait for
     with pytest.raises(RuntimeError, match="before it was recorded"):
         flag.read()
     shim.lib.shim_lazy(1)
@@ -446,7 +447,7 @@ def test_a_flag_is_read_when_its_copy_was_waited_for_and_not_before(shim, module
     assert flag.read().active == 0x01010101
 
 
-def test_a_flag_that_goes_waits_for_its_copy(shim, module):
+def test_freeing_a_flag_waits_for_its_copy(shim, module):
     ctl = torch.zeros(208, dtype=torch.uint8)
     shim.lib.shim_lazy(1)
     for wait in (False, True):
@@ -461,7 +462,7 @@ def test_a_flag_that_goes_waits_for_its_copy(shim, module):
 
 
 @pytest.mark.parametrize("name", ["cudaHostAlloc", "cudaEventCreateWithFlags", *RECORDED])
-def test_a_flag_whose_calls_fail_leaves_nothing_behind(shim, module, name):
+def test_after_failed_calls_of_a_flag_all_objects_are_freed(shim, module, name):
     ctl = torch.zeros(208, dtype=torch.uint8)
     shim.lib.shim_fail_call(name.encode(), 0, INVALID_VALUE)
     with pytest.raises(RuntimeError, match=f"^node_cuda: {name} failed: "):
@@ -469,7 +470,7 @@ def test_a_flag_whose_calls_fail_leaves_nothing_behind(shim, module, name):
     assert shim.lib.shim_last_error() == 0
 
 
-def test_a_replay_stops_where_it_fails(shim, module):
+def test_a_replay_stops_at_its_first_failure(shim, module):
     graph = shim.graph("kernel")
     step = shim.lib.shim_instantiate(graph)
     shim.lib.shim_fail_call(b"cudaGraphLaunch", 2, INVALID_VALUE)
@@ -508,10 +509,10 @@ int main() {
     ("version", "said"),
     [
         (12030, "a loop on the GPU needs node_cuda to be compiled with CUDA 12.4 or newer, and it was with 12.3"),
-        (12040, "launched"),  # by functions without edges
+        (12040, "launched"),  # by functions without edge data
     ],
 )
-def test_every_toolkit_compiles_it_and_an_old_one_says_what_it_lacks(tmp_path, version, said):
+def test_every_toolkit_compiles_it_and_with_an_old_one_the_message_says_what_is_missing(tmp_path, version, said):
     (tmp_path / "main.cpp").write_text(ANY_TOOLKIT)
     unit = tmp_path / "unit.cpp"
     unit.write_text(
@@ -532,7 +533,7 @@ def test_every_toolkit_compiles_it_and_an_old_one_says_what_it_lacks(tmp_path, v
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a driver, which does more than to say that it is missing"
 )
-def test_with_the_real_runtime_and_no_driver_it_says_so(tmp_path):
+def test_the_real_runtime_without_a_driver_raises_with_the_reason(tmp_path):
     toolkit = build.find_toolkit()
     assert toolkit is not None
     (tmp_path / "main.cpp").write_text(ANY_TOOLKIT)

@@ -213,7 +213,7 @@ def test_a_pure_python_install_has_no_compiled_module_and_says_why(installed: Ca
     target = installed("python")
     assert not [*target.rglob("*.so")]
     (found,), rows = report(target, "from node_cuda.extension import build; print(build.find_csrc())")
-    assert "is not installed (NODE_CUDA_BUILD=python was asked for)" in rows["because"]
+    assert "is not installed (NODE_CUDA_BUILD=python is set)" in rows["because"]
     assert Path(found) == target / "node_cuda" / "csrc"
 
 
@@ -256,7 +256,7 @@ def test_the_c_plus_plus_part_builds_against_a_cpu_torch_and_says_that_it_has_no
     file, version, kernels, cuda, archs = info.split("|")
     assert file.startswith(str(target))
     assert (version, kernels, cuda, archs) == (str(torch.__version__), "False", "None", "")
-    assert "is installed without kernels (NODE_CUDA_BUILD=cpu was asked for)" in rows["because"]
+    assert "is installed without kernels (NODE_CUDA_BUILD=cpu is set)" in rows["because"]
     assert "reference" in rows["live"]
 
 
@@ -300,7 +300,7 @@ def test_an_editable_install_builds_in_place_and_a_pure_python_one_after_it_take
     assert done.stdout.startswith(f"{source / 'node_cuda' / '_C'}"), done.stdout + done.stderr
     install("python")
     done = run(python, "-m", "node_cuda", cwd=tmp_path)
-    assert "is not installed (NODE_CUDA_BUILD=python was asked for)" in done.stdout, done.stdout + done.stderr
+    assert "is not installed (NODE_CUDA_BUILD=python is set)" in done.stdout, done.stdout + done.stderr
 
 
 # --- what cannot be built --------------------------------------------------------------------------------------------
@@ -350,7 +350,7 @@ def test_sources_that_do_not_compile_give_pure_python_and_a_loud_line_unless_the
 
 
 def test_a_setting_that_does_not_exist_is_a_sentence() -> None:
-    with pytest.raises(build.BuildError, match="NODE_CUDA_BUILD=gpu is none of auto, python, cpu, cuda"):
+    with pytest.raises(build.BuildError, match="NODE_CUDA_BUILD must be one of auto, python, cpu, cuda; got gpu"):
         build.choose({"NODE_CUDA_BUILD": "gpu"})
 
 

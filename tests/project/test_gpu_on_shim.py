@@ -17,21 +17,21 @@ TESTS = Path(__file__).resolve().parents[1]
 
 # At least one of each kind; together they take ten seconds.
 SOME = """
-gpu/test_gpu.py::test_a_solve_without_gradients_is_that_of_the_cpu
-gpu/test_gpu.py::test_the_adjoint_s_gradients_for_state_times_and_parameters_are_those_of_the_cpu
-gpu/test_gpu.py::test_solves_on_two_streams_give_the_bits_of_the_default_stream_on_the_stream_that_is_current
-gpu/test_gpu.py::test_a_synchronisation_would_be_found
-gpu/test_gpu.py::test_a_step_of_the_backward_pass_synchronises_for_its_read_only[None]
+gpu/test_gpu.py::test_a_solve_without_gradients_agrees_with_the_cpu
+gpu/test_gpu.py::test_adjoint_gradients_for_state_times_and_parameters_agree_with_the_cpu
+gpu/test_gpu.py::test_solves_run_on_the_current_stream_and_give_the_bits_of_the_default_stream
+gpu/test_gpu.py::test_the_mode_finds_a_synchronisation
+gpu/test_gpu.py::test_a_step_of_the_backward_pass_synchronises_only_to_read_the_step_control[None]
 gpu/test_gpu.py::test_a_step_on_a_fixed_grid_never_synchronises
-gpu/test_gpu_graphs.py::test_every_explicit_method_takes_the_steps_of_the_host_loop_to_the_bit[dopri5-while]
-gpu/test_gpu_graphs.py::test_every_explicit_method_takes_the_steps_of_the_host_loop_to_the_bit[rk4-batches]
-gpu/test_gpu_graphs.py::test_a_deferred_solve_that_fails_gives_nan_and_check_raises[MAX_STEPS-while]
-gpu/test_gpu_graphs.py::test_a_field_that_draws_random_numbers_is_the_host_loop_s
-gpu/test_gpu_graphs.py::test_dropout_is_the_host_loop_s_in_training_and_captured_in_evaluation
-gpu/test_gpu_graphs.py::test_gradients_are_those_of_the_host_loop[of t-adjoint-while]
-gpu/test_gpu_graphs.py::test_gradients_are_those_of_the_host_loop[of t-discrete-while]
-gpu/test_gpu_graphs.py::test_gradients_are_those_of_the_host_loop[not of t-discrete, rk4-batches]
-gpu/test_gpu_graphs.py::test_gradients_of_a_tuple_and_of_many_outputs_are_those_of_the_host_loop[discrete-while]
+gpu/test_gpu_graphs.py::test_every_explicit_method_has_the_bits_of_the_host_loop[dopri5-while]
+gpu/test_gpu_graphs.py::test_every_explicit_method_has_the_bits_of_the_host_loop[rk4-batches]
+gpu/test_gpu_graphs.py::test_a_failed_deferred_solve_returns_nan_and_check_raises[MAX_STEPS-while]
+gpu/test_gpu_graphs.py::test_a_field_that_draws_random_numbers_runs_on_the_host
+gpu/test_gpu_graphs.py::test_dropout_runs_on_the_host_in_training_and_is_captured_in_evaluation
+gpu/test_gpu_graphs.py::test_gradients_agree_with_the_host_loop[of t-adjoint-while]
+gpu/test_gpu_graphs.py::test_gradients_agree_with_the_host_loop[of t-discrete-while]
+gpu/test_gpu_graphs.py::test_gradients_agree_with_the_host_loop[not of t-discrete, rk4-batches]
+gpu/test_gpu_graphs.py::test_gradients_of_a_tuple_and_of_many_outputs_agree_with_the_host_loop[discrete-while]
 unit/test_odeint.py::test_a_gpu_gives_the_cpus_solution[mlp]
 compat/test_differences.py::test_times_on_another_device_are_no_warning
 unit/loop/test_dense.py::test_dense_output_stays_on_its_device

@@ -1,6 +1,6 @@
 """Initial value problems for the tests: rows of name, field, initial state, output times, exact solution (or None).
 
-All in float64. `make()` of a row builds a fresh field (fields with parameters must not share them between tests).
+All in float64. `make()` of a row builds a new field, so that tests do not share parameters.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ State = Tensor | tuple[Tensor, ...]
 
 @dataclass(frozen=True)
 class Problem:
-    """y' = make()(t, y), y(t[0]) = y0; `exact(t)` is y(t) for a 0-d t, None where there is no closed form."""
+    """y' = make()(t, y), y(t[0]) = y0. `exact(t)` is y(t) for a 0-d t; None if there is no closed form."""
 
     name: str
     make: Callable[[], Callable]
@@ -34,7 +34,7 @@ class Problem:
 
 
 class Counting(nn.Module):
-    """Counts the evaluations of a field. `before` is called with (t, y) at each one."""
+    """Counts the evaluations of a field. `before` is called with (t, y) at each evaluation."""
 
     def __init__(self, func: Callable, before: Callable | None = None):
         super().__init__()
@@ -70,7 +70,8 @@ class MLP(nn.Module):
 
 
 class TimedLinear(nn.Module):
-    """y' = cos(t) A y, exactly y(t) = expm((sin t - sin t0) A) y0: its gradients for A, y0 and t are known exactly."""
+    """y' = cos(t) A y with the solution y(t) = expm((sin t - sin t0) A) y0, so that the gradients for A, y0 and t are
+    exact."""
 
     def __init__(self, dim: int = 2, dtype=F64):
         super().__init__()
@@ -180,7 +181,7 @@ def as_tuple(state: State) -> tuple[Tensor, ...]:
 
 
 def flat(state: State) -> Tensor:
-    """All components of a solution in one vector, to compare solutions of any kind."""
+    """Return all components of a solution in one vector, to compare solutions of any kind."""
     return torch.cat([component.reshape(-1) for component in as_tuple(state)])
 
 
@@ -189,12 +190,12 @@ def max_difference(a: State, b: State) -> float:
 
 
 def relative_difference(a: State, b: State) -> float:
-    """The largest difference over the largest value of b: one number for states of any kind and size."""
+    """Return the largest difference divided by the largest value of b, for states of any kind and size."""
     return max_difference(a, b) / max(float(flat(b).abs().max()), 1e-300)
 
 
 def loss_of(ys: State) -> Tensor:
-    """A loss that sees every output with a weight of its own (real, also of complex states)."""
+    """Return a loss in which every output has a different weight (real, also for complex states)."""
     total = torch.zeros((), dtype=F64)
     for component in as_tuple(ys):
         real = torch.view_as_real(component) if component.is_complex() else component
@@ -204,7 +205,7 @@ def loss_of(ys: State) -> Tensor:
 
 
 class Parted(nn.Module):
-    """Uses one parameter, ignores another, and has a third that wants no gradient."""
+    """Uses one parameter, ignores another, and has a third that requires no gradient."""
 
     def __init__(self, weight):
         super().__init__()
@@ -230,12 +231,13 @@ KUTTA3 = Tableau(
 
 
 def precise(method: str) -> dict:
-    """The arguments by which a method solves as exactly as tests of events and of dense output ask."""
+    """Return the arguments for a method that make a solve precise enough for the tests of events and of dense
+    output."""
     if method in TABLEAUS and TABLEAUS[method].adaptive:
         rtol = 1e-5 if TABLEAUS[method].order < 3 else 1e-8
-        # (the default interpolant of bosh3 is of second order only, and its steps through a parabola grow and grow)
+        # (the default interpolant of bosh3 has order 2 only, and its steps through a parabola keep growing)
         options = dict(max_step=0.05) if method == "bosh3" else {}
         return dict(method=method, rtol=rtol, atol=rtol, options=options)
     extra = dict(max_order=4) if "adams" in method else {}
-    # (the state of a fixed grid is linear between its steps unless it is asked to be cubic)
+    # (on a fixed grid the state between steps is linear unless cubic is set)
     return dict(method=method, rtol=1e-8, atol=1e-8, options=dict(step_size=0.01, interp="cubic", **extra))

@@ -1,7 +1,7 @@
 """The order conditions of Runge-Kutta methods, from rooted trees (Hairer, Norsett & Wanner I, sec. II.2 and II.5).
 
-A method with nodes c_i = sum_j a_ij is of order p if sum_i b_i Phi_i(t) = 1 / gamma(t) for all trees t with up to p
-vertices; a continuous one, with weights B_i(x), if sum_i B_i(x) Phi_i(t) = x^|t| / gamma(t).
+A method with nodes c_i = sum_j a_ij has order p if sum_i b_i Phi_i(t) = 1 / gamma(t) for all trees t with up to p
+vertices. An interpolant with weights B_i(x) has order p if sum_i B_i(x) Phi_i(t) = x^|t| / gamma(t).
 """
 
 from collections import Counter
@@ -14,7 +14,7 @@ import numpy as np
 
 
 class Tree(NamedTuple):
-    """A root and the trees that hang on it, each by its position in `trees()`."""
+    """A root with subtrees, each given by its index in `trees()`."""
 
     order: int  # number of vertices
     density: int  # gamma
@@ -24,7 +24,7 @@ class Tree(NamedTuple):
 
 @cache
 def trees(max_order: int) -> tuple[Tree, ...]:
-    """All rooted trees with up to max_order vertices, small ones first (1, 1, 2, 4, 9, 20, 48, 115, ...)."""
+    """Return all rooted trees with up to max_order vertices, smaller trees first (1, 1, 2, 4, 9, 20, 48, 115, ...)."""
     if max_order == 0:
         return ()
     smaller = trees(max_order - 1)
@@ -41,7 +41,7 @@ def trees(max_order: int) -> tuple[Tree, ...]:
 
 
 def _forests(smaller: Sequence[Tree], vertices: int, start: int) -> Iterator[tuple[int, ...]]:
-    """All multisets of trees, from position `start` on, that have so many vertices together."""
+    """Return all multisets of trees, from index `start` on, that have this number of vertices in total."""
     if vertices == 0:
         yield ()
     for i in range(start, len(smaller)):
@@ -52,7 +52,7 @@ def _forests(smaller: Sequence[Tree], vertices: int, start: int) -> Iterator[tup
 
 
 def elementary_weights(a: Sequence[Sequence[Any]], max_order: int, dtype: type = object) -> np.ndarray:
-    """Phi_i(t): a row for each tree of `trees(max_order)`, a column for each stage (row of a).
+    """Return Phi_i(t): a row for each tree of `trees(max_order)`, a column for each stage (row of a).
 
     dtype: object for exact arithmetic (a holds Fractions), float for speed.
     """

@@ -1,4 +1,4 @@
-"""y' = y cos(t), of which much is known: the solution, and the steps that a solve takes."""
+"""y' = y cos(t) with known answers: its solution, and the steps that a solve takes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def exact(t, y0=Y):
 
 
 def steps(func=timed, y0=Y, t=None, *, rtol=1e-6, atol=1e-8, method=None, **options):
-    """(step times, solution) of a solve."""
+    """Return (step times, solution) of a solve."""
     t = linspace(0.0, 2.0, 3) if t is None else t
     solution = solve(func, y0, t, rtol=rtol, atol=atol, method=method, options=dict(options, record_steps=True))
     return solution.stats.step_times, solution

@@ -1,4 +1,5 @@
-"""What the tests on a GPU solve, and how they compare: a field whose bits depend on nothing else that runs."""
+"""The problem of the tests on a GPU, and its comparison. The bits of its field do not depend on other work of the
+GPU."""
 
 from __future__ import annotations
 
@@ -11,7 +12,8 @@ TIMES = linspace(0.0, 1.0, 4)
 
 
 class Wave(nn.Module):
-    """y' = w sin(y) cos(3 t), a weight a column. No matrix product: its bits may depend on what else runs."""
+    """y' = w sin(y) cos(3 t), one weight for each column. It has no matrix product, whose bits may depend on other
+    work."""
 
     def __init__(self, columns: int = 8, dtype: torch.dtype = F64):
         super().__init__()
@@ -22,12 +24,12 @@ class Wave(nn.Module):
 
 
 def state(rows: int = 100, columns: int = 8, dtype: torch.dtype = F64) -> Tensor:
-    """Numbers between -1 and 1, on the CPU."""
+    """Return numbers between -1 and 1, on the CPU."""
     return torch.rand(rows, columns, generator=torch.Generator().manual_seed(1), dtype=F64).mul(2).sub(1).to(dtype)
 
 
 def weighted(ys: Tensor) -> Tensor:
-    """A loss that sees every number with a weight of its own."""
+    """Return a loss in which every number has a different weight."""
     weights = torch.linspace(0.5, 1.5, ys.numel(), dtype=F64, device=ys.device)
     return (weights * ys.reshape(-1).to(F64)).sum()
 

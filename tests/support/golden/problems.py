@@ -1,6 +1,6 @@
-"""A fixed set of problems, solved by public names only. Their answers must not change but by intention.
+"""A fixed set of problems, solved through the public functions. Their results may change only on purpose.
 
-Fields are sums and products, so that their bits hardly depend on the machine.
+The fields are sums and products, so that their bits hardly depend on the machine.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class Lotka(nn.Module):
 
 
 class Driven(Lotka):
-    """The same with a push that grows in time."""
+    """The same with a force that grows in time."""
 
     def forward(self, t: Tensor, y: Tensor) -> Tensor:
         return super().forward(t, y) + t * 0.125
@@ -69,7 +69,7 @@ T = 0.0, 0.75, 1.0, 2.0
 
 
 class Problem(NamedTuple):
-    """A solve; gradient: by t, y0 and the parameters as well."""
+    """A solve. gradient: also compute the gradients for t, y0 and the parameters."""
 
     func: Any
     y0: Any

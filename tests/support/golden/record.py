@@ -1,4 +1,4 @@
-"""What a solve of the golden set gives, for JSON: bits as a hash, rounded numbers, counts, and how it ended."""
+"""Records a solve of the golden set as JSON: bits as a hash, rounded numbers, counts, and the status."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ COUNTS = ("nfe", "nfe_backward", "accepted", "rejected", "host_reads", "steps_ag
 
 
 def machine() -> str:
-    """What the bits of these solves may depend on."""
+    """Return everything that the bits of these solves may depend on."""
     x = torch.arange(1, 65, dtype=torch.float64) / 7
     probe = hashlib.sha256(x.exp().numpy().tobytes() + x.pow(0.3).numpy().tobytes() + (x @ x).numpy().tobytes())
     return f"{torch.__version__.partition('+')[0]} {torch.backends.cpu.get_cpu_capability()} {probe.hexdigest()[:8]}"
 
 
 def told(x: Tensor) -> list[Any]:
-    """The bits, and the number that they stand for roughly: the mean of the magnitudes."""
+    """Return a hash of the bits, and a rounded number: the mean of the magnitudes."""
     x = x.detach().contiguous()
     raw = x.view(torch.uint8) if x.ndim else x.reshape(1).view(torch.uint8)
     size = x.abs().double().nan_to_num(nan=-1.0).mean() if x.numel() else torch.zeros(())
@@ -31,7 +31,7 @@ def told(x: Tensor) -> list[Any]:
 
 
 def record(problem: Problem, **options: Any) -> dict[str, Any]:
-    """One solve, with its gradients. options: more of them."""
+    """Record one solve with its gradients. options: further options."""
     func, y0, t, arguments, gradient, call = problem
     if options:
         arguments = {**arguments, "options": {**arguments.get("options", {}), **options}}

@@ -37,7 +37,7 @@ struct Condition {
   CUgraph_st* graph;
   unsigned default_value, flags;
   bool used;
-  int64_t value = -1;  // of an executable graph's; -1: nobody has set it
+  int64_t value = -1;  // of an executable graph; -1: no call has set it
 };
 
 struct CUgraphExec_st {
@@ -48,7 +48,7 @@ struct CUgraphExec_st {
 
 struct Capture {
   CUgraph_st* graph;
-  CUgraphNode_st* last = nullptr;  // what its next node comes behind
+  CUgraphNode_st* last = nullptr;  // the node that the next node depends on
   bool invalid = false;
 };
 
@@ -65,7 +65,7 @@ struct Stream {
   std::unique_ptr<Capture> capture;
 };
 
-// Everything that is alive. A handle that is none of these is not looked into.
+// All objects that exist. A handle that is not in these sets is not dereferenced.
 std::set<CUgraph_st*> graphs;
 std::set<CUgraph_st*> owned_graphs;  // by the user: created or captured
 std::set<CUgraphNode_st*> nodes;
@@ -80,13 +80,13 @@ CUgraphExec_st* running = nullptr;
 cudaGraphConditionalHandle next_condition = 1;
 thread_local cudaStreamCaptureMode mode_of_thread = cudaStreamCaptureModeGlobal;
 
-// Solves on several host threads look for their streams at the same time: a call that waits holds no GIL.
+// Solves on several host threads look up their streams at the same time: a call that waits does not hold the GIL.
 Stream& stream_of(cudaStream_t stream) {
   const std::lock_guard<std::mutex> lock(streams_mutex);
   return streams[stream];
 }
 
-// Writes a call down; not cudaSuccess: it is to fail.
+// Records a call; a result other than cudaSuccess makes it fail.
 cudaError_t call(const char* name) {
   if (shim::holds_gil != nullptr)
     shim::calls += std::string(name) + " " + std::to_string(shim::device) + " " + std::to_string(shim::holds_gil()) + "\n";
@@ -100,18 +100,18 @@ cudaError_t call(const char* name) {
   if (!(condition)) return failed(error)
 
 cudaError_t failed(cudaError_t error) {
-  shim::next_error = error;  // until cudaGetLastError is asked
+  shim::next_error = error;  // until the next cudaGetLastError
   return error;
 }
 
-// A call that is no work of this stream's capture, and not allowed in it.
+// A call that is not part of this stream's capture, and that the capture does not allow.
 cudaError_t spoil(Stream& s) {
   if (s.capture->invalid) return failed(cudaErrorStreamCaptureInvalidated);
   s.capture->invalid = true;
   return failed(cudaErrorStreamCaptureUnsupported);
 }
 
-// A call that no capture (of the mode that is the default) lets anybody make, but a thread whose own mode is relaxed.
+// A call that no thread may make during a capture of the default mode, unless the thread's own mode is relaxed.
 cudaError_t unseen_by_captures() {
   if (mode_of_thread == cudaStreamCaptureModeRelaxed) return cudaSuccess;
   const std::lock_guard<std::mutex> lock(streams_mutex);
@@ -144,7 +144,7 @@ std::unique_ptr<CUgraph_st> clone(const CUgraph_st* graph, CUgraph_st* parent) {
   return copy;
 }
 
-// A node that is ready, as a seed chooses it, until there is none.
+// Runs a node that is ready, chosen by a seed, until no node is left.
 void run(const CUgraph_st& graph, CUgraphExec_st& exec, std::mt19937_64& random) {
   std::set<const CUgraphNode_st*> done;
   while (done.size() < graph.nodes.size()) {
@@ -160,7 +160,7 @@ void run(const CUgraph_st& graph, CUgraphExec_st& exec, std::mt19937_64& random)
       const int64_t& goes_on = exec.conditions.at(node->condition).value;
       for (int64_t rounds = 0; goes_on != 0; ++rounds) {
         if (goes_on < 0) {
-          complain("a loop begins and nobody has set its condition");
+          complain("a loop begins before its condition was set");
           break;
         }
         if (rounds == shim::most_rounds) {
@@ -300,7 +300,7 @@ cudaError_t cudaFreeHost(void* memory) {
   NEED(host_memory.erase(memory) == 1, cudaErrorInvalidValue);
   for (const auto& [_, stream] : streams)
     for (const shim::Work& work : stream.queue)
-      if (work.writes == memory) complain("host memory is freed while a copy to it is on its way");
+      if (work.writes == memory) complain("host memory is freed during a copy to it");
   std::free(memory);
   return cudaSuccess;
 }
@@ -316,7 +316,7 @@ cudaError_t cudaEventRecord(cudaEvent_t event, cudaStream_t stream) {
   CALL(cudaEventRecord);
   NEED(events.count(event), cudaErrorInvalidResourceHandle);
   Stream& s = stream_of(stream);
-  if (s.capture != nullptr) return spoil(s);  // by this shim
+  if (s.capture != nullptr) return spoil(s);  // not supported by this shim
   event->stream = stream;
   return shim::submit(stream, {cudaGraphNodeTypeEventRecord,
                                [done = event->done, number = ++event->recorded] { *done = number; }, nullptr});
@@ -328,7 +328,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
   NO_CAPTURE();
   while (*event->done != event->recorded)
     if (!shim::progress(event->stream)) {
-      complain("an event is waited for that will never come");
+      complain("a wait for an event that will never happen");
       break;
     }
   return cudaSuccess;
@@ -336,7 +336,7 @@ cudaError_t cudaEventSynchronize(cudaEvent_t event) {
 
 cudaError_t cudaEventDestroy(cudaEvent_t event) {
   CALL(cudaEventDestroy);
-  if (events.erase(event) == 0) complain("an event is destroyed that is none");
+  if (events.erase(event) == 0) complain("an event is destroyed that does not exist");
   else delete event;
   return cudaSuccess;
 }
@@ -381,7 +381,7 @@ cudaError_t cudaGraphCreate(cudaGraph_t* graph, unsigned flags) {
 cudaError_t cudaGraphDestroy(cudaGraph_t graph) {
   CALL(cudaGraphDestroy);
   if (owned_graphs.erase(graph) == 0) {
-    complain("a graph is destroyed that is none, or not the caller's");
+    complain("a graph is destroyed that does not exist or that the caller does not own");
     return failed(cudaErrorInvalidValue);
   }
   delete graph;
@@ -447,7 +447,8 @@ cudaError_t cudaGraphAddNode(cudaGraphNode_t* out, cudaGraph_t graph, const cuda
 #endif
                              size_t count, cudaGraphNodeParams* p) {
   CALL(cudaGraphAddNode);
-  NEED(graphs.count(graph) && p->type == cudaGraphNodeTypeConditional, cudaErrorInvalidValue);  // the only one here
+  // the only type that this shim supports
+  NEED(graphs.count(graph) && p->type == cudaGraphNodeTypeConditional, cudaErrorInvalidValue);
   NEED(p->reserved0[0] == 0 && p->reserved0[1] == 0 && p->reserved0[2] == 0 && p->reserved2 == 0,
        cudaErrorInvalidValue);
   cudaConditionalNodeParams& wanted = p->conditional;
@@ -495,7 +496,8 @@ cudaError_t cudaGraphLaunch(cudaGraphExec_t exec, cudaStream_t stream) {
   CALL(cudaGraphLaunch);
   NEED(execs.count(exec), cudaErrorInvalidValue);
   if (Stream& s = stream_of(stream); s.capture != nullptr) {
-    if (holds(exec->graph.get(), {cudaGraphNodeTypeConditional})) return spoil(s);  // it would be in a child
+    // the condition would be in a child graph
+    if (holds(exec->graph.get(), {cudaGraphNodeTypeConditional})) return spoil(s);
     auto node = node_of(cudaGraphNodeTypeGraph);
     node->within = clone(exec->graph.get(), s.capture->graph);
     return capture(s, std::move(node));
@@ -516,16 +518,16 @@ cudaError_t cudaGraphExecDestroy(cudaGraphExec_t exec) {
   NO_CAPTURE();
   const auto found = execs.find(exec);
   if (found == execs.end()) {
-    complain("an executable graph is destroyed that is none");
+    complain("an executable graph is destroyed that does not exist");
     return failed(cudaErrorInvalidValue);
   }
   if (graphs.count(exec->of)) exec->of->instantiated = false;
-  execs.erase(found);  // a launch that is still to come keeps it
+  execs.erase(found);  // a launch that has not run yet keeps it
   return cudaSuccess;
 }
 
 void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value) {
   if (running == nullptr || running->conditions.count(handle) == 0)
-    return complain("a condition is set that is not of the graph that runs");
+    return complain("the condition of another graph is set");
   running->conditions[handle].value = value;
 }

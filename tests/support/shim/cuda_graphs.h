@@ -1,9 +1,11 @@
-// Streams, events and graphs of the CUDA runtime, without a GPU: enough for csrc/graphs/graphs.cpp, and a judge of its calls.
+// Streams, events and graphs of the CUDA runtime, without a GPU: enough for csrc/graphs/graphs.cpp, with checks of its
+// calls.
 //
-// What the real runtime would refuse is refused with its error; what it would leave undefined (a condition that nobody
-// set, host memory freed under a copy, a loop without end) is a complaint, for tests to read. A stream runs its work at
-// once, or, where it is lazy, when somebody waits for it. A captured launch is a node that holds its arguments, and a
-// graph runs in any order that its dependencies leave open (`seed`). What a capture forbids spoils it.
+// A call that the real runtime would refuse is refused with the same error. Undefined behaviour (a condition that is
+// never set, host memory that is freed during a copy, a loop without an end) adds a complaint, which the tests read. A
+// stream runs its work at once. A lazy stream runs it when a call waits for it. A captured launch becomes a node that
+// holds its arguments. A graph runs in any order that its dependencies allow (`seed`). A call that a capture forbids
+// invalidates it.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -127,33 +129,33 @@ void cudaGraphSetConditional(cudaGraphConditionalHandle handle, unsigned value);
 
 namespace shim {
 
-// What a stream does: to be run once, or in a graph again and again.
+// The work of a stream: run once, or repeatedly in a graph.
 struct Work {
   cudaGraphNodeType type;
   std::function<void()> run;
   const void* writes = nullptr;  // memory of the host
 };
 
-// Give work to a stream: a node of the graph that is captured, or done now or later.
+// Adds work to a stream: it becomes a node of the graph that is captured, or runs now or later.
 cudaError_t submit(cudaStream_t stream, Work work);
 
-// A launch of a kernel's address with the arguments at the addresses of a kernel node, copied.
+// A launch of a kernel by its address, with copies of the arguments that a kernel node points to.
 using Binder = std::function<void()> (*)(void* function, void** arguments, unsigned blocks, unsigned threads);
 void* know_function(void* function, Binder binder);
 
 cudaGraphNode_t add_bare_node(cudaGraph_t graph, cudaGraphNodeType type, cudaGraphNode_t after);
-bool progress(cudaStream_t stream);     // one work of a lazy stream; false: there is none
+bool progress(cudaStream_t stream);     // runs one piece of work of a lazy stream; false: there is none
 void complain(const std::string& what);
-int leaks();                            // objects that are still there
+int leaks();                            // objects that were not freed
 
 inline bool lazy = false;
 inline int driver_version = 13000;
-inline int64_t most_rounds = 600;       // of a loop
-inline int (*holds_gil)() = nullptr;    // Python's; with it the calls are written down
+inline int64_t most_rounds = 600;       // the most rounds of a loop
+inline int (*holds_gil)() = nullptr;    // whether Python's lock is held; if it is set, the calls are recorded
 inline std::string calls;               // a line each: name, current device, whether the caller held the GIL
-inline std::string complaints;          // a line each
-inline std::string failing_call;        // fails the next time
-inline int failing_after = 0;           // or so many times later
+inline std::string complaints;          // one line each
+inline std::string failing_call;        // this call fails the next time
+inline int failing_after = 0;           // or this many times later
 inline cudaError_t failing_error = cudaErrorMemoryAllocation;
 
 }  // namespace shim

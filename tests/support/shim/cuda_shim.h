@@ -1,9 +1,9 @@
-// Runs the kernels of csrc/ on the CPU: enough of CUDA for g++ to compile the very same .cu files.
+// Runs the kernels of csrc/ on the CPU: the part of CUDA that g++ needs to compile the same .cu files.
 //
-// A CUDA thread is a fiber, a block is a round robin over its fibers that switches at barriers and shuffles, and
-// blocks run one after another in an order shuffled by a seed; with several workers, blocks also run at the same time.
-// The sanitizers know of the fibers: the thread sanitizer sees two CUDA threads that race although one host thread
-// runs both. The headers of CUDA beside this one lead here.
+// A CUDA thread is a fiber. A block runs its fibers in turn and switches at barriers and shuffles. Blocks run one after
+// another in an order shuffled by a seed; with several workers they also run at the same time. The sanitizers know the
+// fibers: the thread sanitizer finds a race between two CUDA threads although one host thread runs both. The other CUDA
+// headers in this folder include this file.
 #pragma once
 #include <ucontext.h>
 
@@ -28,7 +28,7 @@
 
 #if defined(__SANITIZE_THREAD__)
 #include <sanitizer/tsan_interface.h>
-#define SHIM_UNWATCHED __attribute__((no_sanitize("thread")))  // the shim's own bookkeeping is no data of a kernel
+#define SHIM_UNWATCHED __attribute__((no_sanitize("thread")))  // the shim's own data, not data of a kernel
 #else
 #define SHIM_UNWATCHED
 #endif
@@ -44,15 +44,15 @@
 #define __grid_constant__
 #define __shared__ static thread_local  // a host thread runs one block at a time
 
-// --- the runtime's few functions -------------------------------------------------------------------------------
+// --- the functions of the runtime that are needed ------------------------------------------------------------------
 
 namespace shim {
 inline int device = 0, device_count = 2;
-inline int next_error = 0;     // what the next launch fails with
-inline int launches = 0;       // so far
+inline int next_error = 0;     // the error of the next launch
+inline int launches = 0;       // the number of launches so far
 inline int launch_device = 0;  // of the last launch
 inline void* launch_stream = nullptr;
-inline uint64_t seed = 0;  // of the order of the blocks; 0: ascending
+inline uint64_t seed = 0;  // shuffles the order of the blocks; 0: ascending
 inline int workers = 1;    // host threads that run blocks
 }  // namespace shim
 
@@ -76,7 +76,7 @@ inline cudaError_t cudaRuntimeGetVersion(int* version) {
   return cudaSuccess;
 }
 inline const char* cudaGetErrorName(cudaError_t) { return "cudaErrorOfTheShim"; }
-inline const char* cudaGetErrorString(cudaError_t) { return "as a test asked for"; }
+inline const char* cudaGetErrorString(cudaError_t) { return "as the test requests"; }
 
 // --- threads and blocks ----------------------------------------------------------------------------------------
 
@@ -115,7 +115,7 @@ struct Worker {
   Barrier warps[32];
   unsigned alive_in_warp[32];
   double lanes[2][1024];
-  int64_t between_blocks = 0;  // an address that the thread sanitizer orders blocks by
+  int64_t between_blocks = 0;  // an address by which the thread sanitizer orders blocks
 };
 inline thread_local Worker worker;
 
@@ -159,7 +159,7 @@ SHIM_UNWATCHED inline void release(Barrier& barrier) {
   ++worker.progress;
 }
 
-// Waits until `expected` threads have come; threads that returned are not expected.
+// Waits until `expected` threads have arrived; threads that returned are not expected.
 SHIM_UNWATCHED inline void wait(Barrier& barrier, const unsigned& expected) {
   const unsigned round = barrier.round;
   ++worker.progress;
@@ -239,8 +239,8 @@ SHIM_UNWATCHED inline void run_blocks(const std::vector<unsigned>& order, unsign
   }
 }
 
-// Host threads that run blocks at the same time. They outlive their launches, because fibers are dear to make for the
-// sanitizers, and are left behind at the end of the process.
+// Host threads that run blocks at the same time. They are kept between launches, because fibers are slow to make with
+// the sanitizers, and are not joined at the end of the process.
 class Pool {
  public:
   void run(unsigned count, const std::function<void(unsigned)>& job) {
@@ -295,7 +295,7 @@ inline void launch(unsigned blocks, unsigned threads, cudaStream_t stream, const
   submit(stream, {cudaGraphNodeTypeKernel, [=] { run_grid(blocks, threads, body); }});
 }
 
-// The address of a kernel, known by what a node of a graph needs to call it.
+// The address of a kernel, with the data that a graph node needs to call it.
 template <class... P>
 void* function(void (*kernel)(P...)) {
   return know_function(
@@ -324,18 +324,20 @@ SHIM_UNWATCHED inline void __syncthreads() {
 #endif
 }
 
-// The thread sanitizer knows no fences; the atomics below order all that they need to.
+// The thread sanitizer does not support fences. The atomics below order all accesses that need it.
 inline void __threadfence() {
 #if !defined(__SANITIZE_THREAD__)
   std::atomic_thread_fence(std::memory_order_seq_cst);
 #endif
 }
 
-// All lanes of a warp exchange a number: lane `from` of this one's warp, or the lane's own beyond the warp.
+// All lanes of a warp exchange a number: that of lane `from` of this warp, or the lane's own number if `from` is past
+// the warp.
 SHIM_UNWATCHED inline double shim_exchange(double value, unsigned from) {
   shim::Worker& w = shim::worker;
   const unsigned self = w.current, warp = self / shim::WARP;
-  double* slots = w.lanes[w.warps[warp].round % 2];  // two sets, so that a fast lane does not overwrite a slow one's
+  // two sets, so that a fast lane does not overwrite the number of a slow one
+  double* slots = w.lanes[w.warps[warp].round % 2];
   slots[self] = value;
   shim::wait(w.warps[warp], w.alive_in_warp[warp]);
   return from < shim::WARP ? slots[warp * shim::WARP + from] : value;

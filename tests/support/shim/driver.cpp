@@ -1,6 +1,6 @@
-// Every launcher on arrays that end where they end, for the sanitizers: prints a hash of all that was computed.
+// Calls every launcher on arrays of exact length, for the sanitizers, and prints a hash of all results.
 //
-//   driver <seed of the order of blocks> <workers>
+//     driver <seed of the order of blocks> <workers>
 #include <cstdio>
 #include <cstdlib>
 #include <vector>
@@ -19,7 +19,7 @@ void add_to_hash(const void* p, size_t bytes) {
   for (size_t i = 0; i < bytes; ++i) hash = (hash ^ static_cast<const unsigned char*>(p)[i]) * 1099511628211ull;
 }
 
-// n elements of a dtype (float or half) from an address `offset` elements beyond an aligned one.
+// n elements of a dtype (float or half) at an address `offset` elements after an aligned one.
 struct Array {
   Array(int dtype, int64_t n, int offset) : bytes(n * size(dtype)), begin(offset * size(dtype)) {
     memory = static_cast<char*>(std::malloc(begin + bytes));  // aligned to 16 bytes
@@ -116,7 +116,7 @@ void run(int dtype, int64_t n, int offset) {
   add_to_hash(&ctl, sizeof ctl);
 }
 
-// A solve by Heun's method whose steps are captured once and repeated by a graph, and by the host.
+// A solve by Heun's method. Its step is captured once, and is then repeated by a graph, and by the host.
 void run_graph(int64_t n) {
   int stream = 0;
   const Launch on{&stream, 0, 0};
@@ -158,7 +158,7 @@ void run_graph(int64_t n) {
     flag.record(&stream);
     cudaGraphExec_t again = nullptr;
     cudaGraphInstantiate(&again, step, 0);
-    replay(again, 2, &stream, 0);  // does nothing any more
+    replay(again, 2, &stream, 0);  // changes nothing any more
     flag.wait();
     if (flag.read().active || flag.read().status != SUCCESS || flag.read().accepted < 3) std::exit(4);
     cudaGraphExecDestroy(again);

@@ -1,4 +1,5 @@
-"""A stand-in for the recorder of CUDA graphs: nothing is recorded, the Python of a step runs again for every step."""
+"""A replacement for the capture of CUDA graphs: nothing is captured, and the Python of a step runs again for every
+step."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ from node_cuda.cuda_graphs import capture
 
 
 class Eager:
-    """Stands in for a GraphCapture: work is not recorded, its Python runs again."""
+    """Replaces a GraphCapture: work is not captured, its Python runs again."""
 
     def __init__(self, device, module, tier=None):
         self.tier = tier or "eager"
@@ -23,7 +24,7 @@ class Eager:
 
     def warm_up(self, work):
         work()
-        with capture.Watch(torch.device("cpu")):  # nothing of ours waits for a number in a step that is to be recorded
+        with capture.Watch(torch.device("cpu")):  # our code must not wait for a number in a step that is to be captured
             work()
 
     def record(self, work):

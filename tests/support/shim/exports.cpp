@@ -1,4 +1,4 @@
-// The shim's own controls, for the tests that drive it from Python.
+// The functions that control the shim, for the tests that call it from Python.
 #include "cuda_shim.h"
 #include "field.h"
 
@@ -13,7 +13,7 @@ int shim_device() { return shim::device; }
 int shim_launch_device() { return shim::launch_device; }
 void* shim_launch_stream() { return shim::launch_stream; }
 
-// Streams and graphs. Handles are addresses; what has an error returns it.
+// Streams and graphs. Handles are addresses. A function that can fail returns its error.
 void shim_lazy(int lazy) { shim::lazy = lazy != 0; }
 int shim_progress(void* stream) { return shim::progress(stream); }
 void shim_driver_version(int version) { shim::driver_version = version; }

@@ -1,4 +1,4 @@
-// A field that is a kernel, for tests that capture a step: dy/dt = 3 cos(4 t) y - y^2.
+// A field as a kernel, for tests that capture a step: dy/dt = 3 cos(4 t) y - y^2.
 #pragma once
 #include "common/dtype.h"
 #include "common/launch.h"

@@ -1,4 +1,4 @@
-"""The streams and graphs of the shim, as tests drive them: captures, nodes by hand, calls that fail, complaints."""
+"""The streams and graphs of the shim for tests: captures, nodes added by hand, calls that fail, complaints."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ NODE_TYPES = {
 
 
 class Call(NamedTuple):
-    """A call of the runtime, the device that was current, and whether the caller held the GIL."""
+    """A call of the runtime, the current device, and whether the caller held the GIL."""
 
     name: str
     device: int
@@ -46,7 +46,7 @@ class Call(NamedTuple):
 
 
 class GraphCache:
-    """The shim's own controls. A graph, a node and an executable graph are addresses."""
+    """The functions that control the shim. A graph, a node and an executable graph are addresses."""
 
     def __init__(self, library: Path) -> None:
         self.lib = lib = CDLL(str(library))
@@ -81,19 +81,19 @@ class GraphCache:
             function.restype, function.argtypes = result, arguments
 
     def field(self, f: Tensor, t: Tensor, y: Tensor, on: Launch) -> None:
-        """f = 3 cos(4 t) y - y^2, by a kernel."""
+        """Return f = 3 cos(4 t) y - y^2, computed by a kernel."""
         assert self.lib.shim_field(DTYPES[y.dtype], y.numel(), f.data_ptr(), t.data_ptr(), y.data_ptr(), on) == 0
 
     @contextmanager
     def capturing(self, stream: int) -> Iterator[list[int]]:
-        """What is launched in this stream becomes a graph, which the list holds at the end."""
+        """Capture the launches in this stream as a graph, which the list holds at the end."""
         found: list[int] = []
         assert self.lib.shim_begin_capture(stream) == 0
         yield found
         found.append(self.lib.shim_end_capture(stream))
 
     def graph(self, *types: str, child: int | None = None) -> int:
-        """A graph with a chain of nodes that do nothing, and with a child graph."""
+        """Return a graph with a chain of empty nodes, and with a child graph."""
         graph, last = self.lib.shim_new_graph(), None
         for name in types:
             last = self.lib.shim_add_node(graph, NODE_TYPES[name], last)
@@ -103,7 +103,7 @@ class GraphCache:
 
     @contextmanager
     def written(self) -> Iterator[list[Call]]:
-        """The calls of the runtime within, at the end."""
+        """Yield a list that holds the calls of the runtime in this context at its end."""
         calls: list[Call] = []
         self.lib.shim_write_calls(ctypes.cast(ctypes.pythonapi.PyGILState_Check, c_void_p))
         yield calls
@@ -113,7 +113,7 @@ class GraphCache:
         self.lib.shim_write_calls(None)
 
     def reset(self) -> None:
-        """As a test finds it."""
+        """Restore the state at the start of a test."""
         self.lib.shim_configure(0, 1)
         self.lib.shim_lazy(0)
         self.lib.shim_driver_version(13000)

@@ -1,4 +1,4 @@
-"""csrc/ compiled with the shim for the CPU: the module that solves take."""
+"""Compiles csrc/ with the shim for the CPU: the module that solves use."""
 
 from __future__ import annotations
 
@@ -33,12 +33,14 @@ def sources() -> list[Path]:
 
 
 def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Path:
-    """csrc/ behind the shim in `folder`: as a library that is also the Python module `MODULE`, or with `main` as a
-    program without Python. Two compilers at a time."""
+    """Compile csrc/ with the shim into `folder`: a library that is also the Python module `MODULE`.
+
+    With `main`, compile a program without Python. Runs two compilers at a time.
+    """
     compiler = shutil.which("g++")
     assert compiler is not None
     common = [compiler, *FLAGS, *flags, "-fPIC", f"-I{HERE}", f"-I{CSRC}", "-DNODE_CUDA_WITH_KERNELS"]
-    # Two units of about the same size: one for each file would compile the standard headers fifteen times.
+    # Two units of about the same size. One unit for each file would compile the standard headers fifteen times.
     units = ["rk_", "rest"]
     for unit in units:
         wanted = [s for s in sources() if s.name.startswith("rk_") == (unit == "rk_")]
@@ -49,7 +51,8 @@ def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Pa
         paths.append(CSRC / "graphs" / "graphs.cpp")
     else:
         paths += sorted(CSRC.rglob("*.cpp"))
-        headers = (sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include")  # pybind11's are torch's
+        # the pybind11 headers of torch
+        headers = (sysconfig.get_paths()["include"], Path(torch.__file__).parent / "include")
         with_python += [f"-isystem{path}" for path in headers]
         with_python += [f"-DTORCH_EXTENSION_NAME={MODULE}", '-DNODE_CUDA_ARCHS="shim"']
         with_python.append(f'-DNODE_CUDA_TORCH="{torch.__version__}"')
@@ -72,12 +75,12 @@ def compile_with_shim(folder: Path, *flags: str, main: Path | None = None) -> Pa
 
 
 def behind_shim(folder: Path) -> Path:
-    """csrc/ as the tests of a session share it: with few blocks, so that small tensors go round the loops as well."""
+    """Return csrc/ as all tests of a session share it: with few blocks, so that small tensors also repeat the loops."""
     return compile_with_shim(folder, "-O0", "-DNODE_CUDA_MAX_BLOCKS=5")
 
 
 def import_module(library: Path) -> ModuleType:
-    """The library of `compile_with_shim` as what node_cuda._C is: the plan and the launchers."""
+    """Import the library of `compile_with_shim` in the place of node_cuda._C: the plan and the launchers."""
     spec = importlib.util.spec_from_file_location(MODULE, library)
     assert spec is not None and spec.loader is not None
     module = importlib.util.module_from_spec(spec)
@@ -86,10 +89,10 @@ def import_module(library: Path) -> ModuleType:
 
 
 def built(name: str, make: Callable[[Path], Path], settings: str = "") -> Path:
-    """What `make` builds of csrc/ and the shim, in a folder that is kept as long as neither changes.
+    """Return what `make` builds from csrc/ and the shim, in a folder that is kept until one of them changes.
 
-    settings: what else it depends on, as flags and the version of a compiler. Several test processes may ask at once:
-    one builds, the others wait.
+    settings: further inputs of the build, as flags and the version of a compiler. If several test processes need it at
+    once, one builds and the others wait.
     """
     digest = hashlib.sha256(f"{sys.version} {torch.__version__} {platform.platform()} {settings}".encode())
     for path in sorted([*CSRC.rglob("*"), *HERE.iterdir()]):
@@ -112,7 +115,7 @@ class Launch(Structure):
 
 
 class Controls:
-    """The shim's own controls."""
+    """The functions that control the shim."""
 
     def __init__(self, library: Path) -> None:
         self.lib = ctypes.CDLL(str(library))
@@ -121,5 +124,5 @@ class Controls:
         self.configure()
 
     def configure(self, seed: int = 0, workers: int = 1) -> None:
-        """The order of blocks."""
+        """Set the order of the blocks."""
         self.lib.shim_configure(seed, workers)

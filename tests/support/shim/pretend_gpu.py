@@ -1,8 +1,8 @@
-"""`pytest -m gpu --pretend-gpu`: tests that need a GPU run without one, to find what is wrong in the tests themselves.
+"""`pytest -m gpu --pretend-gpu`: runs tests that need a GPU without one, to find errors in the tests themselves.
 
-CUDA is the CPU; the kernels are those behind the shim; a captured step is Python that runs again (shim/eager.py); and
-the functions of torch.cuda that tests call are the smallest that can stand in for them. What a GPU alone can show is
-not shown: streams do everything at once and in order, and nothing is ever late.
+The CPU replaces CUDA, and the shim runs the kernels. A captured step is Python that runs again (shim/eager.py). The
+functions of torch.cuda that the tests call have the smallest possible replacements. This does not show what only a GPU
+can show: streams run all work at once and in order, and nothing is ever late.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ CUDA = torch.device("cuda")
 """The device of tests marked gpu; the CPU after `pretend`."""
 
 LEFT_OUT = {
-    "the CPU has kernels as well": ("test_auto_takes_the_kernels_on_cuda",),
-    "there is one device": ("test_a_solve_runs_where_its_state_is_and_leaves_the_current_device_alone",),
+    "the CPU has kernels as well": ("test_auto_uses_the_kernels_on_cuda",),
+    "there is one device": ("test_a_solve_runs_on_the_device_of_its_state_and_keeps_the_current_device",),
     "a time is measured": ("test_the_kernels_pass_their_self_check_on_every_gpu_in_100_ms",),
     "a profiler sees nothing": (
         "test_a_dopri5_step_is_seven_launches_and_eight_with_an_output_and_one_copy_to_the_host",
@@ -35,32 +35,32 @@ LEFT_OUT = {
         "test_the_profiler_sees_no_synchronisation_in_a_deferred_step",
     ),
     "the CPU's allocator does not count": (
-        "test_every_step_allocates_as_often_as_any_other",
+        "test_every_step_allocates_equally_often",
         "test_the_peak_of_memory_of_the_adjoint_does_not_depend_on_the_number_of_steps",
-        "test_memory_does_not_grow_over_fifty_solves_and_comes_back_with_its_owner",
-        "test_a_captured_solve_of_many_steps_takes_no_more_memory_than_one_of_few",
+        "test_memory_does_not_grow_over_fifty_solves_and_is_freed_with_its_owner",
+        "test_the_memory_of_a_captured_solve_does_not_depend_on_the_number_of_steps",
     ),
     "nothing is captured": (
-        "test_a_field_whose_capture_fails_is_the_host_loop_s_and_leaves_nothing_behind",
-        "test_a_solve_in_a_graph_of_the_user_s_is_refused_before_anything_is_launched",
+        "test_after_a_failed_capture_the_host_solves_and_no_state_remains",
+        "test_a_solve_inside_a_capture_of_the_user_is_refused_before_any_launch",
     ),
 }
-"""Why a test can mean nothing on a CPU, and which ones."""
+"""The tests that mean nothing on a CPU, and the reasons."""
 
 
 def pretend() -> None:
-    """CUDA is the CPU, for all test modules that are imported from now on."""
+    """Replace CUDA by the CPU, for all test modules that are imported after this."""
     global CUDA
     CUDA = torch.device("cpu")
 
 
 def pretending() -> bool:
-    """Whether tests marked gpu run on the CPU."""
+    """Return whether tests marked gpu run on the CPU."""
     return CUDA.type == "cpu"
 
 
 class Stream:
-    """Is told from others by its number. What is launched in it is done at once."""
+    """A stream with a number. Work that is launched in it runs at once."""
 
     _numbers = itertools.count(1)
 
@@ -73,14 +73,14 @@ class Stream:
 
 
 class WhileByDefault(Eager):
-    """A recorder of a machine that has WHILE nodes."""
+    """The capture on a machine that has WHILE nodes."""
 
     def __init__(self, device: torch.device, module: Any, tier: str | None = None) -> None:
         super().__init__(device, module, tier or "while")
 
 
 class _Synchronising(TorchDispatchMode):
-    """Raises where an operation on a GPU would wait for it."""
+    """Raises for an operation that would wait on a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func in capture._READS:
@@ -89,7 +89,7 @@ class _Synchronising(TorchDispatchMode):
 
 
 class _OfTorch:
-    """Stand-ins for functions of torch.cuda, by their names there."""
+    """Replacements for functions of torch.cuda, under their names there."""
 
     Stream = Stream
 
@@ -126,13 +126,14 @@ class _OfTorch:
         mode = {"default": 0, "warn": 1, "error": 2}.get(mode, mode)
         if mode == 2 and self._mode != 2:
             self._watch.__enter__()
-        elif mode != 2 and _get_current_dispatch_mode() is self._watch:  # autograd ends it where a backward pass ends
+        # autograd ends the mode at the end of a backward pass
+        elif mode != 2 and _get_current_dispatch_mode() is self._watch:
             self._watch.__exit__(None, None, None)
         self._mode = mode
 
 
 def stand_in(module: Any, patch: pytest.MonkeyPatch) -> None:
-    """Put the CPU, and the kernels of this module, in the place of a GPU."""
+    """Replace a GPU by the CPU and the kernels of this module."""
     cuda = _OfTorch()
     for name in dir(cuda):
         if hasattr(torch.cuda, name) and not name.startswith("__"):
@@ -141,4 +142,4 @@ def stand_in(module: Any, patch: pytest.MonkeyPatch) -> None:
     patch.setattr(dispatch, "_has_kernels", lambda device: device.type == "cpu")
     patch.setattr(dispatch, "_kernels", lambda device: (module, (cuda.current_stream().cuda_stream, 0)))
     patch.setattr(capture, "GraphCapture", WhileByDefault)
-    patch.setattr(VectorField, "release", lambda self: None)  # Eager calls func as long as it lives
+    patch.setattr(VectorField, "release", lambda self: None)  # Eager calls func as long as it exists

@@ -86,10 +86,10 @@ def test_an_interpolant_of_the_users_is_kept(registered):
 @pytest.mark.parametrize(
     "change, words",
     [
-        (dict(order=4), "b is said to be of order 4, and meets the order conditions of order 3"),
-        (dict(embedded_order=3), "b_hat is said to be of order 3, and meets .* of order 2 only"),
-        (dict(a=rows("", "1/2", "0 1")), "b is said to be of order 3, and meets .* of order 2 only"),
-        (dict(dense=DenseOutput(3, rows("1 -3/2 2/3", "0 2 -4/3", "0 -1/2 2/3"))), "dense is said to be of order 3"),
+        (dict(order=4), "b is stated to have order 4, but it meets the order conditions of order 3"),
+        (dict(embedded_order=3), "b_hat is stated to have order 3, but it meets .* of order 2 only"),
+        (dict(a=rows("", "1/2", "0 1")), "b is stated to have order 3, but it meets .* of order 2 only"),
+        (dict(dense=DenseOutput(3, rows("1 -3/2 2/3", "0 2 -4/3", "0 -1/2 2/3"))), "dense is stated to have order 3"),
         (dict(carry_last_stage=True), "carry_last_stage is set, but the last stage is not"),
     ],
 )
@@ -101,7 +101,7 @@ def test_a_tableau_that_does_not_keep_what_it_states_is_refused(change, words):
 
 def test_a_name_that_is_taken_and_what_is_no_tableau_are_refused():
     for name in ("dopri5", "scipy_solver", "explicit_adams", "gl4"):
-        with pytest.raises(InvalidInput, match=f"there is a method '{name}' already"):
+        with pytest.raises(InvalidInput, match=f"the method '{name}' exists already"):
             register_method(name, KUTTA3)
     with pytest.raises(InvalidType, match=r"tableau must be a .*Tableau; got a dict"):
         register_method("mine", {})
