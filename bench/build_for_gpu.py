@@ -21,7 +21,9 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from parts.common.paths import ROOT
+from parts.gpu.carried import carried
+
 PACKAGES = ("setuptools>=77", "ninja", "numpy", "scipy")  # for the build, and to import node_cuda
 ENVIRONMENT_BYTES = 8 * 2**30  # torch with CUDA's libraries, and what pip needs meanwhile
 LIMIT_BYTES = 64 * 2**20  # of what is carried
@@ -38,12 +40,6 @@ if (info["torch"], info["kernels"], info["archs"]) != (str(torch.__version__), T
     sys.exit(f"{module} says of itself {info}")
 print(f"It loads with torch {torch.__version__}, which sees {torch.cuda.device_count()} GPUs here.")
 """
-
-
-def carried(python: str, torch: str, arch: str) -> Path:
-    """The folder of the results, for "3.12", "2.11.0" and "9.0"; of each as many numbers as matter."""
-    major, minor = torch.split(".")[:2]
-    return ROOT / "build" / f"gpu-py{python.replace('.', '')}-torch{major}.{minor}-sm{arch.replace('.', '')}" / "carry"
 
 
 def main() -> None:

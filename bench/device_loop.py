@@ -22,29 +22,29 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
-import program
 import torch
-from captured import LOOPS, CapturedSolve, OurTraining, TheirTraining
-from cases import Case
-from device_loop_cell import FORWARD
-from diffrax_contestant import DiffraxContestant
-from fresh_process import measured
-from libraries import DIFFRAX, OURS, RIVAL, installed
-from loop_steps import ROUNDS as STEP_ROUNDS
-from loop_steps import STEPPINGS, STEPS, measure_steps
-from loop_steps import TIMED as LOOPS_TIMED
-from modes import ADJOINT, BACKPROP, DISCRETE
-from report_device_loop import calls_rows, device_loop_sentences, memory_rows, solve_rows, steps_rows
-from solve import ROUNDS, checked
-from solving import Contestant, Problem, TorchContestant, exact, make_problem
-from tables import gist, show, write_result
-from timing import Spread, interleaved
+
+from parts import program
+from parts.common.fresh_process import measured
+from parts.common.libraries import DIFFRAX, OURS, RIVAL, installed
+from parts.common.modes import ADJOINT, BACKPROP, DISCRETE
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, interleaved
+from parts.device_loop.captured import LOOPS, CapturedSolve, OurTraining, TheirTraining
+from parts.device_loop.cell import FORWARD
+from parts.device_loop.report import calls_rows, device_loop_sentences, memory_rows, solve_rows, steps_rows
+from parts.device_loop.steps import ROUNDS as STEP_ROUNDS
+from parts.device_loop.steps import STEPPINGS, STEPS, measure_steps
+from parts.device_loop.steps import TIMED as LOOPS_TIMED
+from parts.solve.cases import Case
+from parts.solve.diffrax_contestant import DiffraxContestant
+from parts.solve.solving import ROUNDS, Contestant, Problem, TorchContestant, checked, exact, make_problem
 
 SECTIONS = ("steps", "training", "solves", "calls", "memory")  # in the order of what they are worth
 Record = dict[str, Any]
 Contestants = Mapping[str, Callable[[Problem], Contestant]]
 
-CELL = "device_loop_cell.py"
+CELL = "device_loop/cell.py"
 CELL_LIMIT = 60.0  # seconds: a loop on the GPU that never ends costs its own row
 HOST, WHILE = f"{OURS} host", f"{OURS} while"  # of solves
 THEIR_ADJOINT = f"{RIVAL} {ADJOINT}"

@@ -18,15 +18,16 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import program
 import torch
-from endurance_loops import loops
-from memory import resident
-from report_endurance import endurance_rows, endurance_sentence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tables import Result, show, write_result
 from torch import Tensor
+
+from parts import program
+from parts.common.peak_memory import resident
+from parts.common.tables import Result, show, write_result
+from parts.endurance.loops import loops
+from parts.endurance.report import endurance_rows, endurance_sentence
 
 SOLVES, QUICK_SOLVES = 20_000, 40  # of each loop
 SAMPLES, LEAST_INTERVAL = 20, 5  # of a loop, besides the one before it; a sample takes as long as several solves

@@ -25,8 +25,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from build_for_gpu import carried
-from gpu_items import BUDGETS, ROOT, Item, installed, items
+from parts.common.paths import BENCH, PARTS, ROOT
+from parts.gpu.carried import carried
+from parts.gpu.items import BUDGETS, Item, installed, items
 
 OUT = ROOT / "build" / "gpu"
 RECORD_LIMIT = 60.0  # seconds
@@ -221,7 +222,9 @@ def how(ended: Ended) -> str:
 
 def asked(work: Path) -> dict[str, Any]:
     """What gpu_record.py says of the machine; where it finds no GPU, the end of the program and a sentence."""
-    found = ran([sys.executable, "bench/gpu_record.py"], RECORD_LIMIT, work / "record.txt", os.environ)
+    path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
+    record = [sys.executable, PARTS / "gpu" / "record.py"]
+    found = ran(record, RECORD_LIMIT, work / "record.txt", {**os.environ, "PYTHONPATH": path})
     lines = found.log.strip().splitlines() or ["nothing was printed"]
     if found.status is None:
         raise SystemExit(f"torch did not say within {found.seconds:.0f} s which GPU there is: does nvidia-smi answer?")

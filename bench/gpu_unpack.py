@@ -10,7 +10,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-import program
+from parts import program
 
 
 def unpack(found: dict[str, Any], folder: Path) -> list[Path]:

@@ -19,18 +19,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import libraries
-import program
 import torch
-from fresh_process import measured
-from gradient_problems import PROBLEMS_PLOTTED, PROBLEMS_TIMED, QUICK_PROBLEM, GradientProblem
-from gradient_steps import Gradients, Step, difference, exact, of_same_steps
-from libraries import RIVAL
-from modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, MODES, installed
-from report_gradients import gradient_error_rows, gradient_time_rows, gradients_sentence
-from solving import ERROR_PER_EPS, ERROR_PER_RTOL
-from tables import gist, show, write_result
-from timing import Spread, interleaved, seconds
+
+from parts import program
+from parts.common import libraries
+from parts.common.fresh_process import measured
+from parts.common.libraries import RIVAL
+from parts.common.modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, MODES, installed
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, interleaved, seconds
+from parts.gradients.problems import PROBLEMS_PLOTTED, PROBLEMS_TIMED, QUICK_PROBLEM, GradientProblem
+from parts.gradients.report import gradient_error_rows, gradient_time_rows, gradients_sentence
+from parts.gradients.steps import Gradients, Step, difference, exact, of_same_steps
+from parts.solve.solving import ERROR_PER_EPS, ERROR_PER_RTOL
 
 THEIRS = f"{RIVAL} {ADJOINT}"  # the mode that all others are compared with
 TIMED = (THEIRS, ADJOINT, DISCRETE, CHECKPOINTED, BACKPROP)
@@ -62,7 +63,7 @@ def main() -> None:
     result["complete"] = True
     path = write_result(result, arguments.out)
     if libraries.installed("matplotlib"):
-        from plot_gradients import draw_gradients
+        from parts.gradients.plot import draw_gradients
 
         draw_gradients(result, path.with_suffix(".png"))
     show(gradient_time_rows(result))
@@ -141,7 +142,7 @@ def attempt(problem: GradientProblem, mode: str, device: torch.device) -> tuple[
 def memory(problem: GradientProblem, mode: str, arguments: argparse.Namespace) -> Record:
     """The peak of a fresh process; `failed` if it has none."""
     options = {"problem": problem.name, "mode": mode, "threads": arguments.threads, "device": arguments.device}
-    return measured("gradient_cell.py", **options)
+    return measured("gradients/cell.py", **options)
 
 
 def about(problem: GradientProblem) -> Record:

@@ -18,13 +18,14 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import program
 import torch
-from primitives import PRIMITIVES, STEP, Launch, Primitive, Workplace
-from report_gpu import kernels_rows, kernels_sentences
-from tables import gist, show, write_result
-from timing import Spread, device_seconds
 from torch import Tensor
+
+from parts import program
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, device_seconds
+from parts.kernels.primitives import PRIMITIVES, STEP, Launch, Primitive, Workplace
+from parts.kernels.report import kernels_rows, kernels_sentences
 
 SIZES = (64 * 2**20, 16 * 2**10)  # bytes of the state
 TARGET, TARGET_FROM = 0.85, 64 * 2**20  # share of the copy's bandwidth, from so many bytes of state on

@@ -18,20 +18,20 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import digits
-import libraries
-import program
 import torch
-from digits import ODENet
-from fresh_process import measured
-from modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, Mode, mode, of_library
-from report_gpu import INCOMPLETE
-from report_memory import NOT_TRAINED, memory_rows, memory_sentence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tables import show, write_result
-from timing import seconds
-from training_step import Setting, training_step
+
+from parts import program
+from parts.common import libraries
+from parts.common.fresh_process import measured
+from parts.common.modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, Mode, mode, of_library
+from parts.common.tables import INCOMPLETE, show, write_result
+from parts.common.timing import seconds
+from parts.memory import digits
+from parts.memory.digits import ODENet
+from parts.memory.report import NOT_TRAINED, memory_rows, memory_sentence
+from parts.memory.training_step import Setting, training_step
 
 TAKES = "This takes about four minutes on two cores: training, then 24 cells of memory and their times."
 # Seeds 0 to 5 end at 0.967 to 0.982, and the roundings of another machine amount to another seed.
@@ -100,7 +100,7 @@ def main() -> None:
     path = write_result(result, arguments.out)
     written = str(path)
     if libraries.installed("matplotlib"):
-        from plot_memory import draw_memory
+        from parts.memory.plot import draw_memory
 
         draw_memory(result, path.with_suffix(".png"))
         written += f" and {path.with_suffix('.png').name}"
@@ -156,7 +156,7 @@ def measure_memory(by: Mode, steps: int, arguments: argparse.Namespace) -> Cell:
     """One cell in a fresh process; one that fails (out of memory, say) has its reason in `failed` and no numbers."""
     cell = {"library": by.library, "gradient": by.gradient, "steps": steps}
     return cell | measured(
-        "memory_cell.py",
+        "memory/cell.py",
         **cell,
         method=SOLVER_METHOD,
         channels=CHANNELS,

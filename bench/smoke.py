@@ -19,16 +19,16 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import machine
 import torch
-from fields import MLPField
-from loop_steps import STEPPINGS, measure_steps
-from tables import gist
 from torch import Tensor, nn
 
 import node_cuda
 from node_cuda import __main__ as about
 from node_cuda.cuda_graphs.cache import GraphCache
+from parts.common import machine
+from parts.common.fields import MLPField
+from parts.common.tables import gist
+from parts.device_loop.steps import STEPPINGS, measure_steps
 
 AGREE = 1e-10  # of the largest number: what rounding in another order makes of some hundred sums
 DISCRETE_AGREE = 1e-12  # the same of the discrete gradient, by the host and captured

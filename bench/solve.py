@@ -19,17 +19,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import program
 import torch
-from cases import QUICK_SOLVE_CASES, SOLVE_CASES, Case
-from diffrax_contestant import DiffraxContestant
-from libraries import DIFFRAX, FUSED, REFERENCE, RIVAL, installed
-from report_gpu import solve_rows, solve_sentences
-from solving import Contestant, Quantities, TorchContestant, exact, largest_error, make_problem, mistake
-from tables import gist, show, write_result
-from timing import Spread, interleaved
 
-ROUNDS = 41  # at most, of each row
+from parts import program
+from parts.common.libraries import DIFFRAX, FUSED, REFERENCE, RIVAL, installed
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, interleaved
+from parts.solve.cases import QUICK_SOLVE_CASES, SOLVE_CASES, Case
+from parts.solve.diffrax_contestant import DiffraxContestant
+from parts.solve.report import solve_rows, solve_sentences
+from parts.solve.solving import ROUNDS, Contestant, TorchContestant, checked, exact, make_problem
+
 Record = dict[str, Any]
 
 
@@ -99,20 +99,6 @@ def measure(case: Case, names: Sequence[str], device: torch.device, rounds: int,
         ratio = by[FUSED].get("ratio")
         by[FUSED] |= {"target": case.target, "met": None if ratio is None else ratio.median >= case.target}
     return {"case": case.name, "rounds": len(sample), "by": by}
-
-
-def checked(name: str, contestant: Contestant, case: Case, expected: Quantities) -> Record:
-    """What a contestant's solution cost and how far off it is; `failed` if that is too far."""
-    solved = contestant.solved()
-    error = largest_error(solved.quantities, expected)
-    record: Record = {
-        "nfe": solved.nfe,
-        "nfe_backward": solved.nfe_backward,
-        "accepted": solved.accepted,
-        "error": error,
-    }
-    wrong = mistake(name, case, error)
-    return record if wrong is None else record | {"failed": wrong}
 
 
 if __name__ == "__main__":

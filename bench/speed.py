@@ -10,16 +10,17 @@ from __future__ import annotations
 
 from typing import Any
 
-import libraries
-import program
 import torch
-from cases import CASES, QUICK_CASES, Case
-from report import speed_rows
 from rich.console import Console
 from rich.progress import track
-from solving import TorchContestant, exact, largest_error, make_problem, mistake
-from tables import show, write_result
-from timing import Spread, interleaved
+
+from parts import program
+from parts.common import libraries
+from parts.common.tables import show, write_result
+from parts.common.timing import Spread, interleaved
+from parts.solve.cases import CASES, QUICK_CASES, Case
+from parts.solve.solving import TorchContestant, exact, largest_error, make_problem, mistake
+from parts.speed.report import speed_rows
 
 PAIRS = 41  # at most, of each row
 BUDGET = 8.0  # seconds of timing, of each row; at least three pairs, however long they take

@@ -124,7 +124,7 @@ def test_smoke_prints_a_line_a_check_and_ends_with_an_error_if_one_failed(smoke,
 
 
 def test_gpu_sh_makes_every_check_of_smoke_and_no_other(bench, tmp_path):
-    found = bench("gpu_items").items(tmp_path, tmp_path, diffrax=True)["smoke"]
+    found = bench("parts.gpu.items").items(tmp_path, tmp_path, diffrax=True)["smoke"]
     listed = [name for item in found for name in item.checks]
     assert listed == list(bench("smoke").CHECKS)
 
@@ -154,7 +154,7 @@ def stages(bench, monkeypatch, tmp_path):
 
 
 def item(bench, name, script, seconds=10.0, **more):
-    return bench("gpu_items").Item(name, seconds, ("sh", "-c", script), **more)
+    return bench("parts.gpu.items").Item(name, seconds, ("sh", "-c", script), **more)
 
 
 def test_a_check_that_fails_crashes_or_hangs_has_its_line_and_the_stage_goes_on(bench, stages, capsys):
@@ -166,8 +166,8 @@ def test_a_check_that_fails_crashes_or_hangs_has_its_line_and_the_stage_goes_on(
         item(bench, "h", "echo a row; echo 3 of 4 met; echo Written: x"),
         item(bench, "i", "exit 3"),
         item(bench, "j", "true", needs=("no_such_module",)),
-        bench("gpu_items").Item("k", 9.0, ("no-such-program",)),
-        bench("gpu_items").Item("l", 9.0, (sys.executable, "bench/no_such_file.py")),
+        bench("parts.gpu.items").Item("k", 9.0, ("no-such-program",)),
+        bench("parts.gpu.items").Item("l", 9.0, (sys.executable, "bench/no_such_file.py")),
     ]
     code, lines = stages("smoke", "prove", smoke=found, prove=[item(bench, "never", "true")])
     told = {name: (line["outcome"], line["detail"]) for name, line in lines.items()}
@@ -221,7 +221,7 @@ FAILED tests/test_a.py::test_two[x] - AssertionError: no
 
 def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
     stages = bench("gpu_stages")
-    tests = bench("gpu_items").Item("tests", 9.0, (), needs=("pytest",))
+    tests = bench("parts.gpu.items").Item("tests", 9.0, (), needs=("pytest",))
 
     def line(log, status):
         return stages.of_process("prove", tests, stages.Ended(status, 5.0, log), "FAILED")
@@ -241,7 +241,7 @@ def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
 
 def test_the_budgets_hold_what_matters_and_all_lines_fit_into_what_comes_back(bench, tmp_path):
     """Of a call's output the last 12000 letters may be all that is seen."""
-    stages, make = bench("gpu_stages"), bench("gpu_items").items
+    stages, make = bench("gpu_stages"), bench("parts.gpu.items").items
     found = make(tmp_path, tmp_path, diffrax=True)
     assert found.keys() == stages.BUDGETS.keys() and sum(stages.BUDGETS.values()) <= 530
     first, *_, last = found["measure"]
@@ -333,7 +333,7 @@ def test_what_came_back_is_unpacked_into_the_results_and_shown(bench, stages, tm
     monkeypatch.setattr(sys, "argv", ["gpu_unpack.py", str(tmp_path / "out"), "--out", str(results)])
     bench("gpu_unpack").main()
     assert {path.name for path in results.iterdir()} == {"kernels-cuda.json", "gpu-prove.json"}
-    block = bench("report").block("gpu", results)
+    block = bench("parts.pages").block("gpu", results)
     assert "`bench/gpu.sh prove` (Some GPU, driver 1.2" in block and "commit abc" in block
     assert "| bad | FAILED | 0 | exit status 1: it printed nothing |" in block
     monkeypatch.setattr(sys, "argv", ["gpu_unpack.py", str(tmp_path / "none")])
