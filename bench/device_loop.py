@@ -18,119 +18,39 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from parts import program
-from parts.common.fresh_process import measured
-from parts.common.libraries import DIFFRAX, OURS, RIVAL, installed
-from parts.common.modes import ADJOINT, BACKPROP, DISCRETE
+from parts.common.libraries import DIFFRAX, RIVAL, installed
 from parts.common.tables import gist, show, write_result
 from parts.common.timing import Spread, interleaved
-from parts.device_loop.captured import LOOPS, CapturedSolve, OurTraining, TheirTraining
-from parts.device_loop.cell import FORWARD
+from parts.device_loop.cells import CALLS, MEMORY
+from parts.device_loop.contestants import (
+    HOST,
+    HOST_ADJOINT,
+    QUICK_SOLVE_CASES,
+    QUICK_TRAINING_CASES,
+    SOLVE_CASES,
+    SOLVES,
+    THEIR_ADJOINT,
+    TRAINING_CASES,
+    TRAININGS,
+    Contestants,
+    Promises,
+)
 from parts.device_loop.report import calls_rows, device_loop_sentences, memory_rows, solve_rows, steps_rows
 from parts.device_loop.steps import ROUNDS as STEP_ROUNDS
 from parts.device_loop.steps import STEPPINGS, STEPS, measure_steps
 from parts.device_loop.steps import TIMED as LOOPS_TIMED
 from parts.solve.cases import Case
-from parts.solve.diffrax_contestant import DiffraxContestant
-from parts.solve.solving import ROUNDS, Contestant, Problem, TorchContestant, checked, exact, make_problem
+from parts.solve.solving import ROUNDS, Contestant, checked, exact, make_problem
 
 SECTIONS = ("steps", "training", "solves", "calls", "memory")  # in the order of what they are worth
 Record = dict[str, Any]
-Contestants = Mapping[str, Callable[[Problem], Contestant]]
-
-CELL = "device_loop/cell.py"
-CELL_LIMIT = 60.0  # seconds: a loop on the GPU that never ends costs its own row
-HOST, WHILE = f"{OURS} host", f"{OURS} while"  # of solves
-THEIR_ADJOINT = f"{RIVAL} {ADJOINT}"
-HOST_ADJOINT, WHILE_ADJOINT, WHILE_DISCRETE = (
-    f"{OURS} {gradient}, {loop}" for gradient, loop in ((ADJOINT, "host"), (ADJOINT, "while"), (DISCRETE, "while"))
-)
-
-SOLVES: Contestants = {
-    RIVAL: functools.partial(TorchContestant, RIVAL),
-    DIFFRAX: DiffraxContestant,
-    **{f"{OURS} {name}": functools.partial(CapturedSolve, loop=loop) for name, loop in LOOPS.items()},
-}
-TRAININGS: Contestants = {
-    THEIR_ADJOINT: TheirTraining,
-    **{
-        f"{OURS} {ADJOINT}, {name}": functools.partial(OurTraining, loop=loop, gradient=ADJOINT)
-        for name, loop in LOOPS.items()
-    },
-    WHILE_DISCRETE: functools.partial(OurTraining, loop=LOOPS["while"], gradient=DISCRETE),
-}
-
-
-def case(timed: str, gradient: str, batch: int, dim: int, hidden: int, t_end: float) -> Case:
-    return Case(timed, gradient, batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6)
-
-
-NO_SLOWER = 0.95
-"""Of two that take the same time one may seem so much slower in a run."""
-
-# A case, and what is promised of whom: so many times as fast as another contestant.
-Promises = Mapping[str, Mapping[str, float]]
-SMALL: Promises = {WHILE: {RIVAL: 15.0, DIFFRAX: 1.0}}
-LARGE: Promises = {WHILE: {RIVAL: 1.0, HOST: NO_SLOWER}}
-TRAINED: Promises = {WHILE_ADJOINT: {THEIR_ADJOINT: 10.0}}
-SOLVE_CASES = (
-    (case("forward", BACKPROP, 16, 2, 50, t_end=5.0), SMALL),
-    (case("forward", BACKPROP, 128, 64, 64, t_end=5.0), SMALL),
-    (case("forward", BACKPROP, 4096, 1024, 1024, t_end=1.0), LARGE),
-)
-TRAINING_CASES = (
-    (case("step", ADJOINT, 16, 2, 50, t_end=5.0), TRAINED),
-    (case("step", ADJOINT, 128, 64, 64, t_end=5.0), TRAINED),
-)
-QUICK_SOLVE_CASES = ((case("forward", BACKPROP, 4, 2, 8, t_end=1.0), SMALL),)
-QUICK_TRAINING_CASES = ((case("step", ADJOINT, 4, 2, 8, t_end=1.0), TRAINED),)
-
-
-class Cell(NamedTuple):
-    """What device_loop_cell.py is asked. allowed: how often the host may wait, where that is promised."""
-
-    what: str
-    loop: str
-    gradient: str
-    steps: int
-    rows: int
-    allowed: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.what}: {self.gradient}, {self.loop}, {self.steps} steps"
-
-    def measured(self, arguments: argparse.Namespace) -> Record:
-        """The row."""
-        asked = {name: value for name, value in self._asdict().items() if name != "allowed"}
-        row = {
-            **self._asdict(),
-            **measured(CELL, limit=CELL_LIMIT, **asked, threads=arguments.threads, device=arguments.device),
-        }
-        told = "calls" in row and self.allowed is not None
-        return row | {"met": row["calls"]["waits"] <= self.allowed if told else None}
-
-
-# A solve is looked at once, when it is over, unless that is put off. The states have 64 columns; 16384 rows are 4 MiB.
-CALLS = (
-    Cell("calls", "host", FORWARD, steps=16, rows=128),
-    Cell("calls", "batches", FORWARD, steps=16, rows=128),
-    Cell("calls", "while", FORWARD, steps=16, rows=128, allowed=1),
-    Cell("calls", "while, deferred", FORWARD, steps=16, rows=128, allowed=0),
-    Cell("calls", "while, deferred", ADJOINT, steps=16, rows=128, allowed=0),
-    Cell("calls", "while", DISCRETE, steps=16, rows=128),
-)
-MEMORY = tuple(
-    Cell("memory", loop, gradient, steps, rows=16384)
-    for loop, gradient in (("while", FORWARD), ("batches", FORWARD), ("while", ADJOINT), ("while", DISCRETE))
-    for steps in (10, 1000)
-)
 
 
 def main() -> None:

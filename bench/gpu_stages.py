@@ -15,53 +15,23 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from parts.common.paths import BENCH, PARTS, ROOT
+from parts.common.paths import PARTS, ROOT, environment
 from parts.gpu.carried import carried
 from parts.gpu.items import BUDGETS, Item, installed, items
+from parts.gpu.processes import FAILED, OK, SKIPPED, STOPPED, Line, of_checks, of_process, ran
 
 OUT = ROOT / "build" / "gpu"
 RECORD_LIMIT = 60.0  # seconds
 SAVING = 3.0  # seconds before the deadline in which nothing runs: files are written
 LEAST = 5.0  # no item begins with less
-GIVE_UP = 10.0  # so long after its limit a process is left behind that not even SIGKILL ends
-LENGTH, NAMED = 300, 8  # letters of a line, and failed tests that are named below one
-OK, FAILED, SKIPPED, STOPPED = "ok", "FAILED", "skipped", "stopped"
-CHECK = re.compile(rf"^({OK}|{FAILED}) ([\w-]+): (.*)$", re.MULTILINE)  # a line of smoke.py
-COUNTS = re.compile(r"\b\d+ (?:passed|failed|errors?|skipped)\b.* in [\d.]+s")  # of pytest's last line
-
-
-class Line(NamedTuple):
-    """What came of an item or a check. outcome: skipped, if something that it needs is not installed; stopped, if it
-    was to begin or to end after the deadline. more: failed tests."""
-
-    stage: str
-    name: str
-    outcome: str
-    seconds: float
-    detail: str
-    more: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        first = f"{self.outcome} {self.name} ({self.seconds:.0f} s): {self.detail}"
-        return "\n    ".join(line[:LENGTH] for line in (first, *self.more))
-
-
-class Ended(NamedTuple):
-    """How a process ended. status: None where its limit ended it."""
-
-    status: int | None
-    seconds: float
-    log: str
 
 
 class Session:
@@ -138,93 +108,13 @@ class Session:
         shutil.move(new, self.out / "gpu.tgz")
 
 
-# ---- one process
-
-
-def ran(command: Sequence[str | Path], limit: float, log: Path, environment: Mapping[str, str]) -> Ended:
-    """Runs a command in the checkout, for so many seconds at most."""
-    begun = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            ["timeout", "-k", "2", f"{limit:.2f}", *map(str, command)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            status: int | None = process.wait(limit + GIVE_UP)
-        except subprocess.TimeoutExpired:
-            status = None
-    seconds = time.monotonic() - begun
-    if seconds >= limit and status in (124, 128 + signal.SIGKILL, -signal.SIGKILL):
-        status = None
-    return Ended(status, seconds, log.read_text(errors="replace"))
-
-
-def of_checks(stage: str, item: Item, ended: Ended, bad: str) -> list[Line]:
-    """A line a check: its own, or why there is none. bad: the outcome of the check that the process ended in."""
-    told = {name: (outcome, detail) for outcome, name, detail in CHECK.findall(ended.log)}
-    missing = [name for name in item.checks if name not in told]
-    lines = []
-    for name in item.checks:
-        if name in told:
-            outcome, detail = told[name]
-        elif name == missing[0]:
-            outcome, detail = bad, how(ended)
-        else:
-            outcome, detail = bad, f"not reached, because of {missing[0]}"
-        lines.append(Line(stage, name, outcome, ended.seconds / len(item.checks), detail))
-    return lines
-
-
-def of_process(stage: str, item: Item, ended: Ended, bad: str) -> Line:
-    """The line of tests or of a benchmark. bad: its outcome if it did not end well."""
-    log = ended.log.splitlines()
-    if "pytest" in item.needs:
-        counts = [found[0] for line in log if (found := COUNTS.search(line))]
-        good = ended.status == 0 and bool(counts) and "passed" in counts[-1]
-        done = sum(" PASSED" in line for line in log)
-        detail = counts[-1] if counts and ended.status is not None else f"{how(ended)}; {done} had passed"
-        return Line(stage, item.name, OK if good else bad, ended.seconds, detail, failed_tests(log))
-    if ended.status != 0:
-        return Line(stage, item.name, bad, ended.seconds, how(ended))
-    said = [line for line in log if line.strip() and not line.startswith("Written: ")]
-    return Line(stage, item.name, OK, ended.seconds, said[-1] if said else "")
-
-
-def failed_tests(log: Sequence[str]) -> tuple[str, ...]:
-    """Those of pytest's summary; without one (it was stopped) those of its lines until then."""
-    summary = [line for line in log if re.match(r"(FAILED|ERROR) tests/", line)]
-    found = summary or [line for line in log if "tests/" in line and re.search(r"\b(FAILED|ERROR)\b", line)]
-    more = [f"and {len(found) - NAMED} more, in the log"] if len(found) > NAMED else []
-    return (*found[:NAMED], *more)
-
-
-def how(ended: Ended) -> str:
-    """How a process ended that did not end well, and the line of its log that says most."""
-    lines = [line.strip() for line in ended.log.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"[Ee]rror\b|Fatal", line)] or lines or ["it printed nothing"]
-    number = None
-    if ended.status is None:
-        end = f"stopped after {ended.seconds:.0f} s"
-    else:
-        number = -ended.status if ended.status < 0 else ended.status - 128
-        end = f"exit status {ended.status}"
-    if number is not None and number in set(signal.Signals):
-        end = f"ended by {signal.Signals(number).name}"
-    return f"{end}: {telling[-1]}"
-
-
 # ---- before anything runs
 
 
 def asked(work: Path) -> dict[str, Any]:
     """What gpu_record.py says of the machine; where it finds no GPU, the end of the program and a sentence."""
-    path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
     record = [sys.executable, PARTS / "gpu" / "record.py"]
-    found = ran(record, RECORD_LIMIT, work / "record.txt", {**os.environ, "PYTHONPATH": path})
+    found = ran(record, RECORD_LIMIT, work / "record.txt", environment())
     lines = found.log.strip().splitlines() or ["nothing was printed"]
     if found.status is None:
         raise SystemExit(f"torch did not say within {found.seconds:.0f} s which GPU there is: does nvidia-smi answer?")

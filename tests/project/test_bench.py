@@ -550,7 +550,7 @@ def test_device_loop_measures_every_section_and_writes_its_results(bench, any_lo
     pytest.importorskip("torchdiffeq")
     device_loop = bench("device_loop")
     monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(device_loop, "measured", pretended)
+    monkeypatch.setattr(bench("parts.device_loop.cells"), "measured", pretended)
     monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--budget", "0", "--out", str(tmp_path)])
     with pytest.raises(SystemExit, match=r"calls of while, forward; .*memory of batches, forward") as ended:
         device_loop.main()
@@ -578,7 +578,7 @@ def test_device_loop_measures_every_section_and_writes_its_results(bench, any_lo
 def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_asked(bench, monkeypatch, tmp_path):
     device_loop, asked = bench("device_loop"), []
     monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
-    monkeypatch.setattr(device_loop, "measured", lambda *about, **cell: {"failed": "no CUPTI"})
+    monkeypatch.setattr(bench("parts.device_loop.cells"), "measured", lambda *about, **cell: {"failed": "no CUPTI"})
 
     def measure(case, contestants, promises, against, **_):
         asked.append((list(contestants), against))

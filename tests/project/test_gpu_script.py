@@ -119,7 +119,7 @@ def test_smoke_prints_a_line_a_check_and_ends_with_an_error_if_one_failed(smoke,
         if code == 2:
             assert "there is no check rk5; there are report, dopri5" in printed.err
         else:
-            lines = importlib.import_module("gpu_stages").CHECK.findall(printed.out)
+            lines = importlib.import_module("parts.gpu.processes").CHECK.findall(printed.out)
             assert [(outcome, name) for outcome, name, _ in lines] == [("FAILED" if code else "ok", n) for n in names]
 
 
@@ -139,8 +139,9 @@ def stages(bench, monkeypatch, tmp_path):
     stages = bench("gpu_stages")
     monkeypatch.setattr(stages, "asked", lambda work: dict(MACHINE))
     monkeypatch.setattr(stages, "put_in_place", lambda machine: None)
-    for name, value in (("SAVING", 0.0), ("LEAST", 0.2), ("GIVE_UP", 5.0)):
+    for name, value in (("SAVING", 0.0), ("LEAST", 0.2)):
         monkeypatch.setattr(stages, name, value)
+    monkeypatch.setattr(bench("parts.gpu.processes"), "GIVE_UP", 5.0)
 
     def run(*arguments, **items):
         monkeypatch.setattr(sys, "argv", ["gpu_stages.py", *arguments, "--out", str(tmp_path / "out")])
@@ -220,11 +221,11 @@ FAILED tests/test_a.py::test_two[x] - AssertionError: no
 
 
 def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
-    stages = bench("gpu_stages")
+    processes = bench("parts.gpu.processes")
     tests = bench("parts.gpu.items").Item("tests", 9.0, (), needs=("pytest",))
 
     def line(log, status):
-        return stages.of_process("prove", tests, stages.Ended(status, 5.0, log), "FAILED")
+        return processes.of_process("prove", tests, processes.Ended(status, 5.0, log), "FAILED")
 
     failed = line(PYTEST + "==== 1 failed, 1 passed in 0.12s ====", 1)
     assert failed.outcome == "FAILED" and failed.detail == "1 failed, 1 passed in 0.12s"
@@ -235,8 +236,8 @@ def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
     assert line("==== 12 skipped in 0.12s ====", 0).outcome == "FAILED"  # all of them need what is not there
     assert line("==== 2 passed, 1 skipped in 65.12s (0:01:05) ====", 0).outcome == "ok"
     assert line("==== no tests ran in 0.12s ====", 5).outcome == "FAILED"
-    many = stages.failed_tests([f"FAILED tests/test_a.py::test_{n}" for n in range(20)])
-    assert len(many) == stages.NAMED + 1 and many[-1] == f"and {20 - stages.NAMED} more, in the log"
+    many = processes.failed_tests([f"FAILED tests/test_a.py::test_{n}" for n in range(20)])
+    assert len(many) == processes.NAMED + 1 and many[-1] == f"and {20 - processes.NAMED} more, in the log"
 
 
 def test_the_budgets_hold_what_matters_and_all_lines_fit_into_what_comes_back(bench, tmp_path):
@@ -248,7 +249,7 @@ def test_the_budgets_hold_what_matters_and_all_lines_fit_into_what_comes_back(be
     assert (first.name, last.name) == ("device-loop", "diffrax")
     assert make(tmp_path, tmp_path, diffrax=False)["measure"] == found["measure"][:-1]
     lines = sum(len(each.checks) or 1 for each in (*found["smoke"], *found["prove"]))
-    assert lines * 0.5 * stages.LENGTH < 12_000
+    assert lines * 0.5 * bench("parts.gpu.processes").LENGTH < 12_000
     for each in (item for items in found.values() for item in items):
         scripts = [str(word) for word in each.command if str(word).startswith(("bench/", "tests/"))]
         assert scripts and all((ROOT / script).is_file() for script in scripts), each.name

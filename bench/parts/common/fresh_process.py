@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from typing import Any
 
-from parts.common.paths import BENCH, PARTS
+from parts.common.paths import PARTS, environment
 from parts.common.peak_memory import MALLOC_ENVIRONMENT
 
 
@@ -18,10 +17,10 @@ def measured(program: str, *, limit: float | None = None, **options: Any) -> dic
     command = [sys.executable, str(PARTS / program)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]
-    path = os.pathsep.join(filter(None, [str(BENCH), os.environ.get("PYTHONPATH")]))
-    environment = {**os.environ, **MALLOC_ENVIRONMENT, "PYTHONPATH": path}
     try:
-        run = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=limit)
+        run = subprocess.run(
+            command, capture_output=True, text=True, env=environment() | MALLOC_ENVIRONMENT, timeout=limit
+        )
     except subprocess.TimeoutExpired:
         return {"failed": f"did not end within {limit:g} s"}
     if run.returncode == 0:
