@@ -1,4 +1,4 @@
-"""The vector fields f(t, z) that the benchmarks solve, and a counter of their evaluations."""
+"""The vector fields f(t, z) that the benchmarks solve, and wrappers that count evaluations and steps."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ class MLPField(nn.Module):
 
 
 class SineField(nn.Module):
-    """dz/dt = sin z: as cheap as a field can be that is not linear. z and dz/dt of any one shape."""
+    """dz/dt = sin z: a very cheap nonlinear field. z and dz/dt have the same shape, any shape."""
 
     def forward(self, t: Tensor, z: Tensor) -> Tensor:
         return torch.sin(z)
@@ -34,7 +34,7 @@ class SineField(nn.Module):
 class ConvField(nn.Module):
     """dz/dt = conv(relu(conv([z, t]))): a small residual branch with the time as one more channel.
 
-    z (batch, channels, height, width) -> the same shape; t () is broadcast to an image of its own.
+    z (batch, channels, height, width) -> the same shape; t () is broadcast to one channel of the image.
     """
 
     def __init__(self, channels: int) -> None:
@@ -48,7 +48,7 @@ class ConvField(nn.Module):
 
 
 class DissipativeField(nn.Module):
-    """dz/dt = -A(z), A(z) = rate z + W^T (W z + b)^3: monotone; backwards in time no error stays small.
+    """dz/dt = -A(z), A(z) = rate z + W^T (W z + b)^3. A is monotone, so errors grow fast backwards in time.
 
     z (batch, dim) -> (batch, dim), dtype of the parameters.
     """
@@ -63,7 +63,7 @@ class DissipativeField(nn.Module):
 
 
 def deep(inputs: int, hidden: int, outputs: int, activation: type[nn.Module]) -> nn.Sequential:
-    """Two hidden layers."""
+    """An MLP with two hidden layers."""
     return nn.Sequential(
         nn.Linear(inputs, hidden), activation(), nn.Linear(hidden, hidden), activation(), nn.Linear(hidden, outputs)
     )
@@ -83,7 +83,7 @@ class DeepField(nn.Module):
 class FlowField(nn.Module):
     """A continuous normalizing flow: dz/dt = g(z, t), g an MLP, and dl/dt = -tr(dg/dz), exactly, by autograd.
 
-    [z, l] (batch, dim + 1) -> the same shape, dtype of the parameters. z moves as it would alone.
+    [z, l] (batch, dim + 1) -> the same shape, dtype of the parameters. dz/dt does not depend on l.
     """
 
     def __init__(self, dim: int, hidden: int) -> None:
@@ -91,10 +91,10 @@ class FlowField(nn.Module):
         self.net = deep(dim + 1, hidden, dim, nn.Tanh)
         with torch.no_grad():
             for parameter in self.net.parameters():
-                parameter.mul_(3.0)  # an untrained flow would hardly move
+                parameter.mul_(3.0)  # the points of an untrained flow would hardly move
 
     def forward(self, t: Tensor, state: Tensor) -> Tensor:
-        outside = torch.is_grad_enabled()  # then the trace must have derivatives of its own
+        outside = torch.is_grad_enabled()  # then the trace must be differentiable
         with torch.enable_grad():
             z = state[:, :-1]
             if not z.requires_grad:
@@ -108,7 +108,7 @@ class FlowField(nn.Module):
 
 
 class CountsSteps(nn.Module):
-    """`field` with the number of accepted steps in `accepted`, by torchdiffeq's callback."""
+    """Wraps `field` and counts the accepted steps in `accepted`, through torchdiffeq's callback."""
 
     def __init__(self, field: nn.Module) -> None:
         super().__init__()
@@ -123,7 +123,7 @@ class CountsSteps(nn.Module):
 
 
 class Counted(nn.Module):
-    """`field` with the number of its evaluations since the last `reset` in `nfe`."""
+    """Wraps `field` and counts its evaluations since the last `reset` in `nfe`."""
 
     def __init__(self, field: nn.Module) -> None:
         super().__init__()

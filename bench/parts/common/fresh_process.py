@@ -1,4 +1,4 @@
-"""Cells that are measured in a process of their own: memory.py says why memory needs one."""
+"""Starts the fresh processes (cells) that measure memory; peak_memory.py says why memory needs one."""
 
 from __future__ import annotations
 
@@ -12,8 +12,10 @@ from parts.common.peak_memory import MALLOC_ENVIRONMENT
 
 
 def measured(program: str, *, limit: float | None = None, **options: Any) -> dict[str, Any]:
-    """The JSON that the last line of a program below parts/ holds; `failed`, with the reason, where it has none.
-    limit: in seconds."""
+    """Runs a program below parts/ and returns the JSON in its last line, or {"failed": reason}.
+
+    limit: seconds. options: the arguments of the program.
+    """
     command = [sys.executable, str(PARTS / program)]
     for name, value in options.items():
         command += [f"--{name}", str(value)]

@@ -1,4 +1,4 @@
-"""The solvers under comparison, found by name: node_cuda by either of its paths, and others where installed."""
+"""The libraries that are compared, by name: node_cuda on either of its paths, torchdiffeq and diffrax."""
 
 from __future__ import annotations
 
@@ -12,16 +12,17 @@ from typing import Any
 OURS = "node_cuda"
 RIVAL = "torchdiffeq"
 DIFFRAX = "diffrax"
-# A second word chooses the path that computes our steps; without one, node_cuda chooses by itself.
+# The second word is the path of node_cuda (a backend); without it, node_cuda chooses.
 FUSED, REFERENCE = f"{OURS} fused", f"{OURS} reference"
 
 
 def installed(library: str) -> bool:
+    """Whether a library can be imported."""
     return importlib.util.find_spec(library) is not None
 
 
 def function(contestant: str, name: str) -> Callable[..., Any]:
-    """A function of a library by its name; where it is not installed, the program ends and says so."""
+    """A function of a library by its name; raises SystemExit with the mend where the library is not installed."""
     library = contestant.partition(" ")[0]
     if not installed(library):
         mend = "`pip install -e .` in the repository's root" if library == OURS else f"`pip install {library}`"
@@ -30,13 +31,13 @@ def function(contestant: str, name: str) -> Callable[..., Any]:
 
 
 def path(contestant: str) -> contextlib.AbstractContextManager[Any]:
-    """Inside it, node_cuda computes by the path in the contestant's name. Other libraries do not notice."""
+    """Context in which node_cuda uses the path in the contestant's name; it does nothing for other libraries."""
     chosen = contestant.partition(" ")[2]
     return importlib.import_module(OURS).backend(chosen) if chosen else contextlib.nullcontext()
 
 
 def version(library: str) -> str | None:
-    """The installed version; of ours, where a checkout is used as it is, its own; None if there is none."""
+    """The installed version, or None; for node_cuda that is not installed, the version of the checkout."""
     try:
         return metadata.version(library)
     except metadata.PackageNotFoundError:

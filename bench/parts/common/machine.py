@@ -1,4 +1,4 @@
-"""What a published number must carry: the machine, the versions, the commit and the command."""
+"""What the JSON says of a run: the machine, the versions, the commit and the command."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ import torch
 from parts.common.libraries import OURS, RIVAL, version
 from parts.common.paths import ROOT
 
-# Files that the benchmarks write themselves: a change there does not change what is measured.
+# The benchmarks write these files; a change there does not change the results.
 WRITTEN_BY_BENCHMARKS = (":(exclude)bench/results", ":(exclude)*.md")
 
 
 def chosen(name: str) -> torch.device:
-    """The device of that name; ends the program where torch finds no GPU and one was asked for."""
+    """The device of that name; raises SystemExit if a GPU is asked for and torch finds none."""
     device = torch.device(name)
     if device.type == "cuda" and not torch.cuda.is_available():
         raise SystemExit(f"--device {name} needs an NVIDIA GPU and a CUDA build of torch, and torch finds none here.")
@@ -29,7 +29,7 @@ def chosen(name: str) -> torch.device:
 
 def describe(device: torch.device) -> dict[str, Any]:
     """Machine, versions, commit and command of this run, ready for JSON."""
-    # A copy of the working tree without its repository can be told which commit it is.
+    # A copy of the working tree without a repository gets its commit from this variable.
     commit = git("rev-parse", "--short=12", "HEAD") or os.environ.get("NODE_CUDA_COMMIT")
     changes = git("status", "--porcelain", "--", ".", *WRITTEN_BY_BENCHMARKS)
     return {
@@ -39,7 +39,7 @@ def describe(device: torch.device) -> dict[str, Any]:
         "dirty": None if changes is None else bool(changes),
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else processor(),
         "cores": os.cpu_count(),
-        # More than the cores: other processes took part, and the times are not to be trusted.
+        # If it exceeds the cores, other processes were running and the times are unreliable.
         "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else None,
         "threads": torch.get_num_threads(),
         "system": f"{platform.system()} {platform.machine()}",
@@ -52,7 +52,7 @@ def describe(device: torch.device) -> dict[str, Any]:
 
 
 def without_folder(arguments: list[str]) -> list[str]:
-    """Without --publish, or --out and the folder that it names: where results lie does not change them."""
+    """The arguments without --publish, --out and the folder of --out, which do not change the results."""
     arguments = [argument for argument in arguments if argument != "--publish"]
     if "--out" not in arguments:
         return arguments
@@ -61,7 +61,7 @@ def without_folder(arguments: list[str]) -> list[str]:
 
 
 def gpu(device: torch.device) -> dict[str, Any]:
-    """Driver, CUDA and what the GPU is; the driver None where nvidia-smi does not say."""
+    """Driver, CUDA version, compute capability and memory of a GPU; driver is None if nvidia-smi fails."""
     properties = torch.cuda.get_device_properties(device)
     driver = output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
     return {
@@ -73,12 +73,12 @@ def gpu(device: torch.device) -> dict[str, Any]:
 
 
 def git(*arguments: str) -> str | None:
-    """What a git command prints in the repository; None without git, a repository or a commit."""
+    """The output of a git command in the repository; None without git, a repository or a commit."""
     return output("git", "-C", str(ROOT), *arguments)
 
 
 def output(*command: str) -> str | None:
-    """What a command prints; None if it is not there or fails."""
+    """The output of a command; None if the command does not exist or fails."""
     try:
         result = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -87,7 +87,7 @@ def output(*command: str) -> str | None:
 
 
 def processor() -> str:
-    """The CPU's name; `platform.processor()` is empty on most Linux systems."""
+    """The name of the CPU, from /proc/cpuinfo: `platform.processor()` is empty on most Linux systems."""
     cpuinfo = Path("/proc/cpuinfo")
     if cpuinfo.exists():
         for line in cpuinfo.read_text().splitlines():

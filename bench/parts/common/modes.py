@@ -1,4 +1,4 @@
-"""The ways to a gradient that the benchmarks compare: one table, one row a way."""
+"""The gradient modes that the benchmarks compare: a table with one row for each mode."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, NamedTuple
 from parts.common import libraries
 from parts.common.libraries import OURS, RIVAL
 
-LIMIT = {"max_num_steps": 20_000}  # of a forward or a backward solve: a failure takes seconds, not hours
-# How a solve is differentiated, in a word.
+LIMIT = {"max_num_steps": 20_000}  # of a forward or a backward solve, so that a solve that cannot end fails in seconds
+# The name of a gradient mode in the tables.
 BACKPROP, ADJOINT, SEMINORM = "backprop", "adjoint", "adjoint, seminorm"
 DISCRETE, CHECKPOINTED = "discrete", "discrete, 8 checkpoints"
 
@@ -18,7 +18,7 @@ DISCRETE, CHECKPOINTED = "discrete", "discrete, 8 checkpoints"
 class Mode(NamedTuple):
     """A library's function and the arguments that choose how it differentiates.
 
-    gradient: how, in a word, which no other mode of this library has. library: as in `libraries.function`.
+    gradient: the name of the mode, unique within the library. library: as in `libraries.function`.
     """
 
     gradient: str
@@ -28,17 +28,17 @@ class Mode(NamedTuple):
 
     @property
     def name(self) -> str:
-        """Of ours the word alone."""
+        """`gradient`, after the library's name where that is not node_cuda."""
         return self.gradient if self.library == OURS else f"{self.library} {self.gradient}"
 
     @property
     def replays(self) -> bool:
-        """The backward pass takes the steps of the forward one once more, and others to get there."""
+        """Whether the backward pass replays the steps of the forward solve (and may recompute more of them)."""
         return self.arguments.get("gradient") == "discrete"
 
     @property
     def solver(self) -> Callable[..., Any]:
-        """The function with these arguments; where its library is not installed, the program ends and says so."""
+        """The function with these arguments; raises SystemExit where its library is not installed."""
         return functools.partial(libraries.function(self.library, self.function), **self.arguments)
 
 
@@ -57,17 +57,17 @@ MODES = {
 
 
 def mode(library: str, gradient: str) -> Mode:
-    """A library's mode by its word; of ours by the path that the library's second word chooses, if there is one."""
+    """A mode by its library and name. library: may have a second word, the path of node_cuda."""
     name = gradient if library.partition(" ")[0] == OURS else f"{library} {gradient}"
     return MODES[name]._replace(library=library)
 
 
 def of_library(library: str, gradients: Iterable[str]) -> list[Mode]:
-    """The modes for these words, of those that the library has."""
+    """The modes with these names that the library has."""
     names = {mode.gradient for mode in MODES.values() if mode.library == library.partition(" ")[0]}
     return [mode(library, gradient) for gradient in gradients if gradient in names]
 
 
 def installed(names: Iterable[str]) -> list[str]:
-    """Those of the modes whose library is there."""
+    """The modes whose library is installed."""
     return [name for name in names if libraries.installed(MODES[name].library)]

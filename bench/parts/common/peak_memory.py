@@ -1,25 +1,25 @@
-"""Peak memory of a piece of code, beyond what the process held before it.
+"""Measures the peak memory of a piece of code, beyond what the process held before it.
 
-On CUDA the caching allocator keeps the count (`torch.cuda.max_memory_allocated`). On a CPU there is no such
-counter, so the kernel's is used: the peak resident size of this process. It is honest only under these
-conditions, which `memory_cell.py` meets:
+On CUDA the caching allocator counts (`torch.cuda.max_memory_allocated`). On a CPU there is no such counter, so the
+peak resident size of the process is used. That is reliable only under these conditions, which the cells in
+`parts/memory/cell.py` and `parts/gradients/cell.py` meet:
 
-- A fresh process for every measurement. Memory that a former run has freed often stays in malloc's heap, still
-  resident, and the next run would be served from it without the resident size moving.
-- The peak is the one of this program. `ru_maxrss` of `getrusage` is not: on Linux it survives `exec`, so a child
-  starts with the peak of the parent that spawned it. `VmHWM` in /proc/self/status belongs to the new address
-  space, and writing 5 to /proc/self/clear_refs sets it back to the present size: that drops what the imports
-  needed at their worst. Where there is no /proc, `ru_maxrss` has to do.
-- A warm-up step beforehand, so that what is allocated once (thread pools, oneDNN's compiled kernels, gradients)
-  is in the baseline; then `malloc_trim`, so that the heap it has freed is given back and not silently used again.
-- Every tensor in a mapping of its own, gone as soon as it is freed: `MALLOC_ENVIRONMENT`, from the process's start,
-  since malloc would go on filling holes that are there already. In malloc's heap the holes between the tensors of a
-  tape stay resident, and how many there are is luck: the same step of 34 MiB of live tensors showed as 35, 52 or
-  69 MiB, by the order of allocations and the addresses of the day. That says nothing about a solver. Where malloc
-  is not glibc's, the holes are in the number, and `method` does not say "mapped".
+- A fresh process for every measurement. Memory that an earlier run has freed often stays resident in malloc's heap.
+  The next run would use it again, and the resident size would not grow.
+- The peak is that of this program. `ru_maxrss` of `getrusage` survives `exec` on Linux, so a child starts with the
+  peak of its parent. `VmHWM` in /proc/self/status belongs to the new address space, and writing 5 to
+  /proc/self/clear_refs sets it back to the present size, without the peak of the imports. Without /proc, `ru_maxrss`
+  is used.
+- A warm-up step. What is allocated once (thread pools, oneDNN's compiled kernels, gradients) is then in the baseline.
+  `malloc_trim` then gives the free heap back, so that the measured step cannot use it again.
+- A separate memory mapping for each tensor, which goes as soon as the tensor is freed: `MALLOC_ENVIRONMENT`, set before
+  the process starts, because malloc fills the holes that it already has. In malloc's heap the holes between the tensors
+  of a tape stay resident, and their number depends on chance: the same step of 34 MiB of live tensors showed as 35, 52
+  or 69 MiB, by the order of the allocations and the addresses. That says nothing about a solver. If malloc is not
+  glibc's, the number includes the holes, and `method` does not say "mapped".
 
-Checked against the live tensors' bytes as torch's profiler records them: 1 to 6 per cent above. Mappings are slow to
-make, so time is measured elsewhere, with malloc as it is.
+The numbers were checked against the bytes of live tensors in torch's profiler: they are 1 to 6 per cent above.
+Mappings are slow to make, so times are measured in other processes, with the usual malloc.
 """
 
 from __future__ import annotations
@@ -76,7 +76,7 @@ class PeakMemory:
 
 
 def resident_method() -> str:
-    """`VmHWM` where the kernel keeps it and lets this process reset it, else `ru_maxrss`."""
+    """`VmHWM` if the kernel has it and this process can reset it, else `ru_maxrss`."""
     try:
         CLEAR_REFS.write_text(RESET_PEAK)
         return "VmHWM" if "VmHWM:" in STATUS.read_text() else "ru_maxrss"
@@ -88,14 +88,14 @@ def peak_resident(method: str) -> int:
     """Peak resident size of this process in bytes."""
     if method == "VmHWM":
         return status_field("VmHWM")
-    import resource  # not on Windows, where the first method is missing as well
+    import resource  # missing on Windows, as is the first method
 
     unit = 1 if sys.platform == "darwin" else 1024  # kilobytes on Linux, bytes on macOS
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
 def resident() -> int:
-    """Resident size of this process in bytes, now; where there is no /proc its peak, which grows if that does."""
+    """Resident size of this process in bytes; without /proc, its peak."""
     return status_field("VmRSS") if STATUS.exists() else peak_resident("ru_maxrss")
 
 
@@ -108,11 +108,11 @@ def status_field(name: str) -> int:
 
 
 def return_free_heap() -> None:
-    """Gives the free part of malloc's heap back to the system, where malloc is glibc's."""
+    """Returns the free part of malloc's heap to the system, if malloc is glibc's."""
     with contextlib.suppress(OSError, AttributeError):
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def mapped() -> bool:
-    """Whether this process's malloc is glibc's and gives every tensor a mapping of its own."""
+    """Whether malloc is glibc's and gives each tensor a separate mapping."""
     return platform.libc_ver()[0] == "glibc" and MALLOC_ENVIRONMENT.items() <= os.environ.items()

@@ -1,4 +1,4 @@
-"""What the figures share: no display, a colour and a shape for every mode, and a line that says where they are from."""
+"""What all figures share: a colour and a marker for every gradient mode, titles, and the line with the machine."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import matplotlib
 
-matplotlib.use("Agg")  # no display is needed, nor asked for
+matplotlib.use("Agg")  # draws without a display
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -29,17 +29,19 @@ PLAIN = FuncFormatter(lambda value, _: f"{value:g}")  # 0.5 rather than 5 x 10^-
 
 
 def marker(library: str, gradient: str) -> str:
-    """Squares are other libraries'."""
+    """The marker of a mode; other libraries than node_cuda have squares."""
     return SHAPES.get(gradient, "o") if library.startswith(OURS) else "s"
 
 
 def tidy(axes: Axes, title: str) -> None:
+    """Gives a panel its title and a light grid."""
     axes.set_title(title, fontsize=10, loc="left")
     axes.grid(which="major", color="#dddddd", linewidth=0.7)
     axes.spines[["top", "right"]].set_visible(False)
 
 
 def head_and_foot(figure: Figure, title: str, result: Result) -> None:
+    """Gives a figure its title, and the machine below it."""
     about = result["machine"]
     figure.suptitle(title, fontsize=12)
     where = f"{about['device']}, {about['threads']} thread(s), torch {about['torch']}"
@@ -47,5 +49,6 @@ def head_and_foot(figure: Figure, title: str, result: Result) -> None:
 
 
 def save(figure: Figure, path: Path) -> None:
+    """Writes a figure as a file and closes it."""
     figure.savefig(path, dpi=150, bbox_inches="tight")
     plt.close(figure)

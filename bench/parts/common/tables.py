@@ -1,4 +1,4 @@
-"""What the reports of all benchmarks share: tables, spreads, where a number comes from, and the JSON files."""
+"""Tables, spreads, the line with command and machine, and the JSON files of all benchmarks."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INCOMPLETE = "The program was stopped before its end: rows are missing."
 
 
 def write_result(result: Result, folder: Path) -> Path:
-    """Writes BENCHMARK-DEVICE.json and returns its path, from the current folder where it lies in it."""
+    """Writes BENCHMARK-DEVICE.json and returns its path, relative to the current folder if it lies there."""
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"{result['benchmark']}-{result['device']}.json"
     path.write_text(json.dumps(result, indent=1) + "\n")
@@ -45,31 +45,31 @@ def spread(values: list[float]) -> str:
 
 
 def target(row: Result) -> str:
-    """What was promised, and whether it is missed; empty where nothing was, or could be told."""
+    """The target of a row, with "(missed)" if it is missed; empty if the row has no target."""
     if row["target"] is None:
         return ""
     return f"{row['target']:g}" + ("\n(missed)" if row["met"] is False else "")
 
 
 def evaluations(library: Result) -> str:
-    """Forward + backward; only forward where nothing goes back through the field of its own accord."""
+    """Evaluations forward + backward; only forward if the backward pass evaluates nothing."""
     return f"{library['nfe']}" + (f"+{library['nfe_backward']}" if library["nfe_backward"] else "")
 
 
 def gist(error: Exception) -> str:
-    """An error in a line: its type, and the first line of its message."""
+    """An error in one line: its type and the first line of its message."""
     lines = str(error).strip().splitlines() or [""]
     return f"{type(error).__name__}: {lines[0]}"[:300]
 
 
 def outcome(why: str) -> str:
-    """A cell without a time: why, if that is short enough for a table."""
+    """The cell of a row that failed: the reason, if it is short enough for a table."""
     return why if len(why) <= SHORT else "failed"
 
 
 def reasons(failed: list[tuple[str, str]]) -> list[str]:
-    """What the table has no room for, once for each who and why."""
-    return [f"{who}: {why.rstrip('.')}." for who, why in dict.fromkeys(failed) if len(why) > SHORT]
+    """The reasons that are too long for a table, each pair of name and reason once."""
+    return [f"{name}: {why.rstrip('.')}." for name, why in dict.fromkeys(failed) if len(why) > SHORT]
 
 
 def markdown(rows: Rows) -> str:
@@ -80,7 +80,7 @@ def markdown(rows: Rows) -> str:
 
 
 def show(rows: Rows) -> None:
-    """The same table for a terminal; as Markdown in a log, or without rich."""
+    """Prints a table: with rich on a terminal, as Markdown in a log or without rich."""
     if not sys.stdout.isatty() or importlib.util.find_spec("rich") is None:
         print(markdown(rows))
         return

@@ -1,4 +1,4 @@
-"""Times: by the wall clock, synchronised and interleaved for comparisons, or by CUDA events for single launches."""
+"""Measures times: by the wall clock, in turns, for comparisons; by CUDA events for single launches."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ import torch
 
 
 class Spread(NamedTuple):
-    """Median and quartiles of a sample, in the sample's own unit."""
+    """Median and quartiles of a sample, in the unit of the sample."""
 
     median: float
     q1: float
@@ -21,6 +21,7 @@ class Spread(NamedTuple):
 
     @classmethod
     def of(cls, sample: list[float]) -> Spread:
+        """The spread of a sample; of a single number, three times that number."""
         if len(sample) == 1:
             return cls(sample[0], sample[0], sample[0])
         q1, median, q3 = statistics.quantiles(sample, n=4, method="inclusive")
@@ -37,16 +38,17 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
 
 
 def synchronize(device: torch.device) -> None:
+    """Waits until the device has finished its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def interleaved(runs: Sequence[Callable[[], float]], *, rounds: int, budget: float) -> list[tuple[float, ...]]:
-    """Seconds of every run, round after round, so that all see the same state of the machine.
+    """Seconds of every run in every round: one tuple for each round.
 
-    Each callable runs once and returns its own time (so that it can leave its preparation out). Every round begins
-    with the next of them. At least 3 rounds and at most `rounds`; between the two, no new round after `budget`
-    seconds. The garbage collector waits meanwhile: a collection would land on whoever happens to be running.
+    In a round each callable runs once and returns its time, which may leave out its preparation. Round i starts with
+    callable i, so that each takes each place. There are at least 3 and at most `rounds` rounds; after 3, no round
+    starts later than `budget` seconds. The garbage collector is off: a collection would add to the time of one run.
     """
     least = min(3, rounds)
     sample: list[tuple[float, ...]] = []
@@ -66,10 +68,10 @@ def interleaved(runs: Sequence[Callable[[], float]], *, rounds: int, budget: flo
 
 
 def device_seconds(calls: Sequence[Callable[[], object]], *, batches: int = 15, batch: float = 2e-3) -> list[float]:
-    """Seconds a call on the GPU, by CUDA events around `batches` batches of about `batch` seconds: one number a batch.
+    """Seconds per call on the GPU, by CUDA events: one number for each of `batches` batches of about `batch` seconds.
 
-    The calls take turns and follow each other without a pause, so that a batch of short ones shows what the host
-    needs to launch them.
+    The calls take turns and follow each other without a pause. For short calls the time is therefore that of the
+    launches on the host.
     """
 
     def elapsed(rounds: int) -> float:
@@ -82,7 +84,7 @@ def device_seconds(calls: Sequence[Callable[[], object]], *, batches: int = 15, 
         end.synchronize()
         return begin.elapsed_time(end) * 1e-3
 
-    elapsed(1)  # whatever happens once
+    elapsed(1)  # warm-up
     rounds = max(1, math.ceil(batch / elapsed(1)))
     elapsed(rounds)
     return [elapsed(rounds) / (rounds * len(calls)) for _ in range(batches)]
