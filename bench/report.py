@@ -1,12 +1,12 @@
-"""Tables and sentences from the JSON of the benchmarks, and the pages that show them.
+"""Writes the tables and sentences of the pages from the JSON of the benchmarks.
 
     python bench/report.py            prints every block
     python bench/report.py --write    fills the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->`
-    python bench/report.py --check    fails where a page does not show what the JSON says
+    python bench/report.py --check    fails if a page does not show what the JSON says
 
-Blocks: `memory`, `speed`, `gradients`, `endurance`, `kernels`, `solve`, `device-loop` and `gpu` (command, machine and
-commit; sentence, table), and `memory-short` and `speed-short` for the first page; pages: README.md, bench/README.md,
-bench/results/README.md.
+The blocks `memory`, `speed`, `gradients`, `endurance`, `kernels`, `solve`, `device-loop` and `gpu` have the command,
+machine and commit, a sentence and a table; `memory-short` and `speed-short` are for the project's README. The pages are
+README.md, bench/README.md and bench/results/README.md.
 """
 
 from __future__ import annotations

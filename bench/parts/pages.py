@@ -39,7 +39,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
 
 
 def block(name: str, folder: Path) -> str:
-    """The text of a block: that of every device's result in turn."""
+    """The text of a block: the results of each device, one after another."""
     if name not in BLOCKS:
         raise SystemExit(f"There is no block `bench:{name}`; there are {', '.join(sorted(BLOCKS))}.")
     stem, render = BLOCKS[name]
@@ -48,7 +48,7 @@ def block(name: str, folder: Path) -> str:
 
 
 def filled(page: str, folder: Path) -> str:
-    """The page with every block's text put in."""
+    """The page with all its blocks filled."""
     return BLOCK.sub(lambda found: f"{found[1]}\n{block(found['name'], folder)}\n\n{found[3]}", page)
 
 

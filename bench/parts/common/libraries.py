@@ -22,7 +22,7 @@ def installed(library: str) -> bool:
 
 
 def function(contestant: str, name: str) -> Callable[..., Any]:
-    """A function of a library by its name; raises SystemExit with the mend where the library is not installed."""
+    """A function of a library by its name; raises SystemExit, with the install command, if the library is missing."""
     library = contestant.partition(" ")[0]
     if not installed(library):
         mend = "`pip install -e .` in the repository's root" if library == OURS else f"`pip install {library}`"

@@ -1,4 +1,4 @@
-"""Peak memory of one gradient, in a process of its own; prints one line of JSON. gradients.py starts it."""
+"""Measures the peak memory of one gradient; prints one line of JSON. gradients.py starts it as a fresh process."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parts.common.peak_memory import PeakMemory
 from parts.gradients.problems import PROBLEMS
 from parts.gradients.steps import Step
 
-WARM_UP_PART = 0.01  # of the time to solve over
+WARM_UP_PART = 0.01  # of the time interval
 
 
 def main() -> None:

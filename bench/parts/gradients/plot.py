@@ -1,4 +1,4 @@
-"""The figure of gradients.py: error against peak memory, a panel a problem, log-log."""
+"""The figure of gradients.py: error against peak memory, log-log, one panel for each problem."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parts.common.modes import MODES
 from parts.common.plotting import COLOURS, PLAIN, head_and_foot, marker, plt, save, tidy
 from parts.common.tables import Result
 
-LEAST_MIB = 0.01  # less than a page or two cannot be told from nothing, and has no logarithm
+LEAST_MIB = 0.01  # smaller values are within a page or two of 0, which has no logarithm
 COLUMNS = 2
 
 
@@ -36,6 +36,7 @@ def draw_gradients(result: Result, path: Path) -> None:
 
 
 def draw_panel(panel: Axes, row: Result) -> None:
+    """Draws both errors of every mode at its memory, and names the modes that failed."""
     for name, record in row["by"].items():
         if "failed" in record:
             continue
@@ -56,11 +57,12 @@ def draw_panel(panel: Axes, row: Result) -> None:
 
 
 def style(name: str) -> tuple[str, str]:
+    """The colour and the marker of a mode."""
     return COLOURS[MODES[name].gradient], marker(MODES[name].library, MODES[name].gradient)
 
 
 def legend(names: list[str]) -> list[Line2D]:
-    """The modes, and what is filled and what is not."""
+    """The entries of the legend: the modes, and the meaning of filled and empty markers."""
     handles = [
         Line2D([], [], color=colour, marker=shape, linestyle="", label=label(name))
         for name, (colour, shape) in ((name, style(name)) for name in names)
@@ -71,4 +73,5 @@ def legend(names: list[str]) -> list[Line2D]:
 
 
 def label(name: str) -> str:
+    """The name of a mode with its library."""
     return name if MODES[name].library != OURS else f"{OURS} {name}"

@@ -1,4 +1,4 @@
-"""The problems of gradients.py: fields, starts, times and losses."""
+"""The problems of gradients.py: fields, initial states, times and losses."""
 
 from __future__ import annotations
 
@@ -13,11 +13,12 @@ from parts.common.fields import Counted, DeepField, DissipativeField, FlowField,
 
 
 def normal(batch: int, dim: int, generator: torch.Generator) -> Tensor:
+    """Standard normal initial states (batch, dim)."""
     return torch.randn(batch, dim, generator=generator)
 
 
 def eight_gaussians(batch: int, dim: int, generator: torch.Generator) -> Tensor:
-    """Points of the plane around eight centres on a circle, each with a third coordinate 0, where a flow begins."""
+    """Points (batch, dim) around eight centres on a circle in the plane; the other coordinates are 0."""
     angles = torch.randint(8, (batch,), generator=generator) * (math.pi / 4)
     centres = 2.0 * torch.stack([angles.cos(), angles.sin()], dim=1)
     points = centres + 0.3 * torch.randn(batch, 2, generator=generator)
@@ -25,24 +26,24 @@ def eight_gaussians(batch: int, dim: int, generator: torch.Generator) -> Tensor:
 
 
 def mean_square(ys: Tensor) -> Tensor:
-    """The sum of all squared outputs / (outputs batch)."""
+    """The sum of all squared outputs / (outputs * batch)."""
     return ys.square().sum() / (ys.shape[0] * ys.shape[1])
 
 
 def negative_log_likelihood(ys: Tensor) -> Tensor:
-    """Of the starts, if a flow takes them to a standard normal distribution; the mean over the batch.
+    """The negative log likelihood of the initial points of a flow to a standard normal distribution, batch mean.
 
-    A start's log density is that of its end z and less l, the logarithm of how much the volume shrank: log N(z) - l.
+    The log density of a point is log N(z) - l: z is where the flow takes it, l the integral of -tr(dg/dz).
     """
     z, log_volume = ys[-1, :, :-1], ys[-1, :, -1]
     return (0.5 * z.square().sum(1) + 0.5 * z.shape[1] * math.log(2 * math.pi) + log_volume).mean()
 
 
 class GradientProblem(NamedTuple):
-    """A field in float32 with a start and output times, and a loss of the outputs (times, batch, dim).
+    """A field in float32 with an initial state and output times, and a loss of the outputs (times, batch, dim).
 
-    `draw` makes the start (batch, dim). `target`: the ratio of torchdiffeq's adjoint's time to the discrete adjoint's
-    that is promised, if it is.
+    `draw` makes the initial state (batch, dim). `target`: the promised ratio of the time of torchdiffeq's adjoint to
+    that of the discrete adjoint, or None.
     """
 
     name: str
@@ -57,23 +58,26 @@ class GradientProblem(NamedTuple):
     target: float | None = None
 
     def field(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Counted:
-        """Always the same parameters, rounded to float32."""
+        """The field, always with the same parameters, rounded to float32."""
         torch.manual_seed(0)
         return Counted(self.make_field()).to(device, dtype)
 
     def start(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
+        """The initial state, always the same."""
         return self.draw(self.batch, self.dim, torch.Generator().manual_seed(1)).to(device, dtype)
 
     def t(self, device: torch.device, dtype: torch.dtype = torch.float32) -> Tensor:
-        """Rounded to float32: the same times in every dtype."""
+        """The output times, rounded to float32, so that they are the same in every dtype."""
         return torch.tensor(self.times).to(device, dtype)
 
 
 def evenly(t_end: float, outputs: int) -> tuple[float, ...]:
+    """Evenly spaced times from 0 to t_end."""
     return tuple(torch.linspace(0.0, t_end, outputs).tolist())
 
 
 def to_time(batch: int, dim: int, hidden: int, outputs: int, target: float) -> GradientProblem:
+    """A problem for the table of times: an MLP field from t = 0 to 5."""
     name = f"{batch}x{dim} hidden {hidden}, {outputs} outputs"
     return GradientProblem(name, lambda: MLPField(dim, hidden), batch, dim, evenly(5.0, outputs), target=target)
 
@@ -86,7 +90,7 @@ PROBLEMS_TIMED = (
 )
 LOOSE = (1e-5, 1e-7)  # rtol, atol
 PROBLEMS_PLOTTED = (
-    # An early output, or nothing would be left of y0's gradient; the last is so late that rate * time is 20.
+    # The early output keeps the gradient of y0 from vanishing. At the last output rate * time is 20.
     GradientProblem(
         "dissipative, rate x time = 20", lambda: DissipativeField(8, 32, 4.0), 1024, 8, (0.0, 0.25, 5.0), *LOOSE
     ),

@@ -17,7 +17,7 @@ from parts.common.tables import (
 
 
 def gradient_time_rows(result: Result) -> Rows:
-    """A row a case and mode."""
+    """A row for each case and mode."""
     rows = [
         ["case", "gradient by", "ms (IQR)", "torchdiffeq adjoint's\ntime / its (IQR)", "target", "nfe f+b", "error"]
     ]
@@ -35,7 +35,7 @@ def gradient_time_rows(result: Result) -> Rows:
 
 
 def gradient_error_rows(result: Result) -> Rows:
-    """A row a problem and mode."""
+    """A row for each problem and mode."""
     rows = [["problem", "gradient by", "error", "error,\nsame steps", "peak MiB", "nfe f+b"]]
     for row in result["problems"]:
         for place, (mode, record) in enumerate(row["by"].items()):
@@ -49,7 +49,7 @@ def gradient_error_rows(result: Result) -> Rows:
 
 
 def gradients_sentence(result: Result) -> str:
-    """How many promises are kept, and why any row failed."""
+    """How many targets are reached, and why rows failed."""
     lines = [] if result["complete"] else [INCOMPLETE]
     judged = [record for row in result["times"] for record in row["by"].values() if record.get("target") is not None]
     lines.append(f"{sum(record['met'] is True for record in judged)} of {len(judged)} promised ratios reached.")
@@ -63,5 +63,6 @@ def gradients_sentence(result: Result) -> str:
 
 
 def gradients_block(result: Result) -> str:
+    """The block `gradients` of the pages."""
     tables = [markdown(rows(result)) for rows in (gradient_time_rows, gradient_error_rows)]
     return "\n\n".join([provenance(result), gradients_sentence(result), *tables])

@@ -1,4 +1,4 @@
-"""A problem's gradient by a mode, and the gradients that its errors are told by."""
+"""Computes the gradient of a problem by a mode, and the reference gradients for its errors."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parts.solve.solving import flat_gradient
 
 
 class Gradients(NamedTuple):
-    """Of y0 and of all parameters, in one vector; and the evaluations forward and backward."""
+    """The gradients of y0 and of all parameters (one vector), and the evaluations forward and backward."""
 
     y0: Tensor
     parameters: Tensor
@@ -25,14 +25,14 @@ class Gradients(NamedTuple):
 
 
 class Step:
-    """A problem by a mode, ready to run: `step()` solves and differentiates."""
+    """A problem with a mode; `step()` solves and differentiates it."""
 
     def __init__(self, problem: GradientProblem, mode: str, device: torch.device) -> None:
         self.problem, self.solver = problem, MODES[mode].solver
         self.field, self.y0, self.t = problem.field(device), problem.start(device), problem.t(device)
 
     def __call__(self, part: float = 1.0) -> Gradients:
-        """`part`: of the time to solve over."""
+        """Solves over this part of the time interval, and returns the gradients."""
         self.field.zero_grad(set_to_none=False)
         self.field.reset()
         start = self.y0.clone().requires_grad_()
@@ -44,22 +44,23 @@ class Step:
 
 
 def collected(field: Counted, start: Tensor, nfe: int) -> Gradients:
-    """Copies: the parameters' gradients are overwritten by the next step."""
+    """The gradients, those of the parameters copied, because the next step overwrites them."""
     parameters = flat_gradient(field)
     assert parameters is not None and start.grad is not None
     return Gradients(start.grad, parameters, nfe, field.reset())
 
 
 def exact(problem: GradientProblem, device: torch.device) -> Gradients:
-    """In float64 by dopri8 at rtol 1e-12, differentiated by backpropagation; torchdiffeq's word, where it is there."""
+    """The exact gradient: float64, dopri8 at rtol 1e-12, backpropagation; by torchdiffeq if it is installed."""
     by = RIVAL if libraries.installed(RIVAL) else REFERENCE
     return _in_float64(problem, device, by, rtol=1e-12, atol=1e-14, method="dopri8")
 
 
 def of_same_steps(problem: GradientProblem, device: torch.device) -> Gradients:
-    """In float64 over the very steps that our float32 solve takes, differentiated by our backpropagation.
+    """The gradient in float64 over the steps of node_cuda's float32 solve, by its backpropagation.
 
-    The steps are forced: no tolerance rejects one, and each would be longer if the next time were not to be met.
+    The steps are forced: the tolerances reject none, the first proposed step spans the whole interval, and `step_t`
+    cuts every step at the next recorded time.
     """
     solve = libraries.function(OURS, "solve")
     tolerances = {"rtol": problem.rtol, "atol": problem.atol, "method": "dopri5"}
@@ -87,7 +88,7 @@ def _in_float64(problem: GradientProblem, device: torch.device, by: str, **argum
 
 
 def difference(found: Gradients, expected: Gradients) -> float:
-    """The larger relative error of the two gradients, each in the Euclidean norm."""
+    """The larger of the relative errors of both gradients, each in the Euclidean norm."""
     pairs = ((found.y0, expected.y0), (found.parameters, expected.parameters))
     errors = [torch.linalg.vector_norm(a.double() - b) / torch.linalg.vector_norm(b) for a, b in pairs]
-    return torch.stack(errors).max().item()  # NaN if one is
+    return torch.stack(errors).max().item()  # NaN if one of them is NaN

@@ -1,6 +1,6 @@
-"""Peak memory of one training step with N solver steps, in a process of its own; prints one line of JSON.
+"""Measures the peak memory of one training step with N solver steps; prints one line of JSON.
 
-memory_vs_steps.py starts it, with malloc set as memory.py asks for.
+memory_vs_steps.py starts it as a fresh process, with malloc set as parts/common/peak_memory.py says.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def main() -> None:
         "nfe": nfe,
         "nfe_backward": nfe_backward,
     }
-    if mode.replays:  # every step of a fixed grid costs the same, and is replayed once
+    if mode.replays:  # on a fixed grid all steps cost the same, and each is replayed once
         cell["recompute"] = nfe_backward / nfe - 1
     print(json.dumps(cell))
 

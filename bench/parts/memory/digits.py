@@ -25,12 +25,12 @@ class Digits(NamedTuple):
     test_labels: Tensor
 
     def fewer(self, images: int) -> Digits:
-        """The first `images` of the training set; the test set stays whole."""
+        """With the first `images` of the training set and the whole test set."""
         return self._replace(train_images=self.train_images[:images], train_labels=self.train_labels[:images])
 
 
 def load(device: torch.device) -> Digits:
-    """1797 images: 1347 to train on, 450 that training never sees, stratified, always the same ones."""
+    """The 1797 images: 1347 for training and 450 for the test, stratified, always the same ones."""
     from sklearn.datasets import load_digits
     from sklearn.model_selection import train_test_split
 
@@ -46,7 +46,7 @@ def load(device: torch.device) -> Digits:
 
 
 class ODENet(nn.Module):
-    """images (n, 1, 8, 8) -> scores (n, 10): a convolution, dz/dt = f(z, t) for 0 <= t <= 1, a linear layer."""
+    """images (n, 1, 8, 8) -> scores (n, 10): a convolution, dz/dt = f(z, t) from t = 0 to 1, a linear layer."""
 
     def __init__(self, channels: int, solver: Solver, **solver_options: Any) -> None:
         super().__init__()
@@ -71,7 +71,7 @@ def train(
     learning_rate: float,
     report: Callable[[str], None],
 ) -> dict[str, Any]:
-    """Adam with a one-cycle rate; `report` is called after every batch; returns history and test accuracy."""
+    """Trains by Adam with a one-cycle rate; returns history and test accuracy. report: called after every batch."""
     images, labels = digits.train_images, digits.train_labels
     batches = batches_of(digits, batch)
     optimizer = torch.optim.Adam(net.parameters(), lr=learning_rate)
@@ -108,11 +108,11 @@ def train(
 
 
 def batches_of(digits: Digits, batch: int) -> int:
-    """Batches in one epoch, the last one possibly smaller."""
+    """The number of batches in an epoch; the last one may be smaller."""
     return -(-len(digits.train_images) // batch)
 
 
 @torch.no_grad()
 def accuracy(net: ODENet, digits: Digits) -> float:
-    """Share of the test images that get their label."""
+    """The share of test images with the correct label."""
     return (net(digits.test_images).argmax(1) == digits.test_labels).double().mean().item()

@@ -1,4 +1,4 @@
-"""The figure of memory_vs_steps.py: peak memory and time of a training step and steps taken again, against N."""
+"""The figure of memory_vs_steps.py: peak memory, time and recomputed steps of a training step against N."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from parts.common.plotting import COLOURS, PLAIN, head_and_foot, marker, plt, sa
 from parts.common.tables import Result
 from parts.memory.report import series, slope
 
-LABEL_GAP = 0.055  # least distance of two labels, as a share of the panel's height
+LABEL_GAP = 0.055  # smallest distance of two labels, as a share of the panel's height
 PANELS = {
     "peak_mib": "peak memory (MiB), with its growth",
     "seconds": "time (s)",
@@ -33,6 +33,7 @@ def draw_memory(result: Result, path: Path) -> None:
 
 
 def draw_panel(axes: Axes, result: Result, quantity: str) -> None:
+    """Draws one quantity against N, a line for each mode."""
     ends: list[tuple[float, str, str]] = []
     steps: list[int] = []
     for (library, gradient), points in series(result, quantity).items():
@@ -55,7 +56,7 @@ def draw_panel(axes: Axes, result: Result, quantity: str) -> None:
         growth = f"  $N^{{{slope(points):.2f}}}$" if quantity == "peak_mib" and len(points) > 1 else ""
         ends.append((values[-1], f"{library}, {gradient}{growth}", colour))
     axes.set_xscale("log", base=2)
-    if quantity != "recompute":  # which is 0 where all states are kept
+    if quantity != "recompute":  # it may be 0, which has no logarithm
         axes.set_yscale("log")
     tidy(axes, PANELS[quantity])
     axes.set_xlabel("solver steps N")
@@ -67,7 +68,7 @@ def draw_panel(axes: Axes, result: Result, quantity: str) -> None:
 
 
 def label_ends(axes: Axes, ends: list[tuple[float, str, str]]) -> None:
-    """Names each line beside its end, in its colour, moved where two names would overlap; none is above the panel."""
+    """Writes the name of each line beside its end; moves names that would overlap or leave the panel."""
     to_axes = axes.transData + axes.transAxes.inverted()
     heights: list[float] = []
     for value, _, _ in sorted(ends):

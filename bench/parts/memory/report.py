@@ -7,7 +7,7 @@ import math
 from parts.common.modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE
 from parts.common.tables import Result, Rows, markdown, provenance
 
-NOT_TRAINED = "Not trained: scikit-learn, whose digits it takes, is not installed."
+NOT_TRAINED = "Not trained: scikit-learn, which has the digits, is not installed."
 BY = {
     BACKPROP: "backpropagation through the solver",
     DISCRETE: "the discrete adjoint",
@@ -17,7 +17,7 @@ BY = {
 
 
 def series(result: Result, quantity: str) -> dict[tuple[str, str], dict[int, float]]:
-    """(library, gradient) -> {N: value} of the cells that were measured and have this quantity."""
+    """(library, gradient) -> {N: value}, of the cells that have this quantity."""
     lines: dict[tuple[str, str], dict[int, float]] = {}
     for cell in result["cells"]:
         line = lines.setdefault((cell["library"], cell["gradient"]), {})
@@ -27,7 +27,7 @@ def series(result: Result, quantity: str) -> dict[tuple[str, str], dict[int, flo
 
 
 def slope(points: dict[int, float]) -> float:
-    """Least-squares slope of log(value) over log(N): 1 for a linear growth, 0 for none."""
+    """Least-squares slope of log(value) over log(N): 1 for linear growth, 0 for no growth."""
     xs = [math.log(n) for n in points]
     ys = [math.log(value) for value in points.values()]
     mean_x, mean_y = sum(xs) / len(xs), sum(ys) / len(ys)
@@ -35,8 +35,8 @@ def slope(points: dict[int, float]) -> float:
 
 
 def memory_sentence(result: Result) -> str:
-    """What the measured cells show: how the memory of each mode grows, and what it saves and costs at the end."""
-    ours = result["cells"][0]["library"]  # the kernels where they are measured, which come first
+    """How the memory of each mode grows with N, and its memory and time at the last N against backpropagation."""
+    ours = result["cells"][0]["library"]  # on CUDA the kernels, which come first
     memory, times, again = (
         {gradient: points for (library, gradient), points in series(result, quantity).items() if library == ours}
         for quantity in ("peak_mib", "seconds", "recompute")
@@ -61,20 +61,22 @@ def memory_sentence(result: Result) -> str:
 
 
 def listed(parts: list[str], separator: str = ", ") -> str:
+    """The parts as a list in a sentence: "a, b, and c"."""
     return separator.join(parts[:-1]) + f"{separator.strip() * (len(parts) > 2)} and " * (len(parts) > 1) + parts[-1]
 
 
 def pace(slower: float) -> str:
+    """A ratio of times in words."""
     return f"{slower:.1f} times the time" if slower >= 1 else f"{1 / slower:.1f} times less time"
 
 
 def repeats(recompute: float | None) -> str:
-    """What the backward pass took again; nothing to say where it had all it needed."""
+    """The recomputed steps in words; empty if there are none."""
     return f", {recompute:.1f} times the N steps taken again" if recompute else ""
 
 
 def training_sentence(result: Result) -> str:
-    """The accuracy reached, or that there was no training."""
+    """The accuracy of the training, or that there was no training."""
     training = result["training"]
     if training is None:
         return NOT_TRAINED
@@ -85,7 +87,7 @@ def training_sentence(result: Result) -> str:
 
 
 def memory_rows(result: Result) -> Rows:
-    """Peak memory, time and, of modes that replay steps, those taken again, of every cell; a row an N."""
+    """A row for each N: peak memory, time and, for modes that replay steps, the recomputed steps."""
     lines = [series(result, quantity) for quantity in ("peak_mib", "seconds", "recompute")]
     steps = sorted({cell["steps"] for cell in result["cells"]})
     head = ["N"]
@@ -103,6 +105,7 @@ def memory_rows(result: Result) -> Rows:
 
 
 def memory_block(result: Result) -> str:
+    """The block `memory` of the pages."""
     settings = result["settings"]
     about = f"One training step, batch {settings['batch']}, method {settings['method']}, step 1/N"
     if any(series(result, "recompute").values()):
@@ -118,4 +121,5 @@ def memory_block(result: Result) -> str:
 
 
 def memory_short(result: Result) -> str:
+    """The block `memory-short` of the pages."""
     return "\n\n".join([provenance(result), result["sentence"]])

@@ -1,4 +1,4 @@
-"""The training step that memory_vs_steps.py measures: the ODE-Net on random images with N equal solver steps."""
+"""The training step of memory_vs_steps.py: the ODE-Net on random images, with N equal solver steps."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from parts.memory.digits import CLASSES, PIXELS, ODENet
 
 
 class Setting(NamedTuple):
-    """What every cell has in common."""
+    """The settings that all cells share."""
 
     method: str
     channels: int
@@ -23,9 +23,9 @@ class Setting(NamedTuple):
 
 
 def training_step(mode: Mode, setting: Setting) -> Callable[[int], tuple[int, int]]:
-    """A function of N that runs one step and returns the evaluations of the field forward and backward.
+    """A function of N that runs one training step and returns the evaluations forward and backward.
 
-    The images are random: memory and time do not depend on what they show.
+    The images are random, as memory and time do not depend on them.
     """
     torch.manual_seed(0)
     device = torch.device(setting.device)

@@ -1,4 +1,4 @@
-"""The problems that speed.py and solve.py time: data only, one row a case."""
+"""The cases that speed.py and solve.py time: one row for each case, and no code."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from parts.common.modes import ADJOINT, BACKPROP
 
 
 class Case(NamedTuple):
-    """A field on a batch of random states of so many dimensions, from t = 0 to t_end, with dopri5.
+    """A field on a random state (batch, dim), solved from t = 0 to t_end with dopri5.
 
     `hidden` is the width of an MLP field dim -> hidden -> dim; None: the cheap field dz/dt = sin z. `timed` is
-    "forward" (under no_grad), "backward" (the gradient of a loss alone), or "step" (both). `gradient` is a word of
-    modes.py. `target` is the ratio torchdiffeq's time / our time that the project has promised, if it has; in
-    SOLVE_CASES of the kernels.
+    "forward" (under no_grad), "backward" (the gradient of a loss alone), or "step" (both). `gradient` is the name of a
+    mode in parts/common/modes.py. `target` is the promised ratio torchdiffeq's time / our time, or None; in SOLVE_CASES
+    it is the target of the kernels.
     """
 
     timed: str
@@ -32,6 +32,7 @@ class Case(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name of the case in tables: what differs from the defaults."""
         field = "sin z" if self.hidden is None else f"hidden {self.hidden}"
         words = [self.timed, f"{self.batch}x{self.dim} {field}"]
         if self.timed != "forward":
@@ -51,7 +52,7 @@ CASES = (
     Case("forward", BACKPROP, 1024, 64, 64, t_end=5.0, target=2.5),
     Case("forward", BACKPROP, 16, 2, 50, t_end=5.0, dtype=torch.float64),
     Case("forward", BACKPROP, 16, 2, 50, t_end=5.0, outputs=50),
-    # The wide batch: a solver step costs more than the field. The tolerance makes a run a matter of seconds.
+    # A wide batch: a solver step costs more than the field. With this tolerance a run takes seconds.
     Case("backward", ADJOINT, 65536, 32, 16, t_end=1.0, rtol=1e-6, atol=1e-8, target=4.0),
     Case("step", ADJOINT, 16, 2, 50, t_end=5.0),
     Case("step", ADJOINT, 128, 64, 64, t_end=5.0),
@@ -66,7 +67,7 @@ QUICK_CASES = (
 
 
 def whole(batch: int, dim: int, hidden: int | None, t_end: float, target: float) -> tuple[Case, Case]:
-    """A solve and a training step at rtol 1e-6; the target is the solve's, and no step may be slower."""
+    """A solve and a training step at rtol 1e-6. The target is for the solve; the training step must not be slower."""
     forward = Case("forward", BACKPROP, batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6, target=target)
     return forward, forward._replace(timed="step", gradient=ADJOINT, target=1.0)
 

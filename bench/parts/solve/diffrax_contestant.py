@@ -1,6 +1,6 @@
-"""A case by diffrax, compiled by jax.jit: the same field, parameters, start and tolerances, at its own defaults.
+"""A case solved by diffrax, compiled by jax.jit, with the same field, parameters, initial state and tolerances.
 
-Its gradient is that of its recommended adjoint, which checkpoints and backpropagates, and not the continuous one.
+All else is diffrax's default. Its gradient is by its recommended adjoint, backpropagation with checkpoints.
 """
 
 from __future__ import annotations
@@ -16,17 +16,17 @@ from torch import Tensor
 from parts.common.timing import seconds
 from parts.solve.solving import Problem, Quantities, Solved
 
-MAX_STEPS = 256  # more than any case takes; the memory for checkpoints grows with it
+MAX_STEPS = 256  # more than any case takes; the memory of the checkpoints grows with it
 
 
 class DiffraxContestant:
-    """Raises whatever JAX does where it finds no device of the problem's kind."""
+    """A case for diffrax. Raises JAX's error if JAX finds no device of the problem's kind."""
 
     def __init__(self, problem: Problem) -> None:
-        # Before JAX begins: else it takes most of the GPU's memory from everyone else.
+        # Before JAX starts: else it reserves most of the GPU's memory.
         os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
         jax, diffrax = (importlib.import_module(name) for name in ("jax", "diffrax"))
-        # float32 products, as torch's, and not TensorFloat-32.
+        # Products in float32, as in torch, not in TensorFloat-32.
         jax.config.update("jax_default_matmul_precision", "highest")
         case, field, y0 = problem
         self.jax, self.problem = jax, problem
@@ -63,7 +63,7 @@ class DiffraxContestant:
         self.run = jax.jit(solve if case.timed == "forward" else gradient)
 
     def solved(self) -> Solved:
-        """See `Contestant`. diffrax counts steps, and no evaluations."""
+        """One run with its counts: diffrax counts steps but not evaluations."""
         found = self._run()
         if self.problem.case.timed == "forward":
             y1, accepted = found
@@ -74,14 +74,14 @@ class DiffraxContestant:
         return Solved(quantities, None, None, int(accepted))
 
     def timed(self) -> float:
-        """See `Contestant`."""
+        """One run and its seconds."""
         return seconds(self._run, self.problem.y0.device)
 
     def _run(self) -> Any:
         return self.jax.block_until_ready(self.run(self.y0, self.parameters))
 
     def _ys(self, y1: Any) -> Tensor:
-        """As the other contestants' outputs: the start comes first."""
+        """The outputs in the form of the other contestants: the initial state first."""
         return torch.stack([self.problem.y0, self._tensor(y1)])
 
     def _array(self, x: Tensor) -> Any:

@@ -17,7 +17,7 @@ from parts.common.tables import (
 
 
 def solve_rows(result: Result) -> Rows:
-    """A row a case and contestant."""
+    """A row for each case and contestant."""
     head = ["case", "by", "ms (IQR)", "torchdiffeq's\ntime / its (IQR)", "target", "nfe f+b", "steps", "error"]
     rows = [head]
     for row in result["rows"]:
@@ -43,7 +43,7 @@ def solve_rows(result: Result) -> Rows:
 
 
 def solve_sentences(result: Result) -> str:
-    """How many rows keep the promise, and why any failed."""
+    """How many targets are reached, and why rows failed."""
     judged = [record for row in result["rows"] for record in row["by"].values() if record.get("target") is not None]
     met = sum(record["met"] is True for record in judged)
     lines = [] if result["complete"] else [INCOMPLETE]
@@ -56,4 +56,5 @@ def solve_sentences(result: Result) -> str:
 
 
 def solve_block(result: Result) -> str:
+    """The block `solve` of the pages."""
     return "\n\n".join(filter(None, [provenance(result), solve_sentences(result), markdown(solve_rows(result))]))

@@ -1,4 +1,4 @@
-"""One case of cases.py by one contestant: what it computes, at which cost, how far off; and a run of it to be timed."""
+"""One case solved by one contestant: its results, their cost and error, and a run for the clock."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from parts.common.fields import Counted, CountsSteps, MLPField, SineField
 from parts.common.timing import seconds
 from parts.solve.cases import Case
 
-EXACT_ELEMENTS = 2**17  # of a batch at a time: the tape of the exact solution is kept in memory
-# How far a solve may miss the exact solution: so many times rtol, which bounds the error of one step only, plus so
-# many roundings, which is all that float32 leaves of rtol = 1e-7.
+EXACT_ELEMENTS = 2**17  # of the batch at a time: autograd keeps the whole exact solve in memory
+# The largest relative error allowed: ERROR_PER_RTOL * rtol, as rtol bounds the error of one step only, plus
+# ERROR_PER_EPS roundings, which dominate in float32 at rtol = 1e-7.
 ERROR_PER_RTOL = 100.0
 ERROR_PER_EPS = 200.0
 ROUNDS = 41  # at most, of each row
 
 
 class Quantities(NamedTuple):
-    """What a case computes: ys (outputs, batch, dim) and, but for a forward case, the gradients of the loss."""
+    """The results of a case: ys (outputs, batch, dim) and, unless the case is forward, the gradients of the loss."""
 
     ys: Tensor
     grad_y0: Tensor | None = None
@@ -30,7 +30,7 @@ class Quantities(NamedTuple):
 
 
 class Solved(NamedTuple):
-    """Quantities and what they cost: evaluations of the field, accepted steps forward. None: the library keeps none."""
+    """Results and their cost: evaluations, accepted steps of the forward solve. None: the library does not count."""
 
     quantities: Quantities
     nfe: int | None
@@ -42,16 +42,16 @@ class Contestant(Protocol):
     """A library, ready to run a case."""
 
     def solved(self) -> Solved:
-        """One run, with all that is counted."""
+        """One run, with its counts."""
         ...
 
     def timed(self) -> float:
-        """Seconds of the part that is timed, of one run."""
+        """One run; returns the seconds of its timed part."""
         ...
 
 
 class Problem(NamedTuple):
-    """A case with its field and start, the same for all contestants."""
+    """A case with its field and initial state, the same for all contestants."""
 
     case: Case
     field: Counted
@@ -64,7 +64,7 @@ class Problem(NamedTuple):
 
 
 def make_problem(case: Case, device: torch.device) -> Problem:
-    """Always the same parameters and start for a case."""
+    """The problem of a case, always with the same parameters and initial state."""
     torch.manual_seed(0)
     field = Counted(SineField() if case.hidden is None else MLPField(case.dim, case.hidden))
     y0 = torch.randn(case.batch, case.dim, device=device).to(case.dtype)
@@ -72,7 +72,7 @@ def make_problem(case: Case, device: torch.device) -> Problem:
 
 
 class TorchContestant:
-    """node_cuda, by the path in its name, or torchdiffeq."""
+    """node_cuda, on the path in its name, or torchdiffeq."""
 
     def __init__(self, name: str, problem: Problem) -> None:
         self.name = name
@@ -81,7 +81,7 @@ class TorchContestant:
         self.options = {"rtol": problem.case.rtol, "atol": problem.case.atol, "method": "dopri5"}
 
     def solved(self) -> Solved:
-        """See `Contestant`."""
+        """One run with its counts."""
         case, field, y0 = self.problem
         field.zero_grad()
         field.reset()
@@ -97,7 +97,7 @@ class TorchContestant:
         return Solved(Quantities(ys.detach(), start.grad, flat_gradient(field)), nfe, field.reset(), accepted)
 
     def timed(self) -> float:
-        """See `Contestant`."""
+        """One run; the clock leaves out what the case does not time."""
         case, field, y0 = self.problem
         field.zero_grad()
         with libraries.path(self.name):
@@ -117,7 +117,7 @@ class TorchContestant:
         loss_of(self._forward(start), self.problem.case.batch).backward()
 
     def _counted(self, start: Tensor) -> tuple[Tensor, int]:
-        """ys and the accepted steps, counted as the library offers it: not in the runs that are timed."""
+        """ys and the number of accepted steps. Counting costs time, so timed runs do not use this."""
         case, field, _ = self.problem
         if self.name == libraries.RIVAL:
             counting = CountsSteps(field)
@@ -128,20 +128,20 @@ class TorchContestant:
 
 
 def loss_of(ys: Tensor, batch: int) -> Tensor:
-    """A sum over the rows of the batch, so that the exact solution can take them a part at a time."""
+    """sum of y(t_end)^2 / batch: a sum over the rows, so that the exact solve can take them in parts."""
     return ys[-1].square().sum() / batch
 
 
 def flat_gradient(field: torch.nn.Module) -> Tensor | None:
-    """That of all parameters, None where there are none."""
+    """The gradients of all parameters as one vector; None if there are none."""
     gradients = [p.grad.flatten() for p in field.parameters() if p.grad is not None]
     return torch.cat(gradients) if gradients else None
 
 
 def exact(problem: Problem) -> Quantities:
-    """The exact quantities in float64: by a formula, or by dopri8 with rtol 1e-12, differentiated by backpropagation.
+    """The exact results in float64: by a formula, or by dopri8 with rtol 1e-12 and backpropagation.
 
-    The rows of the batch do not depend on each other, so a wide batch is taken a part at a time.
+    The rows of the batch are independent, so a wide batch is solved in parts.
     """
     case, y0 = problem.case, problem.y0
     solve, exact_field = _exact_solver(problem)
@@ -168,7 +168,7 @@ def _exact_solver(problem: Problem) -> tuple[Callable[[Tensor, Tensor], Tensor],
         return SineField.exact, field
     exact_field = Counted(MLPField(case.dim, case.hidden)).to(y0.device, torch.float64)
     exact_field.load_state_dict({name: value.double() for name, value in field.state_dict().items()})
-    # torchdiffeq's word rather than ours, where it is there.
+    # By torchdiffeq if it is installed: an independent reference.
     by = libraries.RIVAL if libraries.installed(libraries.RIVAL) else libraries.REFERENCE
     odeint = libraries.function(by, "odeint")
 
@@ -180,7 +180,7 @@ def _exact_solver(problem: Problem) -> tuple[Callable[[Tensor, Tensor], Tensor],
 
 
 def largest_error(found: Quantities, expected: Quantities) -> float:
-    """Largest relative error of the quantities, each in the Euclidean norm."""
+    """The largest relative error of the results, each in the Euclidean norm."""
     errors = [
         torch.linalg.vector_norm(a.double() - b).item() / torch.linalg.vector_norm(b).item()
         for a, b in zip(found, expected, strict=True)
@@ -190,18 +190,18 @@ def largest_error(found: Quantities, expected: Quantities) -> float:
 
 
 def mistake(name: str, case: Case, error: float) -> str | None:
-    """What is wrong with a solution that is so far off, as a sentence; None: nothing. NaN is wrong as well."""
+    """A sentence if the error is larger than allowed, or NaN; else None."""
     allowed = ERROR_PER_RTOL * case.rtol + ERROR_PER_EPS * torch.finfo(case.dtype).eps
     if error <= allowed:
         return None
     return (
-        f"{name} misses the exact solution of `{case.name}` by {error:.1e} (relative), more than the {allowed:.1e} "
-        "that its tolerances allow: nothing is timed. See `make test`."
+        f"{name} misses the exact solution of `{case.name}` by {error:.1e} (relative); its tolerances allow "
+        f"{allowed:.1e}. Nothing is timed. Run `make test`."
     )
 
 
 def checked(name: str, contestant: Contestant, case: Case, expected: Quantities) -> dict[str, Any]:
-    """What a contestant's solution cost and how far off it is; `failed` if that is too far."""
+    """The cost and the error of a contestant's solution, with `failed` if the error is too large."""
     solved = contestant.solved()
     error = largest_error(solved.quantities, expected)
     record: dict[str, Any] = {

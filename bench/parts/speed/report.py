@@ -7,7 +7,7 @@ from parts.common.tables import Result, Rows, evaluations, markdown, provenance,
 
 
 def speed_rows(result: Result) -> Rows:
-    """A row a case: both times, their ratio, evaluations and achieved errors."""
+    """A row for each case: both times, their ratio, evaluations and errors."""
     rows = [
         [
             "case",
@@ -36,11 +36,12 @@ def speed_rows(result: Result) -> Rows:
 
 
 def speed_block(result: Result) -> str:
+    """The block `speed` of the pages."""
     return "\n\n".join([provenance(result), markdown(speed_rows(result))])
 
 
 def speed_short(result: Result) -> str:
-    """The rows with a target, the least favourable one, and all that are lost."""
+    """The block `speed-short`: the rows with a target, the row with the smallest ratio, and all lost rows."""
     least = min(row["ratio"][0] for row in result["rows"])
     kept = [row for row in result["rows"] if row["target"] is not None or row["ratio"][0] <= max(least, 1.0)]
     return speed_block({**result, "rows": kept})
