@@ -1,4 +1,4 @@
-"""What endurance.py repeats: a tiny problem, solved and differentiated once, in every way there is."""
+"""The loops of endurance.py: a tiny problem, solved and differentiated once in every gradient mode."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ from parts.common.fields import MLPField
 from parts.common.libraries import OURS
 from parts.common.modes import ADJOINT, BACKPROP, DISCRETE, mode
 
-# Three steps of three stages: what stays behind is a matter of solves; but with one checkpoint a step is taken again.
+# Three steps of three stages: short solves, but long enough that one checkpoint leads to a recomputed step.
 TOLERANCES = {"rtol": 1e-3, "atol": 1e-3, "method": "bosh3"}
 T_END = 1.0
 
 
 class Tiny:
-    """An MLP on 4 states of 2 dimensions; parameters and start are the same for all."""
+    """An MLP field on 4 states of 2 dimensions; all loops share its parameters and initial state."""
 
     def __init__(self, device: torch.device) -> None:
         torch.manual_seed(0)
@@ -28,15 +28,15 @@ class Tiny:
         self.t = torch.tensor([0.0, T_END], device=device)
         with torch.no_grad():
             ends = libraries.function(OURS, "odeint")(self.field, self.start, self.t, **TOLERANCES)[:, 0, 0]
-        self.level = ends.mean().item()  # passed on the way, for certain
+        self.level = ends.mean().item()  # between start and end, so the solve passes it
 
     def outputs(self, solver: Callable[..., Tensor]) -> None:
-        """A solve to t_end, and its gradient."""
+        """Solves to t_end and differentiates."""
         start = self._fresh()
         solver(self.field, start, self.t, **TOLERANCES)[-1].square().sum().backward()
 
     def event(self, solver: Callable[..., tuple[Tensor, Tensor]]) -> None:
-        """A solve to where a component passes a level, and the gradient of the place and of the time."""
+        """Solves until a component passes a level, and differentiates the state and the time there."""
         start = self._fresh()
         time, ys = solver(self.field, start, self.t[0], event_fn=self.passed, **TOLERANCES)
         (time + ys[-1].square().sum()).backward()
@@ -46,18 +46,19 @@ class Tiny:
         return self.start.clone().requires_grad_()
 
     def passed(self, t: Tensor, y: Tensor) -> Tensor:
+        """The event function: zero where the first component passes the level."""
         return y[0, 0] - self.level
 
 
 def loops(device: torch.device) -> dict[str, Callable[[], None]]:
-    """A call of each solves and differentiates once."""
+    """Name -> a function that solves and differentiates once."""
     tiny = Tiny(device)
     adjoint, discrete = (mode(OURS, gradient).solver for gradient in (ADJOINT, DISCRETE))
     return {
         BACKPROP: partial(tiny.outputs, mode(OURS, BACKPROP).solver),
         ADJOINT: partial(tiny.outputs, adjoint),
         DISCRETE: partial(tiny.outputs, discrete),
-        # One, not eight: of so few steps, none would be taken again.
+        # One, not eight: with eight checkpoints these few steps would not be recomputed.
         "discrete, 1 checkpoint": partial(tiny.outputs, partial(discrete, checkpoints=1)),
         "event, adjoint": partial(
             tiny.event, partial(libraries.function(OURS, "odeint_event"), odeint_interface=adjoint)

@@ -8,7 +8,7 @@ NAMES = {"resident": "resident memory", "tensors": "live tensors", "allocated": 
 
 
 def endurance_rows(result: Result) -> Rows:
-    """A row a loop: what there was after its warm-up and at its end."""
+    """A row for each loop: the memory after its warm-up and at its end."""
     on_cuda = result["device"] == "cuda"
     head = ["gradient by", "solves", "ms a solve", "resident\nMiB", "bytes\na solve", "live\ntensors"]
     rows = [head + ["allocated\nKiB"] * on_cuda]
@@ -29,7 +29,7 @@ def endurance_rows(result: Result) -> Rows:
 
 
 def endurance_sentence(result: Result) -> str:
-    """Whether memory grew, by how much it would have had to, and where it did."""
+    """Whether and where memory grew, and what would count as growth."""
     rows = result["rows"]
     lines = [] if result["complete"] else [INCOMPLETE]
     if not rows:
@@ -48,4 +48,5 @@ def endurance_sentence(result: Result) -> str:
 
 
 def endurance_block(result: Result) -> str:
+    """The block `endurance` of the pages."""
     return "\n\n".join([provenance(result), endurance_sentence(result), markdown(endurance_rows(result))])

@@ -1,6 +1,6 @@
-"""The launches of a backward solve, and what plain PyTorch does in their place.
+"""The launches of a backward solve, and the same in PyTorch.
 
-Lists of parameters are TENSORS tensors of one size, together as large as the state.
+A list of parameters has TENSORS tensors of one size, together as large as the state.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ WEIGHT, ERROR_WEIGHT = 0.3, 0.2
 
 
 def dense_adjoint(place: Workplace, outputs: int) -> Launch:
-    """The gradients of outputs strictly inside a step of dopri5. The cotangents of half states are float32."""
+    """The gradients of outputs inside a step of dopri5. The cotangents of half-precision states are float32."""
     assert DOPRI5.dense is not None
     place, rows = place._replace(dtype=place.acc), DOPRI5.dense.weight_rows
     lam, *out = place.states(3 + len(rows))
@@ -38,7 +38,7 @@ def dense_adjoint(place: Workplace, outputs: int) -> Launch:
 
 
 def plain_dense_adjoint(lam: Tensor, gradients: Tensor, at: Sequence[Sequence[float]]) -> tuple[Tensor, ...]:
-    """A cotangent after the other."""
+    """One cotangent after another."""
     given = reference.dense_adjoint(lam, gradients.unbind(), [0.0] * len(gradients), at, (), H)
     return given.lam, given.start, *given.extra
 
@@ -57,7 +57,7 @@ def plain_pack_adjoint(f: Tensor, vjp: Tensor) -> Tensor:
 
 
 def jump(place: Workplace) -> Launch:
-    """a += g and the dot of g and f, which is near g: a sum of what cancels could not be compared."""
+    """a += g and the dot of g and f. f is near g: a dot whose terms cancel could not be compared."""
     a, g = place.states(2)
     f, dot = g + 0.1 * place.state(), place.doubles()
     arguments = (a.clone(), g, f)
@@ -66,13 +66,13 @@ def jump(place: Workplace) -> Launch:
 
 
 def plain_jump(a: Tensor, g: Tensor, f: Tensor) -> tuple[Tensor, Tensor]:
-    """a + g in place, and the dot; of halves in float32."""
+    """a + g in place, and the dot product, in float32 for half precision."""
     acc = torch.promote_types(g.dtype, torch.float32)
     return a.add_(g), torch.dot(g.to(acc), f.to(acc))
 
 
 class GradientAccumulator:
-    """A list of tensors with their sums, errors and totals, as the launchers want them."""
+    """A list of tensors with their sums, errors and totals, in the form that the launchers take."""
 
     def __init__(self, place: Workplace) -> None:
         size = place.n // TENSORS
@@ -89,7 +89,7 @@ class GradientAccumulator:
 
 
 def accumulate(place: Workplace, with_error: bool) -> Launch:
-    """What a stage adds to the sums, and to their errors."""
+    """sum_i += w x_i and, with errors, error_i += v x_i."""
     of = GradientAccumulator(place)
     written = (*of.sums, *of.errors) if with_error else (*of.sums,)
     error_weight = ERROR_WEIGHT if with_error else 0.0
@@ -124,7 +124,7 @@ def plain_commit_sums(totals: list[Tensor], sums: list[Tensor]) -> list[Tensor]:
 
 
 def sums_ratio(place: Workplace) -> Launch:
-    """The norm of the sums' errors."""
+    """The norm of the errors of the sums."""
     of, ratio = GradientAccumulator(place), place.doubles()
     workspace = place.workspace(place.launchers.sums_workspace(of.sized[2]))
     kernel = place.bind("sums_ratio", *of.sized, RTOL, ATOL, workspace, None, packed("Finish", ratio))

@@ -1,6 +1,6 @@
-"""Raw launches of node_cuda._C: tensors become addresses, structs are packed as csrc/launchers.h lays them out.
+"""Direct launches of node_cuda._C: tensors become addresses, structs have the layout of csrc/launchers.h.
 
-node_cuda itself launches through a plan that it makes once a solve. Here nothing stands between the clock and a kernel.
+node_cuda launches through an object that it makes once per solve. Here a launch is timed without it.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ LAYOUTS = {"StepRef": "Q5d", "Tolerance": "2d2Q", "ControllerParams": LAW, "Fini
 
 
 class Workplace(NamedTuple):
-    """Where a primitive runs, and on how much: n elements, a multiple of 8.
+    """Where a primitive runs, and its size: n elements, a multiple of 8.
 
-    launchers: node_cuda._C. on: the stream's address and the device's index.
+    launchers: node_cuda._C. on: the address of the stream and the index of the device.
     """
 
     launchers: Any
@@ -33,7 +33,7 @@ class Workplace(NamedTuple):
 
     @property
     def acc(self) -> torch.dtype:
-        """What errors and sums are kept in."""
+        """The dtype of errors and sums."""
         return torch.promote_types(self.dtype, torch.float32)
 
     @property
@@ -46,24 +46,24 @@ class Workplace(NamedTuple):
         return torch.randn(self.n, dtype=self.dtype, device=self.device)
 
     def states(self, count: int) -> list[Tensor]:
-        """Several of these."""
+        """Several states."""
         return [self.state() for _ in range(count)]
 
     def error(self) -> Tensor:
-        """Random numbers in the precision of errors and sums."""
+        """Random numbers in the dtype of errors and sums."""
         return torch.randn(self.n, dtype=self.acc, device=self.device)
 
     def doubles(self, count: int = 1) -> Tensor:
-        """Room for norms and the like."""
+        """Zeros in float64, for norms."""
         return torch.zeros(count, dtype=torch.float64, device=self.device)
 
     def workspace(self, size: int | None = None) -> Tensor:
-        """Of so many bytes, by default those that a reduction over the state wants."""
+        """Zeroed bytes; by default as many as a reduction over the state needs."""
         wanted: int = self.launchers.reduce_workspace(self.n, 0) if size is None else size
         return torch.zeros(wanted, dtype=torch.uint8, device=self.device)
 
     def bind(self, name: str, *arguments: Any) -> Callable[[], None]:
-        """A launch as a function of nothing. It keeps its arguments alive, and not what they in turn point to."""
+        """A launch as a function without arguments. It keeps these tensors alive, but not what they point to."""
         launch, on = getattr(self.launchers, name), self.on
         raw = [address(argument) for argument in arguments]
 
@@ -74,22 +74,22 @@ class Workplace(NamedTuple):
 
 
 class Launch(NamedTuple):
-    """A primitive on tensors of its own."""
+    """A primitive with the tensors that it runs on."""
 
     kernel: Callable[[], None]
-    arguments: tuple[Any, ...]  # of the plain PyTorch, which may write to them
-    moved: tuple[Tensor, ...]  # read or written by the kernel; what is both stands twice
+    arguments: tuple[Any, ...]  # of plain PyTorch, which may write to them
+    moved: tuple[Tensor, ...]  # read or written by the kernel; a tensor that is both is listed twice
     results: tuple[Tensor, ...]  # of the kernel, in the order in which plain PyTorch returns them
-    alive: object = None  # what else the kernel's arguments point to
+    alive: object = None  # other tensors that the kernel's arguments point to
 
     @property
     def bytes(self) -> int:
-        """What must go through memory at the least."""
+        """The bytes that must be read and written."""
         return sum(x.numel() * x.itemsize for x in self.moved)
 
 
 def packed(name: str, *values: Any) -> Tensor:
-    """A struct as bytes in host memory; tensors among the values become addresses, values left out zeros."""
+    """A struct as bytes in host memory. Tensors become addresses; missing values are zeros."""
     fields = len(struct.unpack(LAYOUTS[name], bytes(struct.calcsize(LAYOUTS[name]))))
     given = [address(value) for value in values]
     content = struct.pack(LAYOUTS[name], *given, *[0] * (fields - len(given)))
@@ -102,10 +102,10 @@ def address(value: Any) -> Any:
 
 
 def pointers(tensors: Sequence[Tensor]) -> Tensor:
-    """A host array of their addresses."""
+    """The addresses of tensors, as a host array."""
     return torch.tensor([x.data_ptr() for x in tensors], dtype=torch.int64)
 
 
 def numbers(values: Sequence[float]) -> Tensor:
-    """A host array of doubles."""
+    """Numbers as a host array of doubles."""
     return torch.tensor(values, dtype=torch.float64)

@@ -1,6 +1,6 @@
-"""The primitives that kernels.py measures: the table. How each is launched is in `steps` and `adjoint`.
+"""The table of the primitives that kernels.py measures. `steps` and `adjoint` launch them.
 
-Every launcher of csrc/launchers.h that goes through something as large as the state has a row; a test says so.
+Every launcher of csrc/launchers.h that reads or writes arrays as large as the state has a row; a test checks this.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from parts.kernels.launching import Launch, Workplace
 
 __all__ = ["PRIMITIVES", "STEP", "WITHOUT_STATE", "Launch", "Primitive", "Workplace"]
 
-WITHOUT_STATE = {  # these move numbers only
+WITHOUT_STATE = {  # these read and write a few numbers only
     "stage_time", "step_control", "start_control", "grid_control", "resume", "begin_reverse", "load_step",
     "advance_reverse",
 }  # fmt: skip
 
 
 class Primitive(NamedTuple):
-    """A row. sizes: how many sizes of the state move. plain: what PyTorch does in its place, for Launch.arguments."""
+    """A row. sizes: what it moves, in sizes of the state. plain: the same in PyTorch, called with Launch.arguments."""
 
     name: str
     launcher: str
@@ -71,5 +71,5 @@ PRIMITIVES = (
     Primitive("sums_ratio", "sums_ratio", 3, adjoint.sums_ratio, adjoint.plain_sums_ratio),
     Primitive("jump", "jump", 4, adjoint.jump, adjoint.plain_jump),
 )
-# What a step of dopri5 launches: the stages before the last, which rk_finish makes, and the error. 37 sizes.
+# The launches of a step of dopri5: the stages before the last one, rk_finish (the last one) and the error: 37 sizes.
 STEP = (*(f"rk_stage, {terms} terms" for terms in range(1, 6)), "rk_finish", "error_ratio")

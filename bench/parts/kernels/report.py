@@ -6,7 +6,7 @@ from parts.common.tables import INCOMPLETE, Result, Rows, markdown, outcome, pro
 
 
 def kernels_rows(result: Result) -> Rows:
-    """A row a primitive and size: its time, bytes and bandwidth, and the time of plain PyTorch and torch.compile."""
+    """A row for each primitive and size: time, bytes and bandwidth, and the times of PyTorch and torch.compile."""
     head = [
         "primitive", "state", "moves", "kernel\nus (IQR)", "GB/s", "of a\ncopy", "target", "PyTorch\nus (IQR)",
         "torch.compile\nus (IQR)",
@@ -36,12 +36,12 @@ def kernels_rows(result: Result) -> Rows:
 
 
 def size(count: float) -> str:
-    """Bytes in MiB or KiB."""
+    """A number of bytes in MiB or KiB, as text."""
     return f"{count / 2**20:.0f} MiB" if count >= 2**20 else f"{count / 2**10:.0f} KiB"
 
 
 def kernels_sentences(result: Result) -> str:
-    """The copies, what a whole step takes, how many rows keep the promise, and why any failed."""
+    """The rate of a copy, the time of a whole step, how many rows reach the target, and why rows failed."""
     lines = [] if result["complete"] else [INCOMPLETE]
     for copy in result["copies"]:
         rate = copy["bytes"] / copy["microseconds"][0] / 1e3
@@ -63,5 +63,6 @@ def kernels_sentences(result: Result) -> str:
 
 
 def kernels_block(result: Result) -> str:
+    """The block `kernels` of the pages."""
     dtype = f"A state of {result['settings']['dtype']}."
     return "\n\n".join([provenance(result), f"{dtype} {kernels_sentences(result)}", markdown(kernels_rows(result))])

@@ -1,6 +1,6 @@
-"""The launches of a forward solve, and what plain PyTorch does where node_cuda.kernels.reference has no such function.
+"""The launches of a forward solve, and the same in PyTorch where node_cuda.kernels.reference has no such function.
 
-Steps are given by value. error_ratio alone has a control to move on, as in a solve: its last block does that.
+Steps are given by value. Only error_ratio has a controller state, which its last block updates, as in a solve.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from parts.kernels.launching import CTL_BYTES, Launch, Workplace, numbers, packe
 
 DOPRI5 = TABLEAUS["dopri5"]
 T0, H = 0.5, 0.01
-RTOL, ATOL = 0.1, 1.0  # so large that the reference, which scales its error in place, may do so again and again
+RTOL, ATOL = 0.1, 1.0  # so large that the reference may scale its error in place many times
 
 
 def where() -> Tensor:
@@ -32,7 +32,7 @@ def tolerance() -> Tensor:
 
 
 def weights(count: int) -> list[float]:
-    """So many, none of them zero."""
+    """Weights, none of them zero."""
     return [(-1) ** j * 0.3 * (j + 1) / count for j in range(count)]
 
 
@@ -45,7 +45,7 @@ def rk_stage(place: Workplace, terms: int) -> Launch:
 
 
 def rk_finish(place: Workplace) -> Launch:
-    """The end of a step of dopri5: y1 and the error of the stages known by then."""
+    """The end of a step of dopri5: y1, and the error of the stages before the last one."""
     known = DOPRI5.stages - 1
     b, b_err = dict(DOPRI5.b_row), dict(DOPRI5.err_row or ())
     entries = sorted(j for j in {*b, *b_err} if j < known)
@@ -58,7 +58,7 @@ def rk_finish(place: Workplace) -> Launch:
 
 
 def error_ratio(place: Workplace) -> Launch:
-    """The norm of the error, and step control, which the law here keeps at steps of H."""
+    """The norm of the error, and step control with parameters that keep the step size at H."""
     error, ratio, (last, y0, y1) = place.error(), place.doubles(), place.states(3)
     weight = dict(DOPRI5.err_row or ())[DOPRI5.stages - 1]
     ctl = torch.zeros(CTL_BYTES, dtype=torch.uint8, device=place.device)
@@ -73,7 +73,7 @@ def error_ratio(place: Workplace) -> Launch:
 
 
 def scaled_error(place: Workplace) -> Launch:
-    """The same quotient element by element."""
+    """The scaled error, element by element."""
     error, out, (last, y0, y1) = place.error(), place.error(), place.states(3)
     kernel = place.bind("scaled_error", *place.sized, out, error, last, 0.3, y0, y1, tolerance(), where())
     return Launch(kernel, (error, last, 0.3 * H, y0, y1), (error, last, y0, y1, out), (out,))
@@ -86,7 +86,7 @@ def plain_scaled_error(error: Tensor, last: Tensor, weight: float, y0: Tensor, y
 
 
 def initial_norms(place: Workplace) -> Launch:
-    """The norms of y0 and f0 that the starting step begins with."""
+    """The norms of y0 and f0, from which the first step size is computed."""
     y0, f0 = place.states(2)
     norms = place.doubles(2)
     kernel = place.bind("initial_norms", *place.sized, y0, f0, tolerance(), None, place.workspace(), norms, None)
@@ -103,7 +103,7 @@ def initial_change(place: Workplace) -> Launch:
 
 
 def dense_eval(place: Workplace, outputs: int) -> Launch:
-    """Outputs strictly inside a step of dopri5, so that y1 is not read."""
+    """Outputs inside a step of dopri5, so that y1 is not read."""
     assert DOPRI5.dense is not None
     rows = DOPRI5.dense.weight_rows
     y0, *read = place.states(len(rows) + 1)
@@ -122,14 +122,14 @@ def dense_eval(place: Workplace, outputs: int) -> Launch:
 
 
 def plain_dense_eval(y0: Tensor, k: Sequence[Tensor], at: Sequence[Any], out: Tensor) -> Tensor:
-    """An output after the other."""
+    """One output after another."""
     for row, to in zip(at, out, strict=True):
         reference.dense_eval(y0, k, row, H, to)
     return out
 
 
 def commit(place: Workplace) -> Launch:
-    """Two copies after an accepted step: y1 becomes y0, and the last stage the first."""
+    """The two copies after an accepted step: y1 to y0, and the last stage to the first."""
     source, to, plain_to = (place.states(2) for _ in range(3))
     size = place.n * place.dtype.itemsize
     kernel = place.bind("commit", size, len(to), pointers(to), pointers(source), None)
