@@ -1,14 +1,17 @@
-"""Times solves whose steps the device repeats, of a step that was captured once with its field (cuda_graph=True).
+"""Times captured solves (cuda_graph=True): one step, with its field, is captured once and repeated on the GPU.
 
-steps: what a step costs by each loop, as the slope of the time over the number of steps, and what a first call costs.
-training: a step with Adam: torchdiffeq's adjoint, ours by the host, and captured, continuous and discrete.
-solves: whole ones at rtol 1e-6: torchdiffeq, our host loop with the kernels, and the device's loop in every way: one
-launch ("while"), batches of launches, and with nothing read back ("deferred"); with --diffrax, diffrax by jax.jit.
-calls: what a run asks of CUDA between its beginning and its return: launches, copies, waits, by torch.profiler.
-memory: what torch's allocator holds for a captured solve, of few and of many steps, and when its owner is gone.
+The sections are:
 
-Values are checked before anything is timed; ratios are those of one round. Cells of calls and memory are processes.
-What fails keeps its row, which says why. Of some sections alone (--only) the result has their names in its own.
+steps: the cost of a step in each loop, as the slope of the time over the number of steps, and the time of a first call.
+training: a training step with Adam: torchdiffeq's adjoint, node_cuda's adjoint in every loop, and the discrete adjoint.
+solves: whole solves at rtol 1e-6: torchdiffeq, node_cuda's loop on the host, and its loops on the GPU: one launch
+("while"), batches of launches ("batches"), and one launch without reading the status ("while, deferred"). With
+--diffrax also diffrax, compiled by jax.jit.
+calls: the CUDA calls of a run between its start and its return, by torch.profiler: launches, copies, waits.
+memory: what torch's allocator holds for a captured solve of few and of many steps, and after its owner is deleted.
+
+Results are checked before they are timed, and a ratio compares times of one round. Each cell of calls and memory is a
+process. A row that fails says why. With --only, the name of the result has the names of the sections.
 
     python bench/device_loop.py [--quick] [--only SECTION...] [--diffrax] [--budget SECONDS] [--jobs N] [--out FOLDER]
 """
@@ -49,7 +52,7 @@ from parts.device_loop.steps import TIMED as LOOPS_TIMED
 from parts.solve.cases import Case
 from parts.solve.solving import ROUNDS, Contestant, checked, exact, make_problem
 
-SECTIONS = ("steps", "training", "solves", "calls", "memory")  # in the order of what they are worth
+SECTIONS = ("steps", "training", "solves", "calls", "memory")  # the most important first
 Record = dict[str, Any]
 
 
@@ -69,7 +72,7 @@ def main() -> None:
     def add(section: str, name: str, row: Callable[[], Record]) -> None:
         print(name, file=sys.stderr, flush=True)
         result[section].append(row())
-        write_result(result, arguments.out)  # each time: a limit may end the program before the last row
+        write_result(result, arguments.out)  # after each row: the program may be stopped before the last one
 
     measuring = {"device": device, "rounds": 3 if quick else ROUNDS, "budget": arguments.budget}
     if "steps" in sections:
@@ -105,18 +108,18 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="a CUDA device (default: cuda)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of torch (default: 1)")
     program.add_out(parser)
-    parser.add_argument("--quick", action="store_true", help="tiny cases: shows that the program runs")
+    parser.add_argument("--quick", action="store_true", help="tiny cases; only to see that the program runs")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", choices=SECTIONS, help=", ".join(SECTIONS))
-    parser.add_argument("--diffrax", action="store_true", help="with diffrax, which is compiled for every case")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
+    parser.add_argument("--diffrax", action="store_true", help="measure diffrax too; it is compiled for every case")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing per row; at least three rounds")
     parser.add_argument("--jobs", type=int, default=1, help="cells of calls and memory at once (default: 1)")
     return parser.parse_args()
 
 
 def cuda_device(name: str) -> torch.device:
-    """The device, or the end of the program, which says what is missing here."""
+    """The CUDA device. Prints what is missing and raises SystemExit if the kernels cannot run on it."""
     device = torch.device(name)
     if device.type != "cuda":
         lacking = "this is no CUDA device"
@@ -127,16 +130,16 @@ def cuda_device(name: str) -> torch.device:
     else:
         return device
     print(
-        "device_loop.py times steps that a GPU repeats, and needs an NVIDIA GPU, a CUDA build of torch and the "
+        "device_loop.py times solves whose loop runs on a GPU. It needs an NVIDIA GPU, a CUDA build of torch and the "
         f"kernels of node_cuda (--device {name}: {lacking}). "
-        "Without one, tests/project/test_bench.py checks its parts.",
+        "Without a GPU, tests/project/test_bench.py checks its parts.",
         file=sys.stderr,
     )
     raise SystemExit(2)
 
 
 def kernels_for(device: torch.device) -> bool:
-    """node_cuda has compiled kernels that run there."""
+    """Whether node_cuda has compiled kernels for the device."""
     from node_cuda.extension.loading import kernels
 
     return kernels(device) is not None
@@ -152,8 +155,10 @@ def measure(
     rounds: int,
     budget: float,
 ) -> Record:
-    """One row: all checked, then those that are right timed in turn. against: whose times are divided by those of the
-    others."""
+    """One row: checks all contestants, then times those with correct results in turn.
+
+    against: contestants whose times are divided by the times of the others.
+    """
     problem = make_problem(case, device)
     expected = exact(problem)
     by: dict[str, Record] = {}
@@ -165,9 +170,9 @@ def measure(
         try:
             running[name] = contestant(problem)
             by[name] = checked(name, running[name], case, expected)
-            by[name]["loops"] = getattr(running[name], "loops", "")  # ours know
-            running[name].timed()  # Adam's state; batches find their length in the second solve
-        except Exception as error:  # out of memory, no GPU for JAX, no such loop on this machine: a value
+            by[name]["loops"] = getattr(running[name], "loops", "")  # contestants of node_cuda have them
+            running[name].timed()  # a warm-up: makes Adam's state; in batches, the second solve sets their length
+        except Exception as error:  # out of memory, no GPU for JAX, no such loop here: the row says so
             by[name] = {"failed": gist(error)}
         if "failed" in by[name]:
             running.pop(name, None)
@@ -191,7 +196,7 @@ def measure(
 
 
 def failures(result: Record) -> list[str]:
-    """Which rows of ours have no numbers, and which of them the host waited in."""
+    """The rows of node_cuda without numbers, and those with more waits of the host than promised."""
     failed = [
         f"{name} in `{row['case']}`"
         for section in ("solves", "training", "steps")

@@ -1,9 +1,9 @@
-"""The stages of gpu.sh: runs one process after another until a deadline, and prints a line for what came of each.
+"""Runs the stages of gpu.sh: one process after another until a deadline, with a line for the outcome of each.
 
     python bench/gpu_stages.py STAGE... [--deadline SECONDS] [--diffrax] [--out FOLDER]      # as gpu.sh calls it
 
-Only the standard library is imported here: a broken torch, driver or kernel ends a process that is looked at from here.
-gpu.json and gpu.tgz are written anew after every item, so that what there is comes back when a machine is taken away.
+Only the standard library is imported here, so that a broken torch, driver or kernel ends an item and not this program.
+gpu.json and gpu.tgz are written again after every item, so that the results so far are saved if the machine goes away.
 """
 
 from __future__ import annotations
@@ -30,16 +30,16 @@ from parts.gpu.processes import FAILED, OK, SKIPPED, STOPPED, Line, of_checks, o
 
 OUT = ROOT / "build" / "gpu"
 RECORD_LIMIT = 60.0  # seconds
-SAVING = 3.0  # seconds before the deadline in which nothing runs: files are written
-LEAST = 5.0  # no item begins with less
+SAVING = 3.0  # seconds before the deadline, for writing the files; no item runs then
+LEAST = 5.0  # seconds; an item does not start with less time
 
 
 class Session:
-    """A call of gpu.sh. work: a folder for this call alone."""
+    """A call of gpu.sh. work: a temporary folder for this call."""
 
     def __init__(self, out: Path, work: Path, deadline: float, machine: Mapping[str, Any]) -> None:
         self.out, self.machine = out, machine
-        self.deadline = deadline  # as time.monotonic says it
+        self.deadline = deadline  # a time of time.monotonic
         self.results, self.logs, self.scratch = (work / name for name in ("results", "logs", "scratch"))
         for folder in (out, self.results, self.logs, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
@@ -53,10 +53,11 @@ class Session:
         }
 
     def run(self, stage: str, item: Item) -> None:
-        """An item, and its lines."""
+        """Runs an item and adds its lines."""
         self.add(*self._lines(stage, item))
 
     def add(self, *lines: Line) -> None:
+        """Prints lines and saves them."""
         for line in lines:
             print(line)
         self.lines += lines
@@ -83,14 +84,14 @@ class Session:
 
     @property
     def good(self) -> bool:
-        """Nothing failed, and nothing was stopped."""
+        """Whether no line failed or was stopped."""
         return not any(line.outcome in (FAILED, STOPPED) for line in self.lines)
 
     def save(self) -> None:
-        """Writes gpu.json and gpu.tgz, whole or not at all."""
+        """Writes gpu.json and gpu.tgz. Each file is complete or stays as it was."""
         rows = {}
         for path in sorted(self.results.glob("*.json")):
-            with contextlib.suppress(ValueError):  # its writer was stopped
+            with contextlib.suppress(ValueError):  # the program was stopped while it wrote the file
                 rows[path.name] = json.loads(path.read_text())
         found = {
             "benchmark": "gpu",
@@ -112,25 +113,27 @@ class Session:
 
 
 def asked(work: Path) -> dict[str, Any]:
-    """What gpu_record.py says of the machine; where it finds no GPU, the end of the program and a sentence."""
+    """The record of the machine, from parts/gpu/record.py. Raises SystemExit if it finds no GPU."""
     record = [sys.executable, PARTS / "gpu" / "record.py"]
     found = ran(record, RECORD_LIMIT, work / "record.txt", environment())
     lines = found.log.strip().splitlines() or ["nothing was printed"]
     if found.status is None:
-        raise SystemExit(f"torch did not say within {found.seconds:.0f} s which GPU there is: does nvidia-smi answer?")
+        raise SystemExit(f"torch did not name the GPU within {found.seconds:.0f} s. Check that nvidia-smi answers.")
     if found.status != 0:
-        raise SystemExit(f"{sys.executable}: {lines[-1]} (PYTHON=... bench/gpu.sh names another interpreter.)")
+        raise SystemExit(f"{sys.executable}: {lines[-1]} (For another interpreter: PYTHON=... bench/gpu.sh.)")
     return json.loads(lines[-1])
 
 
 def put_in_place(machine: Mapping[str, Any]) -> None:
-    """Copies the carried module into the package. Where anything is missing or was compiled from other sources, the
-    end of the program and a sentence."""
+    """Copies the compiled module into the package.
+
+    Raises SystemExit if a file is missing or the module was compiled from other sources.
+    """
     python, torch = ".".join(machine["python"].split(".")[:2]), machine["torch"].partition("+")[0]
     carry = carried(python, torch, machine["capability"])
     again = (
-        f"Run `python bench/build_for_gpu.py --python {python} --torch {torch} --arch {machine['capability']}` where "
-        f"the project is developed, and carry {shown(carry)}."
+        f"Run `python bench/build_for_gpu.py --python {python} --torch {torch} --arch {machine['capability']}` on "
+        f"the machine where the project is developed, and copy {shown(carry)} to this one."
     )
     modules = sorted((carry / "node_cuda").glob("_C.*.so"))
     note = carry / "node_cuda" / "_build.json"
@@ -144,11 +147,12 @@ def put_in_place(machine: Mapping[str, Any]) -> None:
 
 
 def shown(path: Path) -> str:
+    """A path relative to the checkout, if it lies there."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def digest() -> str:
-    """That of csrc/, as the build notes it."""
+    """The digest of csrc/, as the build computes it."""
     spec = importlib.util.spec_from_file_location("node_cuda_build", ROOT / "node_cuda" / "extension" / "build.py")
     assert spec is not None and spec.loader is not None
     build = importlib.util.module_from_spec(spec)
@@ -161,9 +165,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="See the head of bench/gpu.sh.")
     parser.add_argument("stages", nargs="+", metavar="STAGE", choices=BUDGETS, help=", ".join(BUDGETS))
     budgets = ", ".join(f"{name} {seconds}" for name, seconds in BUDGETS.items())
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help=f"of the whole call (default: {budgets})")
+    parser.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help=f"time limit of the call (default: {budgets})"
+    )
     parser.add_argument("--diffrax", action="store_true", help="measure diffrax too, last")
-    about_out = "of gpu.json and gpu.tgz (default: build/gpu)"
+    about_out = "folder of gpu.json and gpu.tgz (default: build/gpu)"
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=about_out)
     return parser.parse_args()
 

@@ -97,7 +97,7 @@ def test_smoke_says_what_is_wrong(smoke, shim, monkeypatch):
     monkeypatch.setattr(smoke, "solve", lambda *arguments, options=None, **more: solve(*arguments, **more))
     line = smoke.checked("discrete-pool-stream", CPU)
     assert line.startswith('FAILED discrete-pool-stream: loop "host" (why: None), loop_backward "host" (why_backward')
-    assert smoke.checked("while", CPU) == 'FAILED while: repeated by "host": None'
+    assert smoke.checked("while", CPU) == 'FAILED while: the loop was "host", not "while": None'
     monkeypatch.setattr(smoke, "users_graph", lambda device: contextlib.nullcontext())
     assert "was not refused" in smoke.checked("users-graph", CPU)
     monkeypatch.setattr(smoke.about, "report", lambda: "self-check  jump: in float32 disagrees: off by 1")
@@ -349,12 +349,12 @@ def test_the_build_says_what_it_lacks(bench, monkeypatch, tmp_path):
     build = bench("build_for_gpu")
     monkeypatch.setattr(build, "told", lambda *command: None)
     arguments = type("Arguments", (), {"python": "3.12", "torch": "2.11.0", "interpreter": None})
-    with pytest.raises(SystemExit, match=r"Python 3\.12 is needed, and python3\.12 on the PATH is none: --interpreter"):
+    with pytest.raises(SystemExit, match=r"Python 3\.12 is needed, and python3\.12 on the PATH is not that version"):
         build.interpreter(arguments)
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
-    with pytest.raises(SystemExit, match=r"torch needs 8 GiB of disk, and 1\.0 are free"):
+    with pytest.raises(SystemExit, match=r"torch needs 8 GiB of disk, and 1\.0 GiB are free"):
         build.environment(tmp_path / "env", arguments)
-    with pytest.raises(SystemExit, match="it is so\nCould not compile: all of it is in "):
+    with pytest.raises(SystemExit, match="it is so\nCould not compile. The whole output is in "):
         build.run_step("compile", ["sh", "-c", "echo it is so; exit 1"], tmp_path / "log.txt", os.environ)
     assert (tmp_path / "log.txt").read_text() == "it is so\n"
 
@@ -366,5 +366,5 @@ def test_the_build_says_what_to_carry_and_what_to_type(bench, monkeypatch, tmp_p
     (tmp_path / "build" / "carry").mkdir(parents=True)
     (tmp_path / "build" / "carry" / "_C.so").write_bytes(b"x" * 2**20)
     text = build.instructions(tmp_path / "build" / "carry", 60.0)
-    assert "build/carry/_C.so  1.00 MiB" in text and "Carry the checkout and build/carry (1.0 MiB)." in text
+    assert "build/carry/_C.so  1.00 MiB" in text and "Copy the checkout and build/carry (1.0 MiB)." in text
     assert "  NODE_CUDA_COMMIT=abc bench/gpu.sh smoke prove --out FOLDER" in text and "committed" not in text

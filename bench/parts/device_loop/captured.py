@@ -1,4 +1,4 @@
-"""Solves by node_cuda whose steps are repeated by the host or by the device, for device_loop.py and its cells."""
+"""Solves by node_cuda whose loop runs on the host or on the GPU, for device_loop.py and its cells."""
 
 from __future__ import annotations
 
@@ -16,37 +16,40 @@ from parts.common.modes import DISCRETE
 from parts.common.timing import seconds
 from parts.solve.solving import Problem, Quantities, Solved, flat_gradient, loss_of
 
-LEARNING_RATE = 1e-6  # small: the problem stays the same, so that every training step costs as much as the one before
+LEARNING_RATE = 1e-6  # small, so that the problem and the cost of a training step hardly change
 
 
 class Loop(NamedTuple):
-    """Who repeats the steps, which the kernels compute. tier: a word of node_cuda.graphs; None: the host. deferred:
-    nothing is read back, and the times are on the CPU, where they can be read for nothing."""
+    """Where the loop over the steps runs; the kernels compute the steps.
+
+    tier: "batches" or "while", as in `GraphCache`; None: on the host. deferred: the host reads no status, and the times
+    are on the CPU, where reading them needs no synchronisation.
+    """
 
     name: str
     tier: str | None
     deferred: bool = False
 
     def options(self) -> dict[str, Any]:
-        """Those of a solve that keeps what it captures with these options."""
+        """The options of a solve with this loop, with a new cache of captured graphs."""
         if self.tier is None:
             return {}
         graphs = libraries.function(f"{OURS}.cuda_graphs.cache", "GraphCache")
         return {"cuda_graph": graphs(tier=self.tier), **({"throw": "deferred"} if self.deferred else {})}
 
     def times(self, t: Tensor) -> Tensor:
-        """As this loop wants them."""
+        """The times on the device that this loop needs."""
         return t.cpu() if self.deferred else t
 
     def require(self, stats: Any, gradient: str | None) -> None:
-        """Raises RuntimeError where another loop did it: a time of the wrong one says nothing."""
+        """Raises RuntimeError if another loop ran: its time would be reported under the wrong name."""
         if self.tier is None:
             return
-        # The discrete adjoint records its steps on the way forwards; its backward pass is what is captured.
+        # The discrete adjoint records its steps in the forward solve; only its backward pass must be captured.
         if stats.loop != self.tier and gradient != DISCRETE:
-            raise RuntimeError(f'it was repeated by "{stats.loop}", not "{self.tier}": {stats.why}')
+            raise RuntimeError(f'the loop was "{stats.loop}", not "{self.tier}": {stats.why}')
         if gradient is not None and stats.loop_backward == "host":
-            raise RuntimeError(f"the host repeated the backward pass: {stats.why_backward}")
+            raise RuntimeError(f"the loop of the backward pass was on the host: {stats.why_backward}")
 
 
 LOOPS = {
@@ -61,14 +64,14 @@ LOOPS = {
 
 
 class Ran(NamedTuple):
-    """A solve that was begun, and where it started."""
+    """A solution and its initial state."""
 
     solution: Any
     start: Tensor
 
 
 class Run:
-    """One problem by one loop, with what it captured: `run()` solves. gradient: and differentiates, in this way."""
+    """One problem with one loop and its captured graphs. `run()` solves; with a gradient mode, also differentiates."""
 
     def __init__(
         self, loop: Loop, field: nn.Module, y0: Tensor, t: Tensor, *, gradient: str | None = None, **solver: Any
@@ -83,7 +86,7 @@ class Run:
         )
 
     def __call__(self) -> Ran:
-        """To be called where node_cuda's path is `libraries.FUSED`."""
+        """Solves once. Call it where the path of node_cuda is `libraries.FUSED`."""
         if self.gradient is None:
             with torch.no_grad():
                 return Ran(self._solve(self.y0), self.y0)
@@ -93,7 +96,7 @@ class Run:
         return Ran(solution, start)
 
     def checked(self) -> Ran:
-        """One run that ended well, by the loop that it is to be."""
+        """One run. Raises an error if the solve failed or another loop ran."""
         with libraries.path(FUSED):
             ran = self()
             ran.solution.check()
@@ -102,7 +105,7 @@ class Run:
 
 
 class CapturedSolve:
-    """A forward case; see `solving.Contestant`. loops: who repeated the steps of the last that was checked."""
+    """A forward case. loops: the loop of the last `solved`."""
 
     def __init__(self, problem: Problem, loop: Loop) -> None:
         self.problem = problem
@@ -110,32 +113,32 @@ class CapturedSolve:
         self.run = run_of(problem, loop, problem.field.field)
 
     def solved(self) -> Solved:
-        """See `solving.Contestant`. The device counts what it evaluates."""
+        """One run with its counts, which are made on the device."""
         solution = self.run.checked().solution
         stats = solution.stats
         self.loops = stats.loop
         return Solved(Quantities(solution.ys), stats.nfe, 0, stats.accepted)
 
     def timed(self) -> float:
-        """See `solving.Contestant`."""
+        """Seconds of one run."""
         with libraries.path(FUSED):
             return seconds(self.run, self.problem.y0.device)
 
 
 class Training:
-    """A training step: a solve, its gradient, and Adam with parameters of this contestant's own."""
+    """A training step: a solve, its gradient, and Adam, with a copy of the parameters."""
 
     def __init__(self, problem: Problem) -> None:
         self.problem = problem._replace(field=copy.deepcopy(problem.field))
         self.optimizer = torch.optim.Adam(self.problem.field.parameters(), lr=LEARNING_RATE)
 
     def timed(self) -> float:
-        """See `solving.Contestant`."""
+        """Seconds of one training step."""
         with libraries.path(FUSED):
             return seconds(self._step, self.problem.y0.device)
 
     def differentiate(self) -> None:
-        """Solve, and leave the gradients with the parameters."""
+        """Solves and accumulates the gradients in the parameters."""
         raise NotImplementedError
 
     def _step(self) -> None:
@@ -145,7 +148,7 @@ class Training:
 
 
 class OurTraining(Training):
-    """By node_cuda; see `solving.Contestant`. loops: who repeated the steps forwards and backwards."""
+    """A training step by node_cuda. loops: the loops of the forward and the backward pass of the last `solved`."""
 
     def __init__(self, problem: Problem, loop: Loop, gradient: str) -> None:
         super().__init__(problem)
@@ -153,7 +156,7 @@ class OurTraining(Training):
         self.run = run_of(self.problem, loop, self.problem.field.field, gradient=gradient)
 
     def solved(self) -> Solved:
-        """See `solving.Contestant`."""
+        """One run with its counts."""
         self.optimizer.zero_grad()
         solution, start = self.run.checked()
         stats = solution.stats
@@ -162,12 +165,12 @@ class OurTraining(Training):
         return Solved(quantities, stats.nfe, stats.nfe_backward, stats.accepted)
 
     def differentiate(self) -> None:
-        """See `Training`."""
+        """Solves and differentiates once."""
         self.run()
 
 
 class TheirTraining(Training):
-    """By torchdiffeq's adjoint; see `solving.Contestant`."""
+    """A training step by torchdiffeq's adjoint."""
 
     def __init__(self, problem: Problem) -> None:
         super().__init__(problem)
@@ -181,7 +184,7 @@ class TheirTraining(Training):
         )
 
     def solved(self) -> Solved:
-        """See `solving.Contestant`. Its accepted steps are those of the whole solve in the table above."""
+        """One run with its counts, without the accepted steps: the table of solves has them."""
         field = self.problem.field
         self.optimizer.zero_grad()
         start = self.problem.y0.clone().requires_grad_()
@@ -193,12 +196,12 @@ class TheirTraining(Training):
         return Solved(quantities, nfe, field.reset(), None)
 
     def differentiate(self) -> None:
-        """See `Training`."""
+        """Solves and differentiates once."""
         start = self.problem.y0.clone().requires_grad_()
         loss_of(self.solver(self.problem.field, start), self.problem.case.batch).backward()
 
 
 def run_of(problem: Problem, loop: Loop, field: nn.Module, **more: Any) -> Run:
-    """A case's problem by a loop. field: without its counter, whose Python a captured solve does not run."""
+    """A run of a problem with a loop. field: without its counter, as a captured solve does not run its Python."""
     case = problem.case
     return Run(loop, field, problem.y0, problem.t, method="dopri5", rtol=case.rtol, atol=case.atol, **more)

@@ -1,9 +1,9 @@
-"""One cell of device_loop.py, in a process of its own: prints one line of JSON.
+"""One cell of device_loop.py: prints one line of JSON. device_loop.py starts it as a fresh process.
 
-calls: what a run asks of CUDA between its beginning and its return, by torch.profiler. The first releases of CUPTI that
-met loops on the GPU crashed now and then (pytorch issue 134308): here that ends a cell and not the benchmark. Calls are
-those of the host; of the kernels in a WHILE node a profiler shows the first iteration only.
-memory: what torch's allocator holds beyond what it held before, with a captured solve and when its owner is gone.
+calls: the CUDA calls of a run between its start and its return, by torch.profiler. Early releases of CUPTI with loops
+on the GPU crashed sometimes (pytorch issue 134308); in a separate process a crash ends one cell and not the benchmark.
+The calls are those of the host: of the kernels in a WHILE node the profiler shows the first iteration only.
+memory: what torch's allocator holds beyond what it held before, with a captured solve and after its owner is deleted.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ FORWARD = "forward"
 MARK = "device_loop_cell"
 WARM_UPS = 3
 CALLS = {"cuda_runtime", "cuda_driver"}
-KINDS = {  # what a call is, by a part of its name; the first that fits
+KINDS = {  # kind of a call -> part of its name; the first match counts
     "graphs": "GraphLaunch",
     "kernels": "LaunchKernel",
     "copies": "Memcpy",
@@ -46,7 +46,7 @@ def main() -> None:
     parser.add_argument("--loop", choices=LOOPS, required=True)
     parser.add_argument("--gradient", choices=(FORWARD, ADJOINT, DISCRETE), required=True)
     parser.add_argument("--steps", type=int, default=16)
-    parser.add_argument("--rows", type=int, required=True, help="of a state with 64 columns")
+    parser.add_argument("--rows", type=int, required=True, help="rows of a state with 64 columns")
     parser.add_argument("--threads", type=int, required=True)
     parser.add_argument("--device", required=True)
     arguments = parser.parse_args()
@@ -59,7 +59,7 @@ def main() -> None:
 
 
 def calls(loop: Loop, gradient: str | None, rows: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """Of a solve whose kind was captured before, of an MLP; with its gradient, if one is named."""
+    """The CUDA calls of a solve with an MLP field that was captured before; with its gradient, if one is named."""
     torch.manual_seed(0)
     run = stepping_run(loop, gradient, MLPField(64, 64).to(device), rows, steps, device)
     for _ in range(WARM_UPS):
@@ -77,7 +77,7 @@ def calls(loop: Loop, gradient: str | None, rows: int, steps: int, device: torch
 
 
 def calls_of(events: list[dict[str, Any]]) -> dict[str, Any]:
-    """How often what was called inside the mark, by kind and by name. Raises SystemExit where nothing was seen."""
+    """The calls inside the mark, counted by kind and by name. Raises SystemExit if there are none."""
     (mark,) = [e for e in events if e.get("name") == MARK and e.get("cat") == "user_annotation"]
     begin, end = float(mark["ts"]), float(mark["ts"]) + float(mark["dur"])
     # Versions are parts of names: cudaGraphLaunch_v10000.
@@ -87,15 +87,15 @@ def calls_of(events: list[dict[str, Any]]) -> dict[str, Any]:
         if e.get("cat") in CALLS and begin <= float(e["ts"]) <= end
     ]
     if not found:
-        raise SystemExit("torch.profiler saw no call of CUDA's: CUPTI may be missing, or not be allowed.")
+        raise SystemExit("torch.profiler saw no call of CUDA: CUPTI may be missing or not permitted.")
     kinds = Counter(next((kind for kind, part in KINDS.items() if part in name), "others") for name in found)
     return {**{kind: kinds[kind] for kind in (*KINDS, "others")}, "names": dict(Counter(found))}
 
 
 def memory(loop: Loop, gradient: str | None, rows: int, steps: int, device: torch.device) -> dict[str, Any]:
-    """Without a matrix product: its library keeps a workspace for every stream, whoever made that."""
+    """The memory of a captured solve. The field has no matrix product: cuBLAS keeps a workspace for each stream."""
     field = SineField().to(device)
-    stepping_run(LOOPS["host"], gradient, field, rows, steps, device).checked()  # what a process has only once
+    stepping_run(LOOPS["host"], gradient, field, rows, steps, device).checked()  # what is allocated once per process
     before = held(device)
     run = stepping_run(loop, gradient, field, rows, steps, device)
     taken = [run.checked().solution.stats.accepted for _ in range(WARM_UPS)]
@@ -112,7 +112,7 @@ def memory(loop: Loop, gradient: str | None, rows: int, steps: int, device: torc
 
 
 def held(device: torch.device) -> tuple[int, int]:
-    """Bytes allocated and reserved by torch, without what only waits to be used again."""
+    """Bytes allocated and reserved by torch, after its cache is emptied."""
     gc.collect()
     synchronize(device)
     torch.cuda.empty_cache()
@@ -122,7 +122,7 @@ def held(device: torch.device) -> tuple[int, int]:
 def stepping_run(
     loop: Loop, gradient: str | None, field: torch.nn.Module, rows: int, steps: int, device: torch.device
 ) -> Run:
-    """From t = 0 to 1 by dopri5 in steps of one size, none rejected; the times are on the CPU."""
+    """A run from t = 0 to 1 by dopri5 in steps of one size, none rejected; the times are on the CPU."""
     generator = torch.Generator().manual_seed(0)
     y0 = torch.randn(rows, 64, generator=generator).to(device)
     t = torch.tensor([0.0, 1.0], dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The cells of calls and memory of device_loop.py: what each is asked, and its row."""
+"""The cells of calls and memory of device_loop.py: the arguments of each, and its row."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ from parts.common.modes import ADJOINT, DISCRETE
 from parts.device_loop.cell import FORWARD
 
 CELL = "device_loop/cell.py"
-CELL_LIMIT = 60.0  # seconds: a loop on the GPU that never ends costs its own row
+CELL_LIMIT = 60.0  # seconds; a loop on the GPU that never ends fails only in its row
 
 
 class Cell(NamedTuple):
-    """What device_loop_cell.py is asked. allowed: how often the host may wait, where that is promised."""
+    """The arguments of cell.py. allowed: the promised largest number of waits of the host, or None."""
 
     what: str
     loop: str
@@ -25,10 +25,11 @@ class Cell(NamedTuple):
 
     @property
     def name(self) -> str:
+        """The name for the progress output."""
         return f"{self.what}: {self.gradient}, {self.loop}, {self.steps} steps"
 
     def measured(self, arguments: argparse.Namespace) -> dict[str, Any]:
-        """The row."""
+        """The row, from a fresh process."""
         asked = {name: value for name, value in self._asdict().items() if name != "allowed"}
         row = {
             **self._asdict(),
@@ -38,7 +39,7 @@ class Cell(NamedTuple):
         return row | {"met": row["calls"]["waits"] <= self.allowed if told else None}
 
 
-# A solve is looked at once, when it is over, unless that is put off. The states have 64 columns; 16384 rows are 4 MiB.
+# The host waits once, for the status at the end; not at all if deferred. States have 64 columns; 16384 rows are 4 MiB.
 CALLS = (
     Cell("calls", "host", FORWARD, steps=16, rows=128),
     Cell("calls", "batches", FORWARD, steps=16, rows=128),

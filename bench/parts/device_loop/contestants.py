@@ -1,4 +1,4 @@
-"""What device_loop.py times: its contestants, its cases, and what is promised of them."""
+"""The contestants and the cases of device_loop.py, with their targets."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from parts.solve.diffrax_contestant import DiffraxContestant
 from parts.solve.solving import Contestant, Problem, TorchContestant
 
 Contestants = Mapping[str, Callable[[Problem], Contestant]]
-HOST, WHILE = f"{OURS} host", f"{OURS} while"  # of solves
+HOST, WHILE = f"{OURS} host", f"{OURS} while"  # contestants of the section solves
 THEIR_ADJOINT = f"{RIVAL} {ADJOINT}"
 HOST_ADJOINT, WHILE_ADJOINT, WHILE_DISCRETE = (
     f"{OURS} {gradient}, {loop}" for gradient, loop in ((ADJOINT, "host"), (ADJOINT, "while"), (DISCRETE, "while"))
@@ -35,13 +35,14 @@ TRAININGS: Contestants = {
 
 
 def case(timed: str, gradient: str, batch: int, dim: int, hidden: int, t_end: float) -> Case:
+    """A case at rtol and atol 1e-6."""
     return Case(timed, gradient, batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6)
 
 
 NO_SLOWER = 0.95
-"""Of two that take the same time one may seem so much slower in a run."""
+"""Two equal programs may differ by this factor in a run."""
 
-# A case, and what is promised of whom: so many times as fast as another contestant.
+# Contestant -> {other contestant: promised ratio, the time of the other over its time}.
 Promises = Mapping[str, Mapping[str, float]]
 SMALL: Promises = {WHILE: {RIVAL: 15.0, DIFFRAX: 1.0}}
 LARGE: Promises = {WHILE: {RIVAL: 1.0, HOST: NO_SLOWER}}

@@ -8,7 +8,7 @@ CALLS = ("graphs", "kernels", "copies", "fills", "waits", "others")
 
 
 def solve_rows(result: Result, section: str) -> Rows:
-    """A row a case and contestant, of `solves` or of `training`; every promise beside the ratio that it is about."""
+    """A row for each case and contestant of `solves` or `training`; a promise stands after its ratio."""
     against = result[section][0]["against"] if result[section] else []
     ratios = [f"{name}'s\ntime / its (IQR)" for name in against]
     rows = [["case", "by", "loops", "ms (IQR)", *ratios, "nfe f+b", "steps", "error"]]
@@ -33,7 +33,7 @@ def solve_rows(result: Result, section: str) -> Rows:
 
 
 def ratio(record: Result, other: str) -> str:
-    """How many times as fast as the other, with what was promised."""
+    """The ratio of the other's time to this one's, and the promise."""
     cell = spread(record["ratios"][other]) if other in record["ratios"] else ""
     promise = record.get("promises", {}).get(other)
     if promise is None or not cell:
@@ -42,7 +42,7 @@ def ratio(record: Result, other: str) -> str:
 
 
 def steps_rows(result: Result) -> Rows:
-    """A row a kind of step and loop."""
+    """A row for each kind of step and loop."""
     counts = result["steps"][0]["steps"] if result["steps"] else []
     rows = [["step", "loop", "us a step (IQR)", *(f"ms of {n} steps" for n in counts), "first call, ms"]]
     for row in result["steps"]:
@@ -58,7 +58,7 @@ def steps_rows(result: Result) -> Rows:
 
 
 def calls_rows(result: Result) -> Rows:
-    """A row a run."""
+    """A row for each run."""
     rows = [["run", "loop", *CALLS]]
     for row in result["calls"]:
         begin = [row["gradient"], row["loop"]]
@@ -73,7 +73,7 @@ def calls_rows(result: Result) -> Rows:
 
 
 def memory_rows(result: Result) -> Rows:
-    """A row a run and number of steps."""
+    """A row for each run and number of steps."""
     rows = [
         [
             "run",
@@ -95,7 +95,7 @@ def memory_rows(result: Result) -> Rows:
 
 
 def device_loop_sentences(result: Result) -> str:
-    """How many promises are kept, what the loop on the device adds to a step, and why any row failed."""
+    """How many promises are kept, what the WHILE node adds to a step, and why rows failed."""
     lines = [] if result["complete"] else [INCOMPLETE]
     timed = [
         (f"{name}, {row['case']}", record)
@@ -133,6 +133,7 @@ def device_loop_sentences(result: Result) -> str:
 
 
 def device_loop_block(result: Result) -> str:
+    """The block `device-loop` of the pages."""
     tables = [solve_rows(result, section) for section in ("solves", "training")]
     tables += [rows(result) for rows in (steps_rows, calls_rows, memory_rows)]
     shown = [markdown(rows) for rows in tables if len(rows) > 1]

@@ -1,4 +1,4 @@
-"""What a step costs by each loop: the slope of a solve's time over the number of its steps, which are all the same."""
+"""Measures the cost of a step in each loop: the slope of the time of a solve over its number of equal steps."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from parts.common.tables import gist
 from parts.common.timing import Spread, interleaved, seconds
 from parts.device_loop.captured import LOOPS, Loop, Run
 
-STEPS = (32, 128, 512)  # powers of two: the steps are exact, and so is their number
+STEPS = (32, 128, 512)  # powers of two, so that the step sizes and their number are exact
 ROUNDS = 21  # at most, of each row
 FIRST_CALLS = 3
 TIMED = ("host", "batches", "while")
@@ -31,7 +31,7 @@ class Decay(nn.Module):
 
 
 class Stepping(NamedTuple):
-    """Equal steps from t = 0 to 1. solver: the arguments that make so many of them."""
+    """A problem with equal steps from t = 0 to 1. solver: number of steps -> arguments of the solver."""
 
     name: str
     field: Callable[[], nn.Module]
@@ -39,20 +39,20 @@ class Stepping(NamedTuple):
     solver: Callable[[int], dict[str, Any]]
 
     def run(self, loop: Loop, steps: int, device: torch.device) -> Run:
-        """As a run that captures for itself."""
+        """A new run, with its own captured graph."""
         torch.manual_seed(0)
         field, y0 = self.field().to(device), torch.randn(self.shape, device=device)
-        t = torch.tensor([0.0, 1.0], dtype=torch.float64)  # on the CPU: read for nothing
+        t = torch.tensor([0.0, 1.0], dtype=torch.float64)  # on the CPU, where reading them needs no synchronisation
         return Run(loop, field, y0, t, **self.solver(steps))
 
 
 def on_a_grid(steps: int) -> dict[str, Any]:
-    """Of one evaluation each."""
+    """Steps of one evaluation each."""
     return {"method": "euler", "options": {"step_size": 1 / steps}}
 
 
 def all_accepted(steps: int) -> dict[str, Any]:
-    """With an error estimate that never rejects one."""
+    """Steps with an error estimate, none of which is rejected."""
     options = {"first_step": 1 / steps, "max_step": 1 / steps}
     return {"method": "dopri5", "rtol": 1e3, "atol": 1e3, "options": options}
 
@@ -68,14 +68,14 @@ STEPPINGS = (
 def measure_steps(
     stepping: Stepping, loops: Sequence[str], steps: Sequence[int], device: torch.device, rounds: int, budget: float
 ) -> Record:
-    """One row: every loop with every number of steps, in turn; the slope is that of one round."""
+    """One row: every loop with every number of steps, in turn. Each round gives one slope."""
     by: dict[str, Record] = {}
     running: list[tuple[str, Callable[[], float]]] = []
     for name in loops:
         try:
             runs = [checked(stepping, LOOPS[name], count, device) for count in steps]
             by[name] = {} if LOOPS[name].tier is None else {"first_milliseconds": first_calls(stepping, name, device)}
-        except Exception as error:  # no such loop on this machine: a value
+        except Exception as error:  # no such loop on this machine: the row says so
             by[name] = {"failed": gist(error)}
             continue
         running += [(name, lambda run=run: timed(run, device)) for run in runs]
@@ -96,21 +96,22 @@ def measure_steps(
 
 
 def checked(stepping: Stepping, loop: Loop, steps: int, device: torch.device) -> Run:
-    """A run that takes these steps. Raises RuntimeError if it takes others."""
+    """A run that is warmed up. Raises RuntimeError if it takes another number of steps."""
     run = stepping.run(loop, steps, device)
     taken = run.checked().solution.stats.accepted
     if taken != steps:
         raise RuntimeError(f"{taken} steps were taken, not {steps}")
-    timed(run, device)  # batches find their length in the second solve
+    timed(run, device)  # in batches, the second solve sets their length
     return run
 
 
 def first_calls(stepping: Stepping, name: str, device: torch.device) -> Spread:
-    """Milliseconds of a first solve, in which a step is captured, of the fewest steps."""
+    """Milliseconds of a first solve, which captures a step, with the smallest number of steps."""
     fresh = [stepping.run(LOOPS[name], STEPS[0], device) for _ in range(FIRST_CALLS)]
     return Spread.of([1e3 * timed(run, device) for run in fresh])
 
 
 def timed(run: Run, device: torch.device) -> float:
+    """Seconds of one run."""
     with libraries.path(FUSED):
         return seconds(run, device)

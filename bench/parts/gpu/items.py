@@ -1,4 +1,4 @@
-"""What the stages of gpu.sh run: a process each, with its limit, in the order of what each is worth."""
+"""What the stages of gpu.sh run: one process for each item, with its time limit, the most important first."""
 
 from __future__ import annotations
 
@@ -17,8 +17,11 @@ KERNEL_TESTS, GRAPH_TESTS = "tests/kernels/test_kernels_shim.py", "tests/gpu/tes
 
 
 class Item(NamedTuple):
-    """A process. checks: those of smoke.py that it makes, a line each. needs: modules that must be installed.
-    environment: variables, beside those that all have."""
+    """A process.
+
+    checks: the checks of smoke.py that it makes; each prints a line. needs: modules that must be installed.
+    environment: variables that only this process has.
+    """
 
     name: str
     seconds: float
@@ -29,7 +32,7 @@ class Item(NamedTuple):
 
 
 def items(results: Path, scratch: Path, *, diffrax: bool) -> dict[str, tuple[Item, ...]]:
-    """The items of each stage. results: where benchmarks write. scratch: where tests do."""
+    """The items of each stage. results: folder in which benchmarks write. scratch: folder of the tests."""
 
     def bench(name: str, seconds: float, script: str, *options: str, needs: tuple[str, ...] = ()) -> Item:
         return Item(name, seconds, (sys.executable, f"bench/{script}", *options, "--out", results), needs=needs)
@@ -39,8 +42,8 @@ def items(results: Path, scratch: Path, *, diffrax: bool) -> dict[str, tuple[Ite
     ) -> Item:
         return Item(name, seconds, (*under, *pytest(scratch / name, jobs, each), *arguments), needs=("pytest",))
 
-    # Every kernel in one dtype, and no whole solves, which would take minutes here. Without torch's cache every tensor
-    # is an allocation, and what lies beside it is out of bounds.
+    # Every kernel in one dtype, and no whole solves: they would take minutes under the sanitizer. Without torch's cache
+    # every tensor is a separate allocation, so that an access beside it is found.
     memcheck = (sanitizer(), "--tool", "memcheck", "--error-exitcode", "1")
     every_kernel = "float32 and not solve"
     loop = "device_loop.py"
@@ -80,13 +83,16 @@ def items(results: Path, scratch: Path, *, diffrax: bool) -> dict[str, tuple[Ite
 
 
 def smoke(*checks: str, limit: float = 20) -> Item:
-    """Checks that share a process: one that ruins the CUDA context takes those behind it along."""
+    """An item of checks in one process. A check that breaks the CUDA context makes the later ones fail too."""
     return Item(", ".join(checks), limit, (sys.executable, "bench/smoke.py", *checks), checks)
 
 
 def pytest(scratch: Path, jobs: int, each: int) -> list[str | Path]:
-    """Of the tests marked gpu, in so many processes where pytest-xdist is there, and with a limit for each test in
-    seconds where pytest-timeout is; by a thread, as no signal ends a call that waits for the GPU."""
+    """The pytest command for tests marked gpu.
+
+    jobs: processes, if pytest-xdist is installed. each: seconds per test, if pytest-timeout is installed; a thread
+    enforces them, because a signal does not end a call that waits for the GPU.
+    """
     command = [sys.executable, "-m", "pytest", "-v", "-p", "no:cacheprovider", "-m", "gpu", "--basetemp", scratch]
     if jobs and installed("xdist"):
         command += ["-n", str(jobs)]
@@ -96,18 +102,19 @@ def pytest(scratch: Path, jobs: int, each: int) -> list[str | Path]:
 
 
 def with_gpu_tests() -> list[str]:
-    """The files with gpu tests, but those of the kernels and the graphs; others may import what is not installed."""
+    """The files with gpu tests, without those of the kernels and the graphs, which are items by themselves."""
     marked = (path for path in sorted((ROOT / "tests").rglob("test_*.py")) if "mark.gpu" in path.read_text())
     names = [path.relative_to(ROOT).as_posix() for path in marked]
     return [name for name in names if name not in (KERNEL_TESTS, GRAPH_TESTS)]
 
 
 def installed(module: str) -> bool:
+    """Whether a module can be imported."""
     return importlib.util.find_spec(module) is not None
 
 
 def sanitizer() -> str:
-    """compute-sanitizer, as it is called here: it may lie in a toolkit that is not on the PATH."""
+    """The command compute-sanitizer, with its path if the CUDA toolkit is not on the PATH."""
     name = "compute-sanitizer"
     homes = [os.environ.get("CUDA_HOME"), os.environ.get("CUDA_PATH"), "/usr/local/cuda"]
     places = [name, *(f"{home}/bin/{name}" for home in homes if home)]

@@ -1,4 +1,4 @@
-"""Runs a process with a time limit, and puts what came of it into lines."""
+"""Runs a process with a time limit, and describes its outcome in lines."""
 
 from __future__ import annotations
 
@@ -13,16 +13,19 @@ from typing import NamedTuple
 from parts.common.paths import ROOT
 from parts.gpu.items import Item
 
-GIVE_UP = 10.0  # so long after its limit a process is left behind that not even SIGKILL ends
-LENGTH, NAMED = 300, 8  # letters of a line, and failed tests that are named below one
+GIVE_UP = 10.0  # seconds after its limit; a process that SIGKILL has not ended by then is given up
+LENGTH, NAMED = 300, 8  # largest length of a line, and largest number of failed tests named below it
 OK, FAILED, SKIPPED, STOPPED = "ok", "FAILED", "skipped", "stopped"
 CHECK = re.compile(rf"^({OK}|{FAILED}) ([\w-]+): (.*)$", re.MULTILINE)  # a line of smoke.py
 COUNTS = re.compile(r"\b\d+ (?:passed|failed|errors?|skipped)\b.* in [\d.]+s")  # of pytest's last line
 
 
 class Line(NamedTuple):
-    """What came of an item or a check. outcome: skipped, if something that it needs is not installed; stopped, if it
-    was to begin or to end after the deadline. more: failed tests."""
+    """The outcome of an item or a check.
+
+    outcome: skipped if something that it needs is not installed; stopped if the deadline came before its start or end.
+    more: the failed tests.
+    """
 
     stage: str
     name: str
@@ -37,7 +40,7 @@ class Line(NamedTuple):
 
 
 class Ended(NamedTuple):
-    """How a process ended. status: None where its limit ended it."""
+    """How a process ended. status: None if the time limit ended it."""
 
     status: int | None
     seconds: float
@@ -45,7 +48,7 @@ class Ended(NamedTuple):
 
 
 def ran(command: Sequence[str | Path], limit: float, log: Path, environment: Mapping[str, str]) -> Ended:
-    """Runs a command in the checkout, for so many seconds at most."""
+    """Runs a command in the checkout, for `limit` seconds at most; its output goes to the log."""
     begun = time.monotonic()
     with log.open("w") as file:
         process = subprocess.Popen(
@@ -67,7 +70,7 @@ def ran(command: Sequence[str | Path], limit: float, log: Path, environment: Map
 
 
 def of_checks(stage: str, item: Item, ended: Ended, bad: str) -> list[Line]:
-    """A line a check: its own, or why there is none. bad: the outcome of the check that the process ended in."""
+    """A line for each check: its own line, or the reason why it has none. bad: the outcome of checks without a line."""
     told = {name: (outcome, detail) for outcome, name, detail in CHECK.findall(ended.log)}
     missing = [name for name in item.checks if name not in told]
     lines = []
@@ -83,7 +86,7 @@ def of_checks(stage: str, item: Item, ended: Ended, bad: str) -> list[Line]:
 
 
 def of_process(stage: str, item: Item, ended: Ended, bad: str) -> Line:
-    """The line of tests or of a benchmark. bad: its outcome if it did not end well."""
+    """The line of tests or of a benchmark. bad: its outcome if it failed."""
     log = ended.log.splitlines()
     if "pytest" in item.needs:
         counts = [found[0] for line in log if (found := COUNTS.search(line))]
@@ -98,7 +101,7 @@ def of_process(stage: str, item: Item, ended: Ended, bad: str) -> Line:
 
 
 def failed_tests(log: Sequence[str]) -> tuple[str, ...]:
-    """Those of pytest's summary; without one (it was stopped) those of its lines until then."""
+    """The failed tests in pytest's summary; if it was stopped before the summary, those in its lines so far."""
     summary = [line for line in log if re.match(r"(FAILED|ERROR) tests/", line)]
     found = summary or [line for line in log if "tests/" in line and re.search(r"\b(FAILED|ERROR)\b", line)]
     more = [f"and {len(found) - NAMED} more, in the log"] if len(found) > NAMED else []
@@ -106,7 +109,7 @@ def failed_tests(log: Sequence[str]) -> tuple[str, ...]:
 
 
 def how(ended: Ended) -> str:
-    """How a process ended that did not end well, and the line of its log that says most."""
+    """How a process failed, and the most informative line of its log."""
     lines = [line.strip() for line in ended.log.splitlines() if line.strip()]
     telling = [line for line in lines if re.search(r"[Ee]rror\b|Fatal", line)] or lines or ["it printed nothing"]
     number = None

@@ -1,4 +1,4 @@
-"""For gpu_stages.py: prints what gpu.json says of the machine, a line of JSON; without a GPU, a sentence."""
+"""Prints the record of the machine for gpu.json, as a line of JSON. gpu_stages.py starts it as a process."""
 
 from __future__ import annotations
 

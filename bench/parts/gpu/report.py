@@ -6,7 +6,7 @@ from parts.common.tables import Result, Rows, markdown, provenance
 
 
 def gpu_rows(result: Result) -> Rows:
-    """A row a check or item, with the tests that failed."""
+    """A row for each check or item, with its failed tests."""
     rows = [["check", "came out", "seconds", "said"]]
     for line in result["lines"]:
         said = "; ".join([line["detail"], *line["more"]]).replace("|", "/")
@@ -15,4 +15,5 @@ def gpu_rows(result: Result) -> Rows:
 
 
 def gpu_block(result: Result) -> str:
+    """The block `gpu` of the pages."""
     return "\n\n".join([provenance(result), markdown(gpu_rows(result))])
