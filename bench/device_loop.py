@@ -130,8 +130,8 @@ def cuda_device(name: str) -> torch.device:
     else:
         return device
     print(
-        "device_loop.py times solves whose loop runs on a GPU. It needs an NVIDIA GPU, a CUDA build of torch and the "
-        f"kernels of node_cuda (--device {name}: {lacking}). "
+        "device_loop.py times captured solves, which repeat their steps on a GPU. It needs an NVIDIA GPU, a CUDA build "
+        f"of torch and the kernels of node_cuda (--device {name}: {lacking}). "
         "Without a GPU, tests/project/test_bench.py checks its parts.",
         file=sys.stderr,
     )
@@ -157,7 +157,7 @@ def measure(
 ) -> Record:
     """One row: checks all contestants, then times those with correct results in turn.
 
-    against: contestants whose times are divided by the times of the others.
+    against: the times of these contestants are divided by the times of the others.
     """
     problem = make_problem(case, device)
     expected = exact(problem)

@@ -15,7 +15,7 @@ import argparse
 from pathlib import Path
 
 from parts import pages
-from parts.common.paths import PUBLISHED
+from parts.common.paths import PUBLISHED, ROOT
 
 
 def main() -> None:
@@ -30,11 +30,8 @@ def main() -> None:
         return
     if arguments.write:
         pages.write_pages(arguments.results)
-    behind = [
-        path.name for path in pages.PAGES if pages.filled(path.read_text(), arguments.results) != path.read_text()
-    ]
-    if behind:
-        raise SystemExit(f"{', '.join(behind)} is behind the JSON: run `python bench/report.py --write`.")
+    if old := [str(path.relative_to(ROOT)) for path in pages.outdated(arguments.results)]:
+        raise SystemExit(f"Not what the JSON says: {', '.join(old)}. Run `python bench/report.py --write`.")
 
 
 if __name__ == "__main__":

@@ -354,7 +354,7 @@ def test_the_build_says_what_it_lacks(bench, monkeypatch, tmp_path):
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
     with pytest.raises(SystemExit, match=r"torch needs 8 GiB of disk, and 1\.0 GiB are free"):
         build.environment(tmp_path / "env", arguments)
-    with pytest.raises(SystemExit, match="it is so\nCould not compile. The whole output is in "):
+    with pytest.raises(SystemExit, match=r"it is so\nCould not compile\. The whole output is in "):
         build.run_step("compile", ["sh", "-c", "echo it is so; exit 1"], tmp_path / "log.txt", os.environ)
     assert (tmp_path / "log.txt").read_text() == "it is so\n"
 

@@ -69,5 +69,5 @@ def of_library(library: str, gradients: Iterable[str]) -> list[Mode]:
 
 
 def installed(names: Iterable[str]) -> list[str]:
-    """The modes whose library is installed."""
+    """The modes with an installed library."""
     return [name for name in names if libraries.installed(MODES[name].library)]

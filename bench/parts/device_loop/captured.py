@@ -1,4 +1,4 @@
-"""Solves by node_cuda whose loop runs on the host or on the GPU, for device_loop.py and its cells."""
+"""Solves by node_cuda with the loop on the host or on the GPU, for device_loop.py and its cells."""
 
 from __future__ import annotations
 

@@ -57,7 +57,7 @@ def plain_pack_adjoint(f: Tensor, vjp: Tensor) -> Tensor:
 
 
 def jump(place: Workplace) -> Launch:
-    """a += g and the dot of g and f. f is near g: a dot whose terms cancel could not be compared."""
+    """a += g and the dot of g and f. f is near g, so that the terms of the dot do not cancel."""
     a, g = place.states(2)
     f, dot = g + 0.1 * place.state(), place.doubles()
     arguments = (a.clone(), g, f)
