@@ -1,11 +1,12 @@
-"""Compiles, on a machine without a GPU, what bench/gpu.sh needs, so that nothing is compiled there.
+"""Compiles the module for bench/gpu.sh on a machine without a GPU, so that the GPU machine compiles nothing.
 
     python bench/build_for_gpu.py [--python 3.12] [--torch 2.11.0] [--arch 9.0] [--interpreter PATH]
 
-Needs that Python with its headers, a CUDA toolkit of the major version that torch was built with (CUDA_HOME names it),
-and at the first run several GB of disk: torch, from pip, goes into an environment beside the results. Makes the folder
-build/gpu-pyXY-torchX.Y-smXY/carry: the compiled module with its note, for node_cuda/. It checks that the module loads
-without a driver, and prints what to carry and what to type there.
+It needs this version of Python with its headers, and a CUDA toolkit of the major version with which torch was built
+(CUDA_HOME names it). The first run needs several GB of disk, because pip installs torch into an environment beside the
+results. The program makes the folder build/gpu-pyXY-torchX.Y-smXY/carry, with the compiled module and its note for
+node_cuda/. It checks that the module loads without a driver, and prints what to copy and what to type on the GPU
+machine.
 """
 
 from __future__ import annotations
@@ -21,10 +22,12 @@ import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
+from parts.common.paths import ROOT
+from parts.gpu.carried import carried
+
 PACKAGES = ("setuptools>=77", "ninja", "numpy", "scipy")  # for the build, and to import node_cuda
-ENVIRONMENT_BYTES = 8 * 2**30  # torch with CUDA's libraries, and what pip needs meanwhile
-LIMIT_BYTES = 64 * 2**20  # of what is carried
+ENVIRONMENT_BYTES = 8 * 2**30  # torch with the CUDA libraries, and temporary files of pip
+LIMIT_BYTES = 64 * 2**20  # of the files to copy
 
 LOAD = """
 import importlib.util, sys
@@ -40,18 +43,12 @@ print(f"It loads with torch {torch.__version__}, which sees {torch.cuda.device_c
 """
 
 
-def carried(python: str, torch: str, arch: str) -> Path:
-    """The folder of the results, for "3.12", "2.11.0" and "9.0"; of each as many numbers as matter."""
-    major, minor = torch.split(".")[:2]
-    return ROOT / "build" / f"gpu-py{python.replace('.', '')}-torch{major}.{minor}-sm{arch.replace('.', '')}" / "carry"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", default="3.12", help="version there (default: 3.12)")
-    parser.add_argument("--torch", default="2.11.0", help="version there (default: 2.11.0)")
-    parser.add_argument("--arch", default="9.0", help="compute capability of the GPU there (default: 9.0)")
-    parser.add_argument("--interpreter", help="this Python (default: pythonX.Y on the PATH, or pyenv's)")
+    parser.add_argument("--python", default="3.12", help="Python of the GPU machine (default: 3.12)")
+    parser.add_argument("--torch", default="2.11.0", help="torch of the GPU machine (default: 2.11.0)")
+    parser.add_argument("--arch", default="9.0", help="compute capability of its GPU (default: 9.0)")
+    parser.add_argument("--interpreter", help="path of this Python (default: pythonX.Y on the PATH, or pyenv's)")
     arguments = parser.parse_args()
     for name, form, such in (("torch", r"\d+\.\d+(\.\d+)?", "2.11.0"), ("arch", r"\d+\.\d", "9.0")):
         if not re.fullmatch(form, given := getattr(arguments, name)):
@@ -72,13 +69,15 @@ def main() -> None:
 
 
 def environment(folder: Path, arguments: argparse.Namespace) -> Path:
-    """The Python of an environment with that torch; made where it is not there yet."""
+    """The Python of an environment with this torch, which is made if it does not exist."""
     python = folder / "bin" / "python"
     ask = "import ninja, numpy, scipy, setuptools, torch; print(torch.__version__.partition('+')[0])"
     if python.exists() and told(python, "-c", ask) == arguments.torch:
         return python
     if (free := shutil.disk_usage(ROOT).free) < ENVIRONMENT_BYTES:
-        raise SystemExit(f"torch needs {ENVIRONMENT_BYTES / 2**30:.0f} GiB of disk, and {free / 2**30:.1f} are free.")
+        raise SystemExit(
+            f"torch needs {ENVIRONMENT_BYTES / 2**30:.0f} GiB of disk, and {free / 2**30:.1f} GiB are free."
+        )
     subprocess.run([interpreter(arguments), "-m", "venv", "--clear", folder], check=True)
     install = [python, "-m", "pip", "install", f"torch=={arguments.torch}", *PACKAGES]
     if subprocess.run(install, check=False).returncode:
@@ -87,18 +86,20 @@ def environment(folder: Path, arguments: argparse.Namespace) -> Path:
 
 
 def interpreter(arguments: argparse.Namespace) -> str:
-    """A Python of the version that was asked for."""
+    """A Python of the requested version. Raises SystemExit if there is none."""
     pyenv = sorted((Path.home() / ".pyenv" / "versions").glob(f"{arguments.python}.*/bin/python"))
     given = arguments.interpreter
     for candidate in [given] if given else [f"python{arguments.python}", *map(str, pyenv)]:
         if told(candidate, "-c", "import sys; print('%d.%d' % sys.version_info[:2])") == arguments.python:
             return candidate
     where = given or f"python{arguments.python} on the PATH"
-    raise SystemExit(f"Python {arguments.python} is needed, and {where} is none: --interpreter PATH names one.")
+    raise SystemExit(
+        f"Python {arguments.python} is needed, and {where} is not that version. Name one with --interpreter PATH."
+    )
 
 
 def told(*command: str | Path) -> str | None:
-    """What a command prints; None if it is not there or fails."""
+    """The output of a command; None if the command does not exist or fails."""
     try:
         run = subprocess.run(command, capture_output=True, text=True, check=True)
     except (OSError, subprocess.CalledProcessError):
@@ -107,7 +108,7 @@ def told(*command: str | Path) -> str | None:
 
 
 def variables(arch: str) -> dict[str, str]:
-    """The environment of the compilers, and of what imports this checkout."""
+    """The environment variables for the compilers and for a Python that imports this checkout."""
     home = os.environ.get("CUDA_HOME")
     return {
         **os.environ,
@@ -119,7 +120,7 @@ def variables(arch: str) -> dict[str, str]:
 
 
 def run_step(what: str, command: Sequence[str | Path], log: Path, environment: Mapping[str, str]) -> str:
-    """Runs a command in the checkout; its last line. What it prints goes into the log; the end where it fails."""
+    """Runs a command in the checkout, logs its output, returns the last line. Raises SystemExit if it fails."""
     print(f"{what} ...", flush=True)
     run = subprocess.run(
         list(command), cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
@@ -128,24 +129,24 @@ def run_step(what: str, command: Sequence[str | Path], log: Path, environment: M
         file.write(run.stdout)
     lines = run.stdout.splitlines() or [""]
     if run.returncode:
-        raise SystemExit("\n".join([*lines[-15:], f"Could not {what}: all of it is in {log}."]))
+        raise SystemExit("\n".join([*lines[-15:], f"Could not {what}. The whole output is in {log}."]))
     return lines[-1]
 
 
 def instructions(carry: Path, seconds: float) -> str:
-    """What was made, what to carry, and what to type."""
+    """What was made, what to copy, and what to type on the GPU machine."""
     files = sorted(path for path in carry.rglob("*") if path.is_file())
     total = sum(path.stat().st_size for path in files)
     lines = [f"\nMade in {seconds:.0f} s:"]
     lines += [f"  {path.relative_to(ROOT)}  {path.stat().st_size / 2**20:.2f} MiB" for path in files]
     if total > LIMIT_BYTES:
-        lines.append(f"  {total / 2**20:.0f} MiB to carry, more than {LIMIT_BYTES / 2**20:.0f}.")
+        lines.append(f"  {total / 2**20:.0f} MiB to copy, more than {LIMIT_BYTES / 2**20:.0f}.")
     commit = told("git", "-C", ROOT, "rev-parse", "--short=12", "HEAD")
     if told("git", "-C", ROOT, "status", "--porcelain", "--", ".", ":(exclude)bench/results", ":(exclude)*.md"):
-        lines.append("  There are changes that are not committed: commit them, as the results name the commit.")
+        lines.append("  There are uncommitted changes. Commit them, as the results name the commit.")
     named = f"NODE_CUDA_COMMIT={commit} " if commit else ""
     lines += [
-        f"Carry the checkout and {carry.relative_to(ROOT)} ({total / 2**20:.1f} MiB). There, in the checkout:",
+        f"Copy the checkout and {carry.relative_to(ROOT)} ({total / 2**20:.1f} MiB). There, in the checkout, type:",
         f"  {named}bench/gpu.sh smoke prove --out FOLDER",
         f"  {named}bench/gpu.sh measure --out FOLDER",
     ]

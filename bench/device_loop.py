@@ -1,14 +1,17 @@
-"""Times solves whose steps the device repeats, of a step that was captured once with its field (cuda_graph=True).
+"""Times captured solves (cuda_graph=True): one step, with its field, is captured once and repeated on the GPU.
 
-steps: what a step costs by each loop, as the slope of the time over the number of steps, and what a first call costs.
-training: a step with Adam: torchdiffeq's adjoint, ours by the host, and captured, continuous and discrete.
-solves: whole ones at rtol 1e-6: torchdiffeq, our host loop with the kernels, and the device's loop in every way: one
-launch ("while"), batches of launches, and with nothing read back ("deferred"); with --diffrax, diffrax by jax.jit.
-calls: what a run asks of CUDA between its beginning and its return: launches, copies, waits, by torch.profiler.
-memory: what torch's allocator holds for a captured solve, of few and of many steps, and when its owner is gone.
+The sections are:
 
-Values are checked before anything is timed; ratios are those of one round. Cells of calls and memory are processes.
-What fails keeps its row, which says why. Of some sections alone (--only) the result has their names in its own.
+steps: the cost of a step in each loop, as the slope of the time over the number of steps, and the time of a first call.
+training: a training step with Adam: torchdiffeq's adjoint, node_cuda's adjoint in every loop, and the discrete adjoint.
+solves: whole solves at rtol 1e-6: torchdiffeq, node_cuda's loop on the host, and its loops on the GPU: one launch
+("while"), batches of launches ("batches"), and one launch without reading the status ("while, deferred"). With
+--diffrax also diffrax, compiled by jax.jit.
+calls: the CUDA calls of a run between its start and its return, by torch.profiler: launches, copies, waits.
+memory: what torch's allocator holds for a captured solve of few and of many steps, and after its owner is deleted.
+
+Results are checked before they are timed, and a ratio compares times of one round. Each cell of calls and memory is a
+process. A row that fails says why. With --only, the name of the result has the names of the sections.
 
     python bench/device_loop.py [--quick] [--only SECTION...] [--diffrax] [--budget SECONDS] [--jobs N] [--out FOLDER]
 """
@@ -18,119 +21,39 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, NamedTuple
+from typing import Any
 
-import program
 import torch
-from captured import LOOPS, CapturedSolve, OurTraining, TheirTraining
-from cases import Case
-from device_loop_cell import FORWARD
-from diffrax_contestant import DiffraxContestant
-from fresh_process import measured
-from libraries import DIFFRAX, OURS, RIVAL, installed
-from loop_steps import ROUNDS as STEP_ROUNDS
-from loop_steps import STEPPINGS, STEPS, measure_steps
-from loop_steps import TIMED as LOOPS_TIMED
-from modes import ADJOINT, BACKPROP, DISCRETE
-from report_device_loop import calls_rows, device_loop_sentences, memory_rows, solve_rows, steps_rows
-from solve import ROUNDS, checked
-from solving import Contestant, Problem, TorchContestant, exact, make_problem
-from tables import gist, show, write_result
-from timing import Spread, interleaved
 
-SECTIONS = ("steps", "training", "solves", "calls", "memory")  # in the order of what they are worth
+from parts import program
+from parts.common.libraries import DIFFRAX, RIVAL, installed
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, interleaved
+from parts.device_loop.cells import CALLS, MEMORY
+from parts.device_loop.contestants import (
+    HOST,
+    HOST_ADJOINT,
+    QUICK_SOLVE_CASES,
+    QUICK_TRAINING_CASES,
+    SOLVE_CASES,
+    SOLVES,
+    THEIR_ADJOINT,
+    TRAINING_CASES,
+    TRAININGS,
+    Contestants,
+    Promises,
+)
+from parts.device_loop.report import calls_rows, device_loop_sentences, memory_rows, solve_rows, steps_rows
+from parts.device_loop.steps import ROUNDS as STEP_ROUNDS
+from parts.device_loop.steps import STEPPINGS, STEPS, measure_steps
+from parts.device_loop.steps import TIMED as LOOPS_TIMED
+from parts.solve.cases import Case
+from parts.solve.solving import ROUNDS, Contestant, checked, exact, make_problem
+
+SECTIONS = ("steps", "training", "solves", "calls", "memory")  # the most important first
 Record = dict[str, Any]
-Contestants = Mapping[str, Callable[[Problem], Contestant]]
-
-CELL = "device_loop_cell.py"
-CELL_LIMIT = 60.0  # seconds: a loop on the GPU that never ends costs its own row
-HOST, WHILE = f"{OURS} host", f"{OURS} while"  # of solves
-THEIR_ADJOINT = f"{RIVAL} {ADJOINT}"
-HOST_ADJOINT, WHILE_ADJOINT, WHILE_DISCRETE = (
-    f"{OURS} {gradient}, {loop}" for gradient, loop in ((ADJOINT, "host"), (ADJOINT, "while"), (DISCRETE, "while"))
-)
-
-SOLVES: Contestants = {
-    RIVAL: functools.partial(TorchContestant, RIVAL),
-    DIFFRAX: DiffraxContestant,
-    **{f"{OURS} {name}": functools.partial(CapturedSolve, loop=loop) for name, loop in LOOPS.items()},
-}
-TRAININGS: Contestants = {
-    THEIR_ADJOINT: TheirTraining,
-    **{
-        f"{OURS} {ADJOINT}, {name}": functools.partial(OurTraining, loop=loop, gradient=ADJOINT)
-        for name, loop in LOOPS.items()
-    },
-    WHILE_DISCRETE: functools.partial(OurTraining, loop=LOOPS["while"], gradient=DISCRETE),
-}
-
-
-def case(timed: str, gradient: str, batch: int, dim: int, hidden: int, t_end: float) -> Case:
-    return Case(timed, gradient, batch, dim, hidden, t_end, rtol=1e-6, atol=1e-6)
-
-
-NO_SLOWER = 0.95
-"""Of two that take the same time one may seem so much slower in a run."""
-
-# A case, and what is promised of whom: so many times as fast as another contestant.
-Promises = Mapping[str, Mapping[str, float]]
-SMALL: Promises = {WHILE: {RIVAL: 15.0, DIFFRAX: 1.0}}
-LARGE: Promises = {WHILE: {RIVAL: 1.0, HOST: NO_SLOWER}}
-TRAINED: Promises = {WHILE_ADJOINT: {THEIR_ADJOINT: 10.0}}
-SOLVE_CASES = (
-    (case("forward", BACKPROP, 16, 2, 50, t_end=5.0), SMALL),
-    (case("forward", BACKPROP, 128, 64, 64, t_end=5.0), SMALL),
-    (case("forward", BACKPROP, 4096, 1024, 1024, t_end=1.0), LARGE),
-)
-TRAINING_CASES = (
-    (case("step", ADJOINT, 16, 2, 50, t_end=5.0), TRAINED),
-    (case("step", ADJOINT, 128, 64, 64, t_end=5.0), TRAINED),
-)
-QUICK_SOLVE_CASES = ((case("forward", BACKPROP, 4, 2, 8, t_end=1.0), SMALL),)
-QUICK_TRAINING_CASES = ((case("step", ADJOINT, 4, 2, 8, t_end=1.0), TRAINED),)
-
-
-class Cell(NamedTuple):
-    """What device_loop_cell.py is asked. allowed: how often the host may wait, where that is promised."""
-
-    what: str
-    loop: str
-    gradient: str
-    steps: int
-    rows: int
-    allowed: int | None = None
-
-    @property
-    def name(self) -> str:
-        return f"{self.what}: {self.gradient}, {self.loop}, {self.steps} steps"
-
-    def measured(self, arguments: argparse.Namespace) -> Record:
-        """The row."""
-        asked = {name: value for name, value in self._asdict().items() if name != "allowed"}
-        row = {
-            **self._asdict(),
-            **measured(CELL, limit=CELL_LIMIT, **asked, threads=arguments.threads, device=arguments.device),
-        }
-        told = "calls" in row and self.allowed is not None
-        return row | {"met": row["calls"]["waits"] <= self.allowed if told else None}
-
-
-# A solve is looked at once, when it is over, unless that is put off. The states have 64 columns; 16384 rows are 4 MiB.
-CALLS = (
-    Cell("calls", "host", FORWARD, steps=16, rows=128),
-    Cell("calls", "batches", FORWARD, steps=16, rows=128),
-    Cell("calls", "while", FORWARD, steps=16, rows=128, allowed=1),
-    Cell("calls", "while, deferred", FORWARD, steps=16, rows=128, allowed=0),
-    Cell("calls", "while, deferred", ADJOINT, steps=16, rows=128, allowed=0),
-    Cell("calls", "while", DISCRETE, steps=16, rows=128),
-)
-MEMORY = tuple(
-    Cell("memory", loop, gradient, steps, rows=16384)
-    for loop, gradient in (("while", FORWARD), ("batches", FORWARD), ("while", ADJOINT), ("while", DISCRETE))
-    for steps in (10, 1000)
-)
 
 
 def main() -> None:
@@ -149,7 +72,7 @@ def main() -> None:
     def add(section: str, name: str, row: Callable[[], Record]) -> None:
         print(name, file=sys.stderr, flush=True)
         result[section].append(row())
-        write_result(result, arguments.out)  # each time: a limit may end the program before the last row
+        write_result(result, arguments.out)  # after each row: the program may be stopped before the last one
 
     measuring = {"device": device, "rounds": 3 if quick else ROUNDS, "budget": arguments.budget}
     if "steps" in sections:
@@ -185,18 +108,18 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="a CUDA device (default: cuda)")
-    parser.add_argument("--threads", type=int, default=1, help="torch's threads (default: 1)")
+    parser.add_argument("--threads", type=int, default=1, help="number of threads of torch (default: 1)")
     program.add_out(parser)
-    parser.add_argument("--quick", action="store_true", help="tiny cases: shows that the program runs")
+    parser.add_argument("--quick", action="store_true", help="tiny cases; only to see that the program runs")
     parser.add_argument("--only", nargs="+", default=[], metavar="SECTION", choices=SECTIONS, help=", ".join(SECTIONS))
-    parser.add_argument("--diffrax", action="store_true", help="with diffrax, which is compiled for every case")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
+    parser.add_argument("--diffrax", action="store_true", help="measure diffrax too; it is compiled for every case")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing per row; at least three rounds")
     parser.add_argument("--jobs", type=int, default=1, help="cells of calls and memory at once (default: 1)")
     return parser.parse_args()
 
 
 def cuda_device(name: str) -> torch.device:
-    """The device, or the end of the program, which says what is missing here."""
+    """The CUDA device. Prints what is missing and raises SystemExit if the kernels cannot run on it."""
     device = torch.device(name)
     if device.type != "cuda":
         lacking = "this is no CUDA device"
@@ -207,16 +130,16 @@ def cuda_device(name: str) -> torch.device:
     else:
         return device
     print(
-        "device_loop.py times steps that a GPU repeats, and needs an NVIDIA GPU, a CUDA build of torch and the "
-        f"kernels of node_cuda (--device {name}: {lacking}). "
-        "Without one, tests/project/test_bench.py checks its parts.",
+        "device_loop.py times captured solves, which repeat their steps on a GPU. It needs an NVIDIA GPU, a CUDA build "
+        f"of torch and the kernels of node_cuda (--device {name}: {lacking}). "
+        "Without a GPU, tests/project/test_bench.py checks its parts.",
         file=sys.stderr,
     )
     raise SystemExit(2)
 
 
 def kernels_for(device: torch.device) -> bool:
-    """node_cuda has compiled kernels that run there."""
+    """Whether node_cuda has compiled kernels for the device."""
     from node_cuda.extension.loading import kernels
 
     return kernels(device) is not None
@@ -232,8 +155,10 @@ def measure(
     rounds: int,
     budget: float,
 ) -> Record:
-    """One row: all checked, then those that are right timed in turn. against: whose times are divided by those of the
-    others."""
+    """One row: checks all contestants, then times those with correct results in turn.
+
+    against: the times of these contestants are divided by the times of the others.
+    """
     problem = make_problem(case, device)
     expected = exact(problem)
     by: dict[str, Record] = {}
@@ -245,9 +170,9 @@ def measure(
         try:
             running[name] = contestant(problem)
             by[name] = checked(name, running[name], case, expected)
-            by[name]["loops"] = getattr(running[name], "loops", "")  # ours know
-            running[name].timed()  # Adam's state; batches find their length in the second solve
-        except Exception as error:  # out of memory, no GPU for JAX, no such loop on this machine: a value
+            by[name]["loops"] = getattr(running[name], "loops", "")  # contestants of node_cuda have them
+            running[name].timed()  # a warm-up: makes Adam's state; in batches, the second solve sets their length
+        except Exception as error:  # out of memory, no GPU for JAX, no such loop here: the row says so
             by[name] = {"failed": gist(error)}
         if "failed" in by[name]:
             running.pop(name, None)
@@ -271,7 +196,7 @@ def measure(
 
 
 def failures(result: Record) -> list[str]:
-    """Which rows of ours have no numbers, and which of them the host waited in."""
+    """The rows of node_cuda without numbers, and those with more waits of the host than promised."""
     failed = [
         f"{name} in `{row['case']}`"
         for section in ("solves", "training", "steps")

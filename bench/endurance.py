@@ -1,10 +1,10 @@
 """Solves and differentiates a tiny problem a hundred thousand times, and says whether memory grew.
 
-Every way to a gradient in a loop of its own: resident memory, what torch has allocated on CUDA, and the number of live
-tensors, at intervals. The garbage collector is off meanwhile: what only it would free counts as growth. The first
-quarter of a loop warms up: caches and malloc's heap find their sizes. Of the rest, memory grew if the straight line
-through the resident sizes rises by more than a MiB from end to end, or if there are more tensors, or more bytes of them
-on CUDA, at its end than at its beginning. Ends with an error where it did.
+Every gradient mode has a loop. At intervals it samples the resident memory, the number of live tensors, and on CUDA
+what torch has allocated. The garbage collector is off, so memory that only the collector would free counts as growth.
+The first quarter of a loop is a warm-up, in which caches and malloc's heap reach their sizes. In the rest, memory grew
+if the straight line through the resident sizes rises by more than a MiB, or if at the end there are more tensors, or on
+CUDA more bytes, than at the start. The program then ends with an error.
 
     python bench/endurance.py [--quick] [--device cuda] [--solves N] [--out DIRECTORY]
 """
@@ -18,24 +18,25 @@ import time
 from collections.abc import Callable
 from typing import NamedTuple
 
-import program
 import torch
-from endurance_loops import loops
-from memory import resident
-from report_endurance import endurance_rows, endurance_sentence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
-from tables import Result, show, write_result
 from torch import Tensor
 
+from parts import program
+from parts.common.peak_memory import resident
+from parts.common.tables import Result, show, write_result
+from parts.endurance.loops import loops
+from parts.endurance.report import endurance_rows, endurance_sentence
+
 SOLVES, QUICK_SOLVES = 20_000, 40  # of each loop
-SAMPLES, LEAST_INTERVAL = 20, 5  # of a loop, besides the one before it; a sample takes as long as several solves
+SAMPLES, LEAST_INTERVAL = 20, 5  # per loop, without the first one; a sample takes as long as several solves
 WARM_UP = 0.25
-ALLOWED = 2**20  # bytes: what a heap may move by without a reason that could be named
+ALLOWED = 2**20  # bytes of growth of the heap that do not count
 
 
 class Sample(NamedTuple):
-    """What there is after so many solves. resident, allocated: bytes; allocated: of torch on CUDA, None on a CPU."""
+    """The memory after this number of solves. resident, allocated: bytes; allocated: by torch on CUDA, else None."""
 
     solves: int
     resident: int
@@ -60,7 +61,7 @@ def main() -> None:
             begin = time.perf_counter()
             samples = repeated(solve, arguments.solves, device, lambda done, task=task: progress.advance(task, done))
             rows.append({"gradient": name, "seconds": time.perf_counter() - begin, **judged(samples)})
-            write_result(result, arguments.out)  # each time: a limit may end the program before the last row
+            write_result(result, arguments.out)  # after each row: the program may be stopped before the last one
     result["complete"] = True
     path = write_result(result, arguments.out)
     show(endurance_rows(result))
@@ -73,7 +74,7 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = program.parser(__doc__, quick=f"{QUICK_SOLVES} solves each")
-    parser.add_argument("--solves", type=int, default=SOLVES, help=f"of each loop (default: {SOLVES})")
+    parser.add_argument("--solves", type=int, default=SOLVES, help=f"solves per loop (default: {SOLVES})")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.solves = QUICK_SOLVES
@@ -83,7 +84,7 @@ def parse() -> argparse.Namespace:
 def repeated(
     solve: Callable[[], None], solves: int, device: torch.device, advance: Callable[[int], None]
 ) -> list[Sample]:
-    """Calls solve so often; samples before the first call and at even intervals. advance: told of each interval."""
+    """Calls solve `solves` times; takes samples before and at even intervals. advance: called after each interval."""
     count = max(2, min(SAMPLES, solves // LEAST_INTERVAL))
     samples = [sample(0, device)]
     gc.collect()
@@ -101,14 +102,15 @@ def repeated(
 
 
 def sample(solves: int, device: torch.device) -> Sample:
-    # issubclass: isinstance would ask lazy objects of torch for their class, and warn.
+    """The memory now, after this number of solves."""
+    # issubclass: isinstance would make lazy objects of torch load their class, with a warning.
     tensors = sum(issubclass(type(thing), Tensor) for thing in gc.get_objects())
     allocated = torch.cuda.memory_allocated(device) if device.type == "cuda" else None
     return Sample(solves, resident(), tensors, allocated)
 
 
 def judged(samples: list[Sample]) -> Result:
-    """The samples, and what they say; bytes_a_solve: the slope of the straight line through the resident sizes."""
+    """The samples and where memory grew; bytes_a_solve: the slope of the straight line through the resident sizes."""
     watched = [each for each in samples if each.solves >= WARM_UP * samples[-1].solves]
     first, last = watched[0], watched[-1]
     line = statistics.linear_regression([each.solves for each in watched], [each.resident for each in watched])

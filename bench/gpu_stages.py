@@ -1,9 +1,9 @@
-"""The stages of gpu.sh: runs one process after another until a deadline, and prints a line for what came of each.
+"""Runs the stages of gpu.sh: one process after another until a deadline, with a line for the outcome of each.
 
     python bench/gpu_stages.py STAGE... [--deadline SECONDS] [--diffrax] [--out FOLDER]      # as gpu.sh calls it
 
-Only the standard library is imported here: a broken torch, driver or kernel ends a process that is looked at from here.
-gpu.json and gpu.tgz are written anew after every item, so that what there is comes back when a machine is taken away.
+Only the standard library is imported here, so that a broken torch, driver or kernel ends an item and not this program.
+gpu.json and gpu.tgz are written again after every item, so that the results so far are saved if the machine goes away.
 """
 
 from __future__ import annotations
@@ -15,60 +15,31 @@ import json
 import os
 import re
 import shutil
-import signal
-import subprocess
 import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-from build_for_gpu import carried
-from gpu_items import BUDGETS, ROOT, Item, installed, items
+from parts.common.paths import PARTS, ROOT, environment
+from parts.gpu.carried import carried
+from parts.gpu.items import BUDGETS, Item, installed, items
+from parts.gpu.processes import FAILED, OK, SKIPPED, STOPPED, Line, of_checks, of_process, ran
 
 OUT = ROOT / "build" / "gpu"
 RECORD_LIMIT = 60.0  # seconds
-SAVING = 3.0  # seconds before the deadline in which nothing runs: files are written
-LEAST = 5.0  # no item begins with less
-GIVE_UP = 10.0  # so long after its limit a process is left behind that not even SIGKILL ends
-LENGTH, NAMED = 300, 8  # letters of a line, and failed tests that are named below one
-OK, FAILED, SKIPPED, STOPPED = "ok", "FAILED", "skipped", "stopped"
-CHECK = re.compile(rf"^({OK}|{FAILED}) ([\w-]+): (.*)$", re.MULTILINE)  # a line of smoke.py
-COUNTS = re.compile(r"\b\d+ (?:passed|failed|errors?|skipped)\b.* in [\d.]+s")  # of pytest's last line
-
-
-class Line(NamedTuple):
-    """What came of an item or a check. outcome: skipped, if something that it needs is not installed; stopped, if it
-    was to begin or to end after the deadline. more: failed tests."""
-
-    stage: str
-    name: str
-    outcome: str
-    seconds: float
-    detail: str
-    more: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        first = f"{self.outcome} {self.name} ({self.seconds:.0f} s): {self.detail}"
-        return "\n    ".join(line[:LENGTH] for line in (first, *self.more))
-
-
-class Ended(NamedTuple):
-    """How a process ended. status: None where its limit ended it."""
-
-    status: int | None
-    seconds: float
-    log: str
+SAVING = 3.0  # seconds before the deadline, for writing the files; no item runs then
+LEAST = 5.0  # seconds; an item does not start with less time
 
 
 class Session:
-    """A call of gpu.sh. work: a folder for this call alone."""
+    """A call of gpu.sh. work: a temporary folder for this call."""
 
     def __init__(self, out: Path, work: Path, deadline: float, machine: Mapping[str, Any]) -> None:
         self.out, self.machine = out, machine
-        self.deadline = deadline  # as time.monotonic says it
+        self.deadline = deadline  # a time of time.monotonic
         self.results, self.logs, self.scratch = (work / name for name in ("results", "logs", "scratch"))
         for folder in (out, self.results, self.logs, self.scratch):
             folder.mkdir(parents=True, exist_ok=True)
@@ -82,10 +53,11 @@ class Session:
         }
 
     def run(self, stage: str, item: Item) -> None:
-        """An item, and its lines."""
+        """Runs an item and adds its lines."""
         self.add(*self._lines(stage, item))
 
     def add(self, *lines: Line) -> None:
+        """Prints lines and saves them."""
         for line in lines:
             print(line)
         self.lines += lines
@@ -112,14 +84,14 @@ class Session:
 
     @property
     def good(self) -> bool:
-        """Nothing failed, and nothing was stopped."""
+        """Whether no line failed or was stopped."""
         return not any(line.outcome in (FAILED, STOPPED) for line in self.lines)
 
     def save(self) -> None:
-        """Writes gpu.json and gpu.tgz, whole or not at all."""
+        """Writes gpu.json and gpu.tgz. Each file is complete or stays as it was."""
         rows = {}
         for path in sorted(self.results.glob("*.json")):
-            with contextlib.suppress(ValueError):  # its writer was stopped
+            with contextlib.suppress(ValueError):  # the program was stopped while it wrote the file
                 rows[path.name] = json.loads(path.read_text())
         found = {
             "benchmark": "gpu",
@@ -137,107 +109,31 @@ class Session:
         shutil.move(new, self.out / "gpu.tgz")
 
 
-# ---- one process
-
-
-def ran(command: Sequence[str | Path], limit: float, log: Path, environment: Mapping[str, str]) -> Ended:
-    """Runs a command in the checkout, for so many seconds at most."""
-    begun = time.monotonic()
-    with log.open("w") as file:
-        process = subprocess.Popen(
-            ["timeout", "-k", "2", f"{limit:.2f}", *map(str, command)],
-            cwd=ROOT,
-            env=environment,
-            stdin=subprocess.DEVNULL,
-            stdout=file,
-            stderr=subprocess.STDOUT,
-        )
-        try:
-            status: int | None = process.wait(limit + GIVE_UP)
-        except subprocess.TimeoutExpired:
-            status = None
-    seconds = time.monotonic() - begun
-    if seconds >= limit and status in (124, 128 + signal.SIGKILL, -signal.SIGKILL):
-        status = None
-    return Ended(status, seconds, log.read_text(errors="replace"))
-
-
-def of_checks(stage: str, item: Item, ended: Ended, bad: str) -> list[Line]:
-    """A line a check: its own, or why there is none. bad: the outcome of the check that the process ended in."""
-    told = {name: (outcome, detail) for outcome, name, detail in CHECK.findall(ended.log)}
-    missing = [name for name in item.checks if name not in told]
-    lines = []
-    for name in item.checks:
-        if name in told:
-            outcome, detail = told[name]
-        elif name == missing[0]:
-            outcome, detail = bad, how(ended)
-        else:
-            outcome, detail = bad, f"not reached, because of {missing[0]}"
-        lines.append(Line(stage, name, outcome, ended.seconds / len(item.checks), detail))
-    return lines
-
-
-def of_process(stage: str, item: Item, ended: Ended, bad: str) -> Line:
-    """The line of tests or of a benchmark. bad: its outcome if it did not end well."""
-    log = ended.log.splitlines()
-    if "pytest" in item.needs:
-        counts = [found[0] for line in log if (found := COUNTS.search(line))]
-        good = ended.status == 0 and bool(counts) and "passed" in counts[-1]
-        done = sum(" PASSED" in line for line in log)
-        detail = counts[-1] if counts and ended.status is not None else f"{how(ended)}; {done} had passed"
-        return Line(stage, item.name, OK if good else bad, ended.seconds, detail, failed_tests(log))
-    if ended.status != 0:
-        return Line(stage, item.name, bad, ended.seconds, how(ended))
-    said = [line for line in log if line.strip() and not line.startswith("Written: ")]
-    return Line(stage, item.name, OK, ended.seconds, said[-1] if said else "")
-
-
-def failed_tests(log: Sequence[str]) -> tuple[str, ...]:
-    """Those of pytest's summary; without one (it was stopped) those of its lines until then."""
-    summary = [line for line in log if re.match(r"(FAILED|ERROR) tests/", line)]
-    found = summary or [line for line in log if "tests/" in line and re.search(r"\b(FAILED|ERROR)\b", line)]
-    more = [f"and {len(found) - NAMED} more, in the log"] if len(found) > NAMED else []
-    return (*found[:NAMED], *more)
-
-
-def how(ended: Ended) -> str:
-    """How a process ended that did not end well, and the line of its log that says most."""
-    lines = [line.strip() for line in ended.log.splitlines() if line.strip()]
-    telling = [line for line in lines if re.search(r"[Ee]rror\b|Fatal", line)] or lines or ["it printed nothing"]
-    number = None
-    if ended.status is None:
-        end = f"stopped after {ended.seconds:.0f} s"
-    else:
-        number = -ended.status if ended.status < 0 else ended.status - 128
-        end = f"exit status {ended.status}"
-    if number is not None and number in set(signal.Signals):
-        end = f"ended by {signal.Signals(number).name}"
-    return f"{end}: {telling[-1]}"
-
-
 # ---- before anything runs
 
 
 def asked(work: Path) -> dict[str, Any]:
-    """What gpu_record.py says of the machine; where it finds no GPU, the end of the program and a sentence."""
-    found = ran([sys.executable, "bench/gpu_record.py"], RECORD_LIMIT, work / "record.txt", os.environ)
+    """The record of the machine, from parts/gpu/record.py. Raises SystemExit if it finds no GPU."""
+    record = [sys.executable, PARTS / "gpu" / "record.py"]
+    found = ran(record, RECORD_LIMIT, work / "record.txt", environment())
     lines = found.log.strip().splitlines() or ["nothing was printed"]
     if found.status is None:
-        raise SystemExit(f"torch did not say within {found.seconds:.0f} s which GPU there is: does nvidia-smi answer?")
+        raise SystemExit(f"torch did not name the GPU within {found.seconds:.0f} s. Check that nvidia-smi answers.")
     if found.status != 0:
-        raise SystemExit(f"{sys.executable}: {lines[-1]} (PYTHON=... bench/gpu.sh names another interpreter.)")
+        raise SystemExit(f"{sys.executable}: {lines[-1]} (For another interpreter: PYTHON=... bench/gpu.sh.)")
     return json.loads(lines[-1])
 
 
 def put_in_place(machine: Mapping[str, Any]) -> None:
-    """Copies the carried module into the package. Where anything is missing or was compiled from other sources, the
-    end of the program and a sentence."""
+    """Copies the compiled module into the package.
+
+    Raises SystemExit if a file is missing or the module was compiled from other sources.
+    """
     python, torch = ".".join(machine["python"].split(".")[:2]), machine["torch"].partition("+")[0]
     carry = carried(python, torch, machine["capability"])
     again = (
-        f"Run `python bench/build_for_gpu.py --python {python} --torch {torch} --arch {machine['capability']}` where "
-        f"the project is developed, and carry {shown(carry)}."
+        f"Run `python bench/build_for_gpu.py --python {python} --torch {torch} --arch {machine['capability']}` on "
+        f"the machine where the project is developed, and copy {shown(carry)} to this one."
     )
     modules = sorted((carry / "node_cuda").glob("_C.*.so"))
     note = carry / "node_cuda" / "_build.json"
@@ -251,11 +147,12 @@ def put_in_place(machine: Mapping[str, Any]) -> None:
 
 
 def shown(path: Path) -> str:
+    """A path relative to the checkout, if it lies there."""
     return str(path.relative_to(ROOT) if path.is_relative_to(ROOT) else path)
 
 
 def digest() -> str:
-    """That of csrc/, as the build notes it."""
+    """The digest of csrc/, as the build computes it."""
     spec = importlib.util.spec_from_file_location("node_cuda_build", ROOT / "node_cuda" / "extension" / "build.py")
     assert spec is not None and spec.loader is not None
     build = importlib.util.module_from_spec(spec)
@@ -268,9 +165,11 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(prog="bench/gpu.sh", description="See the head of bench/gpu.sh.")
     parser.add_argument("stages", nargs="+", metavar="STAGE", choices=BUDGETS, help=", ".join(BUDGETS))
     budgets = ", ".join(f"{name} {seconds}" for name, seconds in BUDGETS.items())
-    parser.add_argument("--deadline", type=float, metavar="SECONDS", help=f"of the whole call (default: {budgets})")
+    parser.add_argument(
+        "--deadline", type=float, metavar="SECONDS", help=f"time limit of the call (default: {budgets})"
+    )
     parser.add_argument("--diffrax", action="store_true", help="measure diffrax too, last")
-    about_out = "of gpu.json and gpu.tgz (default: build/gpu)"
+    about_out = "folder of gpu.json and gpu.tgz (default: build/gpu)"
     parser.add_argument("--out", type=Path, default=OUT, metavar="FOLDER", help=about_out)
     return parser.parse_args()
 

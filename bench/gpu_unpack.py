@@ -1,6 +1,6 @@
-"""Unpacks what bench/gpu.sh brought back: the benchmarks' JSON, and gpu-STAGE.json for each stage.
+"""Unpacks the gpu.json of bench/gpu.sh: writes the JSON of the benchmarks, and gpu-STAGE.json for each stage.
 
-python bench/gpu_unpack.py --publish FOLDER...      # each with a gpu.json; into bench/results/, and the pages' tables
+python bench/gpu_unpack.py --publish FOLDER...      # writes into bench/results/ and fills the tables of the pages
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-import program
+from parts import program
 
 
 def unpack(found: dict[str, Any], folder: Path) -> list[Path]:
-    """Writes the files, over those of a former run, and returns their paths."""
+    """Writes the files, over those of an earlier run, and returns their paths."""
     files = {Path(name).name: result for name, result in found["results"].items()}
     head = {key: found[key] for key in ("device", "machine")}
     for stage in dict.fromkeys(line["stage"] for line in found["lines"]):

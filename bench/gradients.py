@@ -1,11 +1,13 @@
-"""What a gradient costs and how far off it is, by every mode of node_cuda and by torchdiffeq.
+"""Measures time, error and memory of gradients, by every mode of node_cuda and by torchdiffeq.
 
-1. Time of a solve and its gradient at the default tolerances, all modes in turn after a check of their values, with
-   the ratio of torchdiffeq's adjoint's time in the same round, for 2 and for 100 outputs.
-2. Error against peak memory at rtol 1e-5, for four problems: against the exact gradient, and against that of the same
-   steps in float64. Memory in a process of its own for every cell (memory.py says why).
+1. Time of a solve and its gradient at the default tolerances, for 2 and for 100 outputs. The gradients are checked
+   first, then all modes take turns. The ratio is the time of torchdiffeq's adjoint over that of the mode, in one round.
+2. Error and peak memory at rtol 1e-5, for four problems. The error is against the exact gradient, and against the
+   gradient of the same steps in float64. Memory is measured in a fresh process for each cell
+   (parts/common/peak_memory.py says why).
 
-Rows that lose stay in; one that fails says why. The problems are in gradient_problems.py, the modes in modes.py.
+Rows in which node_cuda loses are kept; a row that failed says why. The problems are in parts/gradients/problems.py, the
+modes in parts/common/modes.py.
 
     python bench/gradients.py [--quick] [--device cuda] [--threads N] [--jobs N] [--budget SECONDS] [--out DIRECTORY]
 """
@@ -19,20 +21,21 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import libraries
-import program
 import torch
-from fresh_process import measured
-from gradient_problems import PROBLEMS_PLOTTED, PROBLEMS_TIMED, QUICK_PROBLEM, GradientProblem
-from gradient_steps import Gradients, Step, difference, exact, of_same_steps
-from libraries import RIVAL
-from modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, MODES, installed
-from report_gradients import gradient_error_rows, gradient_time_rows, gradients_sentence
-from solving import ERROR_PER_EPS, ERROR_PER_RTOL
-from tables import gist, show, write_result
-from timing import Spread, interleaved, seconds
 
-THEIRS = f"{RIVAL} {ADJOINT}"  # the mode that all others are compared with
+from parts import program
+from parts.common import libraries
+from parts.common.fresh_process import measured
+from parts.common.libraries import RIVAL
+from parts.common.modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, MODES, installed
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, interleaved, seconds
+from parts.gradients.problems import PROBLEMS_PLOTTED, PROBLEMS_TIMED, QUICK_PROBLEM, GradientProblem
+from parts.gradients.report import gradient_error_rows, gradient_time_rows, gradients_sentence
+from parts.gradients.steps import Gradients, Step, difference, exact, of_same_steps
+from parts.solve.solving import ERROR_PER_EPS, ERROR_PER_RTOL
+
+THEIRS = f"{RIVAL} {ADJOINT}"  # all other modes are compared with this one
 TIMED = (THEIRS, ADJOINT, DISCRETE, CHECKPOINTED, BACKPROP)
 QUICK_MODES = (THEIRS, DISCRETE)
 ROUNDS = 41  # at most, of each row
@@ -54,7 +57,7 @@ def main() -> None:
     for problem in to_time:
         print(problem.name, file=sys.stderr, flush=True)
         result["times"].append(measure_times(problem, installed(timed), device, arguments))
-        write_result(result, arguments.out)  # each time: a limit may end the program before the last row
+        write_result(result, arguments.out)  # after each row: the program may be stopped before the last one
     for problem in to_plot:
         print(problem.name, file=sys.stderr, flush=True)
         result["problems"].append(measure_errors(problem, installed(plotted), device, arguments))
@@ -62,7 +65,7 @@ def main() -> None:
     result["complete"] = True
     path = write_result(result, arguments.out)
     if libraries.installed("matplotlib"):
-        from plot_gradients import draw_gradients
+        from parts.gradients.plot import draw_gradients
 
         draw_gradients(result, path.with_suffix(".png"))
     show(gradient_time_rows(result))
@@ -74,7 +77,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = program.parser(__doc__, quick="one tiny problem", out="folder of the JSON and the plot")
     parser.add_argument("--jobs", type=int, default=1, help="memory cells at once (default: 1)")
-    parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing a row; at least three rounds")
+    parser.add_argument("--budget", type=float, default=6.0, help="seconds of timing per row; at least three rounds")
     arguments = parser.parse_args()
     if arguments.quick:
         arguments.budget, arguments.jobs = 0.0, 2
@@ -84,7 +87,7 @@ def parse() -> argparse.Namespace:
 def measure_times(
     problem: GradientProblem, modes: Sequence[str], device: torch.device, arguments: argparse.Namespace
 ) -> Record:
-    """One row: all modes checked, then those that are right timed in turn."""
+    """One row: checks all modes, then times those with correct gradients in turn."""
     expected = exact(problem, device)
     allowed = ERROR_PER_RTOL * problem.rtol + ERROR_PER_EPS * torch.finfo(torch.float32).eps
     by: dict[str, Record] = {}
@@ -113,7 +116,7 @@ def measure_times(
 def measure_errors(
     problem: GradientProblem, modes: Sequence[str], device: torch.device, arguments: argparse.Namespace
 ) -> Record:
-    """One panel: errors in this process, memory in others."""
+    """One panel: the errors, from this process, and the memory, from fresh processes."""
     references = {"error": exact(problem, device), "error_same_steps": of_same_steps(problem, device)}
     by: dict[str, Record] = {}
     for mode in modes:
@@ -130,21 +133,22 @@ def measure_errors(
 
 
 def attempt(problem: GradientProblem, mode: str, device: torch.device) -> tuple[Record, Gradients | None]:
-    """The gradients and what they cost; none, and the reason, where the solve fails."""
+    """The cost and the gradients; if the solve fails, the reason and None."""
     try:
         found = Step(problem, mode, device)()
-    except Exception as error:  # a step size that underflows, out of memory: a value
-        return {"failed": gist(error).partition(". ")[0]}, None  # the rest is advice
+    except Exception as error:  # a step size that underflows, out of memory: the row says so
+        return {"failed": gist(error).partition(". ")[0]}, None  # without the advice in the message
     return {"nfe": found.nfe, "nfe_backward": found.nfe_backward}, found
 
 
 def memory(problem: GradientProblem, mode: str, arguments: argparse.Namespace) -> Record:
-    """The peak of a fresh process; `failed` if it has none."""
+    """The peak memory from a fresh process, or `failed` with the reason."""
     options = {"problem": problem.name, "mode": mode, "threads": arguments.threads, "device": arguments.device}
-    return measured("gradient_cell.py", **options)
+    return measured("gradients/cell.py", **options)
 
 
 def about(problem: GradientProblem) -> Record:
+    """The tolerances and the loss of a problem, for the JSON."""
     return {"rtol": problem.rtol, "atol": problem.atol, "loss": problem.loss.__name__}
 
 

@@ -1,10 +1,10 @@
-"""Times every primitive: the kernel alone, beside plain PyTorch and torch.compile of that, against a copy's bandwidth.
+"""Times every primitive: the kernel, plain PyTorch and torch.compile of it, against the bandwidth of a copy.
 
-For a state of 64 MB, where bytes are what counts, and of 16 KB, where launches do. A kernel is called raw, without
-node_cuda around it, and its results are compared with the reference's before anything is timed. Bytes are those that
-the formula must read and write; the bandwidth is that of `copy_` of one such state in the same run. Many launches
-follow each other between two CUDA events; with the large state their tensors take turns, so many that a pass over them
-is several times larger than the L2 cache. The primitives are in primitives/.
+The states are of 64 MB, where bandwidth matters, and of 16 KB, where the cost of a launch matters. A kernel is launched
+directly, without the rest of node_cuda, and its results are first compared with those of the reference. Bytes are those
+that the formula must read and write; the bandwidth is compared with that of `copy_` of one state in the same run. Many
+launches follow each other between two CUDA events. For the large state they take turns on sets of tensors, which
+together are several times as large as the L2 cache. The primitives are in parts/kernels/.
 
     python bench/kernels.py [--dtype float16] [--out DIRECTORY]
 """
@@ -18,23 +18,24 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
-import program
 import torch
-from primitives import PRIMITIVES, STEP, Launch, Primitive, Workplace
-from report_gpu import kernels_rows, kernels_sentences
-from tables import gist, show, write_result
-from timing import Spread, device_seconds
 from torch import Tensor
 
+from parts import program
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, device_seconds
+from parts.kernels.primitives import PRIMITIVES, STEP, Launch, Primitive, Workplace
+from parts.kernels.report import kernels_rows, kernels_sentences
+
 SIZES = (64 * 2**20, 16 * 2**10)  # bytes of the state
-TARGET, TARGET_FROM = 0.85, 64 * 2**20  # share of the copy's bandwidth, from so many bytes of state on
-L2_PASSES = 8  # so many times the L2 cache is what launches go through before they meet a tensor again
-ULPS = 64  # a result may be off by so many units in the last place of the largest one
+TARGET, TARGET_FROM = 0.85, 64 * 2**20  # share of the bandwidth of a copy; from this size of the state on
+L2_PASSES = 8  # the sets of tensors together, in sizes of the L2 cache
+ULPS = 64  # the allowed error of a result, in units in the last place of the largest number
 DTYPES = ("float32", "float64", "float16", "bfloat16")
 
 
 class Setting(NamedTuple):
-    """What all rows have in common. compile_until: a time of perf_counter; later rows are not compiled."""
+    """The settings that all rows share. compile_until: time (perf_counter) after which no row is compiled."""
 
     place: Workplace
     state_bytes: int
@@ -69,7 +70,7 @@ def main() -> None:
                 print(f"{primitive.name}, {size} bytes", file=sys.stderr, flush=True)
                 rows.append(measure(primitive, setting))
                 result["steps"] = [step for done in arguments.sizes if (step := whole_step(rows, done))]
-                write_result(result, arguments.out)  # each time: time on a GPU may be over before the last row
+                write_result(result, arguments.out)  # after each row: the program may be stopped before the last one
     result["complete"] = True
     path = write_result(result, arguments.out)
     show(kernels_rows(result))
@@ -82,10 +83,10 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="cuda", help="a CUDA device (default: cuda)")
-    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="of the state (default: float32)")
-    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="of the state")
+    parser.add_argument("--dtype", choices=DTYPES, default="float32", help="dtype of the state (default: float32)")
+    parser.add_argument("--sizes", type=int, nargs="+", default=SIZES, metavar="BYTES", help="sizes of the state")
     parser.add_argument(
-        "--compile-seconds", type=float, default=120.0, help="no new torch.compile after so many (0: none at all)"
+        "--compile-seconds", type=float, default=120.0, help="start no torch.compile after this time (0: none at all)"
     )
     program.add_out(parser)
     arguments = parser.parse_args()
@@ -95,29 +96,29 @@ def parse() -> argparse.Namespace:
 
 
 def cuda_device(name: str) -> torch.device:
-    """The device with its index, or the end of the program."""
+    """The CUDA device with its index. Raises SystemExit if there is none."""
     device = torch.device(name)
     if device.type != "cuda" or not torch.cuda.is_available():
         lacking = "this is no CUDA device" if device.type != "cuda" else "torch finds none here"
         raise SystemExit(
-            f"kernels.py times CUDA kernels, and needs an NVIDIA GPU with a CUDA build of torch (--device {name}: "
-            f"{lacking}). Without one, tests/project/test_bench.py checks the same launches on the CPU."
+            f"kernels.py times CUDA kernels and needs an NVIDIA GPU and a CUDA build of torch (--device {name}: "
+            f"{lacking}). Without a GPU, tests/project/test_bench.py checks the same launches on the CPU."
         )
     return torch.device("cuda", torch.cuda.current_device() if device.index is None else device.index)
 
 
 def compiled_module(device: torch.device) -> Any:
-    """node_cuda._C, or the end of the program."""
+    """node_cuda._C. Raises SystemExit if there are no compiled kernels."""
     from node_cuda.extension.loading import kernels
 
     module = kernels(device)
     if module is None:
-        raise SystemExit("There are no compiled kernels to time; the warning above says why, and how to get them.")
+        raise SystemExit("There are no compiled kernels to time. The warning above says why, and how to get them.")
     return module
 
 
 def copy_rate(place: Workplace, size: int) -> tuple[float, dict[str, Any]]:
-    """Bytes a second that torch's copy of a state moves, reads and writes both counted, and its record."""
+    """Bytes per second of torch's copy of a state (reads plus writes), and its record for the JSON."""
     pairs = [place.states(2) for _ in range(turns(2 * size, place))]
     took = device_seconds([lambda to=to, source=source: to.copy_(source) for to, source in pairs])
     spread = Spread.of(took)
@@ -126,7 +127,7 @@ def copy_rate(place: Workplace, size: int) -> tuple[float, dict[str, Any]]:
 
 
 def turns(moved: int, place: Workplace) -> int:
-    """How many sets of tensors take turns: one for a small state, which may stay in the cache."""
+    """The number of sets of tensors that take turns: 1 for a small state, which may stay in the cache."""
     if place.n * place.dtype.itemsize < TARGET_FROM:
         return 1
     cache = getattr(torch.cuda.get_device_properties(place.device), "L2_cache_size", 64 * 2**20)
@@ -134,7 +135,7 @@ def turns(moved: int, place: Workplace) -> int:
 
 
 def measure(primitive: Primitive, setting: Setting) -> dict[str, Any]:
-    """One row; where something fails, it says what."""
+    """One row; if it fails, it has the reason in `failed`."""
     row: dict[str, Any] = {
         "primitive": primitive.name,
         "launcher": primitive.launcher,
@@ -158,13 +159,13 @@ def measure(primitive: Primitive, setting: Setting) -> dict[str, Any]:
         if row["target"] is not None:
             row["met"] = row["of_copy"] >= row["target"]
         row["compiled"] = compiled(primitive, launches, setting)
-    except Exception as error:  # a row that fails is a value, and the others go on
+    except Exception as error:  # the row says so, and the next one is measured
         row["failed"] = gist(error)
     return row
 
 
 def whole_step(rows: Sequence[dict[str, Any]], size: int) -> dict[str, Any] | None:
-    """The sums over the launches of a step of dopri5 in microseconds, None where one is missing."""
+    """The sums over the launches of a step of dopri5 in microseconds; None if a launch has no time."""
     by_name = {row["primitive"]: row for row in rows if row["state_bytes"] == size and "failed" not in row}
     if not by_name.keys() >= set(STEP):
         return None
@@ -181,13 +182,13 @@ def whole_step(rows: Sequence[dict[str, Any]], size: int) -> dict[str, Any] | No
 
 
 def timed(plain: Callable[..., Any], launches: Sequence[Launch]) -> dict[str, Any]:
-    """What the same costs without the kernel."""
+    """The time of the same work in PyTorch."""
     took = device_seconds([lambda launch=launch: plain(*launch.arguments) for launch in launches])
     return {"microseconds": Spread.of([1e6 * s for s in took])}
 
 
 def compiled(primitive: Primitive, launches: Sequence[Launch], setting: Setting) -> dict[str, Any]:
-    """What torch.compile makes of plain PyTorch; fresh for every row, or it would soon stop compiling."""
+    """The time of torch.compile of plain PyTorch. Its cache is reset for each row, or it would stop compiling."""
     if time.perf_counter() >= setting.compile_until:
         return {"failed": "not compiled"}
     try:
@@ -198,11 +199,11 @@ def compiled(primitive: Primitive, launches: Sequence[Launch], setting: Setting)
 
 
 def require_right(primitive: Primitive, launch: Launch, dtype: torch.dtype) -> None:
-    """Runs the kernel once, then plain PyTorch on numbers of its own, and raises where they differ."""
+    """Runs the kernel and plain PyTorch once, on equal numbers; raises ValueError if their results differ."""
     launch.kernel()
     plain = flat(primitive.plain(*launch.arguments))
     if len(plain) != len(launch.results):
-        raise ValueError(f"{primitive.name} gives {len(launch.results)} results, plain PyTorch {len(plain)}")
+        raise ValueError(f"{primitive.name} returns {len(launch.results)} results, plain PyTorch {len(plain)}")
     for ours, expected in zip(launch.results, plain, strict=True):
         size = expected.abs().max().item()
         off = (ours - expected.to(ours.device).view_as(ours)).abs().max().item()
@@ -211,7 +212,7 @@ def require_right(primitive: Primitive, launch: Launch, dtype: torch.dtype) -> N
 
 
 def flat(results: Any) -> list[Tensor]:
-    """Tensors, numbers and sequences of them as a list of tensors."""
+    """A tensor, a number, or a sequence of them, as a list of tensors."""
     if isinstance(results, Tensor):
         return [results]
     if isinstance(results, float):

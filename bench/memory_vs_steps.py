@@ -1,13 +1,13 @@
 """Trains an ODE-Net on digits, then measures a training step's memory and time against its solver steps.
 
-1. Training: scikit-learn's bundled 8x8 handwritten digits, `odeint_adjoint` with dopri5, to a stated test accuracy;
-   the program ends with an error where it is not reached. Without scikit-learn it goes on to the measurement.
-2. Measurement: one training step of the same network with N equal steps of a fixed-grid method, differentiated by
-   backpropagation through the solver, by the adjoint and by the discrete adjoint, also with checkpoints, of node_cuda
-   (on CUDA by the fused kernels and by plain PyTorch); by the first two of torchdiffeq, where it is installed.
-   Memory in a process of its own for every cell (memory.py says why, and what is measured), time in this one, the
-   fastest of several, all modes in turn.
-3. Report: a table, a sentence computed from the data, JSON and, where matplotlib is installed, a plot.
+1. Training: scikit-learn's bundled 8x8 handwritten digits, by `odeint_adjoint` with dopri5, to a stated test accuracy.
+   The program ends with an error if the accuracy is not reached. Without scikit-learn this part is left out.
+2. Measurement: one training step of the same network with N equal steps of a fixed-grid method. The gradient modes are
+   backpropagation, the adjoint and the discrete adjoint (also with checkpoints) of node_cuda, on CUDA by the fused
+   kernels and by plain PyTorch; and backpropagation and the adjoint of torchdiffeq, if it is installed. Memory is
+   measured in a fresh process for each cell (parts/common/peak_memory.py says why). Time is measured in this process:
+   the fastest of several runs, all modes in turn.
+3. Report: a table, a sentence computed from the data, JSON and, if matplotlib is installed, a plot.
 
     python bench/memory_vs_steps.py [--quick] [--device cuda] [--jobs N] [--out DIRECTORY]
 """
@@ -18,31 +18,31 @@ import argparse
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import digits
-import libraries
-import program
 import torch
-from digits import ODENet
-from fresh_process import measured
-from modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, Mode, mode, of_library
-from report_gpu import INCOMPLETE
-from report_memory import NOT_TRAINED, memory_rows, memory_sentence
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-from tables import show, write_result
-from timing import seconds
-from training_step import Setting, training_step
+
+from parts import program
+from parts.common import libraries
+from parts.common.fresh_process import measured
+from parts.common.modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE, Mode, mode, of_library
+from parts.common.tables import INCOMPLETE, show, write_result
+from parts.common.timing import seconds
+from parts.memory import digits
+from parts.memory.digits import ODENet
+from parts.memory.report import NOT_TRAINED, memory_rows, memory_sentence
+from parts.memory.training_step import Setting, training_step
 
 TAKES = "This takes about four minutes on two cores: training, then 24 cells of memory and their times."
-# Seeds 0 to 5 end at 0.967 to 0.982, and the roundings of another machine amount to another seed.
+# Seeds 0 to 5 reach 0.967 to 0.982. Other roundings on another machine have the effect of another seed.
 REQUIRED_ACCURACY = 0.96
-RTOL, ATOL = 1e-3, 1e-3  # of the training; torchdiffeq's own ODE-Net example trains with the same
+RTOL, ATOL = 1e-3, 1e-3  # of the training; as in torchdiffeq's ODE-Net example
 EPOCHS, LEARNING_RATE = 12, 5e-3
 CHANNELS, BATCH = 16, 64
-MEASURED_BATCH = 32  # large enough for the activations to stand out, small enough for 512 steps in a second or two
+MEASURED_BATCH = 32  # large enough to see the activations, small enough for 512 steps in a second or two
 STEPS = (8, 32, 128, 512)
-SOLVER_METHOD = "midpoint"  # two evaluations a step: the longest grid stays a matter of seconds
-# A step is timed several times, short ones more often, until they add up to about so many solver steps.
+SOLVER_METHOD = "midpoint"  # two evaluations per step: the longest grid takes seconds
+# A training step is timed until its runs add up to about REPEAT_STEPS solver steps.
 REPEAT_STEPS, LEAST_REPEATS, MOST_REPEATS = 512, 2, 9
 QUICK_IMAGES = 256
 
@@ -73,8 +73,8 @@ def main() -> None:
         if training is not None and training["test_accuracy"] < training["required_accuracy"]:
             raise SystemExit(
                 f"After {arguments.epochs} epochs the test accuracy is {training['test_accuracy']:.3f}, less than "
-                f"the required {training['required_accuracy']:g}: nothing is measured. Raise --epochs, or look for "
-                "what is wrong with the gradients: `make test`."
+                f"the required {training['required_accuracy']:g}. Nothing is measured. Raise --epochs, or check "
+                "the gradients with `make test`."
             )
         task = progress.add_task("memory", total=len(cells))
         done: list[Cell] = []
@@ -89,7 +89,7 @@ def main() -> None:
             for cell in pool.map(lambda key: measure_memory(key[0], key[1], arguments), cells):
                 done.append(cell)
                 progress.update(task, advance=1, description=f"memory, N={cell['steps']}")
-        write_result(result, arguments.out)  # time on a GPU may be over before the last N
+        write_result(result, arguments.out)  # now: the program may be stopped before the last N
         task = progress.add_task("time", total=len(arguments.steps))
         for n in arguments.steps:
             measure_times([cell for cell in done if cell["steps"] == n], n, compared, arguments)
@@ -100,13 +100,13 @@ def main() -> None:
     path = write_result(result, arguments.out)
     written = str(path)
     if libraries.installed("matplotlib"):
-        from plot_memory import draw_memory
+        from parts.memory.plot import draw_memory
 
         draw_memory(result, path.with_suffix(".png"))
         written += f" and {path.with_suffix('.png').name}"
     show(memory_rows(result))
     if not libraries.installed(libraries.RIVAL):
-        console.print(f"{libraries.RIVAL} is not installed, and has no columns.")
+        console.print(f"{libraries.RIVAL} is not installed, so it has no columns.")
     if training is None:
         console.print(NOT_TRAINED)
     else:
@@ -121,7 +121,7 @@ def main() -> None:
 def parse() -> argparse.Namespace:
     parser = program.parser(__doc__, quick="a few images, two N, node_cuda only", out="folder of the JSON and the plot")
     parser.add_argument("--epochs", type=int, default=EPOCHS)
-    parser.add_argument("--batch", type=int, default=MEASURED_BATCH, help="of the measured step")
+    parser.add_argument("--batch", type=int, default=MEASURED_BATCH, help="batch of the measured step")
     parser.add_argument("--steps", type=int, nargs="+", default=STEPS, metavar="N")
     parser.add_argument("--jobs", type=int, default=2, help="memory cells at once (default: 2)")
     arguments = parser.parse_args()
@@ -131,7 +131,7 @@ def parse() -> argparse.Namespace:
 
 
 def train(arguments: argparse.Namespace, device: torch.device, progress: Progress) -> dict[str, Any]:
-    """Trains with our `odeint_adjoint`; the record of it for the JSON."""
+    """Trains with node_cuda's `odeint_adjoint`; returns the record for the JSON."""
     torch.manual_seed(0)
     net = ODENet(CHANNELS, mode(libraries.OURS, ADJOINT).solver, method="dopri5", rtol=RTOL, atol=ATOL).to(device)
     data = digits.load(device)
@@ -147,16 +147,16 @@ def train(arguments: argparse.Namespace, device: torch.device, progress: Progres
         report=lambda line: progress.update(task, advance=1, description=line),
     )
     progress.update(task, description=f"trained, accuracy {record['test_accuracy']:.3f}")
-    # One epoch of --quick shows that the program runs, not that the network learns.
+    # The one epoch of --quick is too short to learn.
     required = 0.0 if arguments.quick else REQUIRED_ACCURACY
     return {"required_accuracy": required, "rtol": RTOL, "atol": ATOL, "batch": BATCH, **record}
 
 
 def measure_memory(by: Mode, steps: int, arguments: argparse.Namespace) -> Cell:
-    """One cell in a fresh process; one that fails (out of memory, say) has its reason in `failed` and no numbers."""
+    """One cell, from a fresh process. A cell that fails has the reason in `failed` and no numbers."""
     cell = {"library": by.library, "gradient": by.gradient, "steps": steps}
     return cell | measured(
-        "memory_cell.py",
+        "memory/cell.py",
         **cell,
         method=SOLVER_METHOD,
         channels=CHANNELS,
@@ -167,7 +167,7 @@ def measure_memory(by: Mode, steps: int, arguments: argparse.Namespace) -> Cell:
 
 
 def measure_times(cells: list[Cell], n: int, compared: list[Mode], arguments: argparse.Namespace) -> None:
-    """Adds `seconds` to the cells of this N that had enough memory: the fastest of several, all modes in turn."""
+    """Adds `seconds` to the cells of this N that did not fail: the fastest of several runs, all modes in turn."""
     setting = Setting(SOLVER_METHOD, CHANNELS, arguments.batch, arguments.device)
     device = torch.device(arguments.device)
     run = {(by.library, by.gradient): training_step(by, setting) for by in compared}

@@ -1,11 +1,12 @@
-"""Is all of it right on this GPU? One check after another, a line each: `ok NAME: detail`, or `FAILED NAME: why`.
+"""Checks node_cuda on this GPU. Each check prints one line: `ok NAME: detail`, or `FAILED NAME: why`.
 
-Forward and adjoint solves by the kernels against plain PyTorch on the CPU; then captured solves, forwards by batches of
-launches and by the WHILE node, backwards on the default stream and on another, against the host's loop. Values are
-compared in float64, to the bit where bits are promised: the fields of these checks have no matrix product. What a step
-costs by each loop is printed beside. bench/gpu.sh gives every group of checks a process of its own.
+First, solves and their adjoint gradients by the kernels are compared with plain PyTorch on the CPU. Then captured
+solves are compared with the loop on the host: the forward pass in batches of launches and with the WHILE node, the
+backward pass on the default stream and on another one. Values are compared in float64, and bit by bit where equal bits
+are promised; the fields of these checks have no matrix product. One check prints the cost of a step in each loop.
+bench/gpu.sh runs every group of checks in a separate process.
 
-    python bench/smoke.py [CHECK...]      # all of them, or those named; needs a GPU and the kernels
+    python bench/smoke.py [CHECK...]      # all checks, or those named; needs a GPU and the kernels
 """
 
 from __future__ import annotations
@@ -19,33 +20,33 @@ import traceback
 from collections.abc import Callable
 from typing import Any
 
-import machine
 import torch
-from fields import MLPField
-from loop_steps import STEPPINGS, measure_steps
-from tables import gist
 from torch import Tensor, nn
 
 import node_cuda
 from node_cuda import __main__ as about
 from node_cuda.cuda_graphs.cache import GraphCache
+from parts.common import machine
+from parts.common.fields import MLPField
+from parts.common.tables import gist
+from parts.device_loop.steps import STEPPINGS, measure_steps
 
-AGREE = 1e-10  # of the largest number: what rounding in another order makes of some hundred sums
-DISCRETE_AGREE = 1e-12  # the same of the discrete gradient, by the host and captured
-ROWS = (1, 1001, 32768)  # of 8 numbers: less than a warp, an odd size, many blocks
+AGREE = 1e-10  # relative to the largest number: the roundings of some hundred sums in another order
+DISCRETE_AGREE = 1e-12  # the same for the discrete gradient, on the host and captured
+ROWS = (1, 1001, 32768)  # rows of 8 numbers: less than a warp, an odd size, many blocks
 TIMES = torch.linspace(0.0, 1.0, 4, dtype=torch.float64)
 LOOSE: dict[str, Any] = {"rtol": 1e-4, "atol": 1e-4}
 TIGHT: dict[str, Any] = {"rtol": 1e-8, "atol": 1e-8}
 STEP_COUNTS = (32, 256)
-solve: Any = node_cuda.solve  # of tensors alone
+solve: Any = node_cuda.solve  # typed as Any: here all states are tensors
 
 
 class Wrong(Exception):
-    """A check found something that is not as it should be; the message says what."""
+    """A check failed; the message says why."""
 
 
 class Wave(nn.Module):
-    """y' = w sin(y) cos(3 t), a weight a column."""
+    """y' = w sin(y) cos(3 t), with one weight for each column."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,23 +57,23 @@ class Wave(nn.Module):
 
 
 def state(rows: int) -> Tensor:
-    """Numbers between -1 and 1, on the CPU."""
+    """Random numbers between -1 and 1, on the CPU."""
     return torch.rand(rows, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).mul(2).sub(1)
 
 
 def weighted(ys: Tensor) -> Tensor:
-    """A loss that gives every number another weight."""
+    """A loss with a different weight for every number."""
     return (torch.linspace(0.5, 1.5, ys.numel(), dtype=ys.dtype, device=ys.device) * ys.reshape(-1)).sum()
 
 
 def difference(found: list[Tensor], expected: list[Tensor]) -> float:
-    """The largest, relative to the largest number of its tensor."""
+    """The largest difference, relative to the largest number of its tensor."""
     pairs = zip(found, expected, strict=True)
     return max((a.cpu() - b.cpu()).abs().max().item() / b.abs().max().item() for a, b in pairs)
 
 
 def require_near(found: list[Tensor], expected: list[Tensor], allowed: float, what: str) -> str:
-    """How far apart they are, in a few words."""
+    """Raises Wrong if the difference is larger than allowed; else returns it in words."""
     off = difference(found, expected)
     if not off <= allowed:  # NaN is caught as well
         raise Wrong(f"{what} is off by {off:.1e}, more than {allowed:.0e}")
@@ -83,7 +84,7 @@ def require_near(found: list[Tensor], expected: list[Tensor], allowed: float, wh
 
 
 def report(device: torch.device) -> str:
-    """What `python -m node_cuda` says: the kernels compute, and their self-check finds nothing."""
+    """`python -m node_cuda` says that the kernels are used, and their self-check passes."""
     text = about.report()
     print(text)
     path = about.live_path()
@@ -92,11 +93,11 @@ def report(device: torch.device) -> str:
     checks = [line.removeprefix("self-check").strip() for line in text.splitlines() if line.startswith("self-check")]
     if bad := [line for line in checks if "disagrees" in line or "not run" in line]:
         raise Wrong(f"the self-check of {len(bad)} kernels did not pass: {'; '.join(bad)}")
-    return f"{len(checks)} lines of the self-check say nothing bad; {path.why}"
+    return f"{len(checks)} lines of the self-check passed; {path.why}"
 
 
 def forward(method: str, device: torch.device) -> str:
-    """A solve by the kernels is that of plain PyTorch on the CPU."""
+    """A solve by the kernels agrees with plain PyTorch on the CPU."""
     torch.manual_seed(0)
     func, y0 = MLPField(8, 16).double(), state(100)
     with torch.no_grad():
@@ -109,7 +110,7 @@ def forward(method: str, device: torch.device) -> str:
 
 
 def adjoint(device: torch.device) -> str:
-    """Gradients for y0, t and the parameters by the kernels are those of plain PyTorch on the CPU."""
+    """Gradients of y0, t and the parameters by the kernels agree with plain PyTorch on the CPU."""
     torch.manual_seed(0)
     func = MLPField(8, 16).double()
 
@@ -123,11 +124,11 @@ def adjoint(device: torch.device) -> str:
     return require_near(gradients(device), expected, AGREE, "a gradient")
 
 
-# ---- captured solves, against the host's loop
+# ---- captured solves, against the loop on the host
 
 
 def captured(tier: str, device: torch.device) -> str:
-    """A captured solve has the bits of the host's loop, when it is captured and when it is used again."""
+    """A captured solve has the bits of the loop on the host, in its first and in its second run."""
     steps = []
     for rows in ROWS:
         func, y0, kept = Wave().to(device), state(rows).to(device), GraphCache(tier)
@@ -136,16 +137,16 @@ def captured(tier: str, device: torch.device) -> str:
             for turn in ("first", "second"):
                 found = solve(func, y0, TIMES, options={"cuda_graph": kept}, **TIGHT)
                 if found.stats.loop != tier:
-                    raise Wrong(f'repeated by "{found.stats.loop}": {found.stats.why}')
+                    raise Wrong(f'the loop was "{found.stats.loop}", not "{tier}": {found.stats.why}')
                 if not torch.equal(found.ys, host.ys):
                     off = difference([found.ys], [host.ys])
                     raise Wrong(f"the {turn} solve of {y0.numel()} numbers has other bits, off by {off:.1e}")
         steps.append(found.stats.accepted)
-    return f"the host's bits, of {', '.join(str(8 * rows) for rows in ROWS)} numbers in {steps} steps"
+    return f"the bits of the host, of {', '.join(str(8 * rows) for rows in ROWS)} numbers in {steps} steps"
 
 
 def step_times(device: torch.device) -> str:
-    """Microseconds a step, by the slope over the number of steps."""
+    """Microseconds per step, from the slope of the time over the number of steps."""
     row = measure_steps(STEPPINGS[1], ("batches", "while"), STEP_COUNTS, device, rounds=5, budget=4.0)
     failed = [f"{name}: {record['failed']}" for name, record in row["by"].items() if "failed" in record]
     if failed:
@@ -155,7 +156,7 @@ def step_times(device: torch.device) -> str:
 
 
 def backward(gradient: str, pool: bool, device: torch.device) -> str:
-    """A captured backward pass has the gradients of the host's loop, while the graph of a former pass is alive."""
+    """A captured backward pass has the gradients of the loop on the host, while an earlier autograd graph is alive."""
     func, y0 = Wave().to(device), state(ROWS[1]).to(device).requires_grad_()
     with another_stream(device) if pool else contextlib.nullcontext():
 
@@ -166,7 +167,9 @@ def backward(gradient: str, pool: bool, device: torch.device) -> str:
             weighted(solution.ys).backward()
             return solution, [x.grad.clone() for x in (y0, func.w) if x.grad is not None]
 
-        alive, expected = step()  # its graph made the nodes that collect the parameters' gradients in this stream
+        alive, expected = (
+            step()
+        )  # its autograd graph has the nodes that accumulate the parameters' gradients, made in this stream
         kept, why = GraphCache(), "ok"
         for turn in ("first", "second"):
             solution, found = step(cuda_graph=kept)
@@ -184,7 +187,7 @@ def backward(gradient: str, pool: bool, device: torch.device) -> str:
 
 @contextlib.contextmanager
 def another_stream(device: torch.device) -> Any:
-    """A stream of torch's pool is the current one, and has ended in the end."""
+    """Context in which a stream of torch's pool is the current stream; waits for it at the end."""
     stream = torch.cuda.Stream(device)
     stream.wait_stream(torch.cuda.current_stream(device))
     with torch.cuda.stream(stream):
@@ -193,7 +196,7 @@ def another_stream(device: torch.device) -> Any:
 
 
 def refused(device: torch.device) -> str:
-    """A solve inside a torch.cuda.graph of the user's is refused, and the next one outside is right."""
+    """A solve inside the user's torch.cuda.graph raises Unsupported, and the next solve outside is correct."""
     func, y0 = Wave().to(device), state(100).to(device)
     options = {"cuda_graph": True, "throw": "deferred"}
     sentence = None
@@ -213,6 +216,7 @@ def refused(device: torch.device) -> str:
 
 
 def users_graph(device: torch.device) -> contextlib.AbstractContextManager[Any]:
+    """A context that captures a CUDA graph, as a user may do."""
     return torch.cuda.graph(torch.cuda.CUDAGraph())
 
 
@@ -234,11 +238,11 @@ CHECKS: dict[str, Check] = {
 
 
 def checked(name: str, device: torch.device) -> str:
-    """The line of a check."""
+    """Runs a check and returns its line."""
     try:
         with node_cuda.backend("fused"):
             return f"ok {name}: {CHECKS[name](device)}"
-    except Exception as error:  # whatever it is, the next check is asked as well
+    except Exception as error:  # after any error, the next check runs
         traceback.print_exc()
         return f"FAILED {name}: {error if isinstance(error, Wrong) else gist(error)}"
 
@@ -249,7 +253,7 @@ def main() -> None:
     names = parser.parse_args().checks or list(CHECKS)
     if unknown := [name for name in names if name not in CHECKS]:
         parser.error(f"there is no check {', '.join(unknown)}; there are {', '.join(CHECKS)}")
-    faulthandler.register(signal.SIGTERM, chain=True)  # where it was when its time was over
+    faulthandler.register(signal.SIGTERM, chain=True)  # prints a traceback when the time limit ends the process
     device = machine.chosen("cuda")
     failed = False
     for name in names:

@@ -1,17 +1,17 @@
 """Times whole solves by the fused kernels, by plain PyTorch and by torchdiffeq, in turn, at rtol 1e-6.
 
-For every case a solve without gradients, and one with the adjoint's backward solve. Each is checked against the exact
-solution first. Evaluations, accepted steps and the achieved error stand beside every time, with the ratio of
-torchdiffeq's time in the same round. A contestant that is missing, fails or is wrong keeps its line, which says why.
-The cases, with what is promised of the kernels, are in cases.py; without a GPU plain PyTorch runs alone for us.
+Every case has a solve without gradients, and one with the backward solve of the adjoint. Each is first checked against
+the exact solution. A row has the time, the ratio of torchdiffeq's time in the same round, the evaluations, the accepted
+steps and the error. If a library is missing, fails or is wrong, its row says why. The cases and the targets of the
+kernels are in parts/solve/cases.py. Without a GPU, node_cuda runs in plain PyTorch only.
 
-With --diffrax diffrax takes part, compiled for every case.
+With --diffrax, diffrax is measured too. It is compiled for every case.
 
     python bench/solve.py [--quick] [--device cuda] [--diffrax] [--threads N] [--budget SECONDS] [--out DIRECTORY]
 """
 
-# speed.py stays apart: its promises are those of plain PyTorch on a CPU, at torchdiffeq's default tolerances. What
-# both do is in solving.py.
+# speed.py is a separate program: its targets are for plain PyTorch on a CPU, at torchdiffeq's default tolerances.
+# What both programs do is in parts/solve/solving.py.
 from __future__ import annotations
 
 import argparse
@@ -19,17 +19,17 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-import program
 import torch
-from cases import QUICK_SOLVE_CASES, SOLVE_CASES, Case
-from diffrax_contestant import DiffraxContestant
-from libraries import DIFFRAX, FUSED, REFERENCE, RIVAL, installed
-from report_gpu import solve_rows, solve_sentences
-from solving import Contestant, Quantities, TorchContestant, exact, largest_error, make_problem, mistake
-from tables import gist, show, write_result
-from timing import Spread, interleaved
 
-ROUNDS = 41  # at most, of each row
+from parts import program
+from parts.common.libraries import DIFFRAX, FUSED, REFERENCE, RIVAL, installed
+from parts.common.tables import gist, show, write_result
+from parts.common.timing import Spread, interleaved
+from parts.solve.cases import QUICK_SOLVE_CASES, SOLVE_CASES, Case
+from parts.solve.diffrax_contestant import DiffraxContestant
+from parts.solve.report import solve_rows, solve_sentences
+from parts.solve.solving import ROUNDS, Contestant, TorchContestant, checked, exact, make_problem
+
 Record = dict[str, Any]
 
 
@@ -49,7 +49,7 @@ def main() -> None:
     for case in cases:
         print(case.name, file=sys.stderr, flush=True)
         rows.append(measure(case, names, device, rounds, arguments.budget))
-        write_result(result, arguments.out)  # each time: time on a GPU may be over before the last row
+        write_result(result, arguments.out)  # after each row: the program may be stopped before the last one
     result["complete"] = True
     path = write_result(result, arguments.out)
     show(solve_rows(result))
@@ -62,18 +62,18 @@ def main() -> None:
 
 def parse() -> argparse.Namespace:
     parser = program.parser(__doc__, quick="tiny cases")
-    parser.add_argument("--diffrax", action="store_true", help="with diffrax, which is compiled for every case")
-    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing a row; at least three rounds")
+    parser.add_argument("--diffrax", action="store_true", help="measure diffrax too; it is compiled for every case")
+    parser.add_argument("--budget", type=float, default=5.0, help="seconds of timing per row; at least three rounds")
     return parser.parse_args()
 
 
 def contestants(device: torch.device) -> list[str]:
-    """Who takes part: the kernels only where they can."""
+    """The names of the contestants; the kernels only on CUDA."""
     return [*([FUSED] if device.type == "cuda" else []), REFERENCE, RIVAL]
 
 
 def measure(case: Case, names: Sequence[str], device: torch.device, rounds: int, budget: float) -> Record:
-    """One row: all checked, then those that are right timed."""
+    """One row: checks all contestants, then times those with correct results."""
     problem = make_problem(case, device)
     expected = exact(problem)
     by: dict[str, Record] = {}
@@ -85,7 +85,7 @@ def measure(case: Case, names: Sequence[str], device: torch.device, rounds: int,
         try:
             running[name] = DiffraxContestant(problem) if name == DIFFRAX else TorchContestant(name, problem)
             by[name] = checked(name, running[name], case, expected)
-        except Exception as error:  # out of memory, say: a value
+        except Exception as error:  # for example out of memory: the row says so
             by[name] = {"failed": gist(error)}
         if "failed" in by[name]:
             running.pop(name, None)
@@ -99,20 +99,6 @@ def measure(case: Case, names: Sequence[str], device: torch.device, rounds: int,
         ratio = by[FUSED].get("ratio")
         by[FUSED] |= {"target": case.target, "met": None if ratio is None else ratio.median >= case.target}
     return {"case": case.name, "rounds": len(sample), "by": by}
-
-
-def checked(name: str, contestant: Contestant, case: Case, expected: Quantities) -> Record:
-    """What a contestant's solution cost and how far off it is; `failed` if that is too far."""
-    solved = contestant.solved()
-    error = largest_error(solved.quantities, expected)
-    record: Record = {
-        "nfe": solved.nfe,
-        "nfe_backward": solved.nfe_backward,
-        "accepted": solved.accepted,
-        "error": error,
-    }
-    wrong = mistake(name, case, error)
-    return record if wrong is None else record | {"failed": wrong}
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""Times node_cuda against torchdiffeq in one process, in turn, after checking both against an exact solution.
+"""Times node_cuda against torchdiffeq in one process, in turn, after a check of both against an exact solution.
 
-Every row gives medians and quartiles of both, the quartiles of the ratio of each pair, the evaluations of the
-field forward and backward, and the achieved error. Rows that we lose stay in. The cases are in cases.py.
+Every row has the medians and quartiles of both times and of the ratio of each pair, the evaluations of the field
+forward and backward, and the error. Rows in which node_cuda loses are kept. The cases are in parts/solve/cases.py.
 
     python bench/speed.py [--quick] [--device cuda] [--threads N] [--out DIRECTORY]
 """
@@ -10,19 +10,20 @@ from __future__ import annotations
 
 from typing import Any
 
-import libraries
-import program
 import torch
-from cases import CASES, QUICK_CASES, Case
-from report import speed_rows
 from rich.console import Console
 from rich.progress import track
-from solving import TorchContestant, exact, largest_error, make_problem, mistake
-from tables import show, write_result
-from timing import Spread, interleaved
+
+from parts import program
+from parts.common import libraries
+from parts.common.tables import show, write_result
+from parts.common.timing import Spread, interleaved
+from parts.solve.cases import CASES, QUICK_CASES, Case
+from parts.solve.solving import TorchContestant, exact, largest_error, make_problem, mistake
+from parts.speed.report import speed_rows
 
 PAIRS = 41  # at most, of each row
-BUDGET = 8.0  # seconds of timing, of each row; at least three pairs, however long they take
+BUDGET = 8.0  # seconds of timing for each row; there are always at least three pairs
 
 
 def main() -> None:
@@ -48,7 +49,7 @@ def main() -> None:
 
 
 def measure(case: Case, device: torch.device, pairs: int) -> dict[str, Any]:
-    """One row: both checked, then both timed. Ends the program where one is wrong: its time is of no interest."""
+    """One row: checks both libraries, then times both. Raises SystemExit if a result is wrong."""
     problem = make_problem(case, device)
     expected = exact(problem)
     contestants = {name: TorchContestant(name, problem) for name in (libraries.OURS, libraries.RIVAL)}

@@ -97,7 +97,7 @@ def test_smoke_says_what_is_wrong(smoke, shim, monkeypatch):
     monkeypatch.setattr(smoke, "solve", lambda *arguments, options=None, **more: solve(*arguments, **more))
     line = smoke.checked("discrete-pool-stream", CPU)
     assert line.startswith('FAILED discrete-pool-stream: loop "host" (why: None), loop_backward "host" (why_backward')
-    assert smoke.checked("while", CPU) == 'FAILED while: repeated by "host": None'
+    assert smoke.checked("while", CPU) == 'FAILED while: the loop was "host", not "while": None'
     monkeypatch.setattr(smoke, "users_graph", lambda device: contextlib.nullcontext())
     assert "was not refused" in smoke.checked("users-graph", CPU)
     monkeypatch.setattr(smoke.about, "report", lambda: "self-check  jump: in float32 disagrees: off by 1")
@@ -119,12 +119,12 @@ def test_smoke_prints_a_line_a_check_and_ends_with_an_error_if_one_failed(smoke,
         if code == 2:
             assert "there is no check rk5; there are report, dopri5" in printed.err
         else:
-            lines = importlib.import_module("gpu_stages").CHECK.findall(printed.out)
+            lines = importlib.import_module("parts.gpu.processes").CHECK.findall(printed.out)
             assert [(outcome, name) for outcome, name, _ in lines] == [("FAILED" if code else "ok", n) for n in names]
 
 
 def test_gpu_sh_makes_every_check_of_smoke_and_no_other(bench, tmp_path):
-    found = bench("gpu_items").items(tmp_path, tmp_path, diffrax=True)["smoke"]
+    found = bench("parts.gpu.items").items(tmp_path, tmp_path, diffrax=True)["smoke"]
     listed = [name for item in found for name in item.checks]
     assert listed == list(bench("smoke").CHECKS)
 
@@ -139,8 +139,9 @@ def stages(bench, monkeypatch, tmp_path):
     stages = bench("gpu_stages")
     monkeypatch.setattr(stages, "asked", lambda work: dict(MACHINE))
     monkeypatch.setattr(stages, "put_in_place", lambda machine: None)
-    for name, value in (("SAVING", 0.0), ("LEAST", 0.2), ("GIVE_UP", 5.0)):
+    for name, value in (("SAVING", 0.0), ("LEAST", 0.2)):
         monkeypatch.setattr(stages, name, value)
+    monkeypatch.setattr(bench("parts.gpu.processes"), "GIVE_UP", 5.0)
 
     def run(*arguments, **items):
         monkeypatch.setattr(sys, "argv", ["gpu_stages.py", *arguments, "--out", str(tmp_path / "out")])
@@ -154,7 +155,7 @@ def stages(bench, monkeypatch, tmp_path):
 
 
 def item(bench, name, script, seconds=10.0, **more):
-    return bench("gpu_items").Item(name, seconds, ("sh", "-c", script), **more)
+    return bench("parts.gpu.items").Item(name, seconds, ("sh", "-c", script), **more)
 
 
 def test_a_check_that_fails_crashes_or_hangs_has_its_line_and_the_stage_goes_on(bench, stages, capsys):
@@ -166,8 +167,8 @@ def test_a_check_that_fails_crashes_or_hangs_has_its_line_and_the_stage_goes_on(
         item(bench, "h", "echo a row; echo 3 of 4 met; echo Written: x"),
         item(bench, "i", "exit 3"),
         item(bench, "j", "true", needs=("no_such_module",)),
-        bench("gpu_items").Item("k", 9.0, ("no-such-program",)),
-        bench("gpu_items").Item("l", 9.0, (sys.executable, "bench/no_such_file.py")),
+        bench("parts.gpu.items").Item("k", 9.0, ("no-such-program",)),
+        bench("parts.gpu.items").Item("l", 9.0, (sys.executable, "bench/no_such_file.py")),
     ]
     code, lines = stages("smoke", "prove", smoke=found, prove=[item(bench, "never", "true")])
     told = {name: (line["outcome"], line["detail"]) for name, line in lines.items()}
@@ -220,11 +221,11 @@ FAILED tests/test_a.py::test_two[x] - AssertionError: no
 
 
 def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
-    stages = bench("gpu_stages")
-    tests = bench("gpu_items").Item("tests", 9.0, (), needs=("pytest",))
+    processes = bench("parts.gpu.processes")
+    tests = bench("parts.gpu.items").Item("tests", 9.0, (), needs=("pytest",))
 
     def line(log, status):
-        return stages.of_process("prove", tests, stages.Ended(status, 5.0, log), "FAILED")
+        return processes.of_process("prove", tests, processes.Ended(status, 5.0, log), "FAILED")
 
     failed = line(PYTEST + "==== 1 failed, 1 passed in 0.12s ====", 1)
     assert failed.outcome == "FAILED" and failed.detail == "1 failed, 1 passed in 0.12s"
@@ -235,20 +236,20 @@ def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
     assert line("==== 12 skipped in 0.12s ====", 0).outcome == "FAILED"  # all of them need what is not there
     assert line("==== 2 passed, 1 skipped in 65.12s (0:01:05) ====", 0).outcome == "ok"
     assert line("==== no tests ran in 0.12s ====", 5).outcome == "FAILED"
-    many = stages.failed_tests([f"FAILED tests/test_a.py::test_{n}" for n in range(20)])
-    assert len(many) == stages.NAMED + 1 and many[-1] == f"and {20 - stages.NAMED} more, in the log"
+    many = processes.failed_tests([f"FAILED tests/test_a.py::test_{n}" for n in range(20)])
+    assert len(many) == processes.NAMED + 1 and many[-1] == f"and {20 - processes.NAMED} more, in the log"
 
 
 def test_the_budgets_hold_what_matters_and_all_lines_fit_into_what_comes_back(bench, tmp_path):
     """Of a call's output the last 12000 letters may be all that is seen."""
-    stages, make = bench("gpu_stages"), bench("gpu_items").items
+    stages, make = bench("gpu_stages"), bench("parts.gpu.items").items
     found = make(tmp_path, tmp_path, diffrax=True)
     assert found.keys() == stages.BUDGETS.keys() and sum(stages.BUDGETS.values()) <= 530
     first, *_, last = found["measure"]
     assert (first.name, last.name) == ("device-loop", "diffrax")
     assert make(tmp_path, tmp_path, diffrax=False)["measure"] == found["measure"][:-1]
     lines = sum(len(each.checks) or 1 for each in (*found["smoke"], *found["prove"]))
-    assert lines * 0.5 * stages.LENGTH < 12_000
+    assert lines * 0.5 * bench("parts.gpu.processes").LENGTH < 12_000
     for each in (item for items in found.values() for item in items):
         scripts = [str(word) for word in each.command if str(word).startswith(("bench/", "tests/"))]
         assert scripts and all((ROOT / script).is_file() for script in scripts), each.name
@@ -333,7 +334,7 @@ def test_what_came_back_is_unpacked_into_the_results_and_shown(bench, stages, tm
     monkeypatch.setattr(sys, "argv", ["gpu_unpack.py", str(tmp_path / "out"), "--out", str(results)])
     bench("gpu_unpack").main()
     assert {path.name for path in results.iterdir()} == {"kernels-cuda.json", "gpu-prove.json"}
-    block = bench("report").block("gpu", results)
+    block = bench("parts.pages").block("gpu", results)
     assert "`bench/gpu.sh prove` (Some GPU, driver 1.2" in block and "commit abc" in block
     assert "| bad | FAILED | 0 | exit status 1: it printed nothing |" in block
     monkeypatch.setattr(sys, "argv", ["gpu_unpack.py", str(tmp_path / "none")])
@@ -348,12 +349,12 @@ def test_the_build_says_what_it_lacks(bench, monkeypatch, tmp_path):
     build = bench("build_for_gpu")
     monkeypatch.setattr(build, "told", lambda *command: None)
     arguments = type("Arguments", (), {"python": "3.12", "torch": "2.11.0", "interpreter": None})
-    with pytest.raises(SystemExit, match=r"Python 3\.12 is needed, and python3\.12 on the PATH is none: --interpreter"):
+    with pytest.raises(SystemExit, match=r"Python 3\.12 is needed, and python3\.12 on the PATH is not that version"):
         build.interpreter(arguments)
     monkeypatch.setattr(build.shutil, "disk_usage", lambda path: type("Usage", (), {"free": 2**30}))
-    with pytest.raises(SystemExit, match=r"torch needs 8 GiB of disk, and 1\.0 are free"):
+    with pytest.raises(SystemExit, match=r"torch needs 8 GiB of disk, and 1\.0 GiB are free"):
         build.environment(tmp_path / "env", arguments)
-    with pytest.raises(SystemExit, match="it is so\nCould not compile: all of it is in "):
+    with pytest.raises(SystemExit, match=r"it is so\nCould not compile\. The whole output is in "):
         build.run_step("compile", ["sh", "-c", "echo it is so; exit 1"], tmp_path / "log.txt", os.environ)
     assert (tmp_path / "log.txt").read_text() == "it is so\n"
 
@@ -365,5 +366,5 @@ def test_the_build_says_what_to_carry_and_what_to_type(bench, monkeypatch, tmp_p
     (tmp_path / "build" / "carry").mkdir(parents=True)
     (tmp_path / "build" / "carry" / "_C.so").write_bytes(b"x" * 2**20)
     text = build.instructions(tmp_path / "build" / "carry", 60.0)
-    assert "build/carry/_C.so  1.00 MiB" in text and "Carry the checkout and build/carry (1.0 MiB)." in text
+    assert "build/carry/_C.so  1.00 MiB" in text and "Copy the checkout and build/carry (1.0 MiB)." in text
     assert "  NODE_CUDA_COMMIT=abc bench/gpu.sh smoke prove --out FOLDER" in text and "committed" not in text

@@ -165,8 +165,8 @@ def test_the_commands_are_targets_of_the_makefile():
 def test_the_markers_are_those_that_the_report_fills(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
-    import report
+    from parts import pages
 
-    names = {found["name"] for found in report.BLOCK.finditer(README)}
+    names = {found["name"] for found in pages.BLOCK.finditer(README)}
     assert names == {"memory-short", "speed-short"}
-    assert names <= set(report.BLOCKS)
+    assert names <= set(pages.BLOCKS)

@@ -1,0 +1,1 @@
+"""What every benchmark uses: libraries under comparison, fields, clocks, memory, the machine, tables, plots."""

@@ -1,0 +1,1 @@
+"""The captured solves and the cells of device_loop.py."""

@@ -1,0 +1,1 @@
+"""The loops of endurance.py."""

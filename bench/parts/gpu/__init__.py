@@ -1,0 +1,1 @@
+"""The items that gpu.sh runs, and how their compiled module gets there."""

@@ -1,0 +1,1 @@
+"""The launches that kernels.py times."""
