@@ -16,7 +16,7 @@ PAGES = ("README.md", "docs/architecture.md")
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_typing", "status", "_torch_modes", "_eager"),
+    ("_version", "_typing", "_records", "status", "_torch_modes", "_eager"),
     ("extension.build", "extension.loading", "extension"),
     (
         "kernels.norms",
@@ -60,6 +60,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "loop.scipy_solver",
         "loop.request",
         "loop.dense",
+        "loop.plain_grid",
         "loop",
     ),
     (
@@ -90,6 +91,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.adjoint.field",
         "gradients.adjoint.autonomy",
         "gradients.adjoint.reconstruction",
+        "gradients.adjoint.plain_grid",
         "gradients.adjoint.backward_solve",
         "gradients.adjoint.cuda_graph",
         "gradients.adjoint.mode",

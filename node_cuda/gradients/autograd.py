@@ -11,13 +11,13 @@ import contextlib
 import copy
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
+from node_cuda._records import with_fields
 from node_cuda._torch_modes import transformed
 from node_cuda.cuda_graphs.cache import refuse_in_capture
 from node_cuda.gradients.context import autocast_state, refuse_second_derivative
@@ -89,12 +89,13 @@ class DifferentiableSolve(ABC):
         given = (*self.parameters.wanted, *self.parameters.carried)
         if transformed():
             refuse_hidden(problem, given, self.what)
+            return _TransformedSolve.apply(self, problem.t, grid, problem.y0, *given)
         return _Solve.apply(self, problem.t, grid, problem.y0, *given)
 
     def forward(self, t: Tensor, y0: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """The solve from these tensors, which are the request's own but for transforms."""
-        problem = _computing_with(self.parameters.bound(params), self._request.problem)
-        problem = replace(problem, y0=y0, t=t)
+        problem = _computing_with(self.parameters.bound(params, unchanged=True), self._request.problem)
+        problem = with_fields(problem, y0=y0, t=t)
         self.autocast = autocast_state(y0.device.type)
         self.members = Members(self.parameters)
         if self._inspects:
@@ -104,7 +105,7 @@ class DifferentiableSolve(ABC):
                 problem.field, self.parameters.func, named, self.what, self.replays, self.members
             )
             problem.field.func = self._inspection
-        ys, at = self.solve(replace(self._request, problem=problem))
+        ys, at = self.solve(with_fields(self._request, problem=problem))
         if self._inspection is not None:
             self._inspection.leave()
             self.members.settle()
@@ -150,8 +151,8 @@ class DifferentiableSolve(ABC):
             sample.stats = Stats(host_reads=1)
             sample.samples = []
             sample._inspects = self._inspects and i == 0
-            own = replace(problem, field=problem.field_of(problem.func))
-            sample._request = replace(self._request, stats=sample.stats, problem=own)
+            own = with_fields(problem, field=problem.field_of(problem.func))
+            sample._request = with_fields(self._request, stats=sample.stats, problem=own)
             self.samples.append(sample)
         return self.samples
 
@@ -163,12 +164,12 @@ class DifferentiableSolve(ABC):
             self.stats.peak_checkpoints = max(sample.stats.peak_checkpoints for sample in self.samples)
             failed = [sample.status for sample in self.samples if sample.status is not Status.SUCCESS]
             self.status = failed[0] if failed else Status.SUCCESS
-            self._request = replace(self.samples[0]._request, stats=self.stats)
+            self._request = with_fields(self.samples[0]._request, stats=self.stats)
 
     def _let_go(self, problem: Problem) -> None:
         """Keep the problem without its tensors: they hold the user's graph, and the user may want to be rid of y0."""
         blank = problem.y0.new_empty(()).expand(problem.y0.shape)
-        self._request = replace(self._request, problem=replace(problem, y0=blank, t=problem.t.detach()))
+        self._request = with_fields(self._request, problem=with_fields(problem, y0=blank, t=problem.t.detach()))
 
 
 def refuse_transforms(what: str) -> None:
@@ -179,25 +180,17 @@ def refuse_transforms(what: str) -> None:
 
 def _computing_with(func: Any, problem: Problem) -> Problem:
     """The problem with this func."""
-    return problem if func is problem.func else replace(problem, func=func, field=problem.field_of(func))
+    return problem if func is problem.func else with_fields(problem, func=func, field=problem.field_of(func))
 
 
 class _Solve(torch.autograd.Function):
     """(t, grid, y0, parameters) -> (y at the outputs, the time of the last one)."""
 
     @staticmethod
-    def forward(task, t, grid, y0, *params):
-        return task.forward(t, y0, params)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        task, t, grid, _, *params = inputs
-        ys, at = output
-        ctx.mark_non_differentiable(at)
-        ctx.save_for_backward(t, grid, ys, at, *params)
-        ctx.task = task
-        for name, value in task.shown.items():
-            setattr(ctx, name, value)
+    def forward(ctx, task, t, grid, y0, *params):
+        ys, at = task.forward(t, y0, params)
+        _remember(ctx, (task, t, grid, y0, *params), (ys, at))
+        return ys, at
 
     @staticmethod
     @eager
@@ -208,16 +201,41 @@ class _Solve(torch.autograd.Function):
                 "or jacobian(vectorize=True)). Use `torch.func.jacrev`, or a loop."
             )
         _, wants_t, wants_grid, *_ = ctx.needs_input_grad
-        found = iter(_Gradient.apply(ctx.task, wants_t, wants_grid, grad_ys, *ctx.saved_tensors))
+        given = ctx.task, wants_t, wants_grid, grad_ys, *ctx.saved_tensors
+        # A derivative of the gradient is an error, which the Function raises; without a graph there is none.
+        recorded = torch.is_grad_enabled() or transformed()
+        found = iter(_Gradient.apply(*given) if recorded else _Gradient.forward(*given))
         adj_t = next(found) if wants_t else None
         adj_grid = next(found) if wants_grid else None
         return None, adj_t, adj_grid, *found, *[None] * len(ctx.task.parameters.carried)
+
+
+def _remember(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+    """Save what the backward pass needs."""
+    task, t, grid, _, *params = inputs
+    ys, at = output
+    ctx.mark_non_differentiable(at)
+    ctx.save_for_backward(t, grid, ys, at, *params)
+    ctx.task = task
+    for name, value in task.shown.items():
+        setattr(ctx, name, value)
+
+
+class _TransformedSolve(torch.autograd.Function):
+    """The same inside a transform of torch.func, which asks for `setup_context`; to bind its arguments takes longer."""
+
+    @staticmethod
+    def forward(task, t, grid, y0, *params):
+        return task.forward(t, y0, params)
+
+    setup_context = staticmethod(_remember)
+    backward = staticmethod(_Solve.backward)  # pyright: ignore[reportAssignmentType]
 
     @staticmethod
     def vmap(info, in_dims, task, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
         samples = task.per_sample(info.batch_size)
         each = _samples(info, in_dims[1:], tensors)
-        done = [_Solve.apply(*one) for one in zip(samples, *each, strict=True)]
+        done = [_TransformedSolve.apply(*one) for one in zip(samples, *each, strict=True)]
         task.gather()
         return _stacked(done)
 

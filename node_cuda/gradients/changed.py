@@ -62,8 +62,8 @@ class LastStep:
         self._step: Step | None = None
         self._stepper: Stepper | None = None
 
-    def watch(self, stepper: Stepper) -> Callable[[Step], None]:
-        """What a loop with this stepper tells of its steps."""
+    def watch(self, stepper: Stepper | None = None) -> Callable[[Step], None]:
+        """Return the function that a loop with this stepper calls with its steps. None: the loop of `plain_grid`."""
         self._stepper = stepper
         return self._take
 
@@ -78,7 +78,11 @@ class LastStep:
             slope = step.k[-1] if exact else _slope(step, stepper, end)
             return Evaluated(step.at, 1.0, JUST_BEFORE, step.y1, step.k[-1], slope, exact)
         # No evaluation of the backward pass is known beforehand: only a tensor that was written asks for one.
-        if not members.tensors or not isinstance(stepper, (ExplicitRK, Adams)):
+        if not members.tensors:
+            return None
+        if stepper is None:
+            return Evaluated(step.at, 0.0, HERE, step.y0, step.k[0])
+        if not isinstance(stepper, (ExplicitRK, Adams)):
             return None
         if isinstance(stepper, ExplicitRK) and stepper.tableau.carry_last_stage:  # the first stage is no f at y0
             z = stepper.arithmetic.combine(step.y0, step.k, stepper.tableau.rows[1], step.at.dt)

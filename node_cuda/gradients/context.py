@@ -10,14 +10,26 @@ from torch import Tensor
 
 
 def autocast_state(device_type: str) -> Callable[[], list[Any]]:
-    """Contexts that put autocast back to what it is now, for this device and the CPU."""
-    states = [
-        (name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name))
-        for name in dict.fromkeys((device_type, "cpu"))
-        if torch.amp.is_autocast_available(name)
-    ]
-    cache = torch.is_autocast_cache_enabled()
-    return lambda: [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
+    """Return a function that gives the contexts that restore the autocast of now, for this device and the CPU.
+
+    There are none where the state is the same then.
+    """
+    kinds = [name for name in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(name)]
+    before = _autocast(kinds)
+
+    def contexts() -> list[Any]:
+        states, cache = before
+        if _autocast(kinds) == before:
+            return []
+        return [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
+
+    return contexts
+
+
+def _autocast(kinds: Sequence[str]) -> tuple[list[tuple[str, bool, torch.dtype]], bool]:
+    """The state of autocast for these kinds of device, and of its cache."""
+    states = [(name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in kinds]
+    return states, torch.is_autocast_cache_enabled()
 
 
 def autocasts(device_type: str) -> bool:

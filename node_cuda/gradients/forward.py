@@ -13,8 +13,9 @@ from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.cache import fallback_reason
 from node_cuda.cuda_graphs.forward import try_captured
 from node_cuda.gradients.changed import LastStep
+from node_cuda.loop import plain_grid
 from node_cuda.loop.assemble import find_event, make_loop
-from node_cuda.loop.outputs import solve_outputs
+from node_cuda.loop.outputs import grid_status, solve_outputs
 from node_cuda.loop.request import SolveSpec
 from node_cuda.loop.scipy_solver import solve_scipy
 from node_cuda.methods.registry import SCIPY
@@ -33,6 +34,9 @@ def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = 
         done = try_captured(problem, method, request.stats, why)
         if done is not None:
             return done
+    if plain_grid.applies(problem, method):
+        ys = plain_grid.solve_grid(problem, method, request.stats, None if last is None else last.watch())
+        return ys, grid_status(ys, request.stats)
     loop, interpolant = make_loop(problem, method, request.stats)
     if last is not None:
         loop.accepted = last.watch(loop.stepper)

@@ -28,23 +28,31 @@ class Parameters:
                 "the tensors to differentiate by as `adjoint_params=(...)`, or `adjoint_params=()` if there are none."
             )
         self.func = func
-        self.every = tuple({id(x): x for x in (_of_module(func) if named is None else named)}.values())
-        self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
         self.owner = _owner(func)
-        buffers = _buffers(self.owner)
-        self._members = _members(self.owner, buffers)
+        params, buffers = _tensors(self.owner)
+        self._members = {**params, **buffers}
+        if named is None:
+            assert isinstance(func, nn.Module)
+            plain = not _is_replica(func) and type(func).parameters is nn.Module.parameters
+            named = params.values() if plain else _of_replica(func) if _is_replica(func) else func.parameters()
+        self.every = tuple({id(x): x for x in named}.values())
+        self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
         known = {id(x) for x in self.wanted}
         self.carried = tuple(x for x in buffers.values() if is_wrapped(x) and id(x) not in known)
 
-    def bound(self, given: Sequence[Tensor]) -> Func:
+    def bound(self, given: Sequence[Tensor], *, unchanged: bool = False) -> Func:
         """func as it was when this was made, with the tensors `given` in the place of `wanted` and `carried`.
 
+        unchanged: this was made a moment ago, and func has the same tensors still.
         It is func itself unless someone replaced tensors since: `torch.func.functional_call`, whose parameters are gone
         when the backward pass runs, a transform of torch.func, or saved-tensor hooks. Raises Unsupported where a tensor
         was replaced that is no parameter of func.
         """
-        now = _members(self.owner, _buffers(self.owner))
-        members = {name: x for name, x in self._members.items() if now.get(name) is not x}
+        members: dict[str, Tensor] = {}
+        if not unchanged:
+            params, buffers = _tensors(self.owner)
+            now = {**params, **buffers}
+            members = {name: x for name, x in self._members.items() if now.get(name) is not x}
         for own, new in zip((*self.wanted, *self.carried), given, strict=True):
             if new is own:
                 continue
@@ -83,11 +91,8 @@ def is_wrapped(x: Any) -> bool:
     return isinstance(x, Tensor) and known._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _of_module(func: Func) -> Iterable[Tensor]:
-    assert isinstance(func, nn.Module)
-    if not _is_replica(func):
-        return func.parameters()
-    # In a replica of DataParallel the parameters are plain tensor attributes, which parameters() does not find.
+def _of_replica(func: nn.Module) -> Iterable[Tensor]:
+    """The parameters of a replica of DataParallel: plain tensor attributes, which parameters() does not find."""
     members = (vars(module).values() for module in func.modules())
     return (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
 
@@ -97,16 +102,33 @@ def _owner(func: Func) -> Any:
     return func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
 
 
-def _members(owner: Any, buffers: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Parameters and buffers by all of their names in the module."""
-    if not isinstance(owner, nn.Module) or _is_replica(owner):
-        return {}
-    return {**dict(owner.named_parameters(remove_duplicate=False)), **buffers}
+def _tensors(owner: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Parameters and buffers by all of their names in the module, in its own order."""
+    params: dict[str, Tensor] = {}
+    buffers: dict[str, Tensor] = {}
+    if not isinstance(owner, nn.Module):
+        return params, buffers
+    kind = type(owner)
+    if all(getattr(kind, name) is getattr(nn.Module, name) for name in _OVERRIDDEN):
+        _collect(owner, "", params, buffers)  # in a fifth of the time of the two methods
+    else:
+        params.update(owner.named_parameters(remove_duplicate=False))
+        buffers.update(owner.named_buffers(remove_duplicate=False))
+    return ({} if _is_replica(owner) else params), buffers
 
 
-def _buffers(owner: Any) -> dict[str, Tensor]:
-    return dict(owner.named_buffers(remove_duplicate=False)) if isinstance(owner, nn.Module) else {}
+_OVERRIDDEN = ("named_parameters", "named_buffers", "parameters", "named_modules")
+
+
+def _collect(module: nn.Module, prefix: str, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
+    for own, found in ((module._parameters, params), (module._buffers, buffers)):
+        for name, x in own.items():
+            if x is not None:
+                found[prefix + name] = x
+    for name, child in module._modules.items():
+        if child is not None:
+            _collect(child, f"{prefix}{name}.", params, buffers)
 
 
 def _is_replica(func: nn.Module) -> bool:
-    return bool(getattr(func, "_is_replica", False))
+    return "_is_replica" in vars(func)

@@ -41,7 +41,7 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
         acc = start + h * functools.reduce(torch.add, (a * k[j].to(start.dtype) for j, a in row))
         return acc.to(y0.dtype) if out is None else out.copy_(acc)
     sum_ = k[first].float() if half else k[first]
-    others: list[tuple[int, Any]] = [(j, a / pivot) for j, a in row[1:]]
+    others: list[tuple[int, Any]] = [(j, a / pivot) for j, a in row[1:]] if len(row) > 1 else []
     if torch.is_grad_enabled() or transformed():
         for j, a in others:
             sum_ = torch.add(sum_, k[j], alpha=a)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 from torch import Tensor
 
 from node_cuda import options as opt
+from node_cuda._records import with_fields
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.backend import make_arithmetic
 from node_cuda.kernels.step_log import StepLog
@@ -55,7 +55,8 @@ def make_loop(
     """
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
-    problem = replace(problem, y0=arithmetic.as_contiguous(problem.y0))
+    y0 = arithmetic.as_contiguous(problem.y0)
+    problem = problem if y0 is problem.y0 else with_fields(problem, y0=y0)
     stepper: Stepper
     selector: StepSelector
     if isinstance(options, opt.AdaptiveOptions) and tableau is not None:

@@ -44,6 +44,8 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     Raises ValueError for an unknown name and InvalidInput for wrong options. Warns of unknown options unless quiet.
     """
     name = DEFAULT if name is None else name
+    if not options and (plain := _PLAIN.get(name)) is not None and plain.tableau is TABLEAUS.get(name):
+        return plain
     if name in IMPLICIT:
         raise ValueError(
             f'Invalid method "{name}": implicit Runge-Kutta methods are not available yet. Use {IMPLICIT[name]}.'
@@ -51,13 +53,21 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     if name not in TABLEAUS and name not in (*ADAMS, SCIPY):
         known = ", ".join(f'"{known}"' for known in (*TABLEAUS, *ADAMS, SCIPY))
         raise ValueError(f'Invalid method "{name}". Must be one of {{{known}}}.')
+    tableau = TABLEAUS.get(name)
     if name == SCIPY:
-        return Method(name, opt.parse(opt.ScipyOptions, name, options, quiet=quiet))
-    if name in ADAMS:
-        return Method(name, opt.parse(opt.AdamsOptions, name, options, quiet=quiet))
-    tableau = TABLEAUS[name]
-    family = opt.AdaptiveOptions if tableau.adaptive else opt.FixedOptions
-    return Method(name, opt.parse(family, name, options, quiet=quiet), tableau)
+        family = opt.ScipyOptions
+    elif tableau is None:
+        family = opt.AdamsOptions
+    else:
+        family = opt.AdaptiveOptions if tableau.adaptive else opt.FixedOptions
+    method = Method(name, opt.parse(family, name, options, quiet=quiet), tableau)
+    if not options:
+        _PLAIN[name] = method
+    return method
+
+
+_PLAIN: dict[str, Method] = {}
+"""The methods without options, as `lookup` made them. A method that was registered anew has another tableau."""
 
 
 def reads_tolerances(method: Method) -> bool:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from node_cuda._records import with_fields
 from node_cuda._typing import Tolerance
 from node_cuda.gradients.adjoint.field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint.norm import AdjointNorm, backward_error_norm, smallest
+from node_cuda.gradients.adjoint.plain_grid import run_grid
 from node_cuda.gradients.adjoint.reconstruction import Reconstruction
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.loop import plain_grid
 from node_cuda.loop.assemble import arithmetic_of, make_loop
 from node_cuda.loop.scipy_solver import ScipySolve
 from node_cuda.methods.registry import SCIPY, Method
@@ -71,7 +74,7 @@ class Backward:
         self.params_in_norm = not isinstance(norm, AdjointNorm) or norm.params
         self.params_norm = ErrorNorm(smallest(settings.rtol), smallest(settings.atol))
         self.method = settings.method({name: value for name, value in options.items() if name != "norm"})
-        self.problem = replace(
+        self.problem = with_fields(
             forward,
             y0=torch.cat([ys[-1].reshape(-1), self.grad_ys[-1].reshape(-1)]),
             t=self.t.flip(0),
@@ -91,12 +94,12 @@ class Backward:
         """The same with memory for [y, a] of its own, of a forward problem with a field and parameters of its own."""
         other = copy.copy(self)
         other.forward, other.params = forward, params
-        other.problem = replace(self.problem, y0=self.problem.y0.clone())
+        other.problem = with_fields(self.problem, y0=self.problem.y0.clone())
         return other
 
     def interval(self, i: int, z: Tensor) -> Problem:
         """The problem of the i-th interval, backwards: fixed grids are laid anew in each, as torchdiffeq does."""
-        return replace(self.problem, y0=z, t=self.problem.t[i : i + 2], times=self.problem.times[i : i + 2])
+        return with_fields(self.problem, y0=z, t=self.problem.t[i : i + 2], times=self.problem.times[i : i + 2])
 
 
 class BackwardSolve:
@@ -109,7 +112,7 @@ class BackwardSolve:
         self.arithmetic = arithmetic_of(backward.problem)
         self.field = AdjointField(self.forward, self.arithmetic, backward.params, reached)
         self.gradient = ParameterGradient(self.field, backward.params_norm, in_norm=backward.params_in_norm)
-        self.problem = replace(backward.problem, field=self.field, callbacks=self._callbacks())
+        self.problem = with_fields(backward.problem, field=self.field, callbacks=self._callbacks())
         self.stats = Stats()
         self.steps = 0  # since the last output
         settings, forward = backward.settings, backward.forward
@@ -118,6 +121,8 @@ class BackwardSolve:
 
     def run(self, wants_t: bool) -> Found:
         """The gradients."""
+        if self.reconstruction is None and plain_grid.applies(self.problem, self.method):
+            return self._run_grid(wants_t)
         last = len(self.problem.times) - 1
         adj_t = torch.zeros_like(self.t) if wants_t else None
         z = self.problem.y0
@@ -135,6 +140,25 @@ class BackwardSolve:
                     adj_t[0] = -self.arithmetic.real_dot(a, self._f(0))
             z = self.arithmetic.jump(self.ys[m - 1], a, self.grad_ys[m - 1])
         return adj_t, self.backward.parts(z)[1], self.gradient.gradients()
+
+    def _run_grid(self, wants_t: bool) -> Found:
+        """The gradients, on a grid that is the output times."""
+        assert self.method.tableau is not None
+        found, adj_y0 = run_grid(
+            self.problem,
+            self.method.tableau,
+            self.field,
+            self.gradient,
+            self.ys,
+            self.grad_ys,
+            self._f if wants_t else None,
+        )
+        adj_t = None
+        if wants_t:
+            adj_t = torch.zeros_like(self.t)
+            for m, value in found.items():
+                adj_t[m] = value
+        return adj_t, adj_y0, self.gradient.gradients()
 
     def _interval(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
         """What takes z over the i-th interval, backwards: (z at its end, f at its start if that was evaluated)."""
@@ -163,7 +187,7 @@ class BackwardSolve:
 
     def _grid_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """By a grid of its own."""
-        problem = replace(self.backward.interval(i, z), field=self.field, callbacks=self.problem.callbacks)
+        problem = with_fields(self.backward.interval(i, z), field=self.field, callbacks=self.problem.callbacks)
         loop, _ = make_loop(problem, self.method, self.stats, quadrature=self.gradient, arithmetic=self.arithmetic)
         return self._follow(loop.steps(), problem.times[1])
 
@@ -181,7 +205,7 @@ class BackwardSolve:
 
     def _scipy_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """scipy steps (y, a); the parameters' gradient is a Gauss rule over each of its steps' dense output."""
-        problem = replace(self.problem, y0=z, times=self.problem.times[i : i + 2])
+        problem = with_fields(self.problem, y0=z, times=self.problem.times[i : i + 2])
         assert isinstance(self.method.options, ScipyOptions)
         self.field.wants(False)
         solve = ScipySolve(problem, self.method.options, self.stats)

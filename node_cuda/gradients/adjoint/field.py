@@ -41,8 +41,18 @@ class AdjointField:
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
         """dz/dt at z; one evaluation of f and one vjp."""
-        self.nfe += 1
         y, a = (part.view(self.shape) for part in z.chunk(2))
+        f, vjp_y = self._vjp(t, y, a)
+        return self.arithmetic.pack_adjoint(f, vjp_y)
+
+    def rates(self, t: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
+        """dy/dt and da/dt, apart. f is what func returned, without a copy."""
+        f, vjp_y = self._vjp(t, y, a)
+        return f, torch.zeros_like(f) if vjp_y is None else vjp_y.neg()
+
+    def _vjp(self, t: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """f(t, y) and a^T df/dy (None: f does not depend on y); sets `integrands`."""
+        self.nfe += 1
         params = self.params if self._with_params else ()
         with torch.enable_grad():
             y = y.detach().requires_grad_(True)
@@ -56,7 +66,7 @@ class AdjointField:
         if self.first is not None:
             first, self.first = self.first, None
             first(f.detach(), y.detach())
-        return self.arithmetic.pack_adjoint(f.detach(), vjp_y)
+        return f.detach(), vjp_y
 
     def f_alone(self, t: Tensor, y: Tensor) -> Tensor:
         """f(t, y) without a vjp."""

@@ -143,7 +143,8 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
             "adjoint pass, and will not appear as a tensor in the adjoint norm.",
             stacklevel=5,
         )
-    checks = lookup(method, options).options.check_reconstruction or request.method.options.check_reconstruction
+    parsed = lookup(method, options).options
+    checks = parsed.check_reconstruction or request.method.options.check_reconstruction
     options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
     rtol, atol = (
         forward if backward is None else check_tolerance(name, backward, problem.layout, problem.y0)
@@ -152,6 +153,6 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
             ("adjoint_atol", problem.norm.atol, given.atol),
         )
     )
-    both = request.method.options, lookup(method, options, quiet=True).options
+    both = request.method.options, parsed
     jumps = any(getattr(x, "jump_t", None) is not None for x in both)
     return BackwardSettings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)

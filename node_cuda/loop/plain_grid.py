@@ -1,0 +1,103 @@
+"""A fixed grid that is t itself, in plain PyTorch: the same steps as those of `HostLoop`, without an object for each.
+
+Short solves by euler, midpoint or rk4 are common (flow matching, one-step generators), and there the bookkeeping of a
+step would take longer than the step. Everything unusual is for `HostLoop`: see `applies`. A test compares the bits.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from node_cuda._torch_modes import recorded, transformed
+from node_cuda.kernels.backend import why_plain
+from node_cuda.kernels.reference import combine
+from node_cuda.kernels.stage_times import Interval
+from node_cuda.methods.registry import Method
+from node_cuda.methods.step import Step
+from node_cuda.methods.tableau import SparseRow
+from node_cuda.options import FixedOptions
+from node_cuda.problem.field import share_memory
+from node_cuda.problem.problem import Field, Problem
+from node_cuda.solution import Stats
+
+LARGE = 2**20
+"""Elements of all outputs from which on they are written into one tensor, outside of autograd."""
+
+
+def applies(problem: Problem, method: Method) -> bool:
+    """A fixed-grid Runge-Kutta method steps from output to output, no callback or option watches its steps, no
+    derivative by t is recorded, and no kernel computes them."""
+    options, tableau = method.options, method.tableau
+    return (
+        isinstance(options, FixedOptions)
+        and tableau is not None
+        and not tableau.fsal
+        and options.step_size is None
+        and options.grid_constructor is None
+        and not (options.perturb or options.record_steps or options.cuda_graph or problem.callbacks)
+        and not (transformed() or recorded(problem.t))
+        and problem.backend != "fused"
+        and why_plain(problem.backend, problem.y0) is not None
+    )
+
+
+def solve_grid(
+    problem: Problem, method: Method, stats: Stats, accepted: Callable[[Step], None] | None = None
+) -> Tensor:
+    """Return y at the problem's times, of shape (len(times), *y0.shape). accepted: called with the last step."""
+    tableau = method.tableau
+    assert tableau is not None
+    field, times, sign = problem.field, problem.times, problem.direction
+    rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
+    t = stage_times(problem, tableau.nodes)
+    y = y_before = problem.y0
+    k: list[Tensor] = []
+    ys = _slab(y, len(times))
+    listed = [y]
+    for n in range(len(times) - 1):
+        h = sign * (times[n + 1] - times[n])
+        t_n = t[n * stages : (n + 1) * stages]
+        k = _stages(field, t_n, y, rows, h)
+        if stages > 1 and not field.copies_output and share_memory(k):
+            field.copies_output = True  # func returned a buffer that held an earlier stage
+            k = _stages(field, t_n, y, rows, h)
+        y_before, y = y, combine(y, k, b, h)
+        if ys is None:
+            listed.append(y)
+        else:
+            ys[n + 1] = y
+    stats.accepted += len(times) - 1
+    stats.nfe = field.nfe
+    if accepted is not None and k:
+        t0, t1 = times[-2:]
+        accepted(Step(Interval(t0, t1, t1 - t0, sign * (t1 - t0), sign * (t1 - t0)), y_before, y, k))
+    return torch.stack(listed) if ys is None else ys
+
+
+def _stages(field: Field, t: Sequence[Tensor], y: Tensor, rows: Sequence[SparseRow], h: float) -> list[Tensor]:
+    """k_i = f(t + c_i h, y + h sum_j a_ij k_j)."""
+    k: list[Tensor] = []
+    for t_i, row in zip(t, rows, strict=True):
+        k.append(field(t_i, combine(y, k, row, h) if row else y))
+    return k
+
+
+def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
+    """The times of all stages of all steps, as views of one tensor."""
+    values: list[float] = []
+    for t0, t1 in itertools.pairwise(problem.times):
+        values += [problem.direction * (t1 if c == 1.0 else t0 + c * (t1 - t0)) for c in nodes]
+    return torch.tensor(values, dtype=problem.time_dtype, device=problem.y0.device).unbind()
+
+
+def _slab(y0: Tensor, count: int) -> Tensor | None:
+    """Memory for all outputs where they are many, as a list of them and its stack take twice as much; None: a list."""
+    if torch.is_grad_enabled() or y0.numel() * count < LARGE:
+        return None
+    ys = y0.new_empty((count, *y0.shape))
+    ys[0] = y0
+    return ys
