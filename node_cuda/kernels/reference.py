@@ -40,12 +40,13 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     if isinstance(scale, Tensor):  # autograd records h; here a weight may be zero, so there is no division by a_0
         acc = start + h * functools.reduce(torch.add, (a * k[j].to(start.dtype) for j, a in row))
         return acc.to(y0.dtype) if out is None else out.copy_(acc)
-    sum_ = k[first].float() if half else k[first]
     others: list[tuple[int, Any]] = [(j, a / pivot) for j, a in row[1:]] if len(row) > 1 else []
+    sum_ = k[first].float() if half and others else k[first]  # torch.add widens a half tensor by itself
     if torch.is_grad_enabled() or transformed():
         for j, a in others:
             sum_ = torch.add(sum_, k[j], alpha=a)
         acc = torch.add(start, sum_, alpha=scale)
+        acc = acc.to(y0.dtype) if half else acc
     else:
         ours = half  # this function made the memory of sum_, and may write into it
         for j, a in others:
@@ -54,10 +55,11 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
             else:
                 sum_ = torch.add(sum_, k[j], alpha=a)
                 ours = not sum_._is_zerotensor()
-        to = None if half else out if out is not None or not ours else sum_
+        if half:
+            to = torch.empty_like(y0) if out is None or out.dtype is not y0.dtype else out
+        else:
+            to = out if out is not None or not (ours and others) else sum_
         acc = torch.add(start, sum_, alpha=scale, out=to)
-    if half:
-        acc = acc.to(y0.dtype)
     return acc if out is None or acc is out else out.copy_(acc)
 
 
