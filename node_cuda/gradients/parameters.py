@@ -131,4 +131,4 @@ def _collect(module: nn.Module, prefix: str, params: dict[str, Tensor], buffers:
 
 
 def _is_replica(func: nn.Module) -> bool:
-    return "_is_replica" in vars(func)
+    return bool(vars(func).get("_is_replica"))
