@@ -159,7 +159,7 @@ class Penalty(AugmentedField):
 
     def evaluate(self, t: Tensor, y: State) -> tuple[State, Tensor]:
         if not self.noise:
-            dy = self.checked(t, y, self.func(t, y))
+            dy = self.asked(t, y)
             return dy, self.kinetic * self._squared([as_tuple(dy)[i] for i in self.parts])
         taped = torch.is_grad_enabled()
         # In inference mode nothing is recorded, nor later of tensors that were made there.
@@ -168,8 +168,7 @@ class Penalty(AugmentedField):
             roots = [_root(plain[i], taped) for i in self.parts]
             for i, root in zip(self.parts, roots, strict=True):
                 plain[i] = root.clone()  # which func may write into
-            out = self.func(t, plain[0] if isinstance(y, Tensor) else tuple(plain))
-            dy = as_tuple(self.checked(t, y, out))
+            dy = as_tuple(self.asked(t, plain[0] if isinstance(y, Tensor) else tuple(plain)))
             taped = taped and (not all(x.is_leaf for x in roots) or _reaches_others(dy, roots))
             chosen = [dy[i].to(root.dtype) for i, root in zip(self.parts, roots, strict=True)]
             rate = self.jacobian * self._squared(_vjp(chosen, roots, self.noise, taped))

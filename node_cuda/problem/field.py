@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Func, State
+from node_cuda._user_code import order_mend, tell
 from node_cuda.status import InvalidField
 
 
@@ -45,13 +46,20 @@ class VectorField:
 
     nfe: evaluations so far. The first two evaluations (`probes`) tell what the user's function does with memory: one
     that returns the same buffer every time gets its output copied, one that writes into its argument gets a copy of it.
-    bounds: func is asked at no time outside of them.
+    bounds: func is asked at no time outside of them. ends: the user's first and last time, for messages.
     """
 
-    def __init__(self, func: Func, layout: Layout, bounds: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        func: Func,
+        layout: Layout,
+        bounds: tuple[float, float] | None = None,
+        ends: tuple[float, float] | None = None,
+    ) -> None:
         self.func = func
         self.layout = layout
         self.bounds = bounds
+        self.ends = ends
         self.nfe = 0
         self.probes = 2
         self.copies_output = False  # func returns memory that it writes again
@@ -87,22 +95,27 @@ class VectorField:
         self._last_output = None
 
     def _call(self, t: Tensor, y: Tensor) -> Any:
-        if self.layout.shapes is None:
-            return self.func(t, y)
-        out = self.func(t, self.layout.unflatten(y))
         shapes = self.layout.shapes
+        state = y if shapes is None else self.layout.unflatten(y)
+        try:
+            out = self.func(t, state)
+        except Exception as error:
+            tell(error, "func", self.func, self.ends, t=t, y=state)
+            raise
+        if shapes is None:
+            return out
         if not isinstance(out, (tuple, list)) or len(out) != len(shapes):
             got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
             raise InvalidField(
                 f"func must return a tuple of {len(shapes)} tensors, as many as the state y0 has; got {got}."
             )
         for part, shape in zip(out, shapes, strict=True):
-            _check(part, shape)
+            _check(part, shape, self.func)
         return self.layout.flatten(out)
 
     def _checked(self, out: Any, y: Tensor) -> Tensor:
         if not isinstance(out, Tensor) or out.shape != y.shape:
-            _check(out, y.shape)
+            _check(out, y.shape, self.func)
         if out.dtype is not y.dtype:
             if out.is_complex() and not y.is_complex():
                 raise InvalidField(
@@ -117,7 +130,7 @@ class VectorField:
         argument = y.clone()
         version = version_of(argument)
         raw = self._call(t, argument)
-        _check(raw, y.shape)
+        _check(raw, y.shape, self.func)
         wrote = not torch.equal(argument, y) if version is None else version_of(argument) != version
         self._copies_input = self._copies_input or wrote
         # Both are alive here, so that an equal address is one buffer and no accident.
@@ -154,8 +167,8 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
         return False
 
 
-def _check(out: Any, shape: torch.Size) -> None:
-    """Raise if `out` is not a tensor of this shape."""
+def _check(out: Any, shape: torch.Size, func: Func) -> None:
+    """Raise if `out`, which func returned, is not a tensor of this shape."""
     if not isinstance(out, Tensor):
         hint = " Did it forget `return`?" if out is None else ""
         raise InvalidField(
@@ -165,5 +178,5 @@ def _check(out: Any, shape: torch.Size) -> None:
     if out.shape != shape:
         raise InvalidField(
             f"func must return dy/dt of the state's shape {tuple(shape)}; got {tuple(out.shape)}. "
-            "Return a tensor shaped like y, e.g. `out.reshape(y.shape)` or `out.expand_as(y)`."
+            f"{order_mend(func) or 'Return a tensor shaped like y, e.g. `out.reshape(y.shape)` or `out.expand_as(y)`.'}"
         )

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
+from node_cuda._user_code import tell
 from node_cuda.kernels import backend
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import Clock
@@ -44,7 +45,8 @@ class Problem:
     user's own tensor of times, where gradients go. norm: what counts as a small error. callbacks: the user's, by
     name, called with (t0, y0, dt); adjoint_callbacks: those of the backward solve, under the same names. backend: which
     path is wanted for the steps (see `node_cuda.backend`), in the backward pass as well, which another thread may run.
-    bounds: the user's times between which func may be asked; None: at all times.
+    bounds: the user's times between which func may be asked; None: at all times. ends: the user's first and last time,
+    for messages; None where t does not say when the solve ends.
     """
 
     func: Func
@@ -59,10 +61,11 @@ class Problem:
     adjoint_callbacks: dict[str, Callback]
     backend: str
     bounds: tuple[float, float] | None = None
+    ends: tuple[float, float] | None = None
 
     def field_of(self, func: Func) -> VectorField:
         """A field for this problem from another function."""
-        return VectorField(func, self.layout, self.bounds)
+        return VectorField(func, self.layout, self.bounds, self.ends)
 
     @property
     def time_dtype(self) -> torch.dtype:
@@ -78,10 +81,18 @@ class Problem:
 
 
 def make_problem(
-    func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: Norm | None = None, *, clip: bool = False
+    func: Func,
+    y0: State,
+    t: Tensor,
+    rtol: Any,
+    atol: Any,
+    norm: Norm | None = None,
+    *,
+    clip: bool = False,
+    endless: bool = False,
 ) -> Problem:
     """Check the user's input and flatten it. norm: of a tensor, or of a tuple where y0 is one. clip: func is asked
-    between the first and the last time only.
+    between the first and the last time only. endless: t does not say when the solve ends, as an event does.
 
     Raises InvalidType, InvalidInput or InvalidState with the mend.
     """
@@ -103,9 +114,10 @@ def make_problem(
     if _is_zero(error_norm.rtol) and _is_zero(error_norm.atol):
         raise InvalidInput("rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use `rtol=1e-12`, say.")
     bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
+    ends = None if endless else (direction * times[0], direction * times[-1])
     return Problem(
         func=func,
-        field=VectorField(func, layout, bounds),
+        field=VectorField(func, layout, bounds, ends),
         y0=flat,
         t=t,
         times=times,
@@ -116,6 +128,7 @@ def make_problem(
         adjoint_callbacks=_callbacks(func, "_adjoint"),
         backend=backend.chosen(),
         bounds=bounds,
+        ends=ends,
     )
 
 
@@ -170,18 +183,45 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
     layout = problem.layout
 
     def at(t: Tensor, y: Tensor) -> Tensor:
-        value = torch.as_tensor(event_fn(t, layout.unflatten(y)))
-        if value.dtype is torch.bool:
-            raise InvalidType(
-                "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
-                "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
-            )
-        return value
+        state = layout.unflatten(y)
+        try:
+            value = event_fn(t, state)
+        except Exception as error:
+            tell(error, "event_fn", event_fn, t=t, y=state)
+            raise
+        return _event_value(value)
 
     with torch.no_grad():
         signs = torch.sign(at(problem.t[0].to(problem.time_dtype), problem.y0))
 
     return lambda t, y: torch.min(at(t, y) * signs)
+
+
+def _event_value(value: Any) -> Tensor:
+    """What event_fn returned, if it has signs."""
+    if isinstance(value, Tensor) or isinstance(value, (int, float, complex)):
+        value = torch.as_tensor(value)
+    else:
+        hint = " Did it forget `return`?" if value is None else ""
+        raise InvalidType(
+            f"event_fn must return a tensor or a number; got a {type(value).__name__}.{hint} Return `y[0] - 1.0`, say, "
+            "or `torch.stack([...])` of several such."
+        )
+    if value.dtype is torch.bool:
+        raise InvalidType(
+            "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
+            "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
+        )
+    if value.is_complex():
+        raise InvalidType(
+            f"event_fn must return real numbers, which have a sign; got {value.dtype}. Return `y[0].real`, say, or "
+            "`y[0].abs() - 1.0`."
+        )
+    if value.numel() == 0:
+        raise InvalidInput(
+            f"event_fn must return at least one number; got shape {tuple(value.shape)}. Return `y[0] - 1.0`, say."
+        )
+    return value
 
 
 def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
