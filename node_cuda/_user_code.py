@@ -33,13 +33,11 @@ def tell(error: Exception, name: str, code: Any, ends: tuple[float, float] | Non
     """
     if isinstance(error, InvalidField) or _note_of(error) is not None:
         return
-    lines = [
-        f"{BEGINNING}{name}({', '.join(arguments)}) was called with",
-        *(_described(*item) for item in arguments.items()),
-    ]
-    t = arguments.get("t")
-    lines += [_outside(value, ends)] if (value := number(t)) is not None and ends is not None else []
-    lines += [_mend(error, code, arguments.get("y"))] if name == "func" else []
+    lines = [f"{BEGINNING}{name}({', '.join(arguments)}) was called with"]
+    lines += [_described(*item) for item in arguments.items()]
+    if name == "func":
+        t = number(arguments["t"])
+        lines += ["" if t is None or ends is None else _outside(t, ends), _mend(error, code, arguments["y"])]
     _write(error, "\n".join(filter(None, lines)))
 
 
