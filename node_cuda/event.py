@@ -12,7 +12,7 @@ from node_cuda._eager import eager
 from node_cuda._typing import EventFunc, Func, State
 from node_cuda.gradients.autograd import refuse_transforms
 from node_cuda.gradients.event_time import Crossing, moving
-from node_cuda.odeint import odeint
+from node_cuda.odeint import check_event_fn, odeint
 from node_cuda.problem.field import Layout
 from node_cuda.status import InvalidInput, InvalidType
 
@@ -42,9 +42,16 @@ def odeint_event(
         raise InvalidType(f"t0 must be a torch.Tensor; got a {type(t0).__name__}. Use `torch.tensor({t0!r})`.")
     if t0.numel() != 1:
         raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve for each start by itself.")
+    check_event_fn(event_fn)
     start = t0.reshape(-1)
     step = -1.0 if reverse_time else 1.0
-    event_t, ys = odeint_interface(func, y0, torch.cat([start, start.detach() + step]), event_fn=event_fn, **kwargs)
+    found = odeint_interface(func, y0, torch.cat([start, start.detach() + step]), event_fn=event_fn, **kwargs)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise InvalidInput(
+            f"odeint_interface must return (event_t, y), as odeint and odeint_adjoint do; got a {type(found).__name__}. "
+            "Use `odeint_interface=odeint_adjoint`, or call `solve(..., event_fn=event_fn)` itself."
+        )
+    event_t, ys = found
     if isinstance(ys, tuple):
         layout = Layout(tuple(part.shape[1:] for part in ys))
         first, last = (layout.flatten(tuple(part[i] for part in ys)) for i in (0, -1))

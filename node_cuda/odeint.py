@@ -19,10 +19,18 @@ from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
 from node_cuda.loop.request import AdjointSpec, SolveSpec
 from node_cuda.methods.registry import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
-from node_cuda.options import FixedOptions
+from node_cuda.options import ARGUMENTS, FixedOptions, option_names
 from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
-from node_cuda.status import InvalidInput, InvalidType, SolveError, Status, Unsupported
+from node_cuda.status import (
+    InvalidInput,
+    InvalidType,
+    SolveError,
+    Status,
+    Unsupported,
+    did_you_mean,
+    users_level,
+)
 
 RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
@@ -155,13 +163,16 @@ def solve(
     Returns Solution(ts, ys, stats, status, event_t, integral); ys of shape (len(t), *y0.shape) in y0's dtype, or a
     tuple of such; the integral in the dtype of y0, in its real one if g is real. Raises as `odeint` does.
     """
+    _refuse_unknown("solve", unknown)
     if gradient not in GRADIENTS:
-        raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
+        known = ", ".join(map(repr, GRADIENTS))
+        raise InvalidInput(f"gradient must be one of {known}; got {gradient!r}.{did_you_mean(gradient, GRADIENTS)}")
     _check_checkpoints(checkpoints, gradient)
     refuse_in_capture(y0)
     options = _with_graphs(options, func)
     chosen = lookup(method, options)
     if event_fn is not None:
+        check_event_fn(event_fn)
         chosen = for_one_output(chosen)
     if chosen.options.check_reconstruction and gradient != "adjoint":
         raise InvalidInput(
@@ -240,6 +251,27 @@ def odeint_dense(
     return solve_dense(problem, chosen, Stats(host_reads=1))
 
 
+def check_event_fn(event_fn: Any) -> None:
+    """Raise InvalidType if this is no function."""
+    if not callable(event_fn):
+        raise InvalidType(
+            f"event_fn must be callable as event_fn(t, y); got a {type(event_fn).__name__}. Use "
+            "`lambda t, y: y[0] - 1.0`, say."
+        )
+
+
+def _refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
+    """Raise InvalidType for arguments that this function does not have."""
+    for argument in unknown:
+        if argument in option_names():
+            mend = f"{argument} is an option: use `options=dict({argument}=...)`."
+        elif argument in ARGUMENTS:
+            mend = f"Use `odeint_adjoint` or `solve`, which have {argument}."
+        else:
+            mend = did_you_mean(argument, ARGUMENTS).strip() or f"It has {', '.join(ARGUMENTS[:5])} and others."
+        raise InvalidType(f"{name}() got an unexpected keyword argument {argument!r}. {mend}")
+
+
 def _clips(method: Method) -> bool:
     """func is to be asked between the ends of t only, and the method would not do so by itself."""
     return method.options.clip and not isinstance(method.options, FixedOptions)
@@ -304,7 +336,7 @@ def _check_checkpoints(checkpoints: int | str | None, gradient: str) -> None:
 def _warn_of_callbacks(problem: Problem, method: Method) -> None:
     unsupported = set(problem.callbacks) - supported_callbacks(method)
     if unsupported:
-        warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=3)
+        warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=users_level())
 
 
 def _with_graphs(options: Mapping[str, Any] | None, func: Any) -> Mapping[str, Any] | None:

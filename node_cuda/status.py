@@ -5,7 +5,9 @@ Knows nothing of tensors or methods. A new way to fail is one member of `Status`
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -38,7 +40,8 @@ class Status(Enum):
     NO_EVENT = (
         4,
         "The event function did not change its sign within the allowed number of steps. Check that it does along the "
-        "solution, start nearer to the event, or take larger steps.",
+        "solution, or start nearer to the event. Where two changes may lie in one step, use "
+        "`options=dict(event_checks=8)` or `options=dict(max_step=...)`.",
     )
     PENDING = 5, "Nobody has looked yet how the solve ended: `Solution.check()` does."
     RECORD_FULL = (
@@ -105,6 +108,13 @@ class SolveError(RuntimeError, AssertionError):
     def __reduce__(self) -> tuple[Any, ...]:
         # By default the message alone would be given to __init__, and a pool of workers would wait for ever.
         return type(self), (self.status, self.t, self.stats, self.detail), vars(self)
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A question that names what was meant, with a space before it; "" if nothing known is like it."""
+    names = {x.lower(): x for x in known}
+    near = difflib.get_close_matches(str(name).lower(), names, 1)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
 
 
 def users_level() -> int:

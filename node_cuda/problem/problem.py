@@ -97,14 +97,17 @@ def make_problem(
     Raises InvalidType, InvalidInput or InvalidState with the mend.
     """
     if not callable(func):
-        raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}.")
+        swapped = "func and y0 are swapped: use" if callable(y0) else "Use"
+        raise InvalidType(
+            f"func must be callable as func(t, y); got a {type(func).__name__}. {swapped} `odeint(func, y0, t)`."
+        )
     layout = Layout(_shapes(y0))
     flat = layout.flatten(y0)
     if not (flat.is_floating_point() or flat.is_complex()):
         raise InvalidState(
             f"y0 must be floating point or complex; got {flat.dtype}. Use `y0.float()` or `y0.double()`."
         )
-    times, direction = check_times(t)
+    times, direction = _times_of(t, y0)
     error_norm = ErrorNorm(
         check_tolerance("rtol", rtol, layout, flat),
         check_tolerance("atol", atol, layout, flat),
@@ -147,10 +150,25 @@ def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> t
     return least, most
 
 
+def _times_of(t: Any, y0: State) -> tuple[tuple[float, ...], float]:
+    """As `check_times`; if y0 would do as t, which is none, the message says that they are swapped."""
+    try:
+        return check_times(t)
+    except (InvalidInput, InvalidType) as error:
+        if not isinstance(y0, Tensor) or y0.ndim != 1 or y0.numel() < 2:
+            raise
+        try:
+            check_times(y0)
+        except Exception:
+            raise error from None
+        raise type(error)(f"{error} If y0 and t are swapped, use `odeint(func, y0, t)`.") from None
+
+
 def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
     """The user's times as ascending floats, and the direction: t = direction * s."""
     if not isinstance(t, Tensor):
-        raise InvalidType(f"t must be a torch.Tensor; got a {type(t).__name__}. Use `torch.tensor([0.0, 1.0])`.")
+        words = "`torch.as_tensor(t)`" if hasattr(t, "__array__") else "`torch.tensor([0.0, 1.0])`, say"
+        raise InvalidType(f"t must be a torch.Tensor; got a {type(t).__name__}. Use {words}.")
     if not t.is_floating_point():
         raise TypeError(f"`t` must be a floating point Tensor; got {t.dtype}. Use `t.float()` or `t.double()`.")
     if t.ndim != 1 or t.numel() == 0:
@@ -199,14 +217,14 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
 
 def _event_value(value: Any) -> Tensor:
     """What event_fn returned, if it has signs."""
-    if isinstance(value, Tensor) or isinstance(value, (int, float, complex)):
+    try:
         value = torch.as_tensor(value)
-    else:
+    except (TypeError, ValueError, RuntimeError):
         hint = " Did it forget `return`?" if value is None else ""
         raise InvalidType(
             f"event_fn must return a tensor or a number; got a {type(value).__name__}.{hint} Return `y[0] - 1.0`, say, "
             "or `torch.stack([...])` of several such."
-        )
+        ) from None
     if value.dtype is torch.bool:
         raise InvalidType(
             "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
@@ -228,15 +246,18 @@ def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
     if isinstance(y0, Tensor):
         return None
     if not isinstance(y0, tuple):
-        raise InvalidType(
-            f"y0 must be a torch.Tensor or a tuple of them; got a {type(y0).__name__}. Use `tuple(y0)` for a list, "
-            "`torch.as_tensor(y0)` for an array."
-        )
+        words = "`torch.as_tensor(y0)`" if hasattr(y0, "__array__") else "`torch.tensor([1.0])`, say"
+        if isinstance(y0, list):
+            words = "`tuple(y0)` for a list of tensors, `torch.tensor(y0)` for one of numbers"
+        raise InvalidType(f"y0 must be a torch.Tensor or a tuple of them; got a {type(y0).__name__}. Use {words}.")
     if not y0:
         raise InvalidInput("y0 is an empty tuple; a state needs at least one tensor.")
     for i, part in enumerate(y0):
         if not isinstance(part, Tensor):
-            raise InvalidType(f"y0[{i}] must be a torch.Tensor; got a {type(part).__name__}. Use `torch.as_tensor`.")
+            raise InvalidType(
+                f"y0[{i}] must be a torch.Tensor; got a {type(part).__name__}. Use `torch.as_tensor`. If y0 is an "
+                "interval, as in scipy's solve_ivp(func, t_span, y0): here it is `odeint(func, y0, t)`."
+            )
     return tuple(part.shape for part in y0)
 
 
