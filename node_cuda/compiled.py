@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from node_cuda._typing import Func, State
+from node_cuda._typing import Func, S
 from node_cuda.cuda_graphs.cache import GraphCache
 from node_cuda.odeint import solve
 from node_cuda.solution import Solution
@@ -21,7 +21,7 @@ class Compiled:
         self.solver = solver
         self.graphs: GraphCache[Any] = solver["options"]["cuda_graph"]
 
-    def __call__(self, y0: State, t: Tensor) -> Solution:
+    def __call__(self, y0: S, t: Tensor) -> Solution[S]:
         """The solution at the times t, from y0."""
         return solve(self.func, y0, t, **self.solver)
 

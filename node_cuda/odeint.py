@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
-from node_cuda._typing import EventFunc, Func, State
+from node_cuda._typing import (
+    AdjointArguments,
+    EventFunc,
+    Func,
+    GradientName,
+    MethodName,
+    NoArguments,
+    S,
+    SolverArguments,
+    State,
+)
 from node_cuda.cuda_graphs.cache import GraphCache, graphs_of, refuse_in_capture
 from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.gradients.registry import GRADIENTS
@@ -32,21 +42,31 @@ from node_cuda.status import (
     users_level,
 )
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
 RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
 
 
+@overload
+def odeint(func: Func, y0: S, t: Tensor, *, event_fn: None = None, **solver: Unpack[SolverArguments]) -> S: ...
+@overload
+def odeint(
+    func: Func, y0: S, t: Tensor, *, event_fn: EventFunc, **solver: Unpack[SolverArguments]
+) -> tuple[Tensor, S]: ...
 @eager
 def odeint(
     func: Func,
-    y0: State,
+    y0: Any,
     t: Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
+    **unknown: Any,
 ) -> Any:
     """Solve dy/dt = func(t, y), y(t[0]) = y0, and return y at the times t; differentiable through the solver.
 
@@ -65,30 +85,38 @@ def odeint(
     Raises InvalidInput, InvalidType, InvalidState, InvalidField or ValueError for a caller's mistake, SolveError if
     the solve fails. Source: Hairer, Norsett and Wanner, Solving ODEs I.
     """
+    refuse_unknown("odeint", unknown)
     refuse_regularized(func, "odeint")
     return _as_torchdiffeq(
         solve(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn), event_fn
     )
 
 
+@overload
+def odeint_adjoint(func: Func, y0: S, t: Tensor, *, event_fn: None = None, **solver: Unpack[AdjointArguments]) -> S: ...
+@overload
+def odeint_adjoint(
+    func: Func, y0: S, t: Tensor, *, event_fn: EventFunc, **solver: Unpack[AdjointArguments]
+) -> tuple[Tensor, S]: ...
 @eager
 def odeint_adjoint(
     func: Func,
-    y0: State,
+    y0: Any,
     t: Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
-    adjoint_method: str | None = None,
+    adjoint_method: MethodName | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
-    gradient: str = "adjoint",
-    checkpoints: int | str | None = None,
+    gradient: GradientName = "adjoint",
+    checkpoints: int | Literal["auto"] | None = None,
+    **unknown: Any,
 ) -> Any:
     """As `odeint`, with gradients for y0, t and the parameters by the continuous adjoint method, in constant memory.
 
@@ -101,6 +129,7 @@ def odeint_adjoint(
     Returns and raises as `odeint` does, and ValueError if the parameters cannot be found. Differentiable once.
     Source: Chen et al. 2018, arXiv:1806.07366; seminorm: Kidger, Chen and Lyons 2021, arXiv:2009.09457.
     """
+    refuse_unknown("odeint_adjoint", unknown)
     refuse_regularized(func, "odeint_adjoint")
     return _as_torchdiffeq(
         solve(
@@ -127,23 +156,24 @@ def odeint_adjoint(
 @eager
 def solve(
     func: Func,
-    y0: State,
+    y0: S,
     t: Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
-    gradient: str = "backprop",
-    checkpoints: int | str | None = None,
+    gradient: GradientName = "backprop",
+    checkpoints: int | Literal["auto"] | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
-    adjoint_method: str | None = None,
+    adjoint_method: MethodName | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
     integral: Callable[[Tensor, Any, Any], Tensor] | None = None,
-) -> Solution:
+    **unknown: Unpack[NoArguments],
+) -> Solution[S]:
     """Solve dy/dt = func(t, y), y(t[0]) = y0: the full interface, with statistics and status.
 
     Arguments as those of `odeint` and `odeint_adjoint`. gradient: "backprop" (autograd through the solver), "adjoint"
@@ -163,11 +193,8 @@ def solve(
     Returns Solution(ts, ys, stats, status, event_t, integral); ys of shape (len(t), *y0.shape) in y0's dtype, or a
     tuple of such; the integral in the dtype of y0, in its real one if g is real. Raises as `odeint` does.
     """
-    _refuse_unknown("solve", unknown)
-    if gradient not in GRADIENTS:
-        known = ", ".join(map(repr, GRADIENTS))
-        raise InvalidInput(f"gradient must be one of {known}; got {gradient!r}.{did_you_mean(gradient, GRADIENTS)}")
-    _check_checkpoints(checkpoints, gradient)
+    refuse_unknown("solve", unknown)
+    check_gradient(gradient, checkpoints)
     refuse_in_capture(y0)
     options = _with_graphs(options, func)
     chosen = lookup(method, options)
@@ -225,21 +252,23 @@ def solve(
 @eager
 def odeint_dense(
     func: Func,
-    y0: State,
-    t0: Tensor,
-    t1: Tensor,
+    y0: S,
+    t0: float | Tensor,
+    t1: float | Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
-) -> DenseSolution:
+    **unknown: Unpack[NoArguments],
+) -> DenseSolution[S]:
     """Solve from t0 to t1 and return y as a function of time, callable with times of any shape between them.
 
     As torchdiffeq's `odeint_dense`, but for every method, tuple states and both directions. t0, t1: 0-d tensors or
     numbers. dopri8, whose default interpolant is far below its order, takes its accurate one.
     Raises as `odeint` does, also with options=dict(throw=False): a partial dense solution is never returned.
     """
+    refuse_unknown("odeint_dense", unknown)
     refuse_regularized(func, "odeint_dense")
     refuse_in_capture(y0)
     chosen = lookup(method, options)
@@ -260,7 +289,7 @@ def check_event_fn(event_fn: Any) -> None:
         )
 
 
-def _refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
+def refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
     """Raise InvalidType for arguments that this function does not have."""
     for argument in unknown:
         if argument in option_names():
@@ -306,7 +335,7 @@ def _solution(
     ys: Tensor,
     status: Status,
     event_t: Tensor | None = None,
-) -> Solution:
+) -> Solution[Any]:
     def as_given(flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[State, Tensor | None]:
         state = request.problem.layout.unflatten(flat, lead)
         return (state, None) if beside is None else beside.split(state)
@@ -318,7 +347,11 @@ def _solution(
     return Solution(ts, state, request.stats, status, event_t, integral, reached)
 
 
-def _check_checkpoints(checkpoints: int | str | None, gradient: str) -> None:
+def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
+    """Raise InvalidInput if there is no such gradient, or none with these checkpoints."""
+    if gradient not in GRADIENTS:
+        known = ", ".join(map(repr, GRADIENTS))
+        raise InvalidInput(f"gradient must be one of {known}; got {gradient!r}.{did_you_mean(gradient, GRADIENTS)}")
     if checkpoints is None:
         return
     if gradient != "discrete":
@@ -361,5 +394,5 @@ def _refuse_callbacks(problem: Problem, method: Method) -> None:
         )
 
 
-def _as_torchdiffeq(solution: Solution, event_fn: EventFunc | None) -> Any:
+def _as_torchdiffeq(solution: Solution[Any], event_fn: EventFunc | None) -> Any:
     return solution.ys if event_fn is None else (solution.event_t, solution.ys)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Generic, Protocol
 
 from torch import Tensor
 
-from node_cuda._typing import State
+from node_cuda._typing import S_co
 from node_cuda.status import SolveError, Status
 
 
@@ -72,7 +72,7 @@ class Stats:
 
 
 @dataclass
-class Solution:
+class Solution(Generic[S_co]):
     """The solution of an initial value problem.
 
     ts: the times, as given. ys: y at these times, of shape (len(ts), *y0.shape), or a tuple of such; after an event
@@ -84,12 +84,12 @@ class Solution:
     """
 
     ts: Tensor
-    ys: State
+    ys: S_co
     stats: Stats
     status: Status
     event_t: Tensor | None = None
     integral: Tensor | None = None
-    failed_after: tuple[Tensor, State] | None = field(default=None, repr=False)
+    failed_after: tuple[Tensor, S_co] | None = field(default=None, repr=False)
 
     @property
     def t_reached(self) -> Tensor:
@@ -97,13 +97,15 @@ class Solution:
         return self.ts[self._last].detach() if self.failed_after is None else self.failed_after[0]
 
     @property
-    def y_reached(self) -> State:
+    def y_reached(self) -> S_co:
         """The state at `t_reached`, like y0."""
         if self.failed_after is not None:
             return self.failed_after[1]
-        return tuple(part[self._last] for part in self.ys) if isinstance(self.ys, tuple) else self.ys[self._last]
+        ys: Any = self.ys
+        last: Any = tuple(part[self._last] for part in ys) if isinstance(ys, tuple) else ys[self._last]
+        return last
 
-    def check(self) -> Solution:
+    def check(self) -> Solution[S_co]:
         """Raise SolveError if the solve failed, or its backward pass as far as it was taken. With
         `options=dict(throw="deferred")` this waits for the device, and fills in stats and status."""
         failures = [pending.end(self.stats) for pending in self.stats.pending]
@@ -122,6 +124,6 @@ class Solution:
         """The index of the last output, or of a failed solve of the last one that is not NaN."""
         if self.status is Status.SUCCESS:
             return len(self.ts) - 1
-        parts = self.ys if isinstance(self.ys, tuple) else (self.ys,)
+        parts: tuple[Any, ...] = self.ys if isinstance(self.ys, tuple) else (self.ys,)
         finite = [bool(all(x[i].isfinite().all() for x in parts)) for i in range(len(self.ts))]
         return max(finite.index(False) - 1, 0) if False in finite else len(self.ts) - 1

@@ -96,11 +96,7 @@ def make_problem(
 
     Raises InvalidType, InvalidInput or InvalidState with the mend.
     """
-    if not callable(func):
-        swapped = "func and y0 are swapped: use" if callable(y0) else "Use"
-        raise InvalidType(
-            f"func must be callable as func(t, y); got a {type(func).__name__}. {swapped} `odeint(func, y0, t)`."
-        )
+    check_func(func, "odeint(func, y0, t)", swapped=callable(y0))
     layout = Layout(_shapes(y0))
     flat = layout.flatten(y0)
     if not (flat.is_floating_point() or flat.is_complex()):
@@ -133,6 +129,13 @@ def make_problem(
         bounds=bounds,
         ends=ends,
     )
+
+
+def check_func(func: Any, call: str, *, swapped: bool = False) -> None:
+    """Raise InvalidType if func is no function. call: what to type; swapped: y0 is one."""
+    if not callable(func):
+        words = "func and y0 are swapped: use" if swapped else "Use"
+        raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}. {words} `{call}`.")
 
 
 def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> tuple[float, float]:
