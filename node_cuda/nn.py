@@ -61,6 +61,8 @@ class NeuralODE(nn.Module):
             lookup(method if adjoint_method is None else adjoint_method, adjoint_options)
         if t is not None:
             check_times(t)
+        if adjoint_params is not None and not isinstance(adjoint_params, Tensor):
+            adjoint_params = tuple(adjoint_params)  # each call reads them
         self.func = func
         self.t = t if t is None or t.requires_grad else t.detach().to("cpu", torch.float64)
         self.last_only = last_only
@@ -101,8 +103,7 @@ class NeuralODE(nn.Module):
 
     def extra_repr(self) -> str:
         """How it is solved."""
-        shown: dict[str, Any] = {} if self.t is None else {"t": self.t.tolist()}
-        shown |= {"last_only": True} if self.last_only else {}
-        return ", ".join(
-            f"{name}={value!r}" for name, value in {**shown, "gradient": self.gradient, **self.solver}.items()
-        )
+        times = [] if self.t is None else [f"{len(self.t)} times t from {self.t[0]:g} to {self.t[-1]:g}"]
+        shown = {"last_only": True} if self.last_only else {}
+        shown |= {"gradient": self.gradient, **self.solver}
+        return ", ".join((*times, *(f"{name}={value!r}" for name, value in shown.items())))
