@@ -129,5 +129,7 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser("python -m node_cuda", description=__doc__.splitlines()[0]).parse_args()
+    argparse.ArgumentParser(
+        "python -m node_cuda", description="What is installed, which path computes the steps, and why."
+    ).parse_args()
     print(report())

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
+from node_cuda._torch_modes import transformed
 from node_cuda._typing import (
     AdjointArguments,
     EventFunc,
@@ -28,7 +30,7 @@ from node_cuda.integrals.integral import AugmentedField, Integral, event_of, wit
 from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
 from node_cuda.loop.request import AdjointSpec, SolveSpec
-from node_cuda.methods.registry import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
+from node_cuda.methods.registry import SCIPY, Method, for_one_output, lookup, reads_tolerances, supported_callbacks
 from node_cuda.options import ARGUMENTS, FixedOptions, option_names
 from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
@@ -214,7 +216,10 @@ def solve(
             'options["clip"] keeps func within [t[0], t[-1]], and with an event_fn t[1] only gives the direction of '
             "time. Drop clip, and take options=dict(max_step=...) for a func that is not known everywhere."
         )
-    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen))
+    endless = event_fn is not None
+    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen), endless=endless)
+    stats = Stats(host_reads=1)
+    _warn_of_tolerances(problem, chosen, stats)
     _warn_of_callbacks(problem, chosen)
     _refuse_callbacks(problem, chosen)
     if isinstance(adjoint_params, Tensor):
@@ -223,9 +228,11 @@ def solve(
     beside = _beside(func, problem, integral)
     if beside is not None:
         problem, chosen, given = with_integral(problem, chosen, given, beside)
-    request = SolveSpec(problem, chosen, Stats(host_reads=1), method, options, given, checkpoints)
+    request = SolveSpec(problem, chosen, stats, method, options, given, checkpoints)
     mode = GRADIENTS[gradient]
     if event_fn is None:
+        _warn_of_one_time(problem)
+        _warn_of_scipy(problem, chosen, gradient)
         ys, status = mode.outputs(request)
         return _solution(request, beside, t, ys, status)
     if len(t) != 2:
@@ -277,7 +284,9 @@ def odeint_dense(
     t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen))
     _warn_of_callbacks(problem, chosen)
-    return solve_dense(problem, chosen, Stats(host_reads=1))
+    stats = Stats(host_reads=1)
+    _warn_of_tolerances(problem, chosen, stats)
+    return solve_dense(problem, chosen, stats)
 
 
 def check_event_fn(event_fn: Any) -> None:
@@ -363,6 +372,44 @@ def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
     if not whole and checkpoints != "auto":
         raise InvalidInput(
             f'checkpoints must be a number of states, at least 1, "auto" or None; got {checkpoints!r}. Use 64, say.'
+        )
+
+
+def _warn_of_tolerances(problem: Problem, method: Method, stats: Stats) -> None:
+    """Warn if y0's dtype cannot hold what rtol and atol ask for: no error can be that small. Reads y0 only then."""
+    y0, eps = problem.y0, torch.finfo(problem.time_dtype).eps
+    rtol, atol = (
+        float(tol.max()) if isinstance(tol, Tensor) else tol for tol in (problem.norm.rtol, problem.norm.atol)
+    )
+    if not method.adaptive or method.options.throw == "deferred" or rtol >= eps / 8 or y0.numel() == 0 or transformed():
+        return
+    stats.host_reads += 1
+    size = float(y0.detach().abs().max())
+    if atol >= eps / 8 * size or not math.isfinite(size):
+        return
+    wider = "" if problem.time_dtype is torch.float64 else ", or a wider state, e.g. `y0.double()`"
+    warnings.warn(
+        f"rtol = {rtol:.3g} and atol = {atol:.3g} are less than {y0.dtype} can tell apart for |y0| up to {size:.3g}: "
+        f"the steps are chosen by rounding errors. Use rtol={eps:.1g}, atol={eps * size:.1g} or more{wider}.",
+        stacklevel=users_level(),
+    )
+
+
+def _warn_of_one_time(problem: Problem) -> None:
+    if len(problem.times) == 1:
+        warnings.warn(
+            f"t holds one time, t[0] = {problem.times[0]:.6g}, at which y is y0: nothing is solved. Use "
+            "`torch.tensor([t0, t1])`, and `y[-1]` of the solution.",
+            stacklevel=users_level(),
+        )
+
+
+def _warn_of_scipy(problem: Problem, method: Method, gradient: str) -> None:
+    if method.name == SCIPY and gradient == "backprop" and problem.y0.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "y0 requires a gradient, and scipy computes outside of autograd: y will have none. Use "
+            '`odeint_adjoint(..., method="scipy_solver")`, or `y0.detach()`.',
+            stacklevel=users_level(),
         )
 
 

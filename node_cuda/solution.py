@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Generic, Protocol
 
 from torch import Tensor
@@ -67,6 +67,15 @@ class Stats:
         # What a copy could not wait for: it lies on the device, and is the original's. What is large stays here, too.
         return {**vars(self), "pending": [], "reached": None}
 
+    def __repr__(self) -> str:
+        shown = [f"{name}={getattr(self, name)!r}" for name in ("nfe", "nfe_backward", "accepted", "rejected")]
+        for f in fields(self)[4:]:
+            value = getattr(self, f.name)
+            if f.repr and value != f.default:
+                times = isinstance(value, list)
+                shown.append(f"{f.name}=<{len(value)} times>" if times else f"{f.name}={value!r}")
+        return f"Stats({', '.join(shown)})"
+
     def __str__(self) -> str:
         return f"nfe = {self.nfe}, accepted steps = {self.accepted}, rejected = {self.rejected}"
 
@@ -90,6 +99,14 @@ class Solution(Generic[S_co]):
     event_t: Tensor | None = None
     integral: Tensor | None = None
     failed_after: tuple[Tensor, S_co] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        parts: tuple[Any, ...] = self.ys if isinstance(self.ys, tuple) else (self.ys,)
+        shapes = ", ".join(str(tuple(x.shape)) for x in parts)
+        event = "" if self.event_t is None else ", up to an event"
+        integral = "" if self.integral is None else f", integral of shape {tuple(self.integral.shape)}"
+        state = f"ys of shape {shapes}, {parts[0].dtype}{integral}"
+        return f"Solution({self.status.name}, {_between(self.ts)}{event}, {state}, {self.stats}, nfe_backward = {self.stats.nfe_backward})"
 
     @property
     def t_reached(self) -> Tensor:
@@ -127,3 +144,9 @@ class Solution(Generic[S_co]):
         parts: tuple[Any, ...] = self.ys if isinstance(self.ys, tuple) else (self.ys,)
         finite = [bool(all(x[i].isfinite().all() for x in parts)) for i in range(len(self.ts))]
         return max(finite.index(False) - 1, 0) if False in finite else len(self.ts) - 1
+
+
+def _between(ts: Tensor) -> str:
+    """The first and the last of these times, in words."""
+    ends = ", ".join(f"{name} = {t:.6g}" for name, t in zip(("t0", "t1"), ts.detach()[[0, -1]].tolist(), strict=True))
+    return f"{len(ts)} times, {ends}"

@@ -49,6 +49,16 @@ class Status(Enum):
         "The solve took more steps than there was room to record, so that the backward pass of a deferred solve cannot "
         "take them back. Solve once with `options=dict(throw=True)`: the next solves then have room.",
     )
+    BY_CHANCE = (
+        7,
+        "The field answers differently when it is asked again at the same t and y (dropout, noise?), so that no step "
+        "is small enough. Put func in evaluation mode, `func.eval()`, or draw the noise once before the solve.",
+    )
+    NON_FINITE_GRADIENT = (
+        8,
+        "dL/dy, with which the backward pass begins, holds NaN or infinity. Look at the loss, not at func: it may divide "
+        "by 0, or take the sqrt or the log of 0.",
+    )
 
     def __new__(cls, code: int, sentence: str) -> Self:
         member = object.__new__(cls)

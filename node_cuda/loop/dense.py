@@ -37,6 +37,15 @@ class DenseSolution(Generic[S_co]):
         self._problem = problem
         self._at = at
 
+    def __repr__(self) -> str:
+        problem = self._problem
+        shapes = ", ".join(str(tuple(shape)) for shape in problem.layout.shapes or (problem.y0.shape,))
+        t0, t1 = (problem.direction * problem.times[i] for i in (0, -1))
+        return (
+            f"DenseSolution(t0 = {t0:.6g}, t1 = {t1:.6g}, y of shape {shapes}, {problem.y0.dtype}, {self.stats}, "
+            f"nfe_backward = {self.stats.nfe_backward})"
+        )
+
     @eager
     def __call__(self, t_eval: float | Tensor) -> S_co:
         """y(t_eval). Raises InvalidInput for a time outside the solve."""
