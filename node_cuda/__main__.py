@@ -129,7 +129,6 @@ def report() -> str:
 
 
 if __name__ == "__main__":
-    argparse.ArgumentParser(
-        "python -m node_cuda", description="What is installed, which path computes the steps, and why."
-    ).parse_args()
+    words = "What is installed, which devices there are, which path computes the steps, and why."
+    argparse.ArgumentParser("python -m node_cuda", description=words).parse_args()
     print(report())

@@ -106,7 +106,10 @@ class Solution(Generic[S_co]):
         event = "" if self.event_t is None else ", up to an event"
         integral = "" if self.integral is None else f", integral of shape {tuple(self.integral.shape)}"
         state = f"ys of shape {shapes}, {parts[0].dtype}{integral}"
-        return f"Solution({self.status.name}, {_between(self.ts)}{event}, {state}, {self.stats}, nfe_backward = {self.stats.nfe_backward})"
+        return (
+            f"Solution({self.status.name}, {_between(self.ts)}{event}, {state}, {self.stats}, "
+            f"nfe_backward = {self.stats.nfe_backward})"
+        )
 
     @property
     def t_reached(self) -> Tensor:

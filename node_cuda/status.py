@@ -56,8 +56,8 @@ class Status(Enum):
     )
     NON_FINITE_GRADIENT = (
         8,
-        "dL/dy, with which the backward pass begins, holds NaN or infinity. Look at the loss, not at func: it may divide "
-        "by 0, or take the sqrt or the log of 0.",
+        "dL/dy, with which the backward pass begins, holds NaN or infinity. Look at the loss, not at func: it may "
+        "divide by 0, or take the sqrt or the log of 0.",
     )
 
     def __new__(cls, code: int, sentence: str) -> Self:

@@ -591,6 +591,7 @@ HOST = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 @pytest.mark.parametrize("case", HOST)
 @torch.no_grad()
 def test_what_cannot_be_captured_is_the_host_s_and_the_reason_is_told(case):

@@ -376,6 +376,7 @@ def test_every_kind_of_state_and_option_agrees_with_the_reference(path, function
         assert actual.stats.rejected > 0
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 def test_one_time_is_the_state_itself(path):
     y0 = normal(3).to(path.device)
     with node_cuda.backend("fused"):
