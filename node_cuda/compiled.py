@@ -10,6 +10,7 @@ from torch import Tensor
 from node_cuda._typing import Func, S
 from node_cuda.cuda_graphs.cache import GraphCache
 from node_cuda.odeint import solve
+from node_cuda.options import check_mapping
 from node_cuda.solution import Solution
 
 
@@ -37,6 +38,7 @@ def compile(func: Func, *, tier: str | None = None, **solver: Any) -> Compiled:
     arguments are those of `solve`. Where nothing can be captured, as on a CPU, the host loop solves, and
     `Solution.stats.why` says why. Raises as `solve` does, and InvalidInput for another tier.
     """
+    check_mapping(solver.get("options"))
     options = dict(solver.get("options") or {})
     if not isinstance(options.get("cuda_graph"), GraphCache):
         options["cuda_graph"] = GraphCache(tier)

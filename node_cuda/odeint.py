@@ -31,7 +31,7 @@ from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
 from node_cuda.loop.request import AdjointSpec, SolveSpec
 from node_cuda.methods.registry import SCIPY, Method, for_one_output, lookup, reads_tolerances, supported_callbacks
-from node_cuda.options import ARGUMENTS, FixedOptions, option_names
+from node_cuda.options import ARGUMENTS, FixedOptions, check_mapping, option_names
 from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import (
@@ -224,7 +224,8 @@ def solve(
     _refuse_callbacks(problem, chosen)
     if isinstance(adjoint_params, Tensor):
         adjoint_params = (adjoint_params,)  # its rows are no parameters
-    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, _with_graphs(adjoint_options, func), adjoint_params)
+    adjoint_options = _with_graphs(adjoint_options, func, "adjoint_options")
+    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
     beside = _beside(func, problem, integral)
     if beside is not None:
         problem, chosen, given = with_integral(problem, chosen, given, beside)
@@ -419,8 +420,9 @@ def _warn_of_callbacks(problem: Problem, method: Method) -> None:
         warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=users_level())
 
 
-def _with_graphs(options: Mapping[str, Any] | None, func: Any) -> Mapping[str, Any] | None:
+def _with_graphs(options: Mapping[str, Any] | None, func: Any, name: str = "options") -> Mapping[str, Any] | None:
     """The options, with a place for what is captured: it lives as long as func."""
+    check_mapping(options, name)
     wanted = None if options is None else options.get("cuda_graph")
     if options is None or not wanted or isinstance(wanted, GraphCache):
         return options

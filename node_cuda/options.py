@@ -108,11 +108,7 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
 
     Raises InvalidInput or ValueError for a value that cannot be.
     """
-    if not isinstance(options, Mapping | None):
-        raise InvalidType(
-            f"options must be a dict; got {options!r:.60}, a {type(options).__name__}. Use `options=dict(name=value)`, "
-            f"with names such as {', '.join(f.name for f in dataclasses.fields(family)[-3:])}."
-        )
+    check_mapping(options)
     options = dict(options or {})
     known = {f.name for f in dataclasses.fields(family)}
     unexpected = {name: value for name, value in options.items() if name not in known}
@@ -129,6 +125,15 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
     parsed = family(**values)
     _check(parsed)
     return parsed
+
+
+def check_mapping(options: Any, name: str = "options") -> None:
+    """Raise InvalidType if these options are no dict. name: what the user calls them."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidType(
+            f"{name} must be a dict; got {options!r:.60}, a {type(options).__name__}. Use `{name}=dict(clip=True)`, "
+            "say."
+        )
 
 
 def times_option(name: str, values: Any, direction: float, start: float) -> list[float]:

@@ -502,6 +502,7 @@ def test_every_ending_is_that_of_the_reference(path, name):
     assert_near(actual.ys, expected.ys)
 
 
+@pytest.mark.filterwarnings("ignore:rtol = 0 and atol")
 def test_tolerances_that_no_state_can_meet_are_refused_alike(path):
     """The state is finite, but not in units of the tolerance: half has no number for it."""
     y0 = torch.full((3,), 6e4, dtype=torch.float16, device=path.device)
