@@ -69,7 +69,7 @@ MISTAKES = {
     'solve(field, y0, t, method="dopri6")': "dopri6",
     'solve(field, y0, t, gradient="adjont")': "adjont",
     "odeint(field, y0, t, clip=True)": "No overloads",
-    'odeint(field, y0, t, method="dopri6")': "No overloads",
+    'odeint(field, y0, t, method="dopri6")': "dopri6",
     "odeint_adjoint(field, y0, t, checkpoint=3)": "No overloads",
     "odeint_event(field, y0, t[0])": "event_fn",
     'odeint_dense(field, y0, 0.0, "1.0")': "1.0",
