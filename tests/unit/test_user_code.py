@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -186,18 +187,36 @@ def test_a_solve_inside_of_a_solve_tells_once_of_the_inner_one():
 
 
 def test_what_the_solver_itself_says_of_func_gets_no_note():
-    with pytest.raises(InvalidField) as caught:
-        odeint(lambda t, y: None, Y, T)
-    assert not hasattr(caught.value, "__notes__")
+    """The second one is raised by what stands in for func, in its first evaluation."""
+    for func, gradient in ((lambda t, y: None, "backprop"), (lambda t, y: nn.functional.dropout(y), "discrete")):
+        with pytest.raises(InvalidField) as caught:
+            solve(func, Y, T, adjoint_params=(), gradient=gradient)
+        assert not hasattr(caught.value, "__notes__")
 
 
 # ------------------------------------------------------------------ what it costs, and what it reads
-def test_a_note_reads_nothing_from_a_device():
-    """A meta tensor has no data, as one on a GPU has none after a CUDA error."""
-    assert _user_code.number(torch.ones((), device="meta")) is None
-    error = ValueError("x")
-    _user_code.tell(error, "func", decay, (0.0, 1.0), t=torch.ones((), device="meta"), y=Y.to("meta"))
-    assert any("t: shape (), torch.float32, meta" in note for note in getattr(error, "__notes__", error.args))
+class OnGpu(torch.Tensor):
+    """Says that it is on a GPU, and keeps what it was asked for beside shape, dtype and device."""
+
+    asked: ClassVar[list[Any]] = []
+
+    @classmethod
+    def __torch_function__(cls, func, types, args=(), kwargs=None):
+        if func is torch.Tensor.device.__get__:
+            return torch.device("cuda:0")
+        if func not in (torch.Tensor.shape.__get__, torch.Tensor.dtype.__get__):
+            cls.asked.append(func)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["func", "event_fn"])
+def test_a_note_reads_nothing_from_a_device(name):
+    t, y = torch.ones(()).as_subclass(OnGpu), Y.as_subclass(OnGpu)
+    error = RuntimeError("CUDA error: an illegal memory access was encountered")
+    _user_code.tell(error, name, decay, (0.0, 1.0), t=t, y=(y, y))
+    assert not OnGpu.asked
+    assert any("t: shape (), torch.float32, cuda:0\n" in note for note in getattr(error, "__notes__", error.args))
 
 
 @needs_notes
