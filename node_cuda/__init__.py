@@ -3,8 +3,9 @@
 from node_cuda import odeint_adjoint as odeint
 """
 
+# `compile` is not in __all__: `from node_cuda import *` is not to replace Python's own.
 from node_cuda._version import __version__
-from node_cuda.compiled import compile
+from node_cuda.compiled import compile as compile
 from node_cuda.event import odeint_event
 from node_cuda.integrals.regularized import regularized
 from node_cuda.kernels.backend import backend
@@ -43,7 +44,6 @@ __all__ = [
     "Unsupported",
     "__version__",
     "backend",
-    "compile",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

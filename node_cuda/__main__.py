@@ -6,6 +6,7 @@ self-check is recorded, as in a first solve.
 
 from __future__ import annotations
 
+import argparse
 import importlib.metadata
 import platform
 from typing import NamedTuple
@@ -16,6 +17,7 @@ from node_cuda._version import __version__
 from node_cuda.extension import build
 from node_cuda.extension import loading as extension
 from node_cuda.kernels import backend, self_check
+from node_cuda.status import InvalidInput
 
 REFERENCE = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
 FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"
@@ -99,6 +101,14 @@ def checks(path: LivePath) -> list[str]:
         return [f"not run: {error}"]
 
 
+def setting() -> str:
+    """The path that the environment asks for, or what is wrong with it."""
+    try:
+        return backend.chosen()
+    except InvalidInput as error:
+        return f"every solve will fail: {error}"
+
+
 def report() -> str:
     """Return the whole report as text."""
     path = live_path()
@@ -108,6 +118,7 @@ def report() -> str:
         ("torch", f"{torch.__version__} (CUDA {torch.version.cuda or 'none'})"),
         *((name, installed(name)) for name in ("numpy", "scipy", "torchdiffeq")),
         *(("device", line) for line in devices()),
+        ("backend", setting()),
         ("live path", path.name),
         ("because", path.why),
     ]
@@ -118,4 +129,6 @@ def report() -> str:
 
 
 if __name__ == "__main__":
+    words = "What is installed, which devices there are, which path computes the steps, and why."
+    argparse.ArgumentParser("python -m node_cuda", description=words).parse_args()
     print(report())

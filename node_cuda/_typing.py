@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, TypeAlias
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, Literal, TypeAlias, TypedDict, TypeVar
 
 from torch import Tensor
 
@@ -24,5 +24,58 @@ Tolerance: TypeAlias = float | Tensor
 """rtol or atol: one number, or a tensor that broadcasts against the state."""
 
 Row: TypeAlias = Sequence[tuple[int, "float | Tensor"]]
-"""The nonzero entries of a row of coefficients: pairs of stage index and coefficient (0-d tensors if autograd
-records)."""
+"""The non-zero entries of a row of coefficients: pairs of stage index and coefficient (0-d tensors on the tape)."""
+
+MethodName: TypeAlias = Literal[
+    "euler",
+    "midpoint",
+    "heun2",
+    "heun3",
+    "rk4",
+    "adaptive_heun",
+    "fehlberg2",
+    "bosh3",
+    "dopri5",
+    "tsit5",
+    "bosh5",
+    "dopri8",
+    "explicit_adams",
+    "implicit_adams",
+    "fixed_adams",
+    "scipy_solver",
+]
+"""The names in `node_cuda.METHODS`."""
+
+GradientName: TypeAlias = Literal["backprop", "adjoint", "discrete"]
+"""How gradients flow through a solve."""
+
+S = TypeVar("S", Tensor, tuple[Tensor, ...])
+"""The type of a state."""
+
+S_co = TypeVar("S_co", covariant=True)
+"""The type of a state, of what holds a solution."""
+
+
+class SolverArguments(TypedDict, total=False):
+    """What `odeint` takes by name, but for event_fn."""
+
+    rtol: Any
+    atol: Any
+    method: MethodName | None
+    options: Mapping[str, Any] | None
+
+
+class AdjointArguments(SolverArguments, total=False):
+    """What `odeint_adjoint` takes by name, but for event_fn."""
+
+    adjoint_rtol: Any
+    adjoint_atol: Any
+    adjoint_method: MethodName | None
+    adjoint_options: Mapping[str, Any] | None
+    adjoint_params: Iterable[Tensor] | None
+    gradient: GradientName
+    checkpoints: int | Literal["auto"] | None
+
+
+class NoArguments(TypedDict):
+    """No further arguments by name: a type checker refuses them, and at run time a message says what to type."""

@@ -7,9 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from node_cuda._typing import Func, State
+from node_cuda._typing import Func, S
 from node_cuda.cuda_graphs.cache import GraphCache
 from node_cuda.odeint import solve
+from node_cuda.options import check_mapping
 from node_cuda.solution import Solution
 
 
@@ -21,7 +22,7 @@ class Compiled:
         self.solver = solver
         self.graphs: GraphCache[Any] = solver["options"]["cuda_graph"]
 
-    def __call__(self, y0: State, t: Tensor) -> Solution:
+    def __call__(self, y0: S, t: Tensor) -> Solution[S]:
         """Return the solution at the times t, from y0."""
         return solve(self.func, y0, t, **self.solver)
 
@@ -37,6 +38,7 @@ def compile(func: Func, *, tier: str | None = None, **solver: Any) -> Compiled:
     The other arguments are those of `solve`. If a solve cannot be captured, as on a CPU, the host loop solves, and
     `Solution.stats.why` says why. Raises the exceptions of `solve`, and InvalidInput for another tier.
     """
+    check_mapping(solver.get("options"))
     options = dict(solver.get("options") or {})
     if not isinstance(options.get("cuda_graph"), GraphCache):
         options["cuda_graph"] = GraphCache(tier)

@@ -3,31 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
-from node_cuda._typing import EventFunc, Func, State
+from node_cuda._typing import AdjointArguments, EventFunc, Func, S
 from node_cuda.gradients.autograd import refuse_transforms
 from node_cuda.gradients.event_time import Crossing, moving
-from node_cuda.odeint import odeint
+from node_cuda.odeint import check_event_fn, odeint
 from node_cuda.problem.field import Layout
 from node_cuda.status import InvalidInput, InvalidType
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 @eager
 def odeint_event(
     func: Func,
-    y0: State,
+    y0: S,
     t0: Tensor,
     *,
     event_fn: EventFunc,
     reverse_time: bool = False,
     odeint_interface: Callable[..., Any] = odeint,
-    **kwargs: Any,
-) -> tuple[Tensor, Any]:
+    **kwargs: Unpack[AdjointArguments],
+) -> tuple[Tensor, S]:
     """Solve from t0 until an element of event_fn(t, y) changes its sign; the event's time is differentiable.
 
     As torchdiffeq's `odeint_event`. t0: a tensor with one element. odeint_interface: `odeint` or `odeint_adjoint`,
@@ -41,10 +44,18 @@ def odeint_event(
     if not isinstance(t0, Tensor):
         raise InvalidType(f"t0 must be a torch.Tensor; got a {type(t0).__name__}. Use `torch.tensor({t0!r})`.")
     if t0.numel() != 1:
-        raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve once for each start time.")
+        raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve for each start by itself.")
+    check_event_fn(event_fn)
     start = t0.reshape(-1)
     step = -1.0 if reverse_time else 1.0
-    event_t, ys = odeint_interface(func, y0, torch.cat([start, start.detach() + step]), event_fn=event_fn, **kwargs)
+    found = odeint_interface(func, y0, torch.cat([start, start.detach() + step]), event_fn=event_fn, **kwargs)
+    if not isinstance(found, tuple) or len(found) != 2:
+        raise InvalidInput(
+            "odeint_interface must return (event_t, y), as odeint and odeint_adjoint do; got a "
+            f"{type(found).__name__}. Use `odeint_interface=odeint_adjoint`, or `solve(..., event_fn=event_fn)` itself."
+        )
+    solution: Any
+    event_t, ys = found
     if isinstance(ys, tuple):
         layout = Layout(tuple(part.shape[1:] for part in ys))
         first, last = (layout.flatten(tuple(part[i] for part in ys)) for i in (0, -1))
@@ -53,5 +64,7 @@ def odeint_event(
     event_t, last = moving(Crossing(func, event_fn, layout, start[0], first), event_t, last, event_fn)
     ends = layout.unflatten(last)
     if isinstance(ys, tuple):
-        return event_t, tuple(torch.cat([part[:-1], end[None]]) for part, end in zip(ys, ends, strict=True))
-    return event_t, torch.cat([ys[:-1], last[None]])
+        solution = tuple(torch.cat([part[:-1], end[None]]) for part, end in zip(ys, ends, strict=True))
+    else:
+        solution = torch.cat([ys[:-1], last[None]])
+    return event_t, solution

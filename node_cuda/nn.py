@@ -2,52 +2,109 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Any, Literal
 
+import torch
 from torch import Tensor, nn
 
 from node_cuda._eager import eager
-from node_cuda._typing import State
+from node_cuda._typing import GradientName, MethodName, NoArguments
 from node_cuda.compiled import with_own_graphs
-from node_cuda.odeint import solve
+from node_cuda.methods.registry import lookup
+from node_cuda.odeint import ATOL, RTOL, check_gradient, refuse_unknown, solve
+from node_cuda.problem.problem import check_func, check_times
 from node_cuda.solution import Stats
+from node_cuda.status import InvalidInput
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 
 class NeuralODE(nn.Module):
-    """y(t) of dy/dt = func(t, y) as a layer: `NeuralODE(func)(y0, t)`.
+    """y(t) of dy/dt = func(t, y) as a layer: `NeuralODE(func)(y0, t)`, or `NeuralODE(func, t)(y0)` in a Sequential.
 
-    func: an nn.Module of (t, y). gradient: "adjoint" (constant memory), "discrete" or "backprop". integral: as in
-    `solve`; if it is an nn.Module, its parameters are parameters of the layer. The other arguments are those of
-    `odeint_adjoint`. With options=dict(cuda_graph=True) the layer keeps the captured graphs. stats: the statistics of
-    the last call; nfe_backward is filled in when the gradient is computed.
+    func: an nn.Module of (t, y). t: the times, if the call gives none. They are kept in double, outside of parameters
+    and buffers, so that `.half()` and `.to(dtype)` do not change them; a t that requires a gradient is kept as it is.
+    last_only: return the state at the last time alone. gradient: "adjoint" (constant memory), "discrete" or "backprop".
+    integral: as that of `solve`; its parameters are the layer's, if it is an nn.Module. The other arguments are those
+    of `odeint_adjoint`. With options=dict(cuda_graph=True) the layer keeps the captured graphs. stats: the statistics
+    of the last call; nfe_backward is filled in when the gradient is computed. Wrong arguments raise here, before the
+    first call.
     """
 
     def __init__(
         self,
         func: nn.Module,
+        t: Tensor | None = None,
         *,
-        gradient: str = "adjoint",
+        last_only: bool = False,
+        rtol: Any = RTOL,
+        atol: Any = ATOL,
+        method: MethodName | None = None,
+        options: Mapping[str, Any] | None = None,
+        adjoint_rtol: Any = None,
+        adjoint_atol: Any = None,
+        adjoint_method: MethodName | None = None,
+        adjoint_options: Mapping[str, Any] | None = None,
+        adjoint_params: Iterable[Tensor] | None = None,
+        gradient: GradientName = "adjoint",
+        checkpoints: int | Literal["auto"] | None = None,
         integral: Callable[[Tensor, Any, Any], Tensor] | None = None,
-        **solver: Any,
+        **unknown: Unpack[NoArguments],
     ) -> None:
         super().__init__()
+        refuse_unknown("NeuralODE", unknown)
+        check_func(func, "NeuralODE(func, t)")
+        check_gradient(gradient, checkpoints)
+        lookup(method, options)
+        if adjoint_method is not None or adjoint_options is not None:
+            lookup(method if adjoint_method is None else adjoint_method, adjoint_options)
+        if t is not None:
+            check_times(t)
+        if adjoint_params is not None and not isinstance(adjoint_params, Tensor):
+            adjoint_params = tuple(adjoint_params)  # each call reads them
         self.func = func
-        self.gradient = gradient
+        self.t = t if t is None or t.requires_grad else t.detach().to("cpu", torch.float64)
+        self.last_only = last_only
+        self.gradient: GradientName = gradient
         self.integral = integral
-        self.solver = with_own_graphs(solver)
+        given = {
+            "rtol": (rtol, RTOL),
+            "atol": (atol, ATOL),
+            "method": (method, None),
+            "options": (options, None),
+            "adjoint_rtol": (adjoint_rtol, None),
+            "adjoint_atol": (adjoint_atol, None),
+            "adjoint_method": (adjoint_method, None),
+            "adjoint_options": (adjoint_options, None),
+            "adjoint_params": (adjoint_params, None),
+            "checkpoints": (checkpoints, None),
+        }
+        self.solver = with_own_graphs({name: value for name, (value, default) in given.items() if value is not default})
         self.stats: Stats | None = None
 
     @eager
-    def forward(self, y0: State, t: Tensor) -> State | tuple[State, Tensor]:
-        """Return y at the times t, of shape (len(t), *y0.shape), or a tuple of such tensors.
-
-        With an integral, or a func made by `regularized`, return (y, `Solution.integral`).
-        """
+    def forward(self, y0: Any, t: Tensor | None = None) -> Any:
+        """y at the times t, of shape (len(t), *y0.shape), or with last_only of y0's shape; or a tuple of such. With an
+        integral, or a func made by `regularized`: (y, `Solution.integral`)."""
+        t = self.t if t is None else t
+        if t is None:
+            raise InvalidInput(
+                "NeuralODE needs the times t, at the call or before; got none. Use `NeuralODE(func, t)` or `layer(y0, "
+                "t)`, with `t = torch.tensor([0.0, 1.0])`, say."
+            )
         solution = solve(self.func, y0, t, gradient=self.gradient, integral=self.integral, **self.solver)
         self.stats = solution.stats
-        return solution.ys if solution.integral is None else (solution.ys, solution.integral)
+        ys, integral = solution.ys, solution.integral
+        if self.last_only:
+            ys = tuple(part[-1] for part in ys) if isinstance(ys, tuple) else ys[-1]
+            integral = None if integral is None else integral[-1]
+        return ys if integral is None else (ys, integral)
 
     def extra_repr(self) -> str:
         """Return the settings of the solve as text."""
-        return ", ".join(f"{name}={value!r}" for name, value in {"gradient": self.gradient, **self.solver}.items())
+        times = [] if self.t is None else [f"{len(self.t)} times t from {self.t[0]:g} to {self.t[-1]:g}"]
+        shown = {"last_only": True} if self.last_only else {}
+        shown |= {"gradient": self.gradient, **self.solver}
+        return ", ".join((*times, *(f"{name}={value!r}" for name, value in shown.items())))

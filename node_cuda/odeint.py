@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
-from node_cuda._typing import EventFunc, Func, State
+from node_cuda._torch_modes import transformed
+from node_cuda._typing import (
+    AdjointArguments,
+    EventFunc,
+    Func,
+    GradientName,
+    MethodName,
+    NoArguments,
+    S,
+    SolverArguments,
+    State,
+)
 from node_cuda.cuda_graphs.cache import GraphCache, graphs_of, refuse_in_capture
 from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.gradients.registry import GRADIENTS
@@ -18,27 +30,45 @@ from node_cuda.integrals.integral import AugmentedField, Integral, event_of, wit
 from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
 from node_cuda.loop.request import AdjointSpec, SolveSpec
-from node_cuda.methods.registry import Method, for_one_output, lookup, reads_tolerances, supported_callbacks
-from node_cuda.options import FixedOptions
+from node_cuda.methods.registry import SCIPY, Method, for_one_output, lookup, reads_tolerances, supported_callbacks
+from node_cuda.options import ARGUMENTS, FixedOptions, check_mapping, option_names
 from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
-from node_cuda.status import InvalidInput, InvalidType, SolveError, Status, Unsupported
+from node_cuda.status import (
+    InvalidInput,
+    InvalidType,
+    SolveError,
+    Status,
+    Unsupported,
+    did_you_mean,
+    users_level,
+)
+
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
 
 RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
 
 
+@overload
+def odeint(func: Func, y0: S, t: Tensor, *, event_fn: None = None, **solver: Unpack[SolverArguments]) -> S: ...
+@overload
+def odeint(
+    func: Func, y0: S, t: Tensor, *, event_fn: EventFunc, **solver: Unpack[SolverArguments]
+) -> tuple[Tensor, S]: ...
 @eager
 def odeint(
     func: Func,
-    y0: State,
+    y0: Any,
     t: Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
+    **unknown: Any,
 ) -> Any:
     """Solve dy/dt = func(t, y), y(t[0]) = y0, and return y at the times t; differentiable through the solver.
 
@@ -57,30 +87,38 @@ def odeint(
     Raises InvalidInput, InvalidType, InvalidState, InvalidField or ValueError for a caller's mistake, SolveError if
     the solve fails. Source: Hairer, Norsett and Wanner, Solving ODEs I.
     """
+    refuse_unknown("odeint", unknown)
     refuse_regularized(func, "odeint")
     return _as_torchdiffeq(
         solve(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn), event_fn
     )
 
 
+@overload
+def odeint_adjoint(func: Func, y0: S, t: Tensor, *, event_fn: None = None, **solver: Unpack[AdjointArguments]) -> S: ...
+@overload
+def odeint_adjoint(
+    func: Func, y0: S, t: Tensor, *, event_fn: EventFunc, **solver: Unpack[AdjointArguments]
+) -> tuple[Tensor, S]: ...
 @eager
 def odeint_adjoint(
     func: Func,
-    y0: State,
+    y0: Any,
     t: Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
-    adjoint_method: str | None = None,
+    adjoint_method: MethodName | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
-    gradient: str = "adjoint",
-    checkpoints: int | str | None = None,
+    gradient: GradientName = "adjoint",
+    checkpoints: int | Literal["auto"] | None = None,
+    **unknown: Any,
 ) -> Any:
     """As `odeint`, with gradients for y0, t and the parameters by the continuous adjoint method, in constant memory.
 
@@ -93,6 +131,7 @@ def odeint_adjoint(
     Returns and raises as `odeint` does, and ValueError if the parameters cannot be found. Differentiable once.
     Source: Chen et al. 2018, arXiv:1806.07366; seminorm: Kidger, Chen and Lyons 2021, arXiv:2009.09457.
     """
+    refuse_unknown("odeint_adjoint", unknown)
     refuse_regularized(func, "odeint_adjoint")
     return _as_torchdiffeq(
         solve(
@@ -119,23 +158,24 @@ def odeint_adjoint(
 @eager
 def solve(
     func: Func,
-    y0: State,
+    y0: S,
     t: Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
     event_fn: EventFunc | None = None,
-    gradient: str = "backprop",
-    checkpoints: int | str | None = None,
+    gradient: GradientName = "backprop",
+    checkpoints: int | Literal["auto"] | None = None,
     adjoint_rtol: Any = None,
     adjoint_atol: Any = None,
-    adjoint_method: str | None = None,
+    adjoint_method: MethodName | None = None,
     adjoint_options: Mapping[str, Any] | None = None,
     adjoint_params: Iterable[Tensor] | None = None,
     integral: Callable[[Tensor, Any, Any], Tensor] | None = None,
-) -> Solution:
+    **unknown: Unpack[NoArguments],
+) -> Solution[S]:
     """Solve dy/dt = func(t, y), y(t[0]) = y0: the full interface, with statistics and status.
 
     Arguments as those of `odeint` and `odeint_adjoint`. gradient: "backprop" (autograd through the solver), "adjoint"
@@ -155,13 +195,13 @@ def solve(
     Returns Solution(ts, ys, stats, status, event_t, integral); ys of shape (len(t), *y0.shape) in y0's dtype, or a
     tuple of such; the integral in the dtype of y0, in its real one if g is real. Raises as `odeint` does.
     """
-    if gradient not in GRADIENTS:
-        raise InvalidInput(f"gradient must be one of {', '.join(map(repr, GRADIENTS))}; got {gradient!r}.")
-    _check_checkpoints(checkpoints, gradient)
+    refuse_unknown("solve", unknown)
+    check_gradient(gradient, checkpoints)
     refuse_in_capture(y0)
     options = _with_graphs(options, func)
     chosen = lookup(method, options)
     if event_fn is not None:
+        check_event_fn(event_fn)
         chosen = for_one_output(chosen)
     if chosen.options.check_reconstruction and gradient != "adjoint":
         raise InvalidInput(
@@ -176,18 +216,24 @@ def solve(
             'options["clip"] keeps func within [t[0], t[-1]], and with an event_fn t[1] only gives the direction of '
             "time. Drop clip, and take options=dict(max_step=...) for a func that is not known everywhere."
         )
-    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen))
+    endless = event_fn is not None
+    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen), endless=endless)
+    stats = Stats(host_reads=1)
+    _warn_of_tolerances(problem, chosen, stats)
     _warn_of_callbacks(problem, chosen)
     _refuse_callbacks(problem, chosen)
     if isinstance(adjoint_params, Tensor):
         adjoint_params = (adjoint_params,)  # its rows are no parameters
-    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, _with_graphs(adjoint_options, func), adjoint_params)
+    adjoint_options = _with_graphs(adjoint_options, func, "adjoint_options")
+    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
     beside = _beside(func, problem, integral)
     if beside is not None:
         problem, chosen, given = with_integral(problem, chosen, given, beside)
-    request = SolveSpec(problem, chosen, Stats(host_reads=1), method, options, given, checkpoints)
+    request = SolveSpec(problem, chosen, stats, method, options, given, checkpoints)
     mode = GRADIENTS[gradient]
     if event_fn is None:
+        _warn_of_one_time(problem)
+        _warn_of_scipy(problem, chosen, gradient)
         ys, status = mode.outputs(request)
         return _solution(request, beside, t, ys, status)
     if len(t) != 2:
@@ -214,21 +260,23 @@ def solve(
 @eager
 def odeint_dense(
     func: Func,
-    y0: State,
-    t0: Tensor,
-    t1: Tensor,
+    y0: S,
+    t0: float | Tensor,
+    t1: float | Tensor,
     *,
     rtol: Any = RTOL,
     atol: Any = ATOL,
-    method: str | None = None,
+    method: MethodName | None = None,
     options: Mapping[str, Any] | None = None,
-) -> DenseSolution:
+    **unknown: Unpack[NoArguments],
+) -> DenseSolution[S]:
     """Solve from t0 to t1 and return y as a function of time, callable with times of any shape between them.
 
     As torchdiffeq's `odeint_dense`, but for every method, tuple states and both directions. t0, t1: 0-d tensors or
     numbers. dopri8, whose default interpolant is far below its order, takes its accurate one.
     Raises as `odeint` does, also with options=dict(throw=False): a partial dense solution is never returned.
     """
+    refuse_unknown("odeint_dense", unknown)
     refuse_regularized(func, "odeint_dense")
     refuse_in_capture(y0)
     chosen = lookup(method, options)
@@ -237,7 +285,30 @@ def odeint_dense(
     t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen))
     _warn_of_callbacks(problem, chosen)
-    return solve_dense(problem, chosen, Stats(host_reads=1))
+    stats = Stats(host_reads=1)
+    _warn_of_tolerances(problem, chosen, stats)
+    return solve_dense(problem, chosen, stats)
+
+
+def check_event_fn(event_fn: Any) -> None:
+    """Raise InvalidType if this is no function."""
+    if not callable(event_fn):
+        raise InvalidType(
+            f"event_fn must be callable as event_fn(t, y); got a {type(event_fn).__name__}. Use "
+            "`lambda t, y: y[0] - 1.0`, say."
+        )
+
+
+def refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
+    """Raise InvalidType for arguments that this function does not have."""
+    for argument in unknown:
+        if argument in option_names():
+            mend = f"{argument} is an option: use `options=dict({argument}=...)`."
+        elif argument in ARGUMENTS:
+            mend = f"Use `odeint_adjoint` or `solve`, which have {argument}."
+        else:
+            mend = did_you_mean(argument, ARGUMENTS).strip() or f"It has {', '.join(ARGUMENTS[:5])} and others."
+        raise InvalidType(f"{name}() got an unexpected keyword argument {argument!r}. {mend}")
 
 
 def _clips(method: Method) -> bool:
@@ -274,7 +345,7 @@ def _solution(
     ys: Tensor,
     status: Status,
     event_t: Tensor | None = None,
-) -> Solution:
+) -> Solution[Any]:
     def as_given(flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[State, Tensor | None]:
         state = request.problem.layout.unflatten(flat, lead)
         return (state, None) if beside is None else beside.split(state)
@@ -286,7 +357,11 @@ def _solution(
     return Solution(ts, state, request.stats, status, event_t, integral, reached)
 
 
-def _check_checkpoints(checkpoints: int | str | None, gradient: str) -> None:
+def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
+    """Raise InvalidInput if there is no such gradient, or none with these checkpoints."""
+    if gradient not in GRADIENTS:
+        known = ", ".join(map(repr, GRADIENTS))
+        raise InvalidInput(f"gradient must be one of {known}; got {gradient!r}.{did_you_mean(gradient, GRADIENTS)}")
     if checkpoints is None:
         return
     if gradient != "discrete":
@@ -301,14 +376,53 @@ def _check_checkpoints(checkpoints: int | str | None, gradient: str) -> None:
         )
 
 
+def _warn_of_tolerances(problem: Problem, method: Method, stats: Stats) -> None:
+    """Warn if y0's dtype cannot hold what rtol and atol ask for: no error can be that small. Reads y0 only then."""
+    y0, eps = problem.y0, torch.finfo(problem.time_dtype).eps
+    rtol, atol = (
+        float(tol.max()) if isinstance(tol, Tensor) else tol for tol in (problem.norm.rtol, problem.norm.atol)
+    )
+    if not method.adaptive or method.options.throw == "deferred" or rtol >= eps / 8 or y0.numel() == 0 or transformed():
+        return
+    stats.host_reads += 1
+    size = float(y0.detach().abs().max())
+    if atol >= eps / 8 * size or not math.isfinite(size):
+        return
+    wider = "" if problem.time_dtype is torch.float64 else ", or a wider state, e.g. `y0.double()`"
+    warnings.warn(
+        f"rtol = {rtol:.3g} and atol = {atol:.3g} are less than {y0.dtype} can tell apart for |y0| up to {size:.3g}: "
+        f"the steps are chosen by rounding errors. Use rtol={eps:.1g}, atol={eps * size:.1g} or more{wider}.",
+        stacklevel=users_level(),
+    )
+
+
+def _warn_of_one_time(problem: Problem) -> None:
+    if len(problem.times) == 1:
+        warnings.warn(
+            f"t holds one time, t[0] = {problem.times[0]:.6g}, at which y is y0: nothing is solved. Use "
+            "`torch.tensor([t0, t1])`, and `y[-1]` of the solution.",
+            stacklevel=users_level(),
+        )
+
+
+def _warn_of_scipy(problem: Problem, method: Method, gradient: str) -> None:
+    if method.name == SCIPY and gradient == "backprop" and problem.y0.requires_grad and torch.is_grad_enabled():
+        warnings.warn(
+            "y0 requires a gradient, and scipy computes outside of autograd: y will have none. Use "
+            '`odeint_adjoint(..., method="scipy_solver")`, or `y0.detach()`.',
+            stacklevel=users_level(),
+        )
+
+
 def _warn_of_callbacks(problem: Problem, method: Method) -> None:
     unsupported = set(problem.callbacks) - supported_callbacks(method)
     if unsupported:
-        warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=3)
+        warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=users_level())
 
 
-def _with_graphs(options: Mapping[str, Any] | None, func: Any) -> Mapping[str, Any] | None:
+def _with_graphs(options: Mapping[str, Any] | None, func: Any, name: str = "options") -> Mapping[str, Any] | None:
     """The options, with a place for what is captured: it lives as long as func."""
+    check_mapping(options, name)
     wanted = None if options is None else options.get("cuda_graph")
     if options is None or not wanted or isinstance(wanted, GraphCache):
         return options
@@ -329,5 +443,5 @@ def _refuse_callbacks(problem: Problem, method: Method) -> None:
         )
 
 
-def _as_torchdiffeq(solution: Solution, event_fn: EventFunc | None) -> Any:
+def _as_torchdiffeq(solution: Solution[Any], event_fn: EventFunc | None) -> Any:
     return solution.ys if event_fn is None else (solution.event_t, solution.ys)

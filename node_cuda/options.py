@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Norm
-from node_cuda.status import InvalidInput, InvalidType
+from node_cuda.status import InvalidInput, InvalidType, did_you_mean, users_level
 
 
 @dataclass(frozen=True)
@@ -74,11 +74,9 @@ class AdaptiveOptions(Common):
 
 @dataclass(frozen=True)
 class FixedOptions(Common):
-    """Options of the fixed-grid methods.
-
-    interp: "linear" or "cubic". perturb: evaluate at grid points one rounding inside the step. event_checks: as for the
-    adaptive methods, on the straight line between the ends of the step.
-    """
+    """Options of the fixed-grid methods. Without step_size and grid_constructor the grid is t itself: each interval
+    between two output times is one step, however long it is. interp: "linear" or "cubic"; perturb: evaluate at grid
+    points on the side of the step's inside. event_checks: as of the adaptive methods, on the chord of the step."""
 
     step_size: float | None = None
     grid_constructor: Callable[[Any, Tensor, Tensor], Tensor] | None = None
@@ -114,12 +112,15 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
 
     Raises InvalidInput, InvalidType or ValueError for an invalid value.
     """
+    check_mapping(options)
     options = dict(options or {})
     known = {f.name for f in dataclasses.fields(family)}
     unexpected = {name: value for name, value in options.items() if name not in known}
     if unexpected and not quiet:
+        hints = "".join(_hint(name, known) for name in unexpected)
         warnings.warn(
-            f"{method}: Unexpected arguments {unexpected}. It knows {', '.join(sorted(known))}.", stacklevel=4
+            f"{method}: Unexpected arguments {unexpected} in options.{hints} It knows {', '.join(sorted(known))}.",
+            stacklevel=users_level(),
         )
     values = {name: value for name, value in options.items() if name in known}
     for name in _SCALARS:
@@ -130,6 +131,15 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
     return parsed
 
 
+def check_mapping(options: Any, name: str = "options") -> None:
+    """Raise InvalidType if these options are no dict. name: what the user calls them."""
+    if options is not None and not isinstance(options, Mapping):
+        raise InvalidType(
+            f"{name} must be a dict; got {options!r:.60}, a {type(options).__name__}. Use `{name}=dict(clip=True)`, "
+            "say."
+        )
+
+
 def times_option(name: str, values: Any, direction: float, start: float) -> list[float]:
     """Return step_t or jump_t as ascending solver times from `start` on.
 
@@ -138,10 +148,45 @@ def times_option(name: str, values: Any, direction: float, start: float) -> list
     if values is None:
         return []
     on_host = values.detach().cpu() if isinstance(values, Tensor) else values
-    flat = torch.as_tensor(on_host, dtype=torch.float64).reshape(-1).tolist()
+    flat = _as_times(name, on_host).reshape(-1).tolist()
     if not all(map(math.isfinite, flat)):
         raise InvalidInput(f"options[{name!r}] must be finite times; got {flat}.")
     return sorted(s for s in (direction * value for value in flat) if s >= start)
+
+
+def _as_times(name: str, values: Any) -> Tensor:
+    try:
+        return torch.as_tensor(values, dtype=torch.float64)
+    except (TypeError, ValueError, RuntimeError):
+        raise InvalidType(
+            f'options["{name}"] must be a tensor or a list of times; got {values!r:.60}. Use `{name}=[0.5]`, say.'
+        ) from None
+
+
+ARGUMENTS = ("rtol", "atol", "method", "options", "event_fn", "gradient", "checkpoints", "integral", "adjoint_rtol")
+ARGUMENTS += ("adjoint_atol", "adjoint_method", "adjoint_options", "adjoint_params")
+"""What a solver takes beside func, y0 and t, and not in options."""
+
+
+def _hint(name: Any, known: set[str]) -> str:
+    """What to do with an unknown option, with a space before it."""
+    if name in ARGUMENTS:
+        return f" {name} is an argument and no option: write `{name}=...` outside of options."
+    for family, words in (
+        (FixedOptions, 'the fixed grids, e.g. method="rk4"'),
+        (AdaptiveOptions, 'the adaptive methods, e.g. method="dopri5"'),
+        (AdamsOptions, 'the Adams methods, e.g. method="implicit_adams"'),
+        (ScipyOptions, 'method="scipy_solver"'),
+    ):
+        if name in {f.name for f in dataclasses.fields(family)}:
+            return f" {name} belongs to {words}."
+    return did_you_mean(name, known)
+
+
+def option_names() -> set[str]:
+    """The options of all methods."""
+    families = (AdaptiveOptions, AdamsOptions, ScipyOptions)
+    return {f.name for family in families for f in dataclasses.fields(family)}
 
 
 def _check(options: Common) -> None:
@@ -159,6 +204,20 @@ def _check(options: Common) -> None:
         raise InvalidType(
             f'options["clip"] must be True or False; got {options.clip!r:.60}. True keeps func within [t[0], t[-1]].'
         )
+    for name, what in (
+        ("record_steps", "True keeps the accepted times in `stats.step_times`"),
+        ("check_reconstruction", "True compares what the adjoint method rebuilds"),
+        ("perturb", "True evaluates at grid points on the side of the step's inside"),
+    ):
+        value = getattr(options, name, False)
+        if not isinstance(value, bool):
+            raise InvalidType(f'options["{name}"] must be True or False; got {value!r:.60}. {what}.')
+    for name in ("step_t", "jump_t"):
+        value = getattr(options, name, None)
+        if value is not None and not isinstance(value, Tensor):
+            _as_times(name, value)
+    if not isinstance(options.throw, (bool, str)):
+        raise InvalidType(f'options["throw"] must be True, False or "deferred"; got {options.throw!r:.60}.')
     if isinstance(options.throw, str) and options.throw != "deferred":
         raise InvalidInput(f'options["throw"] must be True, False or "deferred"; got {options.throw!r}.')
     if options.throw == "deferred" and not options.cuda_graph:
@@ -188,6 +247,11 @@ def _check(options: Common) -> None:
                 f"max_step = {options.max_step}."
             )
     if isinstance(options, FixedOptions):
+        if options.grid_constructor is not None and not callable(options.grid_constructor):
+            raise InvalidType(
+                f'options["grid_constructor"] must be callable as grid_constructor(func, y0, t); got '
+                f"{options.grid_constructor!r:.60}. Use `lambda func, y0, t: torch.linspace(...)`, say."
+            )
         if options.interp not in ("linear", "cubic"):
             raise ValueError(f'Unknown interpolation method {options.interp!r}; use interp="linear" or "cubic".')
         if options.step_size is not None and options.grid_constructor is not None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any, Protocol
+from dataclasses import dataclass, field, fields
+from typing import Any, Generic, Protocol
 
 from torch import Tensor
 
-from node_cuda._typing import State
+from node_cuda._typing import S_co
 from node_cuda.status import SolveError, Status
 
 
@@ -71,12 +71,21 @@ class Stats:
         # A copy cannot wait for solves on the device; the original can. The large state is not copied either.
         return {**vars(self), "pending": [], "reached": None}
 
+    def __repr__(self) -> str:
+        shown = [f"{name}={getattr(self, name)!r}" for name in ("nfe", "nfe_backward", "accepted", "rejected")]
+        for f in fields(self)[4:]:
+            value = getattr(self, f.name)
+            if f.repr and value != f.default:
+                times = isinstance(value, list)
+                shown.append(f"{f.name}=<{len(value)} times>" if times else f"{f.name}={value!r}")
+        return f"Stats({', '.join(shown)})"
+
     def __str__(self) -> str:
         return f"nfe = {self.nfe}, accepted steps = {self.accepted}, rejected = {self.rejected}"
 
 
 @dataclass
-class Solution:
+class Solution(Generic[S_co]):
     """The solution of an initial value problem.
 
     ts: the times, as given. ys: y at these times, of shape (len(ts), *y0.shape), or a tuple of such; after an event y0
@@ -87,12 +96,23 @@ class Solution:
     """
 
     ts: Tensor
-    ys: State
+    ys: S_co
     stats: Stats
     status: Status
     event_t: Tensor | None = None
     integral: Tensor | None = None
-    failed_after: tuple[Tensor, State] | None = field(default=None, repr=False)
+    failed_after: tuple[Tensor, S_co] | None = field(default=None, repr=False)
+
+    def __repr__(self) -> str:
+        parts: tuple[Any, ...] = self.ys if isinstance(self.ys, tuple) else (self.ys,)
+        shapes = ", ".join(str(tuple(x.shape)) for x in parts)
+        event = "" if self.event_t is None else ", up to an event"
+        integral = "" if self.integral is None else f", integral of shape {tuple(self.integral.shape)}"
+        state = f"ys of shape {shapes}, {parts[0].dtype}{integral}"
+        return (
+            f"Solution({self.status.name}, {_between(self.ts)}{event}, {state}, {self.stats}, "
+            f"nfe_backward = {self.stats.nfe_backward})"
+        )
 
     @property
     def t_reached(self) -> Tensor:
@@ -101,13 +121,15 @@ class Solution:
         return self.ts[self._last].detach() if self.failed_after is None else self.failed_after[0]
 
     @property
-    def y_reached(self) -> State:
+    def y_reached(self) -> S_co:
         """The state at `t_reached`, like y0."""
         if self.failed_after is not None:
             return self.failed_after[1]
-        return tuple(part[self._last] for part in self.ys) if isinstance(self.ys, tuple) else self.ys[self._last]
+        ys: Any = self.ys
+        last: Any = tuple(part[self._last] for part in ys) if isinstance(ys, tuple) else ys[self._last]
+        return last
 
-    def check(self) -> Solution:
+    def check(self) -> Solution[S_co]:
         """Raise SolveError if the solve failed, or if its backward pass has failed so far.
 
         With `options=dict(throw="deferred")` this waits for the device, and fills in stats and status.
@@ -128,6 +150,12 @@ class Solution:
         """The index of the last output; for a failed solve that of the last output without NaN."""
         if self.status is Status.SUCCESS:
             return len(self.ts) - 1
-        parts = self.ys if isinstance(self.ys, tuple) else (self.ys,)
+        parts: tuple[Any, ...] = self.ys if isinstance(self.ys, tuple) else (self.ys,)
         finite = [bool(all(x[i].isfinite().all() for x in parts)) for i in range(len(self.ts))]
         return max(finite.index(False) - 1, 0) if False in finite else len(self.ts) - 1
+
+
+def _between(ts: Tensor) -> str:
+    """The first and the last of these times, in words."""
+    ends = ", ".join(f"{name} = {t:.6g}" for name, t in zip(("t0", "t1"), ts.detach()[[0, -1]].tolist(), strict=True))
+    return f"{len(ts)} times, {ends}"

@@ -5,7 +5,9 @@ This module uses no tensors and no methods. A new way to fail is one member of `
 
 from __future__ import annotations
 
+import difflib
 import sys
+from collections.abc import Iterable
 from enum import Enum
 from typing import TYPE_CHECKING, Any
 
@@ -38,13 +40,24 @@ class Status(Enum):
     NO_EVENT = (
         4,
         "The event function did not change its sign within the allowed number of steps. Check that it does along the "
-        "solution, start nearer to the event, or take larger steps.",
+        "solution, or start nearer to the event. Where two changes may lie in one step, use "
+        "`options=dict(event_checks=8)` or `options=dict(max_step=...)`.",
     )
     PENDING = 5, "The status has not been read from the device yet: `Solution.check()` reads it."
     RECORD_FULL = (
         6,
         "The solve took more steps than there was room to record, so the backward pass of a deferred solve cannot "
         "reverse them. Solve once with `options=dict(throw=True)`: the next solves then have room.",
+    )
+    BY_CHANCE = (
+        7,
+        "The field answers differently when it is asked again at the same t and y (dropout, noise?), so that no step "
+        "is small enough. Put func in evaluation mode, `func.eval()`, or draw the noise once before the solve.",
+    )
+    NON_FINITE_GRADIENT = (
+        8,
+        "dL/dy, with which the backward pass begins, holds NaN or infinity. Look at the loss, not at func: it may "
+        "divide by 0, or take the sqrt or the log of 0.",
     )
 
     def __new__(cls, code: int, sentence: str) -> Self:
@@ -105,6 +118,13 @@ class SolveError(RuntimeError, AssertionError):
     def __reduce__(self) -> tuple[Any, ...]:
         # By default only the message would be passed to __init__, and a pool of workers would wait for ever.
         return type(self), (self.status, self.t, self.stats, self.detail), vars(self)
+
+
+def did_you_mean(name: Any, known: Iterable[str]) -> str:
+    """A question that names what was meant, with a space before it; "" if nothing known is like it."""
+    names = {x.lower(): x for x in known}
+    near = difflib.get_close_matches(str(name).lower(), names, 1)
+    return f" Did you mean {names[near[0]]!r}?" if near else ""
 
 
 def users_level() -> int:

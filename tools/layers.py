@@ -16,7 +16,7 @@ PAGES = ("README.md", "docs/architecture.md")
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_typing", "_records", "status", "_torch_modes", "_eager"),
+    ("_version", "_typing", "_records", "status", "_torch_modes", "_eager", "_user_code"),
     ("extension.build", "extension.loading", "extension"),
     (
         "kernels.norms",

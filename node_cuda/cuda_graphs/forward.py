@@ -61,7 +61,7 @@ def try_captured(
     """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why. why: what is known to
     stand in the way."""
     options = method.options
-    why = why or _gradient_obstacle(problem) or fallback_reason(problem, method)
+    why = why or fallback_reason(problem, method) or _gradient_obstacle(problem)
     points = points_of(problem, method) if why is None else None
     found: CapturedForward | str = captured_or_why(
         options,

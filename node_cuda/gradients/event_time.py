@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from node_cuda._eager import eager
 from node_cuda._typing import EventFunc, Func
+from node_cuda._user_code import tell
 from node_cuda.gradients.context import first_derivatives
 from node_cuda.kernels.reference import real_dot
 from node_cuda.problem.field import Layout
@@ -35,7 +36,13 @@ class Crossing:
 
     def field(self, t: Tensor, y: Tensor) -> Tensor:
         """f(t, y), flat; the state is a copy, which func may write into."""
-        return self.layout.flatten(self.func(t, self.layout.unflatten(y.clone()))).to(y.dtype)
+        state = self.layout.unflatten(y.clone())
+        try:
+            out = self.func(t, state)
+        except Exception as error:
+            tell(error, "func", self.func, t=t, y=state)
+            raise
+        return self.layout.flatten(out).to(y.dtype)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
         """The element of event_fn that crosses zero here: the least of those that all began positive."""
@@ -43,7 +50,12 @@ class Crossing:
         return values[(values.detach() * self._signs).argmin()]
 
     def _values(self, t: Tensor, y: Tensor) -> Tensor:
-        value = self.event_fn(t, self.layout.unflatten(y))
+        state = self.layout.unflatten(y)
+        try:
+            value = self.event_fn(t, state)
+        except Exception as error:
+            tell(error, "event_fn", self.event_fn, t=t, y=state)
+            raise
         return value.reshape(-1) if isinstance(value, Tensor) else torch.as_tensor(value).reshape(-1)
 
 

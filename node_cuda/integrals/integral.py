@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
+from node_cuda._user_code import tell
 from node_cuda.kernels.norms import ErrorNorm, rms
 from node_cuda.loop.request import AdjointSpec
 from node_cuda.methods.registry import Method
@@ -41,7 +42,8 @@ class AugmentedField(nn.Module):
         self.layout = problem.layout
         self.shape = shape
         self.real = real
-        # The parameters of a DataParallel replica are found in another way.
+        self.ends = problem.ends
+        # The parameters of a replica of DataParallel are found in another way.
         self._is_replica = getattr(func, "_is_replica", False)
 
     def forward(self, t: Tensor, state: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
@@ -63,8 +65,13 @@ class AugmentedField(nn.Module):
         s = state[-1]
         return self.users(state), s.real if self.real and s.is_complex() else s
 
-    def checked(self, t: Tensor, y: State, dy: Any) -> State:
-        """Return the output of func if it is a valid dy/dt. Raises InvalidField like a solve without an integral."""
+    def asked(self, t: Tensor, y: State) -> State:
+        """What func returns, if it is a dy/dt; raises InvalidField as it would without an integral."""
+        try:
+            dy = self.func(t, y)
+        except Exception as error:
+            tell(error, "func", self.func, self.ends, t=t, y=y)
+            raise
         wanted, parts = as_tuple(y), as_tuple(dy)
         fits = isinstance(y, Tensor) == isinstance(dy, Tensor) and len(wanted) == len(parts)
         if not fits or not all(_alike(x, part) for x, part in zip(wanted, parts, strict=True)):
@@ -87,20 +94,20 @@ class Integral(AugmentedField):
         with torch.no_grad():
             y = problem.layout.unflatten(y0.detach().clone())
             dy = problem.layout.unflatten(torch.zeros_like(y0))
-            rate = _tensor(integral(problem.t[0].detach().to(y0.device, problem.time_dtype), y, dy), y0)
+            rate = _rate(integral, problem.t[0].detach().to(y0.device, problem.time_dtype), y, dy)
         super().__init__(func, problem, rate.shape, real=not rate.is_complex())
         self.integral = integral
 
     def evaluate(self, t: Tensor, y: State) -> tuple[State, Tensor]:
         before = _versions(y)
-        dy = self.checked(t, y, self.func(t, y))
+        dy = self.asked(t, y)
         if _versions(y) != before:
             raise InvalidField(
                 f"func wrote into its argument y at t = {float(t):.6g}, and the integral needs y unchanged. Write "
                 "`y = y.clone()` at the beginning of func, or use operations that are not in place."
             )
         before = _versions(dy)
-        rate = _tensor(self.integral(t, y, dy), as_tuple(y)[0])
+        rate = _rate(self.integral, t, y, dy)
         if _versions(dy) != before:
             raise InvalidField(
                 f"integral wrote into its argument dy at t = {float(t):.6g}, which is also the slope of y. "
@@ -133,7 +140,7 @@ def with_integral(
     extended = replace(
         problem,
         func=func,
-        field=VectorField(func, layout, problem.bounds),
+        field=VectorField(func, layout, problem.bounds, problem.ends),
         y0=torch.cat([y0.reshape(-1), y0.new_zeros(field.shape.numel())]),
         layout=layout,
         norm=ErrorNorm(
@@ -153,7 +160,16 @@ def with_integral(
 
 def event_of(field: AugmentedField, event_fn: EventFunc) -> EventFunc:
     """Return the user's event function as a function of (t, (y, s))."""
-    return lambda t, state: event_fn(t, field.users(state))
+
+    def of_y(t: Tensor, state: tuple[Tensor, ...]) -> Any:
+        y = field.users(state)
+        try:
+            return event_fn(t, y)
+        except Exception as error:
+            tell(error, "event_fn", event_fn, t=t, y=y)
+            raise
+
+    return of_y
 
 
 def as_tuple(state: Any) -> tuple[Any, ...]:
@@ -220,16 +236,22 @@ def _grid_constructor(shape: torch.Size, constructor: Callable[..., Tensor]) -> 
     return construct
 
 
-def _tensor(rate: Any, y: Tensor) -> Tensor:
-    """Return the output of an integral, if a state of y's dtype can hold it. Raises InvalidField."""
+def _rate(integral: Callable[[Tensor, Any, Any], Tensor], t: Tensor, y: State, dy: State) -> Tensor:
+    """What an integral returns, if a state of y's dtype can hold it."""
+    try:
+        rate: Any = integral(t, y, dy)
+    except Exception as error:
+        tell(error, "integral", integral, t=t, y=y, dy=dy)
+        raise
+    dtype = as_tuple(y)[0].dtype
     if not isinstance(rate, Tensor):
         hint = " Did it forget `return`?" if rate is None else ""
         raise InvalidField(
             f"integral must return a tensor; got a {type(rate).__name__}.{hint} Wrap a number as `t.new_tensor(x)`."
         )
-    if rate.is_complex() and not y.is_complex():
+    if rate.is_complex() and not dtype.is_complex:
         raise InvalidField(
-            f"integral returned {rate.dtype} for a state of {y.dtype}: the imaginary part would be lost. Start from a "
+            f"integral returned {rate.dtype} for a state of {dtype}: the imaginary part would be lost. Start from a "
             f"complex state, `y0.to({rate.dtype})`, or return `out.real`."
         )
     return rate

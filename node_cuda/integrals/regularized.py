@@ -164,7 +164,7 @@ class Penalty(AugmentedField):
 
     def evaluate(self, t: Tensor, y: State) -> tuple[State, Tensor]:
         if not self.noise:
-            dy = self.checked(t, y, self.func(t, y))
+            dy = self.asked(t, y)
             return dy, self.kinetic * self._squared([as_tuple(dy)[i] for i in self.parts])
         taped = torch.is_grad_enabled()
         # Inference mode records nothing, and tensors made in it cannot be recorded later.
@@ -172,9 +172,8 @@ class Penalty(AugmentedField):
             t, *plain = (x.clone() if x.is_inference() else x for x in (t, *as_tuple(y)))
             roots = [_root(plain[i], taped) for i in self.parts]
             for i, root in zip(self.parts, roots, strict=True):
-                plain[i] = root.clone()  # func may write into this copy
-            out = self.func(t, plain[0] if isinstance(y, Tensor) else tuple(plain))
-            dy = as_tuple(self.checked(t, y, out))
+                plain[i] = root.clone()  # which func may write into
+            dy = as_tuple(self.asked(t, plain[0] if isinstance(y, Tensor) else tuple(plain)))
             taped = taped and (not all(x.is_leaf for x in roots) or _reaches_others(dy, roots))
             chosen = [dy[i].to(root.dtype) for i, root in zip(self.parts, roots, strict=True)]
             rate = self.jacobian * self._squared(_vjp(chosen, roots, self.noise, taped))

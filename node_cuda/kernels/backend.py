@@ -16,7 +16,7 @@ from node_cuda.kernels import self_check
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused import DTYPES, Fused, Launch
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.status import InvalidInput, Unsupported
+from node_cuda.status import InvalidInput, Unsupported, did_you_mean
 
 BACKENDS = ("auto", "reference", "fused")
 VARIABLE = "NODE_CUDA_BACKEND"
@@ -25,8 +25,7 @@ _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey
 _inside: ContextVar[str | None] = ContextVar("node_cuda.backend", default=None)
 
 
-@contextlib.contextmanager
-def backend(name: str) -> Iterator[None]:
+def backend(name: str) -> contextlib.AbstractContextManager[None]:
     """Choose how solves that start in this context, and their backward passes, compute their steps.
 
     "auto": by the kernels if the state is on a CUDA device and they can run and passed their self-check, else in plain
@@ -34,7 +33,12 @@ def backend(name: str) -> Iterator[None]:
     possible. Outside any such context the environment variable NODE_CUDA_BACKEND decides, by default "auto". The
     context applies to this thread only. Raises InvalidInput for other names.
     """
-    token = _inside.set(_checked(name, "backend(name)"))
+    return _entered(_checked(name, "backend(name)"))
+
+
+@contextlib.contextmanager
+def _entered(name: str) -> Iterator[None]:
+    token = _inside.set(name)
     try:
         yield
     finally:
@@ -49,7 +53,8 @@ def chosen() -> str:
 
 def _checked(name: str, where: str) -> str:
     if name not in BACKENDS:
-        raise InvalidInput(f"{where} must be one of {', '.join(map(repr, BACKENDS))}; got {name!r}.")
+        known = ", ".join(map(repr, BACKENDS))
+        raise InvalidInput(f"{where} must be one of {known}; got {name!r}.{did_you_mean(name, BACKENDS)}")
     return name
 
 

@@ -201,12 +201,11 @@ class Fused(Arithmetic):
         """
         if isinstance(control, StepControl):
             return super().control_step(control, at, error, last, y0, y1, errors)
-        custom = self.norm.custom
         with torch.no_grad():
-            if custom is None:
+            if self.norm.custom is None:
                 return self.judge(at, error, last, y0, y1, None if errors is None else errors.device_ratio())
             scaled = self.scaled_error(at, error, last, y0, y1)
-            norm = custom(scaled, () if errors is None else errors.scaled_errors())
+            norm = self.norm.by_user(scaled, () if errors is None else errors.scaled_errors())
             ratio = norm if isinstance(norm, Tensor) else torch.tensor(norm, dtype=torch.float64, device="cpu")
             control.judge_ratio(ratio.to(scaled.device, torch.float64).abs().reshape(1))
         return None

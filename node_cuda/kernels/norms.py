@@ -14,6 +14,7 @@ from torch import Tensor
 
 from node_cuda._torch_modes import forward_mode
 from node_cuda._typing import Tolerance
+from node_cuda._user_code import tell
 
 _HALF = (torch.float16, torch.bfloat16)
 
@@ -73,9 +74,18 @@ class ErrorNorm:
         if forward_mode():  # the choice of a step has no tangent
             scaled, also = scaled.detach(), [x.detach() for x in also]
         if self.custom is not None:
-            return abs(float(self.custom(scaled, also)))
+            return abs(float(self.by_user(scaled, also)))
         segments = (scaled,) if self.sizes is None else scaled.split(self.sizes)
         return rms((*segments, *also))
+
+    def by_user(self, scaled: Tensor, also: Sequence[Tensor] = ()) -> Tensor | float:
+        """The user's norm of an already scaled error, and of further scaled ones."""
+        assert self.custom is not None
+        try:
+            return self.custom(scaled, also)
+        except Exception as error:
+            tell(error, 'options["norm"]', self.custom, scaled_error=scaled)
+            raise
 
     def _atol_like(self, magnitude: Tensor) -> Tensor:
         """Return atol as a tensor, made once for each dtype, so that the scale is one operation."""

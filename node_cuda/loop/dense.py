@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import bisect
 from collections.abc import Callable
+from typing import Any, Generic
 
 import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
 from node_cuda._torch_modes import recorded
-from node_cuda._typing import State
+from node_cuda._typing import S_co
 from node_cuda.loop.assemble import make_loop
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.scipy_solver import ScipySolve
@@ -24,7 +25,7 @@ from node_cuda.status import InvalidInput
 At = Callable[[float, "Tensor | None"], Tensor]
 
 
-class DenseSolution:
+class DenseSolution(Generic[S_co]):
     """y(t) for any t between the two ends of a solve.
 
     Call it with a float or a tensor of times of any shape, on any device. It returns y of shape (*t.shape, *y0.shape),
@@ -37,8 +38,17 @@ class DenseSolution:
         self._problem = problem
         self._at = at
 
+    def __repr__(self) -> str:
+        problem = self._problem
+        shapes = ", ".join(str(tuple(shape)) for shape in problem.layout.shapes or (problem.y0.shape,))
+        t0, t1 = (problem.direction * problem.times[i] for i in (0, -1))
+        return (
+            f"DenseSolution(t0 = {t0:.6g}, t1 = {t1:.6g}, y of shape {shapes}, {problem.y0.dtype}, {self.stats}, "
+            f"nfe_backward = {self.stats.nfe_backward})"
+        )
+
     @eager
-    def __call__(self, t_eval: float | Tensor) -> State:
+    def __call__(self, t_eval: float | Tensor) -> S_co:
         """Return y(t_eval). Raises InvalidInput for a time outside the solve."""
         problem = self._problem
         t = t_eval if isinstance(t_eval, Tensor) else torch.as_tensor(t_eval, dtype=torch.float64)
@@ -49,7 +59,8 @@ class DenseSolution:
             for i, value in enumerate(flat.detach().cpu().double().tolist())
         ]
         stacked = torch.stack(ys) if ys else problem.y0.new_empty((0, *problem.y0.shape))
-        return problem.layout.unflatten(stacked.reshape(*t.shape, *problem.y0.shape), t.shape)
+        state: Any = problem.layout.unflatten(stacked.reshape(*t.shape, *problem.y0.shape), t.shape)
+        return state
 
     def _inside(self, t: float, dtype: torch.dtype) -> float:
         """Return the user's time as solver time. Raises InvalidInput for a time outside the solve."""
@@ -63,7 +74,7 @@ class DenseSolution:
         return min(max(problem.direction * t, first), last)
 
 
-def solve_dense(problem: Problem, method: Method, stats: Stats) -> DenseSolution:
+def solve_dense(problem: Problem, method: Method, stats: Stats) -> DenseSolution[Any]:
     """Solve from the problem's first time to its last, and return the solution as a function."""
     if method.options.cuda_graph:
         stats.why = "dense output keeps the stages of every step on the host"

@@ -13,8 +13,9 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from node_cuda._torch_modes import recorded
+from node_cuda._user_code import tell_step
 from node_cuda.loop.step_control import StepSelector
-from node_cuda.methods.step import Step, Stepper
+from node_cuda.methods.step import ProposedStep, Step, Stepper
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import SolveError
@@ -37,6 +38,7 @@ class HostLoop:
         self.y = problem.y0
         self.k1: Tensor | None = None
         self.accepted: Callable[[Step], None] | None = None
+        self.move: ProposedStep | None = None
         if record:
             stats.step_times = [problem.direction * self.t]
 
@@ -47,6 +49,9 @@ class HostLoop:
         except SolveError:
             self.note_reached()
             raise
+        except (Exception, KeyboardInterrupt) as error:
+            self._tell_step(error)
+            raise
         self.stats.nfe = self.problem.field.nfe
 
     def _steps(self) -> Iterator[Step]:
@@ -54,6 +59,7 @@ class HostLoop:
         self.k1 = self.stepper.first(self.t, self.y, span, self.selector.starts_at_jump)
         self.selector.start(self.t, self.y, self.k1)
         while (move := self.selector.propose(self.t, self.y)) is not None:
+            self.move = move
             step = self.stepper.attempt(self.t, move, self.y, self.k1)
             if self.selector.judge(step):
                 self.t, self.y, self.k1 = step.t1, step.y1, self.stepper.carry(step)
@@ -68,6 +74,20 @@ class HostLoop:
     def note_reached(self) -> None:
         """Store in the statistics how far a failed solve came."""
         self.stats.reached = self.problem.direction * self.t, self.y.detach()
+
+    def _tell_step(self, error: BaseException) -> None:
+        """Say where the solve stood, from numbers that the host has."""
+        problem, move, beyond = self.problem, self.move, None
+        words = f"t = {problem.direction * self.t:.6g}, "
+        if move is None:
+            words += "where it looked for the size of its first step."
+        else:
+            words += f"in a step of h = {problem.direction * move.h:.3g}, after {self.stats.accepted} accepted and "
+            words += f"{self.stats.rejected} rejected steps."
+            # On the CPU the time of the call is known, and tells more.
+            if problem.bounds is None and problem.y0.device.type != "cpu" and move.t1 > problem.times[-1]:
+                beyond = problem.ends
+        tell_step(error, words, beyond=beyond)
 
     def restart(self, y: Tensor) -> None:
         """Continue from another state at the same time, and evaluate the field there."""

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._torch_modes import in_transform
+from node_cuda._user_code import tell_step
 from node_cuda.kernels.stage_times import Clock
 from node_cuda.options import ScipyOptions
 from node_cuda.problem.problem import Problem
@@ -82,8 +83,14 @@ class ScipySolve:
     def _field(self, s: float, y: np.ndarray) -> np.ndarray:
         # A copy: scipy writes into its buffers again, and func may keep its argument.
         state = torch.tensor(y).to(self.problem.y0).reshape(self.problem.y0.shape)
-        with torch.no_grad():
-            f = self.problem.field(self.clock.tensors([s])[0], state)
+        try:
+            with torch.no_grad():
+                f = self.problem.field(self.clock.tensors([s])[0], state)
+        except (Exception, KeyboardInterrupt) as error:
+            tell_step(
+                error, f"t = {self.problem.direction * s:.6g}, after {self.problem.field.nfe} evaluations of func."
+            )
+            raise
         _refuse_transforms(f)
         if not bool(torch.isfinite(f).all()):
             raise _NotFinite(s)

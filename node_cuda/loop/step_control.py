@@ -6,6 +6,7 @@ the step; `grids.GridSteps` uses a list of points made in advance.
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from typing import Protocol
@@ -26,6 +27,14 @@ from node_cuda.options import AdaptiveOptions, times_option
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, SolveError, Status
+
+LONG = 10_000
+"""Attempts after which a solve is told of, once, as one that may not end."""
+
+ROUNDING = 100.0
+"""In eps of the largest element: two answers of one field may differ so much, as sums on a GPU may."""
+
+_log = logging.getLogger("node_cuda")
 
 
 class StepSelector(Protocol):
@@ -92,6 +101,7 @@ class AdaptiveSteps:
         self.options = options
         self.stats = stats
         self.errors = errors
+        self.endless = endless
         chosen = controller(options.controller)
         law = (chosen if isinstance(chosen, Controller) else Controller()).law(order, options)
         start, direction = problem.times[0], problem.direction
@@ -141,10 +151,13 @@ class AdaptiveSteps:
     def propose(self, t: float, y: Tensor) -> ProposedStep | None:
         """Return the next step, or None if the solve has ended."""
         now = self.now
+        if now.accepted + now.rejected == LONG and now.active:
+            self._tell_of_length(t, y)
         self._notify("callback_step", t, y, now.proposal)
         if now.status:
             status, detail = Status(now.status), f"The step was {now.proposal:.3g}."
             if status is Status.MAX_STEPS:
+                status = Status.NO_EVENT if self.endless else status
                 detail = f"max_num_steps = {self.options.max_num_steps}, the step {now.proposal:.3g}."
             self._fail(status, t, detail)
         return self._move(t, now.t1, now.h) if now.active else None
@@ -165,6 +178,28 @@ class AdaptiveSteps:
         self._notify("callback_reject_step", step.t0, step.y0, step.at.h)
         self.stats.rejected += 1
         return False
+
+    def _tell_of_length(self, t: float, y: Tensor) -> None:
+        """Log where a long solve stands, and raise SolveError if its field answers by chance. Two evaluations."""
+        now, problem = self.now, self.problem
+        _log.warning(
+            "A solve has tried %d steps, and goes on: t = %.6g of %s, h = %.3g, %.0f%% of the steps rejected. If it "
+            'does not end: loosen rtol and atol; for a stiff field use method="scipy_solver", '
+            'options=dict(solver="Radau"); name the times where func jumps as options=dict(jump_t=...); or set '
+            "options=dict(max_num_steps=...) as a limit.",
+            LONG,
+            problem.direction * t,
+            "an event" if self.endless else f"{problem.direction * problem.times[-1]:.6g}",
+            now.proposal,
+            100 * now.rejected / LONG,
+        )
+        at = torch.tensor(problem.direction * t, dtype=problem.time_dtype, device=y.device)
+        first, second = (problem.field(at, y).detach() for _ in range(2))
+        if torch.equal(first, second):
+            return
+        change, size = float((second - first).abs().max()), float(first.abs().max())
+        if change > ROUNDING * torch.finfo(first.dtype).eps * size:
+            self._fail(Status.BY_CHANCE, t, f"dy/dt changed by {change:.3g}, of {size:.3g}.")
 
     def _choose_first_step(self, control: StepControl | DeviceStepControl, t: float, y: Tensor, k1: Tensor) -> None:
         control.start(t, None)

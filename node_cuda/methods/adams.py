@@ -29,7 +29,7 @@ from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.options import AdamsOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import InvalidInput
+from node_cuda.status import InvalidInput, users_level
 
 MIN_ORDER, MAX_ORDER = 4, 12
 
@@ -89,7 +89,7 @@ class Adams:
         if order > MAX_ORDER:
             raise InvalidInput(f'options["max_order"] must be at most {MAX_ORDER}; got {order}.')
         if order < MIN_ORDER:
-            warnings.warn(f"max_order is below {MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=2)
+            warnings.warn(f"max_order is below {MIN_ORDER}, so the solver reduces to `rk4`.", stacklevel=users_level())
         self.problem = problem
         self.arithmetic = arithmetic
         self.stats = stats
@@ -160,7 +160,7 @@ class Adams:
             previous, y1 = y1, combine(y0, [f1, past], [(0, beta), (1, 1.0)], at.dt)
             if self._converged(y0, previous, y1):
                 return y1, integrands
-        warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=2)
+        warnings.warn("Functional iteration did not converge. Solution may be incorrect.", stacklevel=users_level())
         self._slopes.pop()
         return y1, integrands
 

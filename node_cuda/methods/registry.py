@@ -10,6 +10,7 @@ from node_cuda import options as opt
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.tableau import Tableau
 from node_cuda.methods.tableaus import TABLEAUS
+from node_cuda.status import InvalidType, did_you_mean
 
 DEFAULT = "dopri5"
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
@@ -22,6 +23,21 @@ IMPLICIT = dict.fromkeys(
     ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
     'method="scipy_solver" with options=dict(solver="Radau") for stiff problems, or "implicit_adams"',
 )
+
+
+_STIFF = 'method="scipy_solver" with options=dict(solver="{}") for stiff problems'
+_RADAU = ("radau5", "ode15s", "ode23s", "ode23t", "ode23tb", "rosenbrock23", "rodas4", "rodas5", "rodas5p", "trbdf2")
+_RADAU += ("kencarp3", "kencarp4", "kencarp5", "kvaerno3", "kvaerno4", "kvaerno5", "impliciteuler", "stiff", "radau")
+_BDF = ("bdf", "vode", "zvode", "cvode", "cvode_bdf", "qndf", "fbdf")
+ELSEWHERE = {
+    **dict.fromkeys(_RADAU, _STIFF.format("Radau")),
+    **dict.fromkeys(_BDF, _STIFF.format("BDF")),
+    "lsoda": _STIFF.format("LSODA"),
+    **dict.fromkeys(("rk45", "ode45", "dp5", "dormand_prince"), 'method="dopri5"'),
+    **dict.fromkeys(("rk23", "ode23", "bs3"), 'method="bosh3"'),
+    **dict.fromkeys(("dop853", "dp8"), 'method="dopri8"'),
+}
+"""Methods of scipy, Matlab, Julia and diffrax, in lower case, each with what there is here in its place."""
 
 
 @dataclass(frozen=True)
@@ -44,16 +60,20 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     Raises ValueError for an unknown name and InvalidInput for wrong options. Warns of unknown options unless quiet.
     """
     name = DEFAULT if name is None else name
-    if not options and (plain := _PLAIN.get(name)) is not None and plain.tableau is TABLEAUS.get(name):
+    if not isinstance(name, str):
+        raise InvalidType(f'method must be a string; got {name!r:.60}. Use method="dopri5", say.')
+    tableau = TABLEAUS.get(name)
+    if options is None and (plain := _PLAIN.get(name)) is not None and plain.tableau is tableau:
         return plain
     if name in IMPLICIT:
         raise ValueError(
             f'Invalid method "{name}": implicit Runge-Kutta methods are not available yet. Use {IMPLICIT[name]}.'
         )
-    if name not in TABLEAUS and name not in (*ADAMS, SCIPY):
+    if tableau is None and name not in (*ADAMS, SCIPY):
         known = ", ".join(f'"{known}"' for known in (*TABLEAUS, *ADAMS, SCIPY))
-        raise ValueError(f'Invalid method "{name}". Must be one of {{{known}}}.')
-    tableau = TABLEAUS.get(name)
+        instead = ELSEWHERE.get(name.lower())
+        hint = f" Use {instead}." if instead else did_you_mean(name, (*TABLEAUS, *ADAMS, SCIPY))
+        raise ValueError(f'Invalid method "{name}".{hint} Must be one of {{{known}}}.')
     if name == SCIPY:
         family = opt.ScipyOptions
     elif tableau is None:
@@ -61,7 +81,7 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     else:
         family = opt.AdaptiveOptions if tableau.adaptive else opt.FixedOptions
     method = Method(name, opt.parse(family, name, options, quiet=quiet), tableau)
-    if not options:
+    if options is None:
         _PLAIN[name] = method
     return method
 

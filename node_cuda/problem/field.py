@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Func, State
+from node_cuda._user_code import order_mend, tell
 from node_cuda.status import InvalidField
 
 
@@ -44,15 +45,22 @@ class Layout:
 class VectorField:
     """dy/dt = func(t, y) on flat states. The result has y's shape and dtype, and no other code writes into it.
 
-    nfe: evaluations so far. The first two evaluations (`probes`) find out how the user's function treats memory. If it
-    returns the same buffer each time, its output is copied. If it writes into its argument, it gets a copy of it.
-    bounds: func is never evaluated at a time outside of them.
+    nfe: evaluations so far. The first two evaluations (`probes`) show how the user's function treats memory: if it
+    returns the same buffer every time, its output is copied; if it writes into its argument, it gets a copy.
+    bounds: func is not evaluated at times outside of them. ends: the user's first and last time, for messages.
     """
 
-    def __init__(self, func: Func, layout: Layout, bounds: tuple[float, float] | None = None) -> None:
+    def __init__(
+        self,
+        func: Func,
+        layout: Layout,
+        bounds: tuple[float, float] | None = None,
+        ends: tuple[float, float] | None = None,
+    ) -> None:
         self.func = func
         self.layout = layout
         self.bounds = bounds
+        self.ends = ends
         self.nfe = 0
         self.probes = 2
         self.copies_output = False  # func returns memory that it writes into again
@@ -69,13 +77,15 @@ class VectorField:
         if self._copies_input:
             y = y.clone()
             return self._checked(self._call(t, y), y)
-        version = version_of(y)
+        version = None if y.is_inference() else y._version
         out = self._call(t, y)
-        if version_of(y) != version:
+        if version is not None and y._version != version:
             raise InvalidField(
                 f"func wrote into its argument y at t = {float(t):.6g}, but not in its first calls. "
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place."
             )
+        if isinstance(out, Tensor) and out.shape == y.shape and out.dtype is y.dtype and not self.copies_output:
+            return out
         return self._checked(out, y)
 
     def watch_again(self) -> None:
@@ -88,22 +98,27 @@ class VectorField:
         self._last_output = None
 
     def _call(self, t: Tensor, y: Tensor) -> Any:
-        if self.layout.shapes is None:
-            return self.func(t, y)
-        out = self.func(t, self.layout.unflatten(y))
         shapes = self.layout.shapes
+        state = y if shapes is None else self.layout.unflatten(y)
+        try:
+            out = self.func(t, state)
+        except Exception as error:
+            tell(error, "func", self.func, self.ends, t=t, y=state)
+            raise
+        if shapes is None:
+            return out
         if not isinstance(out, (tuple, list)) or len(out) != len(shapes):
             got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
             raise InvalidField(
                 f"func must return a tuple of {len(shapes)} tensors, as many as the state y0 has; got {got}."
             )
         for part, shape in zip(out, shapes, strict=True):
-            _check(part, shape)
+            _check(part, shape, self.func)
         return self.layout.flatten(out)
 
     def _checked(self, out: Any, y: Tensor) -> Tensor:
         if not isinstance(out, Tensor) or out.shape != y.shape:
-            _check(out, y.shape)
+            _check(out, y.shape, self.func)
         if out.dtype is not y.dtype:
             if out.is_complex() and not y.is_complex():
                 raise InvalidField(
@@ -118,7 +133,7 @@ class VectorField:
         argument = y.clone()
         version = version_of(argument)
         raw = self._call(t, argument)
-        _check(raw, y.shape)
+        _check(raw, y.shape, self.func)
         wrote = not torch.equal(argument, y) if version is None else version_of(argument) != version
         self._copies_input = self._copies_input or wrote
         # Both are alive here, so that an equal address means the same buffer.
@@ -156,8 +171,8 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
         return False
 
 
-def _check(out: Any, shape: torch.Size) -> None:
-    """Raise if `out` is not a tensor of this shape."""
+def _check(out: Any, shape: torch.Size, func: Func) -> None:
+    """Raise if `out`, which func returned, is not a tensor of this shape."""
     if not isinstance(out, Tensor):
         hint = " Did it forget `return`?" if out is None else ""
         raise InvalidField(
@@ -167,5 +182,5 @@ def _check(out: Any, shape: torch.Size) -> None:
     if out.shape != shape:
         raise InvalidField(
             f"func must return dy/dt of the state's shape {tuple(shape)}; got {tuple(out.shape)}. "
-            "Return a tensor shaped like y, e.g. `out.reshape(y.shape)` or `out.expand_as(y)`."
+            f"{order_mend(func) or 'Return a tensor shaped like y, e.g. `out.reshape(y.shape)` or `out.expand_as(y)`.'}"
         )

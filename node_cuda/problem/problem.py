@@ -11,6 +11,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
+from node_cuda._user_code import tell
 from node_cuda.kernels import backend
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import Clock
@@ -44,7 +45,8 @@ class Problem:
     t: the user's tensor of times, which receives gradients. norm: the norm of errors. callbacks: the user's callbacks
     by name, called with (t0, y0, dt). adjoint_callbacks: those of the backward solve, under the same names. backend:
     the path that computes the steps (see `node_cuda.backend`), stored here because another thread may run the backward
-    pass. bounds: the user's times between which func may be evaluated; None: at all times.
+    pass. bounds: the user's times between which func may be evaluated; None: at all times. ends: the user's first and
+    last time, for messages; None if t does not say when the solve ends.
     """
 
     func: Func
@@ -59,10 +61,11 @@ class Problem:
     adjoint_callbacks: dict[str, Callback]
     backend: str
     bounds: tuple[float, float] | None = None
+    ends: tuple[float, float] | None = None
 
     def field_of(self, func: Func) -> VectorField:
         """Return a field for this problem from another function."""
-        return VectorField(func, self.layout, self.bounds)
+        return VectorField(func, self.layout, self.bounds, self.ends)
 
     @property
     def time_dtype(self) -> torch.dtype:
@@ -78,24 +81,31 @@ class Problem:
 
 
 def make_problem(
-    func: Func, y0: State, t: Tensor, rtol: Any, atol: Any, norm: Norm | None = None, *, clip: bool = False
+    func: Func,
+    y0: State,
+    t: Tensor,
+    rtol: Any,
+    atol: Any,
+    norm: Norm | None = None,
+    *,
+    clip: bool = False,
+    endless: bool = False,
 ) -> Problem:
     """Check the user's input and flatten it.
 
     norm: a function of a tensor, or of a tuple if y0 is a tuple. clip: evaluate func only between the first and the
-    last time.
+    last time. endless: an event ends the solve, and not t.
 
     Raises InvalidType, InvalidInput or InvalidState; the message says what to change.
     """
-    if not callable(func):
-        raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}.")
+    check_func(func, "odeint(func, y0, t)", swapped=callable(y0))
     layout = Layout(_shapes(y0))
     flat = layout.flatten(y0)
     if not (flat.is_floating_point() or flat.is_complex()):
         raise InvalidState(
             f"y0 must be floating point or complex; got {flat.dtype}. Use `y0.float()` or `y0.double()`."
         )
-    times, direction = check_times(t)
+    times, direction = _times_of(t, y0)
     error_norm = ErrorNorm(
         check_tolerance("rtol", rtol, layout, flat),
         check_tolerance("atol", atol, layout, flat),
@@ -107,9 +117,10 @@ def make_problem(
             "rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use for example `rtol=1e-12`."
         )
     bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
+    ends = None if endless else (direction * times[0], direction * times[-1])
     return Problem(
         func=func,
-        field=VectorField(func, layout, bounds),
+        field=VectorField(func, layout, bounds, ends),
         y0=flat,
         t=t,
         times=times,
@@ -120,7 +131,15 @@ def make_problem(
         adjoint_callbacks=_callbacks(func, "_adjoint"),
         backend=backend.chosen(),
         bounds=bounds,
+        ends=ends,
     )
+
+
+def check_func(func: Any, call: str, *, swapped: bool = False) -> None:
+    """Raise InvalidType if func is no function. call: what to type; swapped: y0 is one."""
+    if not callable(func):
+        words = "func and y0 are swapped: use" if swapped else "Use"
+        raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}. {words} `{call}`.")
 
 
 def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> tuple[float, float]:
@@ -141,10 +160,25 @@ def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> t
     return least, most
 
 
+def _times_of(t: Any, y0: State) -> tuple[tuple[float, ...], float]:
+    """As `check_times`; if y0 would do as t, which is none, the message says that they are swapped."""
+    try:
+        return check_times(t)
+    except (InvalidInput, InvalidType) as error:
+        if not isinstance(y0, Tensor) or y0.ndim != 1 or y0.numel() < 2:
+            raise
+        try:
+            check_times(y0)
+        except Exception:
+            raise error from None
+        raise type(error)(f"{error} If y0 and t are swapped, use `odeint(func, y0, t)`.") from None
+
+
 def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
     """Return the user's times as ascending floats, and the direction: t = direction * s."""
     if not isinstance(t, Tensor):
-        raise InvalidType(f"t must be a torch.Tensor; got a {type(t).__name__}. Use `torch.tensor([0.0, 1.0])`.")
+        words = "`torch.as_tensor(t)`" if hasattr(t, "__array__") else "`torch.tensor([0.0, 1.0])`, say"
+        raise InvalidType(f"t must be a torch.Tensor; got a {type(t).__name__}. Use {words}.")
     if not t.is_floating_point():
         raise TypeError(f"`t` must be a floating point Tensor; got {t.dtype}. Use `t.float()` or `t.double()`.")
     if t.ndim != 1 or t.numel() == 0:
@@ -177,13 +211,13 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
     layout = problem.layout
 
     def at(t: Tensor, y: Tensor) -> Tensor:
-        value = torch.as_tensor(event_fn(t, layout.unflatten(y)))
-        if value.dtype is torch.bool:
-            raise InvalidType(
-                "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
-                "`y[0] - 1.0`, for example, in the place of `y[0] > 1.0`."
-            )
-        return value
+        state = layout.unflatten(y)
+        try:
+            value = event_fn(t, state)
+        except Exception as error:
+            tell(error, "event_fn", event_fn, t=t, y=state)
+            raise
+        return _event_value(value)
 
     with torch.no_grad():
         signs = torch.sign(at(problem.t[0].to(problem.time_dtype), problem.y0))
@@ -191,19 +225,49 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
     return lambda t, y: torch.min(at(t, y) * signs)
 
 
+def _event_value(value: Any) -> Tensor:
+    """What event_fn returned, if it has signs."""
+    try:
+        value = torch.as_tensor(value)
+    except (TypeError, ValueError, RuntimeError):
+        hint = " Did it forget `return`?" if value is None else ""
+        raise InvalidType(
+            f"event_fn must return a tensor or a number; got a {type(value).__name__}.{hint} Return `y[0] - 1.0`, say, "
+            "or `torch.stack([...])` of several such."
+        ) from None
+    if value.dtype is torch.bool:
+        raise InvalidType(
+            "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
+            "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
+        )
+    if value.is_complex():
+        raise InvalidType(
+            f"event_fn must return real numbers, which have a sign; got {value.dtype}. Return `y[0].real`, say, or "
+            "`y[0].abs() - 1.0`."
+        )
+    if value.numel() == 0:
+        raise InvalidInput(
+            f"event_fn must return at least one number; got shape {tuple(value.shape)}. Return `y[0] - 1.0`, say."
+        )
+    return value
+
+
 def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
     if isinstance(y0, Tensor):
         return None
     if not isinstance(y0, tuple):
-        raise InvalidType(
-            f"y0 must be a torch.Tensor or a tuple of them; got a {type(y0).__name__}. Use `tuple(y0)` for a list, "
-            "`torch.as_tensor(y0)` for an array."
-        )
+        words = "`torch.as_tensor(y0)`" if hasattr(y0, "__array__") else "`torch.tensor([1.0])`, say"
+        if isinstance(y0, list):
+            words = "`tuple(y0)` for a list of tensors, `torch.tensor(y0)` for one of numbers"
+        raise InvalidType(f"y0 must be a torch.Tensor or a tuple of them; got a {type(y0).__name__}. Use {words}.")
     if not y0:
         raise InvalidInput("y0 is an empty tuple; a state needs at least one tensor.")
     for i, part in enumerate(y0):
         if not isinstance(part, Tensor):
-            raise InvalidType(f"y0[{i}] must be a torch.Tensor; got a {type(part).__name__}. Use `torch.as_tensor`.")
+            raise InvalidType(
+                f"y0[{i}] must be a torch.Tensor; got a {type(part).__name__}. Use `torch.as_tensor`. If y0 is an "
+                "interval, as in scipy's solve_ivp(func, t_span, y0): here it is `odeint(func, y0, t)`."
+            )
     return tuple(part.shape for part in y0)
 
 

@@ -84,6 +84,7 @@ def test_adams_methods_know_the_distances_of_an_uneven_grid(torchdiffeq):
 
 
 # ------------------------------------------------------------------ the step loop
+@pytest.mark.filterwarnings("ignore:t holds one time")
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "implicit_adams", "scipy_solver"])
 def test_one_output_time_needs_no_evaluation(method):
     func = Counting(decay)

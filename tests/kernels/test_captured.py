@@ -589,6 +589,7 @@ HOST = {
 }
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 @pytest.mark.parametrize("case", HOST)
 @torch.no_grad()
 def test_a_solve_that_cannot_be_captured_runs_on_the_host_with_a_reason(case):

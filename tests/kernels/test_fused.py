@@ -378,6 +378,7 @@ def test_every_kind_of_state_and_option_agrees_with_the_reference(path, function
         assert actual.stats.rejected > 0
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 def test_a_single_time_returns_the_state(path):
     y0 = normal(3).to(path.device)
     with node_cuda.backend("fused"):
@@ -503,6 +504,7 @@ def test_every_solve_ends_as_the_reference_does(path, name):
     assert_near(actual.ys, expected.ys)
 
 
+@pytest.mark.filterwarnings("ignore:rtol = 0 and atol")
 def test_tolerances_that_no_state_can_meet_are_refused_as_by_the_reference(path):
     """The state is finite, but not in units of the tolerance, which is too small for half precision."""
     y0 = torch.full((3,), 6e4, dtype=torch.float16, device=path.device)

@@ -43,7 +43,6 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "unit/gradients/adjoint/test_mode.py": (
         "gradients.adjoint.backward_solve",
         "gradients.adjoint.field",
-        "nn",
     ),
     "unit/gradients/discrete/test_mode.py": (
         "gradients.discrete.checkpoints",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import runpy
 import sys
 import types
 
@@ -118,3 +119,23 @@ def test_a_driver_that_cannot_be_asked_is_a_line_of_the_report_and_no_failure(mo
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", broken)
     assert "driver too old" in environment.report()
+
+
+def test_a_backend_that_there_is_not_is_a_line_of_the_report(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NODE_CUDA_BACKEND", "fusd")
+    (line,) = [line for line in environment.report().splitlines() if line.startswith("backend")]
+    assert "every solve will fail: NODE_CUDA_BACKEND must be one of" in line and "Did you mean 'fused'?" in line
+    monkeypatch.delenv("NODE_CUDA_BACKEND")
+    assert "backend     auto" in environment.report()
+
+
+@pytest.mark.filterwarnings("ignore:'node_cuda.__main__' found in sys.modules")
+def test_an_argument_is_refused_and_not_ignored(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["node_cuda", "--chek"])
+    with pytest.raises(SystemExit) as ended:
+        runpy.run_module("node_cuda", run_name="__main__")
+    assert ended.value.code == 2
+    printed = capsys.readouterr()
+    assert "unrecognized arguments: --chek" in printed.err and not printed.out

@@ -46,8 +46,9 @@ def test_the_first_output_is_y0_itself():
 
 
 @pytest.mark.parametrize("method", [*ADAPTIVE, "rk4", "implicit_adams", "scipy_solver"])
-def test_one_output_time_returns_y0(method):
-    ys = odeint(timed, Y, torch.tensor([0.7], dtype=F64), method=method)
+def test_one_output_time_returns_y0_and_is_told_of(method):
+    with pytest.warns(UserWarning, match=r"t holds one time, t\[0\] = 0\.7, at which y is y0"):
+        ys = odeint(timed, Y, torch.tensor([0.7], dtype=F64), method=method)
     assert ys.shape == (1, 2)
     assert torch.equal(ys[0], Y)
 

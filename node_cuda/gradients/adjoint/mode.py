@@ -27,7 +27,7 @@ from node_cuda.gradients.reached import UsedParameters
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.registry import lookup
 from node_cuda.problem.problem import Problem, check_tolerance
-from node_cuda.status import Status
+from node_cuda.status import SolveError, Status, users_level
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
@@ -84,8 +84,11 @@ class _AdjointSolve(DifferentiableSolve):
             problem, self.settings, times[:count], solver_times[:count], ys[:count], grad_ys[:count], params
         )
         used = self.reached(problem)
-        found = self._by_graphs(backward, used, wants_t)
-        adj_t, adj_y0, adj_params = self._by_the_host(backward, used, wants_t) if found is None else found
+        try:
+            found = self._by_graphs(backward, used, wants_t)
+            adj_t, adj_y0, adj_params = self._by_the_host(backward, used, wants_t) if found is None else found
+        except SolveError as failure:
+            raise _of_the_loss(failure, backward.grad_ys) from None
         used.check(params)
         if adj_t is not None and self._is_autonomous(backward):
             adj_t = torch.cat([-adj_t[1:].sum().reshape(1), adj_t[1:]])
@@ -122,6 +125,13 @@ class _AdjointSolve(DifferentiableSolve):
         return try_captured(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
 
 
+def _of_the_loss(failure: SolveError, grad_ys: Tensor) -> SolveError:
+    """How the backward solve failed: if dL/dy is not finite, for that reason, and not for one of the field's."""
+    if failure.status is not Status.NON_FINITE or bool(torch.isfinite(grad_ys).all()):
+        return failure
+    return SolveError(Status.NON_FINITE_GRADIENT, failure.t, failure.stats)
+
+
 def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     """The backward solve's arguments, each by default the forward one, checked before anything is solved."""
     problem, given = request.problem, request.adjoint
@@ -141,7 +151,7 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
         warnings.warn(
             "An adjoint parameter was passed without requiring gradient. For efficiency this will be excluded from the "
             "adjoint pass, and will not appear as a tensor in the adjoint norm.",
-            stacklevel=5,
+            stacklevel=users_level(),
         )
     parsed = lookup(method, options).options
     checks = parsed.check_reconstruction or request.method.options.check_reconstruction

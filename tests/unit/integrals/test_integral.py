@@ -176,6 +176,7 @@ def test_up_to_an_event_it_has_two_values_and_event_fn_sees_y_alone(gradient):
     assert solution.ys.shape == (2, 2)
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 def test_one_time_has_the_integral_zero_without_an_evaluation():
     func = Counting(decay)
     solution = solve(func, Y, T[:1], integral=squared)

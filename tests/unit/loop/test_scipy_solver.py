@@ -32,6 +32,7 @@ def test_scipy_solver_takes_tuples_and_decreasing_time(name):
     assert relative_difference(ours, fine) < 1e-5
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 def test_scipy_solver_keeps_the_dtype_and_the_shape():
     pytest.importorskip("scipy")
     ys = odeint(lambda t, y: -y, torch.ones(2, 3), torch.linspace(0, 1, 4), method="scipy_solver")

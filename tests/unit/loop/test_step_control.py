@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import logging
 
 import pytest
 import torch
@@ -10,7 +11,8 @@ from problems import F64, Counting, linspace
 from timed import LOOSE, Y, steps, timed
 from torch import nn
 
-from node_cuda import Status, solve
+from node_cuda import SolveError, Status, odeint, odeint_adjoint, solve
+from node_cuda.loop import step_control
 
 
 def test_first_step_is_the_first_step():
@@ -118,3 +120,74 @@ def test_a_jump_that_is_not_told_costs_rejected_steps():
     _, told = steps(func, t=linspace(0.0, 1.0, 2), jump_t=torch.tensor([0.5], dtype=F64))
     _, untold = steps(func, t=linspace(0.0, 1.0, 2))
     assert told.stats.nfe < untold.stats.nfe
+
+
+# ------------------------------------------------------------------ solves that may not end
+def wave(t, y):
+    return torch.cos(40 * t) * y
+
+
+def attempts(solution):
+    return solution.stats.accepted + solution.stats.rejected
+
+
+def test_a_long_solve_is_logged_once_with_where_it_stands_and_what_to_try(monkeypatch, caplog):
+    t = linspace(0.0, 4.0, 2)
+    quiet = solve(wave, Y, t)
+    assert not caplog.records and attempts(quiet) > 60
+    monkeypatch.setattr(step_control, "LONG", 50)
+    func = Counting(wave)
+    told = solve(func, Y, t)
+    (record,) = caplog.records
+    assert (record.name, record.levelno) == ("node_cuda", logging.WARNING)
+    words = record.getMessage()
+    assert words.startswith("A solve has tried 50 steps, and goes on: t = ") and " of 4, h = " in words
+    for mend in ("rtol", 'solver="Radau"', "jump_t", "max_num_steps"):
+        assert mend in words
+    assert torch.equal(told.ys, quiet.ys)
+    assert told.stats.nfe == func.nfe == quiet.stats.nfe + 2, "the field is asked twice at one point, and only then"
+
+
+def test_the_log_tells_the_share_of_rejected_steps(monkeypatch, caplog):
+    monkeypatch.setattr(step_control, "LONG", 10)
+    solve(wave, Y, linspace(0.0, 4.0, 2), options=dict(first_step=4.0))
+    share = int(caplog.records[0].getMessage().split("% of the steps rejected")[0].split()[-1])
+    assert 0 < share < 100 and share % 10 == 0
+
+
+@pytest.mark.parametrize("noise", [1.0, 1e-3])
+def test_a_field_of_chance_that_does_not_end_is_a_solve_error(monkeypatch, caplog, noise):
+    monkeypatch.setattr(step_control, "LONG", 60)
+    with pytest.raises(SolveError, match=r"dy/dt changed by .*answers differently.*func\.eval\(\)") as caught:
+        odeint(lambda t, y: -y + noise * torch.randn_like(y), Y, linspace(0.0, 4.0, 2))
+    assert caught.value.status is Status.BY_CHANCE and len(caplog.records) == 1
+
+
+def test_a_difference_of_rounding_is_no_chance(monkeypatch, caplog):
+    monkeypatch.setattr(step_control, "LONG", 50)
+    signs = itertools.cycle((1.0, -1.0))
+    solution = solve(lambda t, y: wave(t, y) * (1 + 4e-16 * next(signs)), Y, linspace(0.0, 4.0, 2))
+    assert solution.status is Status.SUCCESS and len(caplog.records) == 1
+
+
+def test_a_field_that_differentiates_by_its_state_may_take_long(monkeypatch, caplog):
+    monkeypatch.setattr(step_control, "LONG", 50)
+
+    def func(t, y):
+        return torch.cos(40 * t) * torch.autograd.grad((y**2).sum() / 2, y, create_graph=True)[0]
+
+    odeint(func, Y.clone().requires_grad_(), linspace(0.0, 4.0, 2))
+    assert len(caplog.records) == 1
+
+
+def test_a_long_backward_pass_is_logged_too_and_its_gradient_is_the_same(monkeypatch, caplog):
+    def gradient():
+        y0 = Y.clone().requires_grad_()
+        ys = odeint_adjoint(wave, y0, linspace(0.0, 2.0, 2), adjoint_params=(), adjoint_rtol=1e-9)
+        monkeypatch.setattr(step_control, "LONG", 50)
+        return torch.autograd.grad(ys[-1].sum(), y0)[0]
+
+    expected = gradient()
+    assert len(caplog.records) == 1
+    monkeypatch.undo()
+    assert torch.equal(gradient(), expected)

@@ -288,6 +288,7 @@ def test_outputs_of_two_solves_do_not_share_memory():
     assert torch.equal(first, copy)
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 def test_the_solution_is_no_view_of_y0():
     y0 = fresh()
     for method in ("dopri5", "rk4"):

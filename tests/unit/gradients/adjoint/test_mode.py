@@ -11,7 +11,7 @@ from tolerances import GLOBAL_ERROR_OVER_RTOL, SLOPE, rtol_and_limit
 from torch import nn
 
 import node_cuda
-from node_cuda import TABLEAUS, odeint, odeint_adjoint
+from node_cuda import TABLEAUS, SolveError, Status, odeint, odeint_adjoint
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
@@ -66,7 +66,8 @@ def test_scipy_solver_has_gradients_by_the_adjoint_only():
     pytest.importorskip("scipy")
     computed, exact = adjoint_gradients(1e-7, "scipy_solver")
     assert relative_difference(computed, exact) <= GLOBAL_ERROR_OVER_RTOL * 1e-7
-    ys = odeint(lambda t, y: -y, leaf(Y), linspace(0.0, 1.0, 2), method="scipy_solver")
+    with pytest.warns(UserWarning, match="y0 requires a gradient, and scipy computes outside of autograd"):
+        ys = odeint(lambda t, y: -y, leaf(Y), linspace(0.0, 1.0, 2), method="scipy_solver")
     assert not ys.requires_grad
 
 
@@ -125,6 +126,7 @@ def test_the_gradient_of_some_outputs_only():
     assert relative_difference(grad, truth) < 1e-6
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 def test_one_output_time_passes_the_gradient_through():
     for solver in (odeint, lambda *args: odeint_adjoint(*args, adjoint_params=())):
         y0 = leaf(Y)
@@ -301,6 +303,21 @@ def test_adjoint_callbacks_tell_of_every_backward_step_in_the_users_time(backwar
     assert all(0.2 <= t0 <= 1.05 for t0 in starts)
     assert starts[0] == float(t[-1])
     assert all(shapes[1] == shapes[2] == (2,) for _, shapes, _ in func.steps)
+
+
+# ------------------------------------------------------------------ what the loss hands down
+@pytest.mark.parametrize("m", [0, 1, 2])
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_a_nan_in_the_gradient_of_the_loss_is_not_blamed_on_the_field(m, value):
+    ys = odeint_adjoint(MLP(), Y, linspace(0.0, 1.0, 3))
+    weights = torch.ones_like(ys)
+    weights[m, 0] = value
+    if m == 0:  # it is added to dL/dy0, and nothing is solved with it
+        (ys * weights).sum().backward()
+        return
+    with pytest.raises(SolveError, match=r"NON_FINITE_GRADIENT.*dL/dy.*Look at the loss, not at func") as caught:
+        (ys * weights).sum().backward()
+    assert caught.value.status is Status.NON_FINITE_GRADIENT and "jump_t" not in str(caught.value)
 
 
 # ------------------------------------------------------------------ double backward, nested use

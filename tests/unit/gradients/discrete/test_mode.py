@@ -232,6 +232,7 @@ def test_the_gradient_of_some_outputs_only():
     assert relative_difference(found[0][0], truth) <= SAME
 
 
+@pytest.mark.filterwarnings("ignore:t holds one time")
 def test_one_output_time_passes_the_gradient_through():
     y0 = leaf(Y)
     ys = odeint_adjoint(lambda t, y: -y, y0, linspace(0.0, 0.0, 1), adjoint_params=(), gradient="discrete")

@@ -1,0 +1,177 @@
+"""The note that an exception out of user code gets: how it was called, where the solve stood, and what to type.
+
+Every call of func, event_fn, an integral or a norm stands in a `try`, and its `except` calls `tell`. Nothing here runs
+on the path without an exception. The note is made of what the host knows already: it reads nothing from a device,
+which after a CUDA error would raise another one.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import inspect
+import re
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda.status import InvalidField
+
+BEGINNING = "node_cuda: "
+STEP = "\nThe solve stood at "
+
+_HAS_NOTES = hasattr(BaseException, "add_note")  # Python 3.11
+_REWRITTEN = (TypeError, ValueError, IndexError, AttributeError, RuntimeError)
+"""Before Python 3.11 the note is put behind the message of these, if that is all that they hold."""
+
+
+def tell(error: Exception, name: str, code: Any, ends: tuple[float, float] | None = None, /, **arguments: Any) -> None:
+    """Add the note to an exception that user code raised, unless it has one from a solve inside of that code.
+
+    name: what the user calls it. code: what was called. ends: the user's times between which func has to be known.
+    arguments: what it was called with, by name. An InvalidField says itself what func did.
+    """
+    if isinstance(error, InvalidField) or _note_of(error) is not None:
+        return
+    lines = [f"{BEGINNING}{name}({', '.join(arguments)}) was called with"]
+    lines += [_described(*item) for item in arguments.items()]
+    if name == "func":
+        t = number(arguments["t"])
+        lines += ["" if t is None or ends is None else _outside(t, ends), _mend(error, code, arguments["y"])]
+    _write(error, "\n".join(filter(None, lines)))
+
+
+def tell_step(error: BaseException, where: str, *, beyond: tuple[float, float] | None = None) -> None:
+    """Add where the solve stood, to the note of `tell`; to KeyboardInterrupt also without one.
+
+    beyond: the ends of t, if the step passes them and nobody knows yet at what time func was called.
+    """
+    note = _note_of(error)
+    if isinstance(error, KeyboardInterrupt) and note is None:
+        _write(error, f"{BEGINNING}interrupted.{STEP}{where}")
+    elif note is not None and STEP not in note:
+        clip = "" if beyond is None else f"\nThe step passes the last time. {_clip(beyond)}"
+        _write(error, f"{note}{STEP}{where}{clip}", instead_of=note)
+
+
+def number(t: Any) -> float | None:
+    """A time as a number, if the host has it."""
+    if isinstance(t, Tensor) and t.device.type == "cpu":
+        with contextlib.suppress(Exception):  # a tensor of a transform, or one without data
+            return float(t.detach())
+    return None
+
+
+def order_mend(func: Any) -> str:
+    """What to type for a func of (y, t), by the names of its arguments; "" for any other func."""
+    names = _names(func)
+    times = ("t", "time", "times", "tau")
+    if len(names) < 2 or names[1] not in times or names[0] in times:
+        return ""
+    return (
+        f"func takes ({names[0]}, {names[1]}), and is called as func(t, y). Swap its arguments, or use "
+        "`lambda t, y: func(y, t)`."
+    )
+
+
+def _described(name: str, value: Any) -> str:
+    if isinstance(value, (tuple, list)):
+        return "\n".join(_described(f"{name}[{i}]", part) for i, part in enumerate(value))
+    if not isinstance(value, Tensor):
+        return f"  {name}: a {type(value).__name__}"
+    known = number(value) if name == "t" else None
+    size = f"shape {tuple(value.shape)}, {value.dtype}, {value.device}"
+    return f"  {name}: {size}" + ("" if known is None else f", t = {known:.6g}")
+
+
+def _outside(t: float, ends: tuple[float, float]) -> str:
+    if min(ends) <= t <= max(ends):
+        return ""
+    return f"t = {t:.6g} lies outside of the interval from t[0] = {ends[0]:.6g} to t[-1] = {ends[1]:.6g}. {_clip(ends)}"
+
+
+def _clip(ends: tuple[float, float]) -> str:
+    low, high = sorted(ends)
+    return (
+        f"If func is known between {low:.6g} and {high:.6g} only, use options=dict(clip=True), with which "
+        "it is called at no other time."
+    )
+
+
+def _mend(error: Exception, func: Any, y: Any) -> str:
+    """What to type, for the commonest mistakes."""
+    words = str(error)
+    if mend := order_mend(func):
+        return mend
+    if isinstance(error, TypeError) and _takes_y_alone(func):
+        if isinstance(func, torch.nn.Module):
+            return (
+                f"{type(func).__name__} takes y alone, and is called as func(t, y). Use `lambda t, y: func(y)`, with "
+                "adjoint_params=tuple(func.parameters()) where the gradient is the adjoint; or a module with "
+                "`def forward(self, t, y): return self.net(y)`."
+            )
+        return "func takes y alone, and is called as func(t, y). Use `lambda t, y: func(y)`."
+    if "zero-dimensional" in words and "concatenated" in words:
+        return (
+            "t is a tensor of shape (), which cannot be concatenated. Use `t.expand(*y.shape[:-1], 1)`, as in "
+            "`torch.cat([y, t.expand(*y.shape[:-1], 1)], -1)`."
+        )
+    if isinstance(error, RuntimeError) and _names_two_dtypes(words):
+        state = next((x.dtype for x in (y if isinstance(y, (tuple, list)) else (y,)) if isinstance(x, Tensor)), None)
+        other = "y0.double()" if state is torch.float32 else "y0.float()"
+        return (
+            f"y is {state}, and func computes with another dtype. Use `func.to({state})` for its parameters, or start "
+            f"from a y0 of their dtype, e.g. `{other}`."
+        )
+    return ""
+
+
+def _names_two_dtypes(words: str) -> bool:
+    if not re.search(r"(?i)same dtype|scalar type|should be the same|dtype", words):
+        return False
+    named = re.findall(r"(?i)\b(?:c10::|torch\.|torch\.cuda\.)?(float64|float32|double|float|half|bfloat16)", words)
+    return len({{"float64": "double", "float32": "float"}.get(x.lower(), x.lower()) for x in named}) > 1
+
+
+def _signature(func: Any) -> inspect.Signature | None:
+    with contextlib.suppress(TypeError, ValueError):  # of a builtin
+        return inspect.signature(func.forward if isinstance(func, torch.nn.Module) else func)
+    return None
+
+
+def _names(func: Any) -> list[str]:
+    signature = _signature(func)
+    return [] if signature is None else list(signature.parameters)
+
+
+def _takes_y_alone(func: Any) -> bool:
+    signature = _signature(func)
+    if signature is None:
+        return False
+    with contextlib.suppress(TypeError):
+        signature.bind(None, None)
+        return False
+    with contextlib.suppress(TypeError):
+        signature.bind(None)
+        return True
+    return False
+
+
+def _note_of(error: BaseException) -> str | None:
+    """The note that was made here."""
+    for note in getattr(error, "__notes__", ()) if _HAS_NOTES else error.args[:1]:
+        if isinstance(note, str) and BEGINNING in note:
+            return note[note.index(BEGINNING) :]
+    return None
+
+
+def _write(error: BaseException, note: str, instead_of: str | None = None) -> None:
+    if _HAS_NOTES:
+        notes: list[str] = getattr(error, "__notes__", [])
+        if instead_of in notes:
+            notes[notes.index(instead_of)] = note
+        else:
+            error.add_note(note)  # pyright: ignore[reportAttributeAccessIssue]
+    elif type(error) in _REWRITTEN and len(error.args) == 1 and type(error.args[0]) is str:
+        words = error.args[0] if instead_of is None else error.args[0].removesuffix(f"\n{instead_of}")
+        error.args = (f"{words}\n{note}",)
