@@ -22,7 +22,7 @@ STEP = "\nThe solve stood at "
 
 _HAS_NOTES = hasattr(BaseException, "add_note")  # Python 3.11
 _REWRITTEN = (TypeError, ValueError, IndexError, AttributeError, RuntimeError)
-"""Before Python 3.11 the note is put behind the message of these, if that is all that they hold."""
+"""Before Python 3.11 the note follows the message of these, if that is all that they hold."""
 
 
 def tell(error: Exception, name: str, code: Any, ends: tuple[float, float] | None = None, /, **arguments: Any) -> None:
@@ -44,7 +44,7 @@ def tell(error: Exception, name: str, code: Any, ends: tuple[float, float] | Non
 def tell_step(error: BaseException, where: str, *, beyond: tuple[float, float] | None = None) -> None:
     """Add where the solve stood, to the note of `tell`; to KeyboardInterrupt also without one.
 
-    beyond: the ends of t, if the step passes them and nobody knows yet at what time func was called.
+    beyond: the ends of t, if the step passes the last one and the host does not know the time of the call.
     """
     note = _note_of(error)
     if isinstance(error, KeyboardInterrupt) and note is None:

@@ -230,7 +230,7 @@ def test_a_step_beyond_the_end_is_told_of_where_the_time_of_the_call_is_not_know
 
 # ------------------------------------------------------------------ before Python 3.11
 @pytest.mark.parametrize("error", [TypeError, ValueError, IndexError, AttributeError, RuntimeError])
-def test_without_notes_the_text_goes_behind_a_message_that_is_one_string(monkeypatch, error):
+def test_without_notes_the_text_follows_a_message_that_is_one_string(monkeypatch, error):
     monkeypatch.setattr(_user_code, "_HAS_NOTES", False)
 
     def outer(t, y):
