@@ -54,6 +54,11 @@ def tell_step(error: BaseException, where: str, *, beyond: tuple[float, float] |
         _write(error, f"{note}{STEP}{where}{clip}", instead_of=note)
 
 
+def in_step(t: float, h: float, accepted: int, rejected: int) -> str:
+    """Return in words where a solve stands: the step from t of signed size h, and the numbers of steps before it."""
+    return f"t = {t:.6g}, in a step of h = {h:.3g}, after {accepted} accepted and {rejected} rejected steps."
+
+
 def number(t: Any) -> float | None:
     """A time as a number, if the host has it."""
     if isinstance(t, Tensor) and t.device.type == "cpu":

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from torch import Tensor
 
 from node_cuda._torch_modes import recorded
-from node_cuda._user_code import tell_step
+from node_cuda._user_code import in_step, tell_step
 from node_cuda.loop.step_control import StepSelector
 from node_cuda.methods.step import ProposedStep, Step, Stepper
 from node_cuda.problem.problem import Problem
@@ -78,12 +78,11 @@ class HostLoop:
     def _tell_step(self, error: BaseException) -> None:
         """Say where the solve stood, from numbers that the host has."""
         problem, move, beyond = self.problem, self.move, None
-        words = f"t = {problem.direction * self.t:.6g}, "
+        t = problem.direction * self.t
         if move is None:
-            words += "where it looked for the size of its first step."
+            words = f"t = {t:.6g}, where it looked for the size of its first step."
         else:
-            words += f"in a step of h = {problem.direction * move.h:.3g}, after {self.stats.accepted} accepted and "
-            words += f"{self.stats.rejected} rejected steps."
+            words = in_step(t, problem.direction * move.h, self.stats.accepted, self.stats.rejected)
             # On the CPU the time of the call is known, and tells more.
             if problem.bounds is None and problem.y0.device.type != "cpu" and move.t1 > problem.times[-1]:
                 beyond = problem.ends

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._torch_modes import recorded, transformed
+from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import why_plain
 from node_cuda.kernels.reference import combine
 from node_cuda.kernels.stage_times import Interval
@@ -58,18 +59,23 @@ def solve_grid(
     k: list[Tensor] = []
     ys = _slab(y, len(times))
     listed = [y]
-    for n in range(len(times) - 1):
-        h = sign * (times[n + 1] - times[n])
-        t_n = t[n * stages : (n + 1) * stages]
-        k = _stages(field, t_n, y, rows, h)
-        if stages > 1 and not field.copies_output and share_memory(k):
-            field.copies_output = True  # func returned a buffer that held an earlier stage
+    n, h = 0, 0.0
+    try:
+        for n in range(len(times) - 1):
+            h = sign * (times[n + 1] - times[n])
+            t_n = t[n * stages : (n + 1) * stages]
             k = _stages(field, t_n, y, rows, h)
-        y_before, y = y, combine(y, k, b, h)
-        if ys is None:
-            listed.append(y)
-        else:
-            ys[n + 1] = y
+            if stages > 1 and not field.copies_output and share_memory(k):
+                field.copies_output = True  # func returned a buffer that held an earlier stage
+                k = _stages(field, t_n, y, rows, h)
+            y_before, y = y, combine(y, k, b, h)
+            if ys is None:
+                listed.append(y)
+            else:
+                ys[n + 1] = y
+    except (Exception, KeyboardInterrupt) as error:
+        tell_step(error, in_step(sign * times[n], h, n, 0))
+        raise
     stats.accepted += len(times) - 1
     stats.nfe = field.nfe
     if accepted is not None and k:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 
 from torch import Tensor
 
+from node_cuda._user_code import in_step, tell_step
 from node_cuda.gradients.adjoint.field import AdjointField, ParameterGradient
 from node_cuda.kernels.reference import combine, real_dot
 from node_cuda.kernels.stage_times import Interval
@@ -36,26 +37,30 @@ def run_grid(
     weights = [float(b) for b in tableau.b]
     t = stage_times(problem, tableau.nodes)
     adj_t: dict[int, Tensor] = {}
-    a = grad_ys[-1]
-    for i in range(len(times) - 1):
-        m = len(times) - 1 - i  # from output m back to the one before it
-        h = sign * (times[i + 1] - times[i])
-        at = Interval(times[i], times[i + 1], times[i + 1] - times[i], h, h)
-        y, f, v = ys[m], list[Tensor](), list[Tensor]()
-        gradient.begin()
-        for j, (row, weight) in enumerate(zip(tableau.rows, weights, strict=True)):
-            gradient.wants(bool(weight))
-            z = (combine(y, f, row, h), combine(a, v, row, h)) if row else (y, a)
-            f_j, v_j = field.rates(t[i * stages + j], *z)
-            f.append(f_j.clone() if stages > 1 else f_j)  # func may write the buffer again that it returned
-            v.append(v_j)
-            if weight:
-                gradient.add(field.integrands, weight, 0.0, at)
-        gradient.commit()
-        if f_at is not None:
-            adj_t[m] = real_dot(grad_ys[m], f[0])
-        a = combine(a, v, tableau.b_row, h)
-        if f_at is not None and m == 1:
-            adj_t[0] = -real_dot(a, f_at(0))
-        a = a + grad_ys[m - 1]
+    a, i, h = grad_ys[-1], 0, 0.0
+    try:
+        for i in range(len(times) - 1):
+            m = len(times) - 1 - i  # from output m back to the one before it
+            h = sign * (times[i + 1] - times[i])
+            at = Interval(times[i], times[i + 1], times[i + 1] - times[i], h, h)
+            y, f, v = ys[m], list[Tensor](), list[Tensor]()
+            gradient.begin()
+            for j, (row, weight) in enumerate(zip(tableau.rows, weights, strict=True)):
+                gradient.wants(bool(weight))
+                z = (combine(y, f, row, h), combine(a, v, row, h)) if row else (y, a)
+                f_j, v_j = field.rates(t[i * stages + j], *z)
+                f.append(f_j.clone() if stages > 1 else f_j)  # func may write again into the buffer that it returned
+                v.append(v_j)
+                if weight:
+                    gradient.add(field.integrands, weight, 0.0, at)
+            gradient.commit()
+            if f_at is not None:
+                adj_t[m] = real_dot(grad_ys[m], f[0])
+            a = combine(a, v, tableau.b_row, h)
+            if f_at is not None and m == 1:
+                adj_t[0] = -real_dot(a, f_at(0))
+            a = a + grad_ys[m - 1]
+    except (Exception, KeyboardInterrupt) as error:
+        tell_step(error, in_step(sign * times[i], h, i, 0))
+        raise
     return adj_t, a
