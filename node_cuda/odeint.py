@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
+from node_cuda._records import with_fields
 from node_cuda._torch_modes import transformed
 from node_cuda._typing import (
     AdjointArguments,
@@ -30,8 +31,8 @@ from node_cuda.integrals.integral import AugmentedField, Integral, event_of, wit
 from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
 from node_cuda.loop.request import AdjointSpec, SolveSpec
-from node_cuda.methods.registry import SCIPY, Method, for_one_output, lookup, reads_tolerances, supported_callbacks
-from node_cuda.options import ARGUMENTS, FixedOptions, check_mapping, option_names
+from node_cuda.methods.registry import SCIPY, Method, for_one_output, lookup, supported_callbacks
+from node_cuda.options import ARGUMENTS, check_mapping, option_names
 from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import (
@@ -49,6 +50,10 @@ if TYPE_CHECKING:
 
 RTOL, ATOL = 1e-7, 1e-9
 """torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
+
+
+AS_FORWARD = AdjointSpec()
+"""No adjoint_* arguments."""
 
 
 @overload
@@ -87,11 +92,11 @@ def odeint(
     Raises InvalidInput, InvalidType, InvalidState, InvalidField or ValueError for a caller's mistake, SolveError if
     the solve fails. Source: Hairer, Norsett and Wanner, Solving ODEs I.
     """
-    refuse_unknown("odeint", unknown)
+    if unknown:
+        refuse_unknown("odeint", unknown)
     refuse_regularized(func, "odeint")
-    return _as_torchdiffeq(
-        solve(func, y0, t, rtol=rtol, atol=atol, method=method, options=options, event_fn=event_fn), event_fn
-    )
+    solution = _solve(func, y0, t, rtol, atol, method, options, event_fn, wants_status=False)
+    return solution.ys if event_fn is None else (solution.event_t, solution.ys)
 
 
 @overload
@@ -131,28 +136,12 @@ def odeint_adjoint(
     Returns and raises as `odeint` does, and ValueError if the parameters cannot be found. Differentiable once.
     Source: Chen et al. 2018, arXiv:1806.07366; seminorm: Kidger, Chen and Lyons 2021, arXiv:2009.09457.
     """
-    refuse_unknown("odeint_adjoint", unknown)
+    if unknown:
+        refuse_unknown("odeint_adjoint", unknown)
     refuse_regularized(func, "odeint_adjoint")
-    return _as_torchdiffeq(
-        solve(
-            func,
-            y0,
-            t,
-            rtol=rtol,
-            atol=atol,
-            method=method,
-            options=options,
-            event_fn=event_fn,
-            gradient=gradient,
-            checkpoints=checkpoints,
-            adjoint_rtol=adjoint_rtol,
-            adjoint_atol=adjoint_atol,
-            adjoint_method=adjoint_method,
-            adjoint_options=adjoint_options,
-            adjoint_params=adjoint_params,
-        ),
-        event_fn,
-    )
+    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
+    solution = _solve(func, y0, t, rtol, atol, method, options, event_fn, gradient, checkpoints, given)
+    return solution.ys if event_fn is None else (solution.event_t, solution.ys)
 
 
 @eager
@@ -195,10 +184,34 @@ def solve(
     Returns Solution(ts, ys, stats, status, event_t, integral); ys of shape (len(t), *y0.shape) in y0's dtype, or a
     tuple of such; the integral in the dtype of y0, in its real one if g is real. Raises as `odeint` does.
     """
-    refuse_unknown("solve", unknown)
-    check_gradient(gradient, checkpoints)
+    if unknown:
+        refuse_unknown("solve", unknown)
+    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
+    return _solve(func, y0, t, rtol, atol, method, options, event_fn, gradient, checkpoints, given, integral)
+
+
+def _solve(
+    func: Any,
+    y0: Any,
+    t: Tensor,
+    rtol: Any,
+    atol: Any,
+    method: str | None,
+    options: Mapping[str, Any] | None,
+    event_fn: EventFunc | None,
+    gradient: str = "backprop",
+    checkpoints: int | str | None = None,
+    given: AdjointSpec = AS_FORWARD,
+    integral: Callable[[Tensor, Any, Any], Tensor] | None = None,
+    *,
+    wants_status: bool = True,
+) -> Solution[Any]:
+    """`solve`. wants_status: the caller reads `Solution.status`, which costs a fixed grid a host read."""
+    if gradient not in GRADIENTS or checkpoints is not None:
+        check_gradient(gradient, checkpoints)
     refuse_in_capture(y0)
-    options = _with_graphs(options, func)
+    if options is not None:
+        options = _with_graphs(options, func)
     chosen = lookup(method, options)
     if event_fn is not None:
         check_event_fn(event_fn)
@@ -208,32 +221,36 @@ def solve(
             'options["check_reconstruction"] belongs to gradient="adjoint", which rebuilds y backwards; got '
             f"gradient={gradient!r}, which keeps it. Drop the option."
         )
-    of_y = func.func if isinstance(func, Regularized) else func
-    if not (adjoint_method or reads_tolerances(chosen) or chosen.options.check_reconstruction):
+    if not (given.method or chosen.reads_tolerances or chosen.options.check_reconstruction):
         rtol, atol = _of_a_fixed_grid(rtol, atol, event_fn)
     if event_fn is not None and chosen.options.clip:
         raise InvalidInput(
             'options["clip"] keeps func within [t[0], t[-1]], and with an event_fn t[1] only gives the direction of '
             "time. Drop clip, and take options=dict(max_step=...) for a func that is not known everywhere."
         )
-    endless = event_fn is not None
-    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen), endless=endless)
+    endless, of_y = event_fn is not None, func.func if isinstance(func, Regularized) else func
+    problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=chosen.clips, endless=endless)
     stats = Stats(host_reads=1)
-    _warn_of_tolerances(problem, chosen, stats)
-    _warn_of_callbacks(problem, chosen)
-    _refuse_callbacks(problem, chosen)
-    if isinstance(adjoint_params, Tensor):
-        adjoint_params = (adjoint_params,)  # its rows are no parameters
-    adjoint_options = _with_graphs(adjoint_options, func, "adjoint_options")
-    given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
-    beside = _beside(func, problem, integral)
-    if beside is not None:
+    if chosen.adaptive:
+        _warn_of_tolerances(problem, chosen, stats)
+    if problem.callbacks:
+        _warn_of_callbacks(problem, chosen)
+        _refuse_callbacks(problem, chosen)
+    if isinstance(given.params, Tensor):
+        given = with_fields(given, params=(given.params,))  # its rows are no parameters
+    if given.options is not None:
+        given = with_fields(given, options=_with_graphs(given.options, func, "adjoint_options"))
+    beside = None
+    if integral is not None or of_y is not func:
+        beside = _beside(func, problem, integral)
         problem, chosen, given = with_integral(problem, chosen, given, beside)
-    request = SolveSpec(problem, chosen, stats, method, options, given, checkpoints)
+    request = SolveSpec(problem, chosen, stats, method, options, given, checkpoints, wants_status)
     mode = GRADIENTS[gradient]
     if event_fn is None:
-        _warn_of_one_time(problem)
-        _warn_of_scipy(problem, chosen, gradient)
+        if len(problem.times) == 1:
+            _warn_of_one_time(problem)
+        if chosen.name == SCIPY:
+            _warn_of_scipy(problem, gradient)
         ys, status = mode.outputs(request)
         return _solution(request, beside, t, ys, status)
     if len(t) != 2:
@@ -276,14 +293,15 @@ def odeint_dense(
     numbers. dopri8, whose default interpolant is far below its order, takes its accurate one.
     Raises as `odeint` does, also with options=dict(throw=False): a partial dense solution is never returned.
     """
-    refuse_unknown("odeint_dense", unknown)
+    if unknown:
+        refuse_unknown("odeint_dense", unknown)
     refuse_regularized(func, "odeint_dense")
     refuse_in_capture(y0)
     chosen = lookup(method, options)
     if not (isinstance(t0, Tensor) and t0.is_floating_point()):
         t0 = torch.as_tensor(t0, dtype=torch.float64)
     t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])
-    problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm, clip=_clips(chosen))
+    problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm, clip=chosen.clips)
     _warn_of_callbacks(problem, chosen)
     stats = Stats(host_reads=1)
     _warn_of_tolerances(problem, chosen, stats)
@@ -311,11 +329,6 @@ def refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
         raise InvalidType(f"{name}() got an unexpected keyword argument {argument!r}. {mend}")
 
 
-def _clips(method: Method) -> bool:
-    """func is to be asked between the ends of t only, and the method would not do so by itself."""
-    return method.options.clip and not isinstance(method.options, FixedOptions)
-
-
 def _of_a_fixed_grid(rtol: Any, atol: Any, event_fn: EventFunc | None) -> tuple[Any, Any]:
     """rtol and atol, either of which may be None as far as nothing reads it."""
     if atol is None and event_fn is not None:
@@ -326,10 +339,10 @@ def _of_a_fixed_grid(rtol: Any, atol: Any, event_fn: EventFunc | None) -> tuple[
     return RTOL if rtol is None else rtol, ATOL if atol is None else atol
 
 
-def _beside(func: Func, problem: Problem, integral: Any) -> AugmentedField | None:
-    """What is to be integrated beside y."""
+def _beside(func: Func, problem: Problem, integral: Any) -> AugmentedField:
+    """The field of y and of its integral."""
     if not isinstance(func, Regularized):
-        return None if integral is None else Integral(func, problem, integral)
+        return Integral(func, problem, integral)
     if integral is not None:
         raise InvalidInput(
             "integral was given beside regularized(...), which is an integral itself, and a solve has one. Use "
@@ -346,6 +359,10 @@ def _solution(
     status: Status,
     event_t: Tensor | None = None,
 ) -> Solution[Any]:
+    """Return the solution in the structure of y0."""
+    if beside is None and request.problem.layout.shapes is None and request.stats.reached is None:
+        return Solution(ts, ys, request.stats, status, event_t)
+
     def as_given(flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[State, Tensor | None]:
         state = request.problem.layout.unflatten(flat, lead)
         return (state, None) if beside is None else beside.split(state)
@@ -397,16 +414,15 @@ def _warn_of_tolerances(problem: Problem, method: Method, stats: Stats) -> None:
 
 
 def _warn_of_one_time(problem: Problem) -> None:
-    if len(problem.times) == 1:
-        warnings.warn(
-            f"t holds one time, t[0] = {problem.times[0]:.6g}, at which y is y0: nothing is solved. Use "
-            "`torch.tensor([t0, t1])`, and `y[-1]` of the solution.",
-            stacklevel=users_level(),
-        )
+    warnings.warn(
+        f"t holds one time, t[0] = {problem.times[0]:.6g}, at which y is y0: nothing is solved. Use "
+        "`torch.tensor([t0, t1])`, and `y[-1]` of the solution.",
+        stacklevel=users_level(),
+    )
 
 
-def _warn_of_scipy(problem: Problem, method: Method, gradient: str) -> None:
-    if method.name == SCIPY and gradient == "backprop" and problem.y0.requires_grad and torch.is_grad_enabled():
+def _warn_of_scipy(problem: Problem, gradient: str) -> None:
+    if gradient == "backprop" and problem.y0.requires_grad and torch.is_grad_enabled():
         warnings.warn(
             "y0 requires a gradient, and scipy computes outside of autograd: y will have none. Use "
             '`odeint_adjoint(..., method="scipy_solver")`, or `y0.detach()`.',
@@ -441,7 +457,3 @@ def _refuse_callbacks(problem: Problem, method: Method) -> None:
             f"func has callbacks, {', '.join(called)}, and the Python of a callback does not run in a captured solve. "
             "Drop cuda_graph=True, or solve with a func that has none."
         )
-
-
-def _as_torchdiffeq(solution: Solution[Any], event_fn: EventFunc | None) -> Any:
-    return solution.ys if event_fn is None else (solution.event_t, solution.ys)

@@ -164,6 +164,8 @@ def captured_or_why(
 
 def refuse_in_capture(y0: Any) -> None:
     """Raise Unsupported for a state on a stream that the user captures."""
+    if isinstance(y0, Tensor) and y0.is_cpu:
+        return
     parts = y0 if isinstance(y0, tuple) else (y0,)
     if any(isinstance(part, Tensor) and capturing(part.device) for part in parts):
         raise Unsupported(

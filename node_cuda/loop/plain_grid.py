@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from node_cuda._torch_modes import recorded, transformed
+from node_cuda._torch_modes import transformed
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import why_plain
 from node_cuda.kernels.reference import combine
@@ -40,7 +40,8 @@ def applies(problem: Problem, method: Method) -> bool:
         and options.step_size is None
         and options.grid_constructor is None
         and not (options.perturb or options.record_steps or options.cuda_graph or problem.callbacks)
-        and not (transformed() or recorded(problem.t))
+        and not (problem.t.requires_grad and torch.is_grad_enabled())
+        and not transformed()
         and problem.backend != "fused"
         and why_plain(problem.backend, problem.y0) is not None
     )

@@ -29,7 +29,7 @@ class SolveSpec:
     """A problem, the method, the statistics to fill in, and the method's name and options as the user gave them.
 
     checkpoints: the number of states that the discrete adjoint may keep. None: one for each step. "auto": as many as
-    the memory allows.
+    the memory allows. wants_status: the caller reads the status, which on a fixed grid costs a host read.
     """
 
     problem: Problem
@@ -39,3 +39,4 @@ class SolveSpec:
     options: Mapping[str, Any] | None
     adjoint: AdjointSpec
     checkpoints: int | str | None = None
+    wants_status: bool = True

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
 from node_cuda import options as opt
@@ -48,10 +49,20 @@ class Method:
     options: opt.Common
     tableau: Tableau | None = None
 
-    @property
+    @cached_property
     def adaptive(self) -> bool:
         """The error estimate chooses the steps."""
         return isinstance(self.options, opt.AdaptiveOptions)
+
+    @cached_property
+    def reads_tolerances(self) -> bool:
+        """The method uses rtol and atol, for its steps or for the end of an iteration."""
+        return self.adaptive or self.name in (SCIPY, "implicit_adams", "fixed_adams")
+
+    @cached_property
+    def clips(self) -> bool:
+        """func may be evaluated between the ends of t only, and the method would not keep to that by itself."""
+        return self.options.clip and not isinstance(self.options, opt.FixedOptions)
 
 
 def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool = False) -> Method:
@@ -88,11 +99,6 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
 
 _PLAIN: dict[str, Method] = {}
 """The methods without options, as `lookup` made them. A method that was registered anew has another tableau."""
-
-
-def reads_tolerances(method: Method) -> bool:
-    """Return whether the method uses rtol and atol, for its steps or for the end of an iteration."""
-    return method.adaptive or method.name in (SCIPY, "implicit_adams", "fixed_adams")
 
 
 def supported_callbacks(method: Method) -> frozenset[str]:

@@ -42,6 +42,9 @@ class Layout:
         return tuple(parts)
 
 
+ONE_TENSOR = Layout()
+
+
 class VectorField:
     """dy/dt = func(t, y) on flat states. The result has y's shape and dtype, and no other code writes into it.
 

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
@@ -15,7 +16,7 @@ from node_cuda._user_code import tell
 from node_cuda.kernels import backend
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.stage_times import Clock
-from node_cuda.problem.field import Layout, VectorField
+from node_cuda.problem.field import ONE_TENSOR, Layout, VectorField
 from node_cuda.status import InvalidInput, InvalidState, InvalidType
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
@@ -98,17 +99,23 @@ def make_problem(
 
     Raises InvalidType, InvalidInput or InvalidState; the message says what to change.
     """
-    check_func(func, "odeint(func, y0, t)", swapped=callable(y0))
-    layout = Layout(_shapes(y0))
-    flat = layout.flatten(y0)
+    if not callable(func):
+        check_func(func, "odeint(func, y0, t)", swapped=callable(y0))
+    if isinstance(y0, Tensor):
+        layout, flat = ONE_TENSOR, y0
+    else:
+        layout = Layout(_shapes(y0))
+        flat = layout.flatten(y0)
     if not (flat.is_floating_point() or flat.is_complex()):
         raise InvalidState(
             f"y0 must be floating point or complex; got {flat.dtype}. Use `y0.float()` or `y0.double()`."
         )
     times, direction = _times_of(t, y0)
+    rtol = rtol if type(rtol) is float and rtol >= 0.0 else check_tolerance("rtol", rtol, layout, flat)
+    atol = atol if type(atol) is float and atol >= 0.0 else check_tolerance("atol", atol, layout, flat)
     error_norm = ErrorNorm(
-        check_tolerance("rtol", rtol, layout, flat),
-        check_tolerance("atol", atol, layout, flat),
+        rtol,
+        atol,
         layout.sizes,
         None if norm is None else lambda scaled, _: norm(layout.unflatten(scaled)),
     )
@@ -117,6 +124,7 @@ def make_problem(
             "rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use for example `rtol=1e-12`."
         )
     bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
+    callbacks, adjoint_callbacks = _callbacks(func)
     ends = None if endless else (direction * times[0], direction * times[-1])
     return Problem(
         func=func,
@@ -127,8 +135,8 @@ def make_problem(
         direction=direction,
         layout=layout,
         norm=error_norm,
-        callbacks=_callbacks(func, ""),
-        adjoint_callbacks=_callbacks(func, "_adjoint"),
+        callbacks=callbacks,
+        adjoint_callbacks=adjoint_callbacks,
         backend=backend.chosen(),
         bounds=bounds,
         ends=ends,
@@ -187,21 +195,21 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
             "Use `torch.linspace(t0, t1, n)`."
         )
     try:
-        values: list[float] = t.detach().cpu().double().tolist()
+        values: list[float] = t.tolist()
     except RuntimeError as failure:
         raise InvalidInput(
             "t must be numbers that the host can read, the same for all samples of a vmap; got a tensor without data "
             f"({failure!s:.80}). Solve once for each t, with in_dims=None for it."
         ) from failure
     direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
-    times = tuple(direction * value for value in values)
+    times = tuple(values) if direction > 0.0 else tuple([-value for value in values])
     for i in range(1, len(times)):
         if not times[i - 1] < times[i]:
             raise InvalidInput(
                 f"t must be strictly increasing or decreasing; got t[{i}] = {values[i]:g} after t[{i - 1}] = "
                 f"{values[i - 1]:g}. Sort it and drop repeats with `torch.unique(t)`; `.flip(0)` that to go backwards."
             )
-    if not all(abs(value) < float("inf") for value in values):
+    if not (abs(values[0]) < math.inf and abs(values[-1]) < math.inf):  # those between are, as they are in order
         raise InvalidInput(f"t must be finite; got {values}.")
     return times, direction
 
@@ -324,9 +332,20 @@ def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
     return tol.to(flat.device, flat.dtype.to_real())
 
 
-def _callbacks(func: Func, suffix: str) -> dict[str, Callback]:
-    found = {name: getattr(func, name + suffix, None) for name in CALLBACKS}
-    return {name: callback for name, callback in found.items() if callback is not None}
+def _callbacks(func: Func) -> tuple[dict[str, Callback], dict[str, Callback]]:
+    """Return the callbacks of func for the forward solve, and those for the backward solve."""
+    found: tuple[dict[str, Callback], dict[str, Callback]] = {}, {}
+    kind = type(func)
+    # Module.__getattr__ takes long to find that there is none.
+    looks_up = getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
+    for i, suffix in enumerate(("", "_adjoint")):
+        for name in CALLBACKS:
+            full = name + suffix
+            if looks_up or hasattr(kind, full) or full in func.__dict__ or full in func._modules:  # pyright: ignore
+                callback = getattr(func, full, None)
+                if callback is not None:
+                    found[i][name] = callback
+    return found
 
 
 def _is_zero(tol: Tol) -> bool:
