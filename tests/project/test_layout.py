@@ -54,6 +54,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "unit/gradients/test_inspection.py": ("gradients.reached",),
     "unit/integrals/test_integral.py": ("integrals.regularized",),
     "unit/loop/test_events.py": ("event",),
+    "unit/loop/test_plain_grid.py": ("gradients.adjoint.plain_grid",),
     "unit/methods/test_explicit_rk.py": ("methods.step",),
     "unit/methods/test_register.py": ("methods.order_conditions",),
     "unit/test_compiled.py": ("_eager",),

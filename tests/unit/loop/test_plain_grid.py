@@ -1,0 +1,221 @@
+"""Grids that are the output times: the same bits and messages as the loop that has an object for each step, by fewer
+calls."""
+
+from __future__ import annotations
+
+import gc
+import sys
+from collections import Counter
+
+import pytest
+import torch
+from torch import nn
+
+from node_cuda import InvalidField, odeint, odeint_adjoint, solve
+from node_cuda.loop import plain_grid
+
+F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
+FIXED = ["euler", "midpoint", "heun2", "heun3", "rk4"]
+
+
+class Net(nn.Module):
+    """The field of the measurements: 24 x 3, hidden 40."""
+
+    def __init__(self, dtype=F32):
+        super().__init__()
+        torch.manual_seed(0)
+        self.net = nn.Sequential(nn.Linear(3, 40), nn.Tanh(), nn.Linear(40, 3)).to(dtype)
+
+    def forward(self, t, y):
+        return self.net(y) * torch.cos(t)
+
+
+def grid(steps, *, backwards=False):
+    t = torch.linspace(0.3, 1.7, steps + 1, dtype=F64)
+    return t.flip(0) if backwards else t
+
+
+def state(dtype=F32):
+    return torch.randn(24, 3, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+
+@pytest.fixture
+def general(monkeypatch):
+    """Calls a function with the loop that has an object for each step."""
+
+    def call(function):
+        with monkeypatch.context() as m:
+            m.setattr(plain_grid, "applies", lambda *_: False)
+            return function()
+
+    return call
+
+
+def outcome(gradient, method, dtype=F32, steps=4, *, backwards=False, wants_t=False, split=False):
+    """y, all gradients, and the statistics."""
+    func, y0, t = Net(dtype), state(dtype).requires_grad_(), grid(steps, backwards=backwards).requires_grad_(wants_t)
+    field = (lambda t, y: (func(t, y[0]), -y[1])) if split else func
+    given = (y0, y0.detach()[:2].clone().requires_grad_()) if split else y0
+    params = tuple(func.parameters())
+    solution = solve(field, given, t, method=method, gradient=gradient, adjoint_params=params)
+    ys = solution.ys if split else (solution.ys,)
+    loss = sum((y.float().square() * torch.linspace(1, 2, steps + 1).view(-1, 1, 1)).sum() for y in ys)
+    wanted = (*(given if split else (y0,)), *params, *((t,) if wants_t else ()))
+    found = torch.autograd.grad(loss, wanted)
+    stats = solution.stats
+    return [y.detach() for y in ys], found, (stats.nfe, stats.nfe_backward, stats.accepted, stats.host_reads)
+
+
+def assert_same(a, b):
+    for x, y in zip((*a[0], *a[1]), (*b[0], *b[1]), strict=True):
+        assert torch.equal(x, y)
+    assert a[2] == b[2]
+
+
+@pytest.mark.parametrize("dtype", [F32, F64, BF16], ids=str)
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+def test_outputs_gradients_and_statistics_are_those_of_the_general_loop(general, gradient, method, dtype):
+    assert_same(outcome(gradient, method, dtype), general(lambda: outcome(gradient, method, dtype)))
+
+
+@pytest.mark.parametrize("case", [dict(backwards=True), dict(wants_t=True), dict(split=True), dict(steps=1)], ids=str)
+@pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
+def test_so_they_are_backwards_with_gradients_of_time_for_tuples_and_for_one_step(general, gradient, case):
+    assert_same(outcome(gradient, "rk4", **case), general(lambda: outcome(gradient, "rk4", **case)))
+
+
+@pytest.mark.parametrize("method", ["euler", "rk4"])
+def test_without_gradients_a_small_and_a_large_solve_give_the_same_bits_too(general, method, monkeypatch):
+    def solved():
+        with torch.no_grad():
+            return odeint(Net(), state(), grid(5), method=method)
+
+    expected = general(solved)
+    assert torch.equal(solved(), expected)
+    monkeypatch.setattr(plain_grid, "LARGE", 0)  # every solve writes its outputs into one tensor
+    assert torch.equal(solved(), expected)
+
+
+def test_a_field_that_begins_to_return_one_buffer_is_found_in_the_step_where_it_does(general):
+    class Late:
+        def __init__(self):
+            self.calls, self.buffer = 0, torch.empty(24, 3)
+
+        def __call__(self, t, y):
+            self.calls += 1
+            out = y * torch.cos(t)
+            return out if self.calls < 6 else self.buffer.copy_(out)
+
+    def solved():
+        with torch.no_grad():
+            return odeint(Late(), state(), grid(4), method="rk4")
+
+    with torch.no_grad():
+        exact = odeint(lambda t, y: y * torch.cos(t), state(), grid(4), method="rk4")
+    assert torch.equal(solved(), exact) and torch.equal(general(solved), exact)
+
+
+def late(wrong):
+    """A field that is wrong from its fourth evaluation on."""
+    calls = []
+
+    def func(t, y):
+        calls.append(t)
+        return wrong(y) if len(calls) > 3 else -y
+
+    return func
+
+
+@pytest.mark.parametrize(
+    ("wrong", "error"),
+    [
+        (lambda y: y[:1], InvalidField),
+        (lambda y: y.tolist(), InvalidField),
+        (lambda y: y.mul_(2.0), InvalidField),
+        (lambda y: y @ y, RuntimeError),
+    ],
+)
+def test_a_mistake_of_the_field_is_told_in_the_same_words(general, wrong, error):
+    def words():
+        with pytest.raises(error) as caught:
+            odeint(late(wrong), state(), grid(4), method="midpoint")
+        return str(caught.value), getattr(caught.value, "__notes__", [])
+
+    assert words() == general(words)
+
+
+def test_nothing_is_remembered_of_a_call_but_what_its_arguments_say():
+    func, y0, t = Net(), state(), grid(4)
+    options = {}
+    plain = odeint(func, y0, t, method="euler", options=options)
+    options["step_size"] = 0.05  # the same dict
+    assert not torch.equal(odeint(func, y0, t, method="euler", options=options), plain)
+    func.scale = nn.Parameter(torch.tensor(2.0))  # a parameter that was not there
+    func.forward = lambda t, y: func.net(y) * func.scale
+    odeint_adjoint(func, y0, t, method="euler").sum().backward()
+    assert func.scale.grad is not None
+
+
+def test_training_mode_is_that_of_the_call():
+    class Noisy(nn.Module):
+        def forward(self, t, y):
+            return nn.functional.dropout(-y, 0.5, self.training)
+
+    func = Noisy().eval()
+    with torch.no_grad():
+        first, second = (odeint(func, state(), grid(4), method="euler") for _ in range(2))
+        assert torch.equal(first, second)
+        func.train()
+        assert not torch.equal(odeint(func, state(), grid(4), method="euler"), first)
+
+
+def test_a_function_at_the_address_of_one_that_is_gone_is_another_one():
+    def solved(rate):
+        return odeint(lambda t, y: rate * y, state(), grid(1), method="euler")
+
+    found = []
+    for rate in (-1.0, 1.0):
+        found.append(solved(rate))
+        gc.collect()
+    assert not torch.equal(*found)
+
+
+# ------------------------------------------------------------------ what it costs
+def python_calls(function):
+    """Calls of Python functions, those of the field and of torch included."""
+    for _ in range(3):
+        function()
+    calls = Counter()
+
+    def count(frame, event, _):
+        calls[event] += 1
+
+    sys.setprofile(count)
+    try:
+        function()
+    finally:
+        sys.setprofile(None)
+    return calls["call"]
+
+
+def by_euler(steps):
+    func, y0, t = Net(), state(), grid(steps)
+
+    def solved():
+        with torch.no_grad():
+            return odeint(func, y0, t, method="euler")
+
+    return python_calls(solved)
+
+
+def test_python_calls_of_a_step_of_euler_without_gradients():
+    """18 of a step are the field's and 8 of the first are those of no_grad. The count is the one of Python 3.11."""
+    first, twentieth = by_euler(1), by_euler(20)
+    assert first <= 80
+    assert (twentieth - first) / 19 <= 30
+
+
+def test_python_calls_of_a_step_of_euler_by_the_adjoint():
+    func, y0, t = Net(), state(), grid(1)
+    assert python_calls(lambda: odeint_adjoint(func, y0, t, method="euler")[-1].sum().backward()) <= 460
