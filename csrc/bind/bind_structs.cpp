@@ -11,7 +11,6 @@
 #include <tuple>
 #include <vector>
 
-#include "common/parts.h"
 #include "control/control.h"
 #include "launchers.h"
 
