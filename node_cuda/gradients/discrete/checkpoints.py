@@ -31,7 +31,7 @@ def reach(slots: int, repeats: int) -> int:
 
 
 def first_advance(steps: int, slots: int) -> int:
-    """Return the steps m to advance before the next state is kept, so that the fewest are recomputed: 1 <= m < steps."""
+    """Return the steps m to advance before the next state is kept, for the fewest recomputed steps: 1 <= m < steps."""
     repeats = 1
     while reach(slots, repeats) < steps:
         repeats += 1

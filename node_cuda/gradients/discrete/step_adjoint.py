@@ -281,7 +281,7 @@ class StepAdjoint:
     def _into_stages(
         self, at: Interval, lam: Tensor, outputs: Outputs | None
     ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
-        """Return what the outputs add: lam with their part, and their cotangents of the first state and of each stage."""
+        """Return lam with the outputs' part, and the outputs' cotangents of y0 and of each stage."""
         if outputs is None:
             return lam, [], {}
         first, gradients, places = outputs
