@@ -135,7 +135,7 @@ def test_replicas_of_nested_fields_have_gradients():
     assert relative_difference(tuple(p.grad for p in func.parameters()), truth) < 1e-9
 
 
-def test_data_parallel_itself_where_there_is_no_gpu():
+def test_data_parallel_without_a_gpu_has_the_right_gradients():
     net = Net()
     truth = gradients(net, batch())
     net.zero_grad()
@@ -159,7 +159,7 @@ class Watching(nn.Module):
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @pytest.mark.parametrize("solver", [odeint, odeint_adjoint], ids=["odeint", "odeint_adjoint"])
-def test_autocast_runs_the_field_alike_forwards_and_backwards(solver, method):
+def test_the_field_has_the_same_dtype_in_both_passes_under_autocast(solver, method):
     func = Watching()
     y0 = batch().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):

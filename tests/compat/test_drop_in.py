@@ -314,7 +314,7 @@ def test_fifty_outputs_cost_at_most_three_fifths_of_torchdiffeqs_backward_evalua
     assert nfe["ours"] <= 0.6 * nfe["theirs"], nfe
 
 
-def test_at_most_eight_backward_evaluations_per_output_where_one_step_suffices():
+def test_at_most_eight_backward_evaluations_per_output_if_one_step_suffices():
     func = Counting(Wide(1))
     y0 = torch.randn(16, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
     outputs = 50

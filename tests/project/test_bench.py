@@ -146,7 +146,7 @@ def memory_cells(growth, library="node_cuda", size=1.0):
     ]
 
 
-def test_the_modes_that_take_steps_again_say_how_many(report_memory):
+def test_the_modes_that_recompute_steps_say_how_many(report_memory):
     cells = memory_cells({"backprop": 1.0, "discrete": 0.5, "discrete, 8 checkpoints": 0.0, "adjoint": 0.0})
     for cell in cells:
         if cell["gradient"].startswith("discrete"):
@@ -234,7 +234,7 @@ def test_a_quick_run_is_not_published(bench):
 
 
 @pytest.mark.parametrize("order", [("bench", "test"), ("test", "bench")])
-def test_make_bench_and_make_test_leave_each_other_alone(order):
+def test_make_bench_and_make_test_do_not_affect_each_other(order):
     """What they would run, in either order: the benchmark publishes nothing, and no test waits less than a compile."""
     run = subprocess.run(["make", "-n", "-o", ".venv/.installed", *order], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
@@ -246,7 +246,7 @@ def test_make_bench_and_make_test_leave_each_other_alone(order):
     assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the suite's whole limit
 
 
-def test_memory_is_told_by_the_path_that_comes_first(report_memory):
+def test_the_sentence_on_memory_uses_the_first_path_of_ours(report_memory):
     """On CUDA there are two of ours, and the kernels come first."""
     growth = {"backprop": 1.0, "adjoint": 0.0}
     cells = memory_cells(growth, "node_cuda fused") + memory_cells(growth, "node_cuda reference", 100.0)
@@ -254,14 +254,14 @@ def test_memory_is_told_by_the_path_that_comes_first(report_memory):
     assert [len(row) for row in report_memory.memory_rows({"cells": cells})] == [5, 5, 5]
 
 
-def test_a_gpu_that_is_not_there_is_a_sentence(bench, monkeypatch):
+def test_a_missing_gpu_is_an_error_with_an_explanation(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cuda needs an NVIDIA GPU"):
         bench("parts.common.machine").chosen("cuda")
     assert bench("parts.common.machine").chosen("cpu") == torch.device("cpu")
 
 
-def test_a_copy_without_its_repository_can_be_told_its_commit(bench, monkeypatch):
+def test_a_copy_without_its_repository_reads_its_commit_from_the_environment(bench, monkeypatch):
     machine = bench("parts.common.machine")
     monkeypatch.setattr(machine, "git", lambda *arguments: None)
     monkeypatch.setenv("NODE_CUDA_COMMIT", "abc")
@@ -299,7 +299,7 @@ def primitives(bench):
     return bench("parts.kernels.primitives")
 
 
-def test_every_launch_that_goes_through_the_state_has_a_row(primitives):
+def test_every_launcher_that_reads_the_state_has_a_row(primitives):
     launchers = set(re.findall(r"\blaunch_(\w+)\(", (ROOT / "csrc" / "launchers.h").read_text()))
     assert len(launchers) > 15
     assert {row.launcher for row in primitives.PRIMITIVES} == launchers - primitives.WITHOUT_STATE
@@ -348,7 +348,7 @@ def test_every_primitive_is_launched_as_its_formula_says(primitives, bench, laun
         assert all(bool(result.double().isfinite().all()) for result in launch.results), row.name
 
 
-def test_a_kernel_that_is_wrong_is_not_timed(primitives, bench, launchers):
+def test_a_kernel_with_wrong_results_is_not_timed(primitives, bench, launchers):
     kernels = bench("kernels")
     for row in primitives.PRIMITIVES:
         launch = prepared(primitives, launchers, row)
@@ -358,7 +358,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(primitives, bench, launchers):
             kernels.require_right(row, wrong, torch.float32)
 
 
-def test_kernels_wants_a_gpu_and_says_so(bench, monkeypatch):
+def test_the_kernel_benchmark_needs_a_gpu_and_says_so(bench, monkeypatch):
     kernels = bench("kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
@@ -483,7 +483,7 @@ def test_contestants_that_are_missing_or_wrong_keep_their_lines(bench, monkeypat
     assert "milliseconds" not in row["by"]["node_cuda reference"]
 
 
-def test_the_exact_solution_is_ours_where_torchdiffeq_is_not_installed(bench, monkeypatch):
+def test_the_exact_solution_is_ours_if_torchdiffeq_is_not_installed(bench, monkeypatch):
     libraries, solving = bench("parts.common.libraries"), bench("parts.solve.solving")
     problem = solving.make_problem(bench("parts.solve.cases").QUICK_SOLVE_CASES[1], torch.device("cpu"))
     usual = solving.exact(problem)
@@ -491,7 +491,7 @@ def test_the_exact_solution_is_ours_where_torchdiffeq_is_not_installed(bench, mo
     assert solving.largest_error(solving.exact(problem), usual) < 1e-9
 
 
-def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp_path):
+def test_the_report_of_the_solves_compares_the_kernels_with_the_promised_ratios(report, tmp_path):
     def record(milliseconds, **more):
         return {"nfe": 20, "nfe_backward": 0, "accepted": 3, "error": 1e-6, "milliseconds": [milliseconds] * 3} | more
 
@@ -511,7 +511,7 @@ def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp
 # ---- the loop on the device
 
 
-def test_device_loop_wants_a_gpu_and_says_so(bench, monkeypatch, capsys):
+def test_the_benchmark_of_the_device_loop_needs_a_gpu_and_says_so(bench, monkeypatch, capsys):
     device_loop = bench("device_loop")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
@@ -583,7 +583,7 @@ def test_device_loop_measures_every_section_and_writes_its_results(bench, any_lo
     assert "| adjoint | while | 10 | 4.00 | 60.00 / 62.00 | 0.00 / 0.00 |" in block
 
 
-def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_asked(bench, monkeypatch, tmp_path):
+def test_selected_sections_have_a_file_with_their_names_and_diffrax_takes_part_on_request(bench, monkeypatch, tmp_path):
     device_loop, asked = bench("device_loop"), []
     monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(bench("parts.device_loop.cells"), "measured", lambda *about, **cell: {"failed": "no CUPTI"})
@@ -608,7 +608,7 @@ def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_a
     assert ["diffrax" in names and "diffrax" in against for names, against in asked] == [False, False, True]
 
 
-def test_a_solve_by_another_loop_than_the_one_that_is_timed_keeps_its_line(bench, monkeypatch):
+def test_a_solve_by_the_wrong_loop_keeps_its_line(bench, monkeypatch):
     device_loop, captured = bench("device_loop"), bench("parts.device_loop.captured")
     monkeypatch.setattr(captured, "FUSED", "node_cuda reference")
     monkeypatch.setattr(device_loop, "installed", lambda library: library == "node_cuda")
@@ -712,7 +712,7 @@ def test_the_loss_of_a_flow_that_does_nothing_is_that_of_the_normal_distribution
     torch.testing.assert_close(problems.negative_log_likelihood(torch.stack([starts, starts])), expected)
 
 
-def test_all_ways_to_a_gradient_and_all_problems_are_plotted(bench):
+def test_all_gradient_modes_and_all_problems_are_plotted(bench):
     problems, gradients, modes = bench("parts.gradients.problems"), bench("gradients"), bench("parts.common.modes")
     assert len({problem.name for problem in problems.PROBLEMS_PLOTTED}) == 4
     assert set(modes.MODES) >= {*gradients.TIMED, "adjoint, seminorm", "torchdiffeq backprop"}
@@ -744,7 +744,7 @@ def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
-def test_endurance_watches_every_way_to_a_gradient_and_writes_its_results(tmp_path, report):
+def test_endurance_tests_every_gradient_mode_and_writes_its_results(tmp_path, report):
     pytest.importorskip("rich")
     result = run_quick("endurance", tmp_path)
     assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
@@ -757,7 +757,7 @@ def test_endurance_watches_every_way_to_a_gradient_and_writes_its_results(tmp_pa
     assert "memory did not grow" in report.block("endurance", tmp_path)
 
 
-def test_the_loops_take_steps_again_and_pass_an_event(bench):
+def test_the_loops_recompute_steps_and_pass_an_event(bench):
     tiny = bench("parts.endurance.loops").Tiny(torch.device("cpu"))
     node_cuda = importlib.import_module("node_cuda")
     start, found = tiny.start.clone().requires_grad_(), []
@@ -772,7 +772,7 @@ def test_the_loops_take_steps_again_and_pass_an_event(bench):
     assert 0.0 < time.item() < tiny.t[1]
 
 
-def test_endurance_ends_with_an_error_where_memory_grew(bench, monkeypatch, tmp_path):
+def test_endurance_ends_with_an_error_if_memory_grew(bench, monkeypatch, tmp_path):
     pytest.importorskip("rich")
     endurance, kept = bench("endurance"), []
     leak = {"a leak": lambda: kept.append(torch.zeros(1)), "none": lambda: torch.zeros(1)}
@@ -784,7 +784,7 @@ def test_endurance_ends_with_an_error_where_memory_grew(bench, monkeypatch, tmp_
     assert json.loads((tmp_path / "endurance-cpu.json").read_text())["complete"]
 
 
-def test_what_stays_behind_is_growth(bench, tmp_path, report):
+def test_memory_that_is_not_freed_counts_as_growth(bench, tmp_path, report):
     endurance, kept = bench("endurance"), []
     samples = endurance.repeated(lambda: kept.append(torch.zeros(1)), 40, torch.device("cpu"), lambda done: None)
     assert endurance.judged(samples)["grew"] == ["tensors"]

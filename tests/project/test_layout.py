@@ -109,7 +109,7 @@ def test_every_module_has_a_test_file() -> None:
         (["a.py", "b.py"], {"a.py": ("inner._part",), "b.py": ("inner._part",)}, "inner._part is listed twice"),
     ],
 )
-def test_a_module_without_a_file_and_a_wrong_line_are_found(
+def test_a_module_without_a_test_file_and_a_wrong_line_are_found(
     tmp_path: Path, tests: list[str], elsewhere: dict[str, tuple[str, ...]], sentence: str
 ) -> None:
     for file in ("node_cuda/inner/_part.py", "node_cuda/inner/__init__.py", *(f"tests/{name}" for name in tests)):

@@ -97,7 +97,7 @@ def test_torch_is_a_dependency_but_not_a_build_requirement(fresh_install: Path) 
     assert names(required) == {"torch", "numpy", "scipy"}
 
 
-def test_the_torch_that_is_installed_satisfies_the_package() -> None:
+def test_the_installed_torch_satisfies_the_requirement_of_the_package() -> None:
     (lowest,) = (row for row in PYPROJECT["project"]["dependencies"] if row.startswith("torch"))
     assert torch.__version__.split("+")[0] >= torch.torch_version.TorchVersion(lowest.removeprefix("torch>="))
 

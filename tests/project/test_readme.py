@@ -162,7 +162,7 @@ def test_the_commands_are_targets_of_the_makefile():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_the_markers_are_those_that_the_report_fills(monkeypatch):
+def test_the_pages_have_the_markers_that_the_report_fills(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from parts import pages

@@ -92,7 +92,7 @@ def test_a_solve_is_one_graph_break_and_nothing_is_compiled_inside(breaks, way):
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
-def test_a_compiled_training_step_does_not_look_into_the_backward_pass(breaks, gradient):
+def test_a_compiled_training_step_does_not_trace_the_backward_pass(breaks, gradient):
     field, backend = Field(), Counted()
 
     def step(x):
@@ -108,7 +108,7 @@ def test_a_compiled_training_step_does_not_look_into_the_backward_pass(breaks, g
     assert len(backend.names) <= 2 and len(breaks()) == 2  # the solve, and torch's own at backward()
 
 
-def test_fullgraph_is_answered_by_a_sentence(breaks):
+def test_fullgraph_is_refused_with_a_message(breaks):
     with pytest.raises(Exception, match=r"a solve is one graph break\. Drop fullgraph=True, and compile func instead"):
         torch.compile(Around("odeint"), backend="eager", fullgraph=True)(torch.ones(4, 2))
 

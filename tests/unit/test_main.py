@@ -52,7 +52,7 @@ def test_with_kernels_and_a_gpu_the_kernels_are_live(monkeypatch: pytest.MonkeyP
     assert path.mend is None
 
 
-def test_kernels_that_the_environment_sets_aside_are_not_said_to_be_live(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_the_environment_switches_off_are_not_reported_as_live(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, compiled_module())
     see_a_gpu(monkeypatch)
     monkeypatch.setenv("NODE_CUDA_BACKEND", "reference")
@@ -110,7 +110,7 @@ def test_kernels_that_do_not_load_are_a_line_of_the_report_and_no_failure(monkey
     assert "reference" in environment.live_path().name
 
 
-def test_a_driver_that_cannot_be_asked_is_a_line_of_the_report_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_answer_is_a_line_of_the_report_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> int:
         raise RuntimeError("driver too old")
 

@@ -103,14 +103,14 @@ def test_no_method_and_no_gradient_makes_a_double_on_the_device(method, wants_t,
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", MODES)
-def test_half_states_make_none_either(gradient, dtype):
+def test_half_states_make_no_double_either(gradient, dtype):
     y0, t = inputs(True, dtype)
     solution = solve(field, y0, t, gradient=gradient, adjoint_params=(), **settings("dopri5"))
     torch.autograd.grad(solution.ys[-1].sum(), (y0, t))
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4"])
-def test_events_dense_output_and_what_is_beside_a_solve_make_none(method):
+def test_events_dense_output_and_integrals_make_no_double(method):
     y0, t = inputs(True)
     solver = settings(method)
     event_t, y = odeint_event(field, y0, t[0], event_fn=lambda t, y: y[0] - 0.4, odeint_interface=odeint_adjoint,

@@ -266,7 +266,7 @@ class Reporting(nn.Module):
         return sum(call[0] == name for call in self.calls)
 
 
-def test_callbacks_tell_of_every_step():
+def test_callbacks_get_every_step():
     func = Reporting(lambda t, y: torch.where(t < 0.5, 1.0, 50.0) * torch.cos(40 * t) * y)
     times, solution = steps(func, first_step=0.4)
     accepted, rejected = solution.stats.accepted, solution.stats.rejected
@@ -350,7 +350,7 @@ def test_a_zero_field_takes_few_steps():
     assert solution.stats.nfe < 100
 
 
-def test_a_state_of_zeros_is_a_state():
+def test_a_state_of_zeros_is_solved():
     ys = odeint(lambda t, y: torch.ones_like(y), torch.zeros(3, dtype=F64), linspace(0.0, 1.0, 2))
     assert torch.allclose(ys[-1], torch.ones(3, dtype=F64))
 

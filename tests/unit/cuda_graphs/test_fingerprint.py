@@ -561,7 +561,7 @@ def test_a_fingerprint_changes_with(change, monkeypatch):
     assert now.dtype != before.dtype or not torch.equal(now, before), "the change makes no difference to the field"
 
 
-def test_structure_and_storage_are_what_a_fingerprint_consists_of():
+def test_a_fingerprint_consists_of_structure_and_storage():
     func = Field()
     whole, form, place = fingerprint(func, CPU), structure(func), storage(func, CPU)
     assert place.keys() == {name for name, _ in itertools.chain(func.named_parameters(), func.named_buffers())}
@@ -590,7 +590,7 @@ def test_numbers_on_the_host_are_constants_of_a_kernel_elsewhere():
         storage(func, torch.device("cuda"))
 
 
-def test_a_user_s_file_may_have_the_name_of_one_of_python_s(monkeypatch, tmp_path):
+def test_a_users_file_may_have_the_name_of_a_python_module(monkeypatch, tmp_path):
     code = "scale = 1.0\ndef field(t, y):\n    return scale * y\n"
     (tmp_path / "colorsys.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -603,7 +603,7 @@ def test_a_user_s_file_may_have_the_name_of_one_of_python_s(monkeypatch, tmp_pat
     del sys.modules["colorsys"]
 
 
-def test_a_backward_pass_of_the_user_is_looked_at(monkeypatch):
+def test_a_backward_pass_of_the_user_is_searched(monkeypatch):
     def field(t, y):
         return Squared.apply(y)
 
@@ -612,7 +612,7 @@ def test_a_backward_pass_of_the_user_is_looked_at(monkeypatch):
     assert difference(before, structure(field)) is not None
 
 
-def test_of_a_change_the_place_is_told():
+def test_a_difference_is_named_by_its_place():
     func = Field()
     first = fingerprint(func, CPU)
     func.net[2].bias = nn.Parameter(torch.ones(2))
@@ -673,7 +673,7 @@ def test_a_fingerprint_does_not_change_with(change, monkeypatch):
     assert difference(first, fingerprint(func, CPU)) is None
 
 
-def test_objects_that_refer_to_each_other_are_looked_at_once():
+def test_objects_that_refer_to_each_other_are_searched_once():
     func, other = Field(), types.SimpleNamespace()
     func.other, other.owner, other.itself = [other], [func], other
     first = fingerprint(func, CPU)
@@ -701,13 +701,13 @@ UNSEEN = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.jit and of nested tensors
 @pytest.mark.parametrize("name", UNSEEN)
-def test_what_cannot_be_looked_into_is_said(name):
+def test_a_value_that_cannot_be_inspected_is_reported(name):
     func = closure([UNSEEN[name]()])
     with pytest.raises(Unseen, match=r"^func's 'box\[0\](\.\w+)*' (is|has) "):
         structure(func)
 
 
-def test_a_function_of_an_extension_is_told_by_which_one_it_is():
+def test_a_function_of_an_extension_is_compared_by_identity():
     """pybind11 binds its functions to a capsule, which cannot be looked into."""
 
     class Definition(ctypes.Structure):
@@ -727,7 +727,7 @@ def test_a_function_of_an_extension_is_told_by_which_one_it_is():
     assert structure(closure(box)) != before
 
 
-def test_an_object_s_own_equality_is_not_asked():
+def test_the_equality_operator_of_an_object_is_not_called():
     class Odd:
         def __eq__(self, other):
             raise AssertionError("was asked")
@@ -742,7 +742,7 @@ def test_an_object_s_own_equality_is_not_asked():
     assert difference(first, fingerprint(func, CPU)) == "many[1].scale"
 
 
-def test_another_object_at_the_same_address_is_another_one():
+def test_a_new_object_at_the_address_of_an_old_one_is_a_change():
     """Of a function that was let go the address is given to the next one."""
     func = Field()
     seen = []
@@ -752,7 +752,7 @@ def test_another_object_at_the_same_address_is_another_one():
     assert difference(seen[0], seen[1]) and difference(seen[1], seen[2]) and difference(seen[0], seen[2])
 
 
-def test_a_fingerprint_keeps_nothing_alive_that_may_be_large():
+def test_a_fingerprint_keeps_no_large_object_alive():
     func = Field()
     func.net[1].register_forward_hook(lambda m, x, out: out)
     func.x, func.many = Options(torch.ones(2)), {i: Slotted() for i in range(1000)}
@@ -763,7 +763,7 @@ def test_a_fingerprint_keeps_nothing_alive_that_may_be_large():
     assert found and [x() for x in gone] == [None] * len(gone)
 
 
-def test_what_func_writes_itself_is_left_out():
+def test_values_that_func_writes_itself_are_left_out():
     before = {"nfe": 1, "log.length()": 0, "gain": 2}
     after = {"nfe": 2, "log.length()": 1, "log[0]": 3, "gain": 2}
     own = written(before, after)
@@ -773,7 +773,7 @@ def test_what_func_writes_itself_is_left_out():
     assert written(after, {"gain": 2}) == own, "what is gone was written as well"
 
 
-def test_what_func_puts_into_its_list_and_its_dict_may_become_more():
+def test_a_list_and_a_dict_that_func_fills_may_grow():
     func = Field()
     func.log, func.cache = [], {}
     before = fingerprint(func, CPU)
@@ -816,7 +816,7 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_what_torch_is_told_is_seen(name):
+def test_a_change_of_a_setting_of_torch_is_seen(name):
     get, put, other = SURROUNDINGS[name]
     was = get()
     put(was)  # what was not set yet has another name
@@ -829,7 +829,7 @@ def test_what_torch_is_told_is_seen(name):
     assert surroundings("cuda") == before
 
 
-def test_autocast_and_a_default_device_are_seen_where_they_are():
+def test_autocast_and_a_default_device_are_seen_while_they_are_set():
     before = surroundings("cpu")
     with torch.autocast("cpu", torch.bfloat16):
         inside = surroundings("cpu")

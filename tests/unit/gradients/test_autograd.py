@@ -276,7 +276,7 @@ def test_a_parameter_written_into_between_the_passes_is_refused_as_autograd_does
 
 @both
 @pytest.mark.parametrize("wrapped", ["hooks", "cpu"])
-def test_saved_tensors_may_be_kept_elsewhere(mode, wrapped):
+def test_saved_tensors_may_be_stored_elsewhere(mode, wrapped):
     net, given, y0 = Net(mode), None, leaf(Y)
     given = leaves(shifted(detached(net)))
     kept = []
@@ -299,7 +299,7 @@ def test_saved_tensors_may_be_kept_elsewhere(mode, wrapped):
 
 
 @both
-def test_saved_tensors_of_a_closure_kept_elsewhere_are_right_or_refused_in_words(mode):
+def test_saved_tensors_of_a_closure_stored_elsewhere_are_right_or_refused_with_a_message(mode):
     w = leaf(torch.tensor([0.4, -0.9], dtype=F64))
 
     def value():
@@ -337,7 +337,7 @@ def test_functional_call_of_a_parametrized_field_gives_the_originals_their_gradi
 
 
 @both
-def test_weights_made_by_a_hyper_network_are_right_also_when_the_next_ones_come_between_the_passes(mode):
+def test_weights_of_a_hyper_network_are_right_if_they_are_replaced_between_the_passes(mode):
     """As FFJORD's hyper networks do: attributes, not parameters of func, named each time."""
 
     class Field(nn.Module):
@@ -432,7 +432,7 @@ def test_jacrev_is_the_jacobian_row_by_row(mode, chunk_size):
 
 
 @both
-def test_a_batch_of_gradients_of_the_outputs_is_refused_with_a_way_out(mode):
+def test_a_batch_of_gradients_of_the_outputs_is_refused_with_an_alternative(mode):
     """torch's own vmap for these calls no rule of ours."""
     net, y0 = Net(mode), leaf(Y)
     ys = net(y0)
@@ -895,7 +895,7 @@ def test_the_second_derivative_refused_names_the_mode(mode):
 @both
 @pytest.mark.parametrize("by", ["state", "parameter", "time", "closure", "named closure"])
 @pytest.mark.parametrize("how", ["jvp", "jacfwd", "dual"])
-def test_forward_mode_is_an_error_or_right(mode, how, by):
+def test_forward_mode_is_right_or_raises(mode, how, by):
     """Tangents of zero in silence would be neither."""
     field = MLP(hidden=4, timed=True)
     t = T.clone()
@@ -966,7 +966,7 @@ def test_forward_mode_through_odeint_is_right_by_state_parameters_and_times(meth
 
 
 @pytest.mark.parametrize("recording", [True, False])
-def test_dual_tensors_go_through_odeint_and_its_kin(recording):
+def test_dual_tensors_pass_through_odeint_and_related_functions(recording):
     """Tuples, time that runs backwards, an integral beside y, and the solution as a function."""
     wanted, v = nn.Parameter(W.clone()), torch.tensor([1.0, 0.5], dtype=F64)
     end = torch.matrix_exp(W)
@@ -1006,7 +1006,7 @@ def test_second_derivatives_by_forward_mode_are_right():
 
 
 @pytest.mark.parametrize("how", ["jvp", "vmap", "dual state", "dual field", "dual times"])
-def test_scipy_says_that_it_sees_no_transform(how):
+def test_scipy_refuses_transforms_with_a_message(how):
     def run(y0=Y, w=W, t=T):
         return odeint(lambda t, y: w @ y, y0, t, method="scipy_solver")
 
@@ -1021,7 +1021,7 @@ def test_scipy_says_that_it_sees_no_transform(how):
 # ------------------------------------------------------------------ vmap over odeint
 @pytest.mark.parametrize("over", ["state", "parameter"])
 @pytest.mark.parametrize("method", ["dopri5", "implicit_adams"])
-def test_vmap_over_odeint_says_what_to_take_instead(method, over):
+def test_vmap_over_odeint_says_what_to_use_instead(method, over):
     def run(y0, w):
         options = dict(step_size=0.1) if method == "implicit_adams" else None  # enough steps to iterate in
         return odeint(lambda t, y: w * y, y0, T, method=method, options=options)
@@ -1056,7 +1056,7 @@ def refused_or_told(run):
 @pytest.mark.parametrize("with_state", [False, True], ids=["y0 plain", "y0 of the transform too"])
 @pytest.mark.parametrize("how", ["grad", "vmap", "vmap of grad", "jacrev", "vjp"])
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_a_closure_over_a_tensor_of_the_transform_is_refused_in_words(mode, how, with_state, named):
+def test_a_closure_over_a_tensor_of_the_transform_is_refused_with_a_message(mode, how, with_state, named):
     def value(w, y0):
         params = (w,) if named else ()
         ys = odeint_adjoint(lambda t, y: torch.tanh(y) * w, y0, T, gradient=mode, adjoint_params=params)
@@ -1094,7 +1094,7 @@ class Holder(nn.Module):
 
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap"])
-def test_an_attribute_of_the_transform_that_is_no_parameter_is_refused_in_words(mode, how):
+def test_an_attribute_of_the_transform_that_is_no_parameter_is_refused_with_a_message(mode, how):
     field = Holder()
 
     def value(x):
@@ -1110,7 +1110,7 @@ def test_an_attribute_of_the_transform_that_is_no_parameter_is_refused_in_words(
 
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap", "autograd"])
-def test_a_parameter_left_out_of_adjoint_params_is_not_zero_in_silence(mode, how):
+def test_a_parameter_left_out_of_adjoint_params_does_not_get_zeros_silently(mode, how):
     """functional_call gives both; only one is named."""
 
     class Partly(nn.Module):
@@ -1139,7 +1139,7 @@ def test_a_parameter_left_out_of_adjoint_params_is_not_zero_in_silence(mode, how
 @both
 @pytest.mark.parametrize("kind", ["bound method", "partial", "lambda"])
 @pytest.mark.parametrize("how", ["autograd", "untouched", "grad", "vmap of grad", "vmap"])
-def test_parameters_used_by_what_is_no_module_are_right_or_refused(mode, how, kind):
+def test_parameters_used_by_a_callable_that_is_no_module_are_right_or_refused(mode, how, kind):
     """A bound method of the module that functional_call rebinds, a partial or a lambda of it."""
 
     class Around(nn.Module):
@@ -1210,7 +1210,7 @@ def test_a_module_parameter_named_in_adjoint_params_is_right(mode, how):
 
 
 @both
-def test_times_batched_under_vmap_are_refused_in_words(mode):
+def test_times_batched_under_vmap_are_refused_with_a_message(mode):
     field = MLP(hidden=4)
     times = torch.stack([T, T + 0.5])
 
@@ -1242,7 +1242,7 @@ def test_times_batched_by_the_transform_of_a_tolerance_are_refused(mode):
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap", "jvp"])
 @pytest.mark.parametrize("interface", ["solve", "odeint_event", "odeint_event by odeint"])
-def test_events_under_transforms_are_refused_in_words(mode, how, interface):
+def test_events_under_transforms_are_refused_with_a_message(mode, how, interface):
     field = MLP(hidden=4)
     field.requires_grad_(False)
 
@@ -1284,7 +1284,7 @@ class Dropped(nn.Module):
 
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap of grad"])
-def test_a_random_field_is_told_of_under_transforms_too(mode, how):
+def test_a_random_field_is_warned_about_under_transforms_too(mode, how):
     net = Net(mode, Dropped(), method="rk4")
     params = detached(net)
     of = grad(functools.partial(loss, net))
@@ -1300,7 +1300,7 @@ def test_a_random_field_is_told_of_under_transforms_too(mode, how):
 
 
 @both
-def test_a_closure_over_an_unnamed_leaf_is_warned_of_once_under_vmap(mode):
+def test_a_closure_over_an_unnamed_leaf_gives_one_warning_under_vmap(mode):
     w = leaf(torch.tensor([0.4, -0.9], dtype=F64))
 
     def run(y0):

@@ -124,7 +124,7 @@ def test_a_hypernetwork_that_sets_weights_before_each_solve_is_right(mode):
 
 @both
 @pytest.mark.parametrize("method", ["rk4", "adaptive_heun"])
-def test_a_replaced_tensor_is_put_back_whatever_the_method(mode, method):
+def test_a_replaced_tensor_is_put_back_with_every_method(mode, method):
     f = Graph()
     options = dict(options=dict(step_size=0.05)) if method == "rk4" else dict(rtol=1e-6, atol=1e-6)
     z = last(f, mode, method=method, **options)
@@ -150,7 +150,7 @@ def test_the_tensor_of_a_plain_object_is_put_back_too(mode):
 
 
 @both
-def test_what_was_put_back_is_the_users_again_after_an_error(mode):
+def test_after_an_error_func_has_the_users_tensors_again(mode):
     class Failing(Graph):
         fails = False
 
@@ -245,7 +245,7 @@ def test_a_change_of_its_values_is_refused_and_named(mode, words):
 
 @both
 @pytest.mark.parametrize("arguments", SOLVES.values(), ids=SOLVES)
-def test_it_is_refused_wherever_the_last_output_lies(mode, arguments):
+def test_a_change_is_refused_for_a_last_output_at_any_time(mode, arguments):
     f = Graph()
     z = last(f, mode, **arguments)
     f.k = 2.0
@@ -278,7 +278,7 @@ def test_a_change_is_seen_in_every_precision(mode, dtype):
 
 
 @both
-def test_it_is_refused_again_in_a_second_backward_pass_and_after_an_event(mode):
+def test_a_change_is_refused_again_in_a_second_backward_pass_and_after_an_event(mode):
     f = Graph()
     z = last(f, mode)
     z.sum().backward(retain_graph=True)
@@ -296,7 +296,7 @@ def test_it_is_refused_again_in_a_second_backward_pass_and_after_an_event(mode):
 
 
 @both
-def test_a_change_inside_of_the_solves_noise_is_none(mode):
+def test_a_change_below_the_noise_of_the_solve_is_accepted(mode):
     """Less than a hundredth of the tolerance, or less than 100 roundings."""
     for by, arguments in ((1e-7, dict(rtol=1e-3, atol=1e-3)), (1e-14, dict(rtol=1e-12, atol=1e-12))):
         f = Graph()
@@ -380,7 +380,7 @@ def averaged(f):
 @both
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", FAIR)
-def test_what_a_field_writes_itself_is_no_change(mode, method, kind):
+def test_values_that_a_field_writes_itself_are_no_change(mode, method, kind):
     """Two solves, and one backward pass of both."""
     torch.manual_seed(1)
     f = FAIR[kind]()
@@ -396,7 +396,7 @@ def test_what_a_field_writes_itself_is_no_change(mode, method, kind):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("old", [False, True])
-def test_spectral_norm_in_training_goes_on_as_before_in_the_adjoint(method, old):
+def test_spectral_norm_in_training_works_as_before_in_the_adjoint(method, old):
     """Each evaluation iterates its vectors, so that it answers a little differently each time."""
     torch.manual_seed(1)
     f = Spectral(old).train()
@@ -407,7 +407,7 @@ def test_spectral_norm_in_training_goes_on_as_before_in_the_adjoint(method, old)
 @both
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("then", [train_mode, fixed, averaged])
-def test_what_leaves_the_values_alone_is_no_change(mode, method, then):
+def test_an_action_that_keeps_the_values_is_no_change(mode, method, then):
     f = MLP(dim=3, hidden=4)
     z = last(f, mode, y=BATCH, **METHODS[method])
     then(f)
@@ -483,7 +483,7 @@ def test_a_checkpoint_and_a_solve_in_the_field_are_right(mode):
 
 
 @both
-def test_another_order_of_the_operations_and_autocast_pass(mode):
+def test_another_order_of_the_operations_and_autocast_are_no_change(mode):
     """The backward pass has a tape, and a field may then take another kernel."""
 
     class Two(nn.Module):
@@ -507,7 +507,7 @@ def test_another_order_of_the_operations_and_autocast_pass(mode):
 
 
 @both
-def test_functional_call_passes(mode):
+def test_functional_call_is_no_change(mode):
     net = nn.Module()
     net.field = Graph()
     net.forward = lambda: last(net.field, mode).sum()
@@ -516,7 +516,7 @@ def test_functional_call_passes(mode):
     assert close(given["field.w"].grad, math.exp(-0.75) * Y.sum().item())
 
 
-def test_a_field_of_chance_keeps_its_warning_and_costs_nothing_more():
+def test_a_random_field_keeps_its_warning_and_costs_no_more_evaluations():
     class Noisy(Graph):
         def forward(self, t, z):
             return super().forward(t, z) + 0.1 * torch.randn_like(z)
@@ -530,7 +530,7 @@ def test_a_field_of_chance_keeps_its_warning_and_costs_nothing_more():
 
 @both
 @pytest.mark.parametrize("arguments", SOLVES.values(), ids=SOLVES)
-def test_the_look_asks_func_no_more_often(mode, arguments, monkeypatch):
+def test_the_comparison_costs_no_evaluation_of_func(mode, arguments, monkeypatch):
     def evaluations():
         f = Counting(MLP(dim=3, hidden=4))
         last(f, mode, y=BATCH, **arguments).sum().backward()

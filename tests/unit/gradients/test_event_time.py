@@ -135,7 +135,7 @@ def test_the_time_of_an_event_of_odeint_adjoint_has_its_gradient(gradient, state
 
 
 @pytest.mark.parametrize("interface", [odeint, odeint_adjoint])
-def test_the_movement_of_an_event_is_counted_once_through_odeint_event(interface):
+def test_the_shift_of_an_event_is_counted_once_through_odeint_event(interface):
     func, level = Growth(), Level()
     event_t, y = odeint_event(
         func, torch.ones(1, dtype=F64), T0, event_fn=level, odeint_interface=interface, rtol=1e-10, atol=1e-10

@@ -136,7 +136,7 @@ HIDDEN = {
 
 @both
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_a_tensor_that_wants_a_gradient_and_was_not_named_is_told_of_once(mode, hidden):
+def test_a_tensor_that_requires_a_gradient_and_was_not_named_gives_one_warning(mode, hidden):
     make, name = HIDDEN[hidden]
     func = make(weight())
     params = {} if isinstance(func, nn.Module) else dict(adjoint_params=())
@@ -157,7 +157,7 @@ def test_a_tensor_that_wants_a_gradient_and_was_not_named_is_told_of_once(mode, 
 
 
 @both
-def test_it_is_told_again_at_the_next_solve(mode):
+def test_the_next_solve_warns_again(mode):
     func = closure(weight())
 
     def run():
@@ -168,7 +168,7 @@ def test_it_is_told_again_at_the_next_solve(mode):
 
 
 @both
-def test_several_are_told_of_in_one_warning(mode):
+def test_several_tensors_give_one_warning(mode):
     one, two = weight(), leaf(torch.ones(2, 2, dtype=F64))
     caught = told(
         lambda: odeint_adjoint(lambda t, y: torch.tanh(y @ two) * one, Y, T, gradient=mode, adjoint_params=())
@@ -214,7 +214,7 @@ def of_its_times(w):
     ],
     ids=["y0", "a y0 that is no leaf", "times", "one component of a tuple", "a complex field"],
 )  # fmt: skip
-def test_what_func_captures_is_told_of_whatever_the_state_is(mode, make):
+def test_captured_tensors_are_warned_about_for_every_kind_of_state(mode, make):
     func, y0, t, name = make(weight())
     (warning,) = told(lambda: odeint_adjoint(func, y0, t, gradient=mode, adjoint_params=()))
     assert name in str(warning.message)
@@ -222,7 +222,7 @@ def test_what_func_captures_is_told_of_whatever_the_state_is(mode, make):
 
 @both
 @pytest.mark.parametrize("method", ["euler", "rk4", "bosh3", "explicit_adams", "scipy_solver"])
-def test_it_is_told_for_every_kind_of_method(mode, method):
+def test_captured_tensors_are_warned_about_with_every_kind_of_method(mode, method):
     if mode == "discrete" and method in ("explicit_adams", "scipy_solver"):
         pytest.skip("of Runge-Kutta methods only")
     caught = told(
@@ -234,7 +234,7 @@ def test_it_is_told_for_every_kind_of_method(mode, method):
 
 
 @both
-def test_a_tensor_used_on_a_later_branch_only_may_be_missed_but_never_breaks(mode):
+def test_a_tensor_used_only_on_a_later_branch_may_be_missed_but_breaks_nothing(mode):
     """The first evaluation is what is looked at: t > 0.5 comes later. The solve goes on either way."""
     w = weight()
     func = lambda t, y: -y * (w if t > 0.5 else 1.0)  # noqa: E731
@@ -242,7 +242,7 @@ def test_a_tensor_used_on_a_later_branch_only_may_be_missed_but_never_breaks(mod
 
 
 @both
-def test_params_left_out_by_adjoint_params_are_told_of_by_name(mode):
+def test_parameters_left_out_of_adjoint_params_are_named_in_a_warning(mode):
     func = MLP(hidden=4)
     caught = told(lambda: odeint_adjoint(func, Y, T, gradient=mode, adjoint_params=(func.w1, func.b1)))
     assert len(caught) == 1 and "w2" in str(caught[0].message) and "w1" not in str(caught[0].message)
@@ -314,7 +314,7 @@ class Normed(nn.Module):
     "kind",
     ["weight_norm", "old weight_norm", "spectral_norm", "orthogonal", "cached", "checkpoint", "checkpoint of a lambda"],
 )
-def test_parametrizations_and_checkpoints_are_known_and_right(mode, kind):
+def test_parametrizations_and_checkpoints_give_no_warning_and_are_right(mode, kind):
     """Tensors made from parameters at each evaluation are no strangers."""
     func = Normed(kind)
     wanted = [p for p in func.parameters() if p.requires_grad]
@@ -330,7 +330,7 @@ def test_parametrizations_and_checkpoints_are_known_and_right(mode, kind):
 
 @both
 @pytest.mark.parametrize("kind", ["old weight_norm"])
-def test_an_attribute_computed_from_parameters_before_the_solve_is_told_of_or_right(mode, kind):
+def test_an_attribute_computed_from_parameters_before_the_solve_is_warned_about_or_right(mode, kind):
     """`linear.weight` of the old weight_norm is a non-leaf attribute until the hook makes it anew."""
     func = Normed(kind)
     func.linear.weight.sum()  # (made outside of the solve)
@@ -443,7 +443,7 @@ SILENT = {
 
 @both
 @pytest.mark.parametrize("case", SILENT)
-def test_what_was_named_is_not_told_of_and_has_the_right_gradient(mode, case):
+def test_named_tensors_give_no_warning_and_have_the_right_gradient(mode, case):
     if case == "compiled":
         pytest.importorskip("torch._dynamo")
     w = weight()
@@ -487,7 +487,7 @@ def test_a_replica_of_data_parallel_has_the_gradients_of_its_parameters(mode):
 
 @both
 @pytest.mark.parametrize("how", [torch.jit.script, torch.jit.trace], ids=["script", "trace"])
-def test_a_scripted_field_is_not_told_of(mode, how):
+def test_a_scripted_field_gives_no_warning(mode, how):
     class Field(nn.Module):
         def __init__(self):
             super().__init__()
@@ -512,7 +512,7 @@ def test_a_scripted_field_is_not_told_of(mode, how):
 @both
 @pytest.mark.parametrize("mute", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("hidden", ["closure", "attribute", "product"])
-def test_without_gradients_nothing_is_said(mode, mute, hidden):
+def test_without_gradients_there_is_no_warning(mode, mute, hidden):
     func = HIDDEN[hidden][0](weight())
     params = {} if isinstance(func, nn.Module) else dict(adjoint_params=())
 
@@ -525,7 +525,7 @@ def test_without_gradients_nothing_is_said(mode, mute, hidden):
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_backprop_says_nothing_and_finds_everything(hidden):
+def test_backprop_gives_no_warning_and_has_all_gradients(hidden):
     w = weight()
     func = HIDDEN[hidden][0](w)
     silent(lambda: loss_of(odeint(func, leaf(Y), T)).backward())
@@ -535,7 +535,7 @@ def test_backprop_says_nothing_and_finds_everything(hidden):
 
 
 @both
-def test_the_warning_can_be_filtered_and_the_solve_is_the_same(mode):
+def test_the_warning_can_be_filtered_without_a_change_of_the_solve(mode):
     func, y0 = closure(weight()), leaf(Y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingGradientWarning)
@@ -567,7 +567,7 @@ def test_the_inspection_costs_no_evaluation_and_changes_no_bit(mode, method, hid
 
 
 @both
-def test_the_state_that_the_field_sees_may_be_written_into_as_ever(mode):
+def test_a_field_may_write_into_its_state_as_before(mode):
     """law 9: what the field gets is a fresh or untaped tensor; writing into it must not be what the tape notices."""
 
     class Writing(MLP):
@@ -607,7 +607,7 @@ RANDOM = {"dropout": Dropped, "noise": lambda: Noisy(0.1), "a little noise": lam
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_the_discrete_adjoint_refuses_a_field_of_chance_in_words(kind):
+def test_the_discrete_adjoint_refuses_a_random_field_with_a_message(kind):
     """Its backward pass takes the steps again and would find others."""
     func = RANDOM[kind]()
     with pytest.raises(InvalidField) as error:
@@ -617,7 +617,7 @@ def test_the_discrete_adjoint_refuses_a_field_of_chance_in_words(kind):
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_the_adjoint_warns_of_a_field_of_chance_and_goes_on(kind):
+def test_the_adjoint_warns_about_a_random_field_and_continues(kind):
     func = RANDOM[kind]()
 
     def run():
@@ -634,7 +634,7 @@ def test_the_adjoint_warns_of_a_field_of_chance_and_goes_on(kind):
 @both
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.parametrize("mute", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_a_field_of_chance_solves_without_a_word(mode, kind, mute):
+def test_without_gradients_a_random_field_gives_no_warning(mode, kind, mute):
     func = RANDOM[kind]()
 
     def run():
@@ -648,7 +648,7 @@ def test_without_gradients_a_field_of_chance_solves_without_a_word(mode, kind, m
 @pytest.mark.parametrize(
     "make", [lambda: Dropped().eval(), lambda: Dropped(0.0), lambda: Noisy(0.0)], ids=["eval", "p = 0", "no effect"]
 )
-def test_chance_without_effect_passes(mode, make):
+def test_random_draws_without_effect_are_accepted(mode, make):
     func = make()
 
     def of(mode):
@@ -660,7 +660,7 @@ def test_chance_without_effect_passes(mode, make):
 
 
 @both
-def test_one_draw_for_the_whole_solve_is_a_function(mode):
+def test_one_draw_for_the_whole_solve_is_accepted(mode):
     """Hutchinson's estimate, the noise drawn once before: the mend that the words ask for."""
 
     class Flow(nn.Module):
@@ -676,7 +676,7 @@ def test_one_draw_for_the_whole_solve_is_a_function(mode):
 
 
 @both
-def test_the_generator_is_where_a_solve_without_the_look_leaves_it(mode):
+def test_the_inspection_does_not_change_the_state_of_the_generator(mode):
     """A reproducible training run draws the same numbers afterwards, whether gradients were asked for or not."""
     func = MLP(hidden=4)
     torch.manual_seed(3)
@@ -686,7 +686,7 @@ def test_the_generator_is_where_a_solve_without_the_look_leaves_it(mode):
     assert torch.equal(after, torch.rand(4))
 
 
-def test_the_draws_of_a_field_under_the_adjoint_are_those_without_the_look():
+def test_a_field_under_the_adjoint_draws_the_same_numbers_as_without_the_inspection():
     func = Noisy(0.1)
     torch.manual_seed(3)
     with warnings.catch_warnings():
@@ -709,7 +709,7 @@ class BatchNormed(nn.Module):
 
 @both
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_normalization_passes_with_the_gradient_of_backprop(mode, training):
+def test_batch_normalization_is_accepted_with_the_gradient_of_backprop(mode, training):
     def of(mode):
         torch.manual_seed(1)
         func = BatchNormed().train(training)

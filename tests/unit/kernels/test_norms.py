@@ -9,7 +9,7 @@ from timed import Y, exact, timed
 from node_cuda import odeint, solve
 
 
-def test_a_component_with_a_loose_tolerance_takes_no_part_in_the_step_control():
+def test_a_component_with_a_loose_tolerance_does_not_affect_the_step_size():
     def func(t, y):
         return torch.stack([-y[0], 30 * torch.cos(30 * t)])
 
@@ -19,7 +19,7 @@ def test_a_component_with_a_loose_tolerance_takes_no_part_in_the_step_control():
     assert first.stats.nfe < both.stats.nfe / 2
 
 
-def test_tolerances_may_be_given_by_element_by_component_and_as_tensors():
+def test_tolerances_may_be_given_for_elements_for_components_and_as_tensors():
     t = linspace(0.0, 1.0, 3)
     plain = odeint(timed, Y, t, rtol=1e-5, atol=1e-7)
     elementwise = odeint(timed, Y, t, rtol=torch.full((2,), 1e-5, dtype=F64), atol=torch.tensor(1e-7, dtype=F64))

@@ -96,7 +96,7 @@ def test_dense_output_of_a_complex_state():
     assert relative_difference(y(T0 + 0.5), y0 * torch.exp(torch.tensor(1j, dtype=torch.complex128))) < 1e-5
 
 
-def test_dense_output_of_dopri8_is_its_accurate_one():
+def test_dense_output_of_dopri8_uses_its_accurate_interpolant():
     """A method of order 8 with outputs of a quartic loses two digits there."""
     t = linspace(0.25, 2.0, 57)
     arguments = precise("dopri8")

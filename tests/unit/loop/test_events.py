@@ -106,7 +106,7 @@ def test_the_event_of_a_tuple_state_sees_a_tuple():
         assert float(event_t) == pytest.approx(LANDING, abs=1e-6)
 
 
-def test_the_event_is_as_exact_as_atol_says():
+def test_the_event_is_located_to_atol():
     for atol in (1e-3, 1e-9):
         event_t, _ = odeint(fall, START, torch.stack([T0, T0 + 1]), event_fn=ground, rtol=1e-9, atol=atol)
         assert abs(float(event_t) - LANDING) <= atol
@@ -118,7 +118,7 @@ def test_per_element_tolerances_do_not_break_the_search_of_an_event():
     assert float(event_t) == pytest.approx(LANDING, abs=1e-6)
 
 
-def test_a_solution_carries_the_time_of_its_event():
+def test_a_solution_has_the_time_of_its_event():
     func = Counting(fall)
     solution = solve(func, START, torch.stack([T0, T0 + 1]), event_fn=ground)
     assert float(solution.event_t) == pytest.approx(LANDING, abs=1e-6)
@@ -141,7 +141,7 @@ def test_the_event_is_that_of_torchdiffeq(torchdiffeq):
 
 # Time that runs backwards is turned round before any method sees it: one method shows it.
 @pytest.mark.parametrize(("method", "reverse"), [*((name, False) for name in ADAPTIVE), ("dopri5", True)])
-def test_the_event_of_a_parabola_is_where_it_is_by_every_adaptive_method(method, reverse):
+def test_the_event_of_a_parabola_is_exact_with_every_adaptive_method(method, reverse):
     """Steps of a parabola are exact and grow, so that the interpolant alone decides (torchdiffeq issue 199)."""
     sign = -1.0 if reverse else 1.0
 
@@ -183,7 +183,7 @@ def test_only_the_step_of_an_event_pays_for_the_accurate_interpolant_of_dopri8()
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
-def test_points_inside_a_step_are_looked_at_in_every_gradient_mode(gradient):
+def test_points_inside_a_step_are_checked_in_every_gradient_mode(gradient):
     options = dict(first_step=1.3, min_step=1.3, event_checks=8)
     y0 = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
     solution = solve(

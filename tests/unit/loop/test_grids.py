@@ -43,7 +43,7 @@ def test_step_size_gives_equal_steps_and_the_last_one_ends_at_the_last_output(me
     assert step_times(method, step_size=0.3) == pytest.approx([0.0, 0.3, 0.6, 0.9, 1.0], abs=1e-15)
 
 
-def test_a_step_size_that_divides_the_interval_gives_no_sliver_at_the_end():
+def test_a_step_size_that_divides_the_interval_gives_no_tiny_last_step():
     assert step_times(step_size=0.1) == pytest.approx([i / 10 for i in range(11)], abs=1e-12)
 
 
@@ -55,7 +55,7 @@ def test_a_step_size_longer_than_the_interval_gives_one_step():
     assert step_times(step_size=5.0) == [0.0, 1.0]
 
 
-def test_the_grid_constructor_says_where_the_steps_are():
+def test_the_grid_constructor_gives_the_ends_of_the_steps():
     seen = []
 
     def grid(func, y0, t):
@@ -94,7 +94,7 @@ def test_the_grid_constructor_of_a_tuple_state_sees_it_flat():
 
 # ------------------------------------------------------------------ between the steps
 @pytest.mark.parametrize(("interp", "order"), [("linear", 2), ("cubic", 4)])
-def test_interpolation_is_of_its_order(interp, order):
+def test_every_interpolation_has_its_order(interp, order):
     t = linspace(0.0, 1.0, 38)
     errors = []
     for h in (1 / 8, 1 / 16):
@@ -146,7 +146,7 @@ def test_without_perturb_the_grid_point_itself_is_evaluated():
     assert float(ys[-1]) > 100
 
 
-def test_perturb_points_into_the_step_when_time_runs_backwards():
+def test_perturb_shifts_into_the_step_when_time_runs_backwards():
     t = torch.tensor([1.0, 0.5, 0.0], dtype=F64)
     ys = odeint(jump, torch.zeros(1, dtype=F64), t, method="heun2", options=dict(perturb=True))
     assert ys[:, 0].tolist() == pytest.approx([0.0, -1.5, -2.0], abs=1e-12)
@@ -184,7 +184,7 @@ def test_steps_are_counted_and_none_is_rejected(method):
 
 
 @pytest.mark.parametrize("method", FIXED)
-def test_a_fixed_method_reads_nothing_back_step_by_step(method):
+def test_a_fixed_method_needs_no_host_read_for_each_step(method):
     """The grid is known beforehand: the host reads of a solve do not grow with its steps."""
     if method == "implicit_adams":
         pytest.skip("its functional iteration tests for convergence")

@@ -117,14 +117,14 @@ def test_a_step_of_the_forward_pass_of_the_adjoint_costs_no_more():
     assert reads <= 1
 
 
-def test_the_count_is_that_of_torchdiffeq_where_torchdiffeq_was_counted(torchdiffeq):
+def test_the_counter_finds_the_known_counts_of_torchdiffeq(torchdiffeq):
     """The same measurement finds about torchdiffeq's 142 operations and its 18 reads: it counts what is meant."""
     ops, reads = slope(lambda steps: forward_cost(torchdiffeq.odeint, steps))
     assert 130 <= ops <= 160
     assert 15 <= reads <= 20
 
 
-def test_a_step_that_holds_no_output_pays_nothing_for_dense_output():
+def test_a_step_without_an_output_pays_nothing_for_dense_output():
     few, _ = forward_cost(odeint, 60, outputs=2)
     for dense in ({}, dict(dense="accurate")):
         more, _ = forward_cost(odeint, 60, outputs=2, **dense)
@@ -176,7 +176,7 @@ def backward_cost(steps, count=3, *, time=False, odeint_adjoint=odeint_adjoint, 
 
 @pytest.mark.parametrize("time", [False, True], ids=["", "with dL/dt"])
 @pytest.mark.parametrize("options", [dict(), dict(norm="seminorm")], ids=["default", "seminorm"])
-def test_a_step_of_the_adjoint_costs_at_most_80_operations_whatever_the_number_of_parameters(options, time):
+def test_a_step_of_the_adjoint_costs_at_most_80_operations_for_any_number_of_parameters(options, time):
     ops, reads = slope(lambda steps: backward_cost(steps, 24, time=time, **options))
     assert ops <= BACKWARD_STEP_OPS
     assert reads <= 1
@@ -188,7 +188,7 @@ def test_the_number_of_parameter_tensors_does_not_matter():
     assert many <= few + 1
 
 
-def test_the_backward_count_is_that_of_torchdiffeq_where_torchdiffeq_was_counted(torchdiffeq):
+def test_the_counter_finds_the_known_backward_counts_of_torchdiffeq(torchdiffeq):
     ops, reads = slope(lambda steps: backward_cost(steps, 4, odeint_adjoint=torchdiffeq.odeint_adjoint))
     assert 170 <= ops <= 260
     assert 18 <= reads <= 30

@@ -50,7 +50,7 @@ def test_halving_the_step_divides_the_error_by_two_to_the_order(name):
 
 @pytest.mark.parametrize("max_order", [4, 5])
 @pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "fixed_adams"])
-def test_adams_methods_have_the_order_that_was_asked_for(method, max_order):
+def test_adams_methods_have_the_requested_order(method, max_order):
     """k past derivatives give order k, and k + 1 with the implicit one; the predictor of order `max_order` uses
     max_order - 1 of them. The leading error terms of the start and of the formula cancel in part at fifth order."""
     order = max_order - 1 if method == "explicit_adams" else max_order

@@ -155,7 +155,7 @@ def test_every_interpolant_joins_the_ends_of_its_step_smoothly(name, kind):
 
 @pytest.mark.parametrize("name", ["adaptive_heun", "fehlberg2"])
 @pytest.mark.parametrize("x", [Fraction(1, 3), Fraction(1)])
-def test_the_second_order_survives_when_a_first_stage_is_the_last_of_the_step_before(name, x):
+def test_the_order_is_two_if_a_first_stage_is_the_last_stage_of_the_step_before(name, x):
     """Two steps seen as one method of 2 s - 1 stages: the second starts with the last stage of the first."""
     tableau = TABLEAUS[name]
     s = tableau.stages

@@ -144,7 +144,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FIELDS)
-def test_what_a_field_returns_may_be_anything(name, method):
+def test_a_field_may_return_any_tensor(name, method):
     make, exact = FIELDS[name]
     y0 = fresh()
     func = make()
@@ -160,7 +160,7 @@ def test_what_a_field_returns_may_be_anything(name, method):
 
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4", "explicit_adams"])
 @pytest.mark.parametrize("make", [TwoStatic, LateStatic])
-def test_a_static_buffer_that_shows_itself_late_is_copied_or_refused_but_never_believed(make, method):
+def test_a_static_buffer_that_appears_late_is_copied_or_refused(make, method):
     """It has overwritten an earlier stage by the time it can be seen: a clear error is the only other right answer."""
     try:
         with torch.no_grad():
@@ -172,7 +172,7 @@ def test_a_static_buffer_that_shows_itself_late_is_copied_or_refused_but_never_b
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_field_that_writes_minus_y_in_place_is_right_or_told_so(method):
+def test_a_field_that_writes_minus_y_in_place_is_right_or_refused(method):
     """y.neg_() overwrites the state that it was lent: what it returns is y' = -y all the same."""
     y0 = fresh()
     try:
@@ -190,7 +190,7 @@ def test_a_field_that_writes_minus_y_in_place_is_right_or_told_so(method):
     [odeint, lambda *args, **kw: odeint_adjoint(*args, adjoint_params=(), **kw)],
     ids=["odeint", "odeint_adjoint"],
 )
-def test_a_field_that_writes_in_place_has_the_right_gradient_or_is_told_so(solver):
+def test_a_field_that_writes_in_place_has_the_right_gradient_or_is_refused(solver):
     y0 = fresh().requires_grad_()
     try:
         (grad,) = torch.autograd.grad(solver(lambda t, y: y.neg_(), y0, T)[-1].sum(), y0)

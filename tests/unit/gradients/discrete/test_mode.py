@@ -101,7 +101,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", EVERY)
-def test_gradients_are_those_of_backprop_wherever_the_outputs_lie(method, layout):
+def test_gradients_are_those_of_backprop_for_outputs_at_any_time(method, layout):
     assert_same(curved, Y, LAYOUTS[layout], **asked(method))
 
 
@@ -156,13 +156,13 @@ def test_gradients_are_those_of_backprop_across_jumps(method, backwards):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
-def test_gradients_are_those_of_backprop_where_the_solve_begins_at_a_jump(method):
+def test_gradients_are_those_of_backprop_if_the_solve_begins_at_a_jump(method):
     t = torch.tensor([0.6, 1.0, 1.2], dtype=F64)
     assert_same(jumping, Y, t, checkpoints=(None, 1), least_steps=1, **asked(method, jump_t=JUMPS))
 
 
 @pytest.mark.parametrize("method", FIXED)
-def test_gradients_are_those_of_backprop_where_perturb_decides_the_side_of_a_jump(method):
+def test_gradients_are_those_of_backprop_if_perturb_decides_the_side_of_a_jump(method):
     """The grid points 0.6 and 1.3 are discontinuities: without `perturb` the stages there see another field."""
     t = torch.tensor([0.0, 0.6, 0.9, 1.3, 1.9], dtype=F64)
     seen = []
@@ -201,7 +201,7 @@ def test_gradients_are_those_of_backprop_for_complex_states(method):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
-def test_gradients_are_those_of_backprop_with_per_element_tolerances_and_a_norm_of_ones_own(method):
+def test_gradients_are_those_of_backprop_with_per_element_tolerances_and_a_custom_norm(method):
     t = LAYOUTS["outputs inside of steps"]
     tolerances = dict(rtol=torch.tensor([1e-4, 1e-2], dtype=F64), atol=torch.tensor([1e-3, 1e-5], dtype=F64))
     assert_same(curved, Y, t, method=method, checkpoints=(None, 2), **tolerances)
@@ -209,7 +209,7 @@ def test_gradients_are_those_of_backprop_with_per_element_tolerances_and_a_norm_
 
 
 @pytest.mark.parametrize("method", ["dopri5", "fehlberg2"])
-def test_rejected_steps_leave_no_trace_in_the_gradient(method):
+def test_rejected_steps_do_not_affect_the_gradient(method):
     found = assert_same(
         lambda w: lambda t, y: torch.sin(8 * t) * (y @ w.T),
         Y,
@@ -232,7 +232,7 @@ def test_the_gradient_of_some_outputs_only():
     assert relative_difference(found[0][0], truth) <= SAME
 
 
-def test_one_output_time_passes_the_gradient_through():
+def test_with_one_output_time_the_gradient_of_y0_is_that_of_the_output():
     y0 = leaf(Y)
     ys = odeint_adjoint(lambda t, y: -y, y0, linspace(0.0, 0.0, 1), adjoint_params=(), gradient="discrete")
     assert torch.equal(torch.autograd.grad(ys.sum(), y0)[0], torch.ones_like(Y))
@@ -372,7 +372,7 @@ def test_the_gradient_of_an_event_is_that_of_backprop(settings, named, checkpoin
         assert relative_difference(ours, right) <= SAME
 
 
-def test_of_an_event_only_the_start_of_time_has_a_gradient_through_the_state():
+def test_through_the_state_of_an_event_only_the_starting_time_has_a_gradient():
     """y' = -y: dy(t*)/dt_0 = y(t*) while t* stays; t[1] only told the direction. t* moves with t_0."""
     t, y0 = leaf(linspace(0.0, 1.0, 2)), leaf(Y.abs())
     event_t, ys = odeint_adjoint(
@@ -443,7 +443,7 @@ def test_outputs_at_the_ends_of_steps_cost_no_evaluation(method, dense):
 
 
 @pytest.mark.parametrize("checkpoints", [1, 2, 4])
-def test_a_step_that_is_taken_again_costs_its_six_evaluations_and_no_vjp(checkpoints):
+def test_a_recomputed_step_costs_its_six_evaluations_and_no_vjp(checkpoints):
     settings = dict(rtol=1e-6, atol=1e-6)
     count, nfe, stats = vjps(linspace(0.0, 2.0, 2), checkpoints=checkpoints, **settings)
     assert stats.recomputed_steps > 0
@@ -456,7 +456,7 @@ def test_a_step_of_the_classical_method_costs_four_vjps():
     assert count == nfe == 4 * stats.accepted == 32
 
 
-def test_a_solve_without_a_backward_pass_costs_what_any_solve_costs():
+def test_a_solve_without_a_backward_pass_costs_the_same_as_any_solve():
     nfe = [
         solve(curved(W), leaf(Y), linspace(0.0, 2.0, 5), gradient=mode, adjoint_params=()).stats.nfe
         for mode in ("backprop", "discrete")
@@ -504,7 +504,7 @@ def fewest(steps, slots):
 
 
 @pytest.mark.parametrize("slots", range(1, 9))
-def test_of_a_known_number_of_steps_the_fewest_are_taken_again(slots):
+def test_the_fewest_steps_are_recomputed_if_their_number_is_known(slots):
     for steps in range(1, 41):
         again, peak = reversal(steps, slots, steps)
         assert again == griewank(steps, slots) == fewest(steps, slots) - (steps - 1)
@@ -512,7 +512,7 @@ def test_of_a_known_number_of_steps_the_fewest_are_taken_again(slots):
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 7, 8, 16, 31, 32])
-def test_of_an_unknown_number_of_steps_at_most_twice_the_fewest_are_taken_again(slots):
+def test_at_most_twice_the_fewest_steps_are_recomputed_if_their_number_is_unknown(slots):
     for steps in [*range(2 * slots, 8 * slots), 10 * slots, 13 * slots + 5, 40 * slots, 1000]:
         again, peak = reversal(steps, slots)
         assert again <= 2 * griewank(steps, slots), steps
@@ -520,7 +520,7 @@ def test_of_an_unknown_number_of_steps_at_most_twice_the_fewest_are_taken_again(
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 8, 16, 31, 32])
-def test_of_an_unknown_number_of_steps_each_is_taken_again_once_while_segments_fit(slots):
+def test_each_step_is_recomputed_once_if_their_number_is_unknown_and_segments_fit(slots):
     """A segment fits if the slots that are free when its turn comes hold all its states but the first."""
     fitted = 0
     for steps in range(1, slots * slots + 1):
@@ -535,7 +535,7 @@ def test_of_an_unknown_number_of_steps_each_is_taken_again_once_while_segments_f
     assert fitted >= slots
 
 
-def test_all_states_are_kept_where_no_number_is_given_and_no_step_is_taken_again():
+def test_without_a_limit_all_states_are_kept_and_no_step_is_recomputed():
     for count in (None, 50):
         assert reversal(50, None, count) == (0, 50)
 
@@ -633,7 +633,7 @@ def test_a_second_backward_pass_gives_the_same_bits(method, checkpoints):
     assert checkpoints is None or solution.stats.peak_checkpoints <= checkpoints
 
 
-def test_a_backward_pass_without_retain_graph_ends_it():
+def test_a_second_backward_pass_without_retain_graph_raises():
     y0 = leaf(Y)
     loss = loss_of(odeint_adjoint(MLP(), y0, linspace(0.0, 1.0, 3), gradient="discrete"))
     loss.backward()
@@ -643,7 +643,7 @@ def test_a_backward_pass_without_retain_graph_ends_it():
 
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_the_state_given_may_be_overwritten_once_the_solve_is_done_or_that_raises(method, checkpoints):
+def test_overwriting_y0_after_the_solve_is_right_or_raises(method, checkpoints):
     """Either the right gradient or autograd's error, never a wrong gradient."""
     func, t = MLP(), linspace(0.0, 1.0, 9)
     (truth,) = torch.autograd.grad(loss_of(odeint(func, Y, t, **asked(method))), func.w1)
@@ -685,7 +685,7 @@ def test_unused_and_frozen_parameters_get_what_the_adjoint_gives_them(method):
     assert torch.equal(grads["discrete"]["unused"], grads["adjoint"]["unused"])
 
 
-def test_a_start_that_needs_no_gradient_gets_none_and_the_parameters_theirs():
+def test_a_start_that_needs_no_gradient_gets_none_and_the_parameters_get_one():
     func, t = MLP(), linspace(0.0, 1.0, 3)
     (truth,) = torch.autograd.grad(loss_of(odeint(func, Y, t)), func.w1)
     y0 = Y.clone()
@@ -747,7 +747,7 @@ def test_one_graph_at_a_time_gives_the_same_gradients(method, checkpoints, no_me
 
 
 @pytest.mark.parametrize("method, stages", [("dopri5", 6), ("rk4", 4), ("bosh3", 3)])
-def test_one_graph_at_a_time_costs_an_evaluation_more_for_every_stage_that_another_reads(method, stages, no_memory):
+def test_one_graph_at_a_time_costs_one_more_evaluation_for_each_stage_that_others_read(method, stages, no_memory):
     """N (2s - 1) evaluations, and s N products."""
     t = linspace(0.0, 2.0, 9)
     options = {} if method == "rk4" else dict(step_t=t[1:])  # outputs at the ends of steps only
@@ -756,7 +756,7 @@ def test_one_graph_at_a_time_costs_an_evaluation_more_for_every_stage_that_anoth
     assert nfe == (2 * stages - 1) * stats.accepted
 
 
-def test_never_more_than_one_graph_is_alive_where_no_more_fit(no_memory):
+def test_at_most_one_graph_is_alive_if_no_more_fit(no_memory):
     alive, most = 0, 0
 
     class Watched(torch.autograd.Function):
@@ -783,7 +783,7 @@ def test_never_more_than_one_graph_is_alive_where_no_more_fit(no_memory):
     assert most == 1
 
 
-def test_a_graph_counts_what_it_keeps_and_not_the_parameters():
+def test_the_size_of_a_graph_excludes_the_parameters():
     w, y = leaf(torch.ones(50, 50, dtype=F64)), leaf(torch.ones(20, 50, dtype=F64))
     with graph_size(y.device, [w]) as size:
         kept = torch.tanh(torch.tanh(y @ w) @ w)
@@ -807,14 +807,14 @@ def test_cotangents_of_half_states_add_up_in_single_precision(method, dtype, out
 
 # ------------------------------------------------------------------ errors, and solves that fail
 @pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"])
-def test_methods_that_are_no_runge_kutta_methods_are_refused_with_a_way_out(method):
+def test_methods_that_are_not_runge_kutta_are_refused_with_an_alternative(method):
     with pytest.raises(Unsupported, match=r'gradient="adjoint".*"dopri5"') as error:
         odeint_adjoint(MLP(), leaf(Y), linspace(0.0, 1.0, 3), method=method, gradient="discrete")
     assert repr(method) in str(error.value)
 
 
 @pytest.mark.parametrize("checkpoints", [0, -1, 2.5, "all", True, False])
-def test_a_number_of_checkpoints_that_is_none_is_refused(checkpoints):
+def test_an_invalid_number_of_checkpoints_is_refused(checkpoints):
     with pytest.raises(InvalidInput, match="checkpoints must be .*got " + repr(checkpoints).replace(".", r"\.")):
         odeint_adjoint(MLP(), leaf(Y), linspace(0.0, 1.0, 3), gradient="discrete", checkpoints=checkpoints)
 
@@ -825,14 +825,14 @@ def test_checkpoints_of_another_gradient_are_refused(gradient):
         solve(MLP(), leaf(Y), linspace(0.0, 1.0, 3), gradient=gradient, checkpoints=4)
 
 
-def test_a_field_whose_parameters_cannot_be_found_is_refused_with_a_way_out():
+def test_a_field_whose_parameters_cannot_be_found_is_refused_with_an_alternative():
     with pytest.raises(ValueError, match=r"nn\.Module.*adjoint_params="):
         odeint_adjoint(curved(leaf(W)), leaf(Y), linspace(0.0, 1.0, 3), gradient="discrete")
 
 
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("status", [Status.STEP_UNDERFLOW, Status.MAX_STEPS], ids=lambda status: status.name)
-def test_of_a_failed_solve_the_outputs_that_were_reached_have_the_gradient_of_backprop(status, checkpoints):
+def test_the_reached_outputs_of_a_failed_solve_have_the_gradient_of_backprop(status, checkpoints):
     t = torch.tensor([0.0, 0.3, 0.6, 0.8, 2.5], dtype=F64)
     few = dict(max_num_steps=12) if status is Status.MAX_STEPS else {}
     found = []
@@ -851,7 +851,7 @@ def test_of_a_failed_solve_the_outputs_that_were_reached_have_the_gradient_of_ba
         assert relative_difference(ours, right) <= SAME
 
 
-def test_of_a_failed_solve_the_times_that_were_not_reached_have_no_gradient():
+def test_the_times_that_a_failed_solve_did_not_reach_have_no_gradient():
     y0, t = leaf(torch.tensor([0.5, 1.0], dtype=F64)), leaf(torch.tensor([0.0, 0.3, 0.6, 2.5], dtype=F64))
     options = dict(throw=False, max_num_steps=12)
     ys = solve(lambda t, y: y * y, y0, t, gradient="discrete", adjoint_params=(), options=options).ys
@@ -870,7 +870,7 @@ def test_a_failed_solve_that_reached_nothing_has_the_gradient_of_its_start():
 
 
 # ------------------------------------------------------------------ where the continuous adjoint drifts
-def test_of_a_dissipative_field_the_discrete_gradient_is_exact_where_the_continuous_one_drifts():
+def test_the_discrete_gradient_of_a_dissipative_field_is_exact_and_the_continuous_one_is_not():
     """y' = -20 y: backwards in time the continuous adjoint runs y up by e^20 from what rounding and tolerance left."""
     t, rtol = linspace(0.0, 1.0, 2), 1e-6
 
