@@ -117,7 +117,7 @@ class GraphCache(Generic[C]):
             self._misses += 1
             if self._misses > PATIENCE:
                 return (
-                    f"func's {changed!r} was another one at each of the last {PATIENCE} captures: keep it as it is, "
+                    f"func's {changed!r} had changed at each of the last {PATIENCE} captures: keep it unchanged, "
                     "or, if it is a tensor, write into it with `copy_`"
                 )
         settled: list[Fingerprint] = []
@@ -194,17 +194,17 @@ def fallback_reason(problem: Problem, method: Method) -> str | None:
     if method.name == SCIPY or method.name in ADAMS:
         return f"{method.name} takes no Runge-Kutta steps"
     if problem.bounds is not None:
-        return "clip=True bounds the times that func sees by numbers of one solve"
+        return "clip=True limits the times of func to the interval of one solve"
     if options.record_steps:
-        return "record_steps wants the times of all steps on the host"
+        return "record_steps needs the times of all steps on the host"
     if isinstance(options, AdaptiveOptions) and runs_on_host(controller(options.controller)):
         return "the controller is the user's, and its Python runs on the host"
     if problem.norm.custom is not None:
-        return "a norm of the user's is measured on the host"
+        return "a custom norm is computed on the host"
     if len(problem.times) < 2 or problem.y0.numel() == 0:
         return "there is nothing to solve"
     if parametrize._cache_enabled:
-        return "torch.nn.utils.parametrize.cached() keeps weights that a captured solve would go on using"
+        return "torch.nn.utils.parametrize.cached() keeps weights that a captured solve would continue to use"
     return why_plain(problem.backend, problem.y0)
 
 

@@ -182,10 +182,10 @@ class GraphCapture:
     def repeat(self, step: Recording, control: DeviceStepControl) -> tuple[Repeat, str | None]:
         """Return the best way to repeat a step, and the reason if that is not the WHILE node."""
         assert isinstance(step, CapturedGraph)
-        why = "batches were asked for"
+        why = 'tier="batches" was requested'
         if self.tier != "batches":
             if step.raw is None:
-                why = "this torch gives no captured graph away; 2.8 does"
+                why = "this version of torch does not expose the captured graph; torch 2.8 does"
             else:
                 try:
                     made = self.module.WhileGraph(step.raw, control.address, self.device.index)

@@ -83,10 +83,10 @@ def _refute(kind: str, device: torch.device, apart: str) -> None:
     with _lock:
         if device in _refuted:
             return
-        _refuted[device] = f"a captured {kind} on {device} was not that of the host loop ({apart})"
+        _refuted[device] = f"a captured {kind} on {device} differs from that of the host loop ({apart})"
     warnings.warn(
-        f"{_refuted[device]}. The host loop solves on this device from now on. Please report it with what "
-        "`python -m node_cuda` prints.",
+        f"{_refuted[device]}. The host loop solves on this device from now on. Please report this, with the "
+        "output of `python -m node_cuda`.",
         RuntimeWarning,
         stacklevel=users_level(),
     )
@@ -107,12 +107,12 @@ def difference(found: Outcome, expected: Outcome, dtype: torch.dtype) -> str | N
     sizes = [_largest(b) for _, b in pairs]
     slack = 0 if not any(gaps) else 1 + sum(expected.steps) // 20
     if any(abs(a - b) > slack for a, b in zip(found.steps, expected.steps, strict=True)):
-        return f"it took {found.steps[0]} steps and {found.steps[1]} that were rejected, and not {expected.steps}"
+        return f"its accepted and rejected steps are {found.steps}, and not {expected.steps}"
     # A tensor that is nearly zero is a difference of larger sums, and has the absolute error of those sums.
     floor = 1e-3 * max(sizes, default=0.0)
     for gap, size in zip(gaps, sizes, strict=True):
         if gap > _limit(dtype) * max(size, floor):
-            return f"numbers of the size {size:.3g} are {gap:.3g} apart"
+            return f"numbers of size {size:.3g} differ by {gap:.3g}"
     return None
 
 

@@ -137,7 +137,7 @@ def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) ->
             if began is not None:
                 detail = wrong_at_start(*began)
             else:
-                detail = "y0 or func(t0, y0) is not finite, or not so in units of atol + rtol * |y0|."
+                detail = "y0 or func(t0, y0) is not finite, or not finite after division by atol + rtol * |y0|."
         failure = failure_of(now, direction, stats, options, detail)
         if failure is None and finite is not None:
             stats.host_reads += 1

@@ -139,7 +139,7 @@ class _Search:
         if x.__dict__ or kind not in _TENSORS:
             self.add(f"{name}.", {"type()": kind, **_attributes(x, kind)})
         if is_lazy(x) or x.layout is not torch.strided or x.is_nested:
-            raise Unseen(f"func's {name!r} is a tensor without values yet, or not a dense one")
+            raise Unseen(f"func's {name!r} is a tensor that has no values yet, or that is not dense")
         self.tensors[name] = x
 
     def _module(self, x: nn.Module, kind: type, below: str) -> None:
@@ -165,7 +165,7 @@ class _Search:
 
     def _items(self, x: Any, name: str, below: str) -> None:
         if len(x) > LARGEST:
-            raise Unseen(f"func's {name!r} has {len(x)} items, too many to look through: make it a tensor")
+            raise Unseen(f"func's {name!r} has {len(x)} items, too many to search: make it a tensor")
         self.values[below + "length()"] = len(x)
         if isinstance(x, _CONTAINERS):
             self.add(name, {f"[{i}]": item for i, item in enumerate(x)})
@@ -232,7 +232,7 @@ class _Same:
 
 
 def _unseen(x: Any, name: str) -> Unseen:
-    return Unseen(f"func's {name!r} is of {type(x).__module__}.{type(x).__qualname__}, which cannot be looked into")
+    return Unseen(f"func's {name!r} is of {type(x).__module__}.{type(x).__qualname__}, which cannot be inspected")
 
 
 def _attributes(x: Any, kind: type) -> dict[str, Any]:

@@ -220,11 +220,11 @@ def _outcome(end: SolveError | None, adj_t: Tensor | None, adj_y0: Tensor, adj_p
 def _fallback_reason(backward: Backward) -> str | None:
     """Return the reason why a backward solve cannot be captured, or None. Only reasons known before the capture."""
     if backward.settings.checks:
-        return "check_reconstruction compares on the host"
+        return "check_reconstruction compares states on the host"
     if backward.forward.adjoint_callbacks:
         return "func has callbacks for the backward pass"
     if not can_sum(backward.params, backward.problem.y0.device):
-        return "a parameter is on another device than the state, or of a kind that the kernels do not have"
+        return "a parameter is on another device than the state, or its dtype or layout is not one of the kernels'"
     return fallback_reason(backward.problem, backward.method)
 
 

@@ -37,14 +37,17 @@ class Reconstruction:
             self.worst = error
         if not excess <= self._excess:
             self._excess = excess
-            self._words = f"z rebuilt backwards at t = {t:.6g}, by {steps} steps, is off by {error:.3g} tolerances"
+            self._words = (
+                f"the backward solve reconstructed z at t = {t:.6g}, by {steps} steps, with an error of {error:.3g} "
+                "tolerances"
+            )
 
     def warn(self) -> None:
         """Issue a warning if an error was larger than the steps can explain."""
         if not self._excess <= 1.0:
             warnings.warn(
-                f"{self._words}, and the gradient is taken along a wrong trajectory: the field contracts, and the way "
-                'back is unstable. Use gradient="discrete", or more output times, at which z is set right again.',
+                f"{self._words}, so the gradient follows a wrong trajectory: the field contracts, and its backward "
+                'solve is unstable. Use gradient="discrete", or more output times: z is reset at each of them.',
                 ReconstructionWarning,
                 stacklevel=users_level(),
             )

@@ -209,11 +209,11 @@ def _first_room(problem: Problem) -> int:
 def why_not_recorded(problem: Problem, method: Method, params: Sequence[Tensor]) -> str | None:
     """Return the reason why the discrete adjoint cannot be captured, or None. Only reasons known before the capture."""
     if problem.y0.dtype in (torch.float16, torch.bfloat16):
-        return "the cotangents of half precision are wider than its states"
+        return "half-precision states have float32 cotangents, and the kernels need one dtype"
     if method.tableau is not None and method.tableau.carry_last_stage and not method.tableau.fsal:
-        return f"{method.name} carries a stage on that is not the field at its end"
+        return f"{method.name} reuses its last stage, which is not the field at the end of the step"
     if not can_sum(params, problem.y0.device):
-        return "a parameter is on another device than the state, or of a kind that the kernels do not have"
+        return "a parameter is on another device than the state, or its dtype or layout is not one of the kernels'"
     return None
 
 
