@@ -1,6 +1,6 @@
-"""Where node_cuda differs from torchdiffeq 0.2.5 on purpose (docs/differences.md); only what no other file tests.
+"""The intended differences from torchdiffeq 0.2.5 (docs/differences.md) that no other file tests.
 
-Where torchdiffeq's side is quick to show it is asserted too, so that the page stays true.
+If torchdiffeq's result is quick to compute, the tests check it too, so that the page stays true.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def test_methods_that_torchdiffeq_lacks_are_of_order_five(name, torchdiffeq):
 
 
 def adams_errors(library, method, power, counts):
-    """Errors at t = 4 of y' = y cos t on grids of so many steps, uniform for power 1."""
+    """Return the errors at t = 4 of y' = y cos t, for grids with these numbers of steps. power=1: a uniform grid."""
     grids = [4 * torch.linspace(0, 1, n + 1, dtype=F64) ** power for n in counts]
     ends = [library(lambda t, y: y * torch.cos(t), Y, t, method=method, rtol=1e-12, atol=1e-12)[-1] for t in grids]
     return [float((end - Y * math.exp(math.sin(4.0))).abs().max()) for end in ends]
@@ -211,7 +211,7 @@ def test_the_gradient_of_the_starting_time_is_right():
 
 
 class Scaled(nn.Module):
-    """y' = -y whatever `scale`, which multiplies the parameter's gradient only."""
+    """The field y' = -y for any `scale`, which multiplies only the gradient of the parameter."""
 
     def __init__(self, scale):
         super().__init__()

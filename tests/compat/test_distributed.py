@@ -24,7 +24,7 @@ TIGHT = dict(rtol=1e-9, atol=1e-9)
 
 
 class Net(nn.Module):
-    """A field, and a solve of it as the forward pass: what DistributedDataParallel wraps."""
+    """A module with a field and a solve as its forward pass, for DistributedDataParallel."""
 
     def __init__(self, solver=odeint_adjoint):
         super().__init__()
@@ -63,7 +63,7 @@ WRAPPED = {
 
 
 def train_on_half(rank, file, results):
-    """One of two processes: the gradients of its half of the batch, averaged over both."""
+    """Run one of two processes: compute the gradients of its half of the batch, averaged over both processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
@@ -91,7 +91,7 @@ def test_two_processes_over_gloo_have_the_gradients_of_one(tmp_path):
 
 
 def replica_of(module):
-    """What DataParallel makes of a module on another device: parameters are tensors with a history, not Parameters."""
+    """Return a replica as DataParallel makes it on another device: its parameters are tensors with a graph."""
     replica = module._replicate_for_data_parallel()
     replica._former_parameters = {}
     for name, parameter in module._parameters.items():
@@ -115,7 +115,7 @@ def test_replicas_of_data_parallel_have_gradients():
 
 
 class Nested(nn.Module):
-    """A field with a submodule, of which a replica has replicas."""
+    """A field with a submodule. The submodules of a replica are replicas too."""
 
     def __init__(self):
         super().__init__()

@@ -1,4 +1,4 @@
-"""What people who train neural ODEs reported of torchdiffeq or of this package, each with its right value."""
+"""Problems that users of neural ODEs reported for torchdiffeq or for this package, each with the right value."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ def test_the_adjoint_norm_that_a_solution_shows_returns_a_tensor(torchdiffeq):
 
 # ------------------------------------------------------------------ dL/dt0 by the adjoint
 def of_times(func, y0=1.0, span=(0.0, 1.0), solver=odeint_adjoint, **options):
-    """dL/dt0, dL/dt1 and y(t1) for L = y(t1), and how often func was evaluated backwards."""
+    """Return dL/dt0, dL/dt1 and y(t1) for L = y(t1), and the number of evaluations in the backward pass."""
     t = torch.tensor(span, dtype=F64, requires_grad=True)
     y = solver(func, torch.full((1,), y0, dtype=F64), t, rtol=1e-8, atol=1e-8, adjoint_params=(), options=options)
     (g,) = torch.autograd.grad(y[-1].sum(), t)
@@ -117,7 +117,7 @@ def of_times(func, y0=1.0, span=(0.0, 1.0), solver=odeint_adjoint, **options):
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forwards", "backwards"])
 def test_dt0_of_an_autonomous_field_has_no_error_of_an_unstable_backward_solve(span, torchdiffeq):
-    """y is rebuilt backwards with an error that grows by e^20."""
+    """The backward solve reconstructs y with an error that grows by e^20."""
     sign = span[1] - span[0]
 
     def contracting(t, y):

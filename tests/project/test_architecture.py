@@ -1,4 +1,4 @@
-"""The layers of the package: every module has its place, and imports point down only, lazy ones included."""
+"""The layers of the package: every module is in one layer, and imports, including lazy ones, only point down."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(package: Path, name: str, path: Path) -> set[str]:
-    """Every module that a file names in an import statement, wherever it stands, as a full dotted name.
+    """Return every module that a file names in an import statement, at any place, as a full dotted name.
 
-    Imports in functions and under `if TYPE_CHECKING` count as well: a reader has to know those modules too.
+    Imports in functions and under `if TYPE_CHECKING` count too, because a reader has to know those modules as well.
     """
     here = [package.name, *name.split(".")] if name else [package.name]
     folder = here if path.name == "__init__.py" else here[:-1]
@@ -58,7 +58,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
 
 
 def misplaced(package: Path, place: dict[str, tuple[int, int]]) -> list[str]:
-    """A sentence for every module without a place, and for every import that does not point down."""
+    """Return a sentence for every module without a layer, and for every import that does not point down."""
     sentences = []
     for module, imported in import_graph(package).items():
         full = f"{package.name}.{module}".rstrip(".")

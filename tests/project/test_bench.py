@@ -1,7 +1,7 @@
 """The benchmarks run from end to end at their smallest settings, and their pages are made from their JSON.
 
-What only a GPU can measure is tested up to the measurement: the launches of kernels.py on the CPU behind the shim, the
-reports from numbers that are made up here. gpu.sh has test_gpu_script.py.
+A measurement that needs a GPU is tested up to the measurement: the launches of kernels.py run on the CPU by the shim,
+and the reports are made from invented numbers. test_gpu_script.py tests gpu.sh.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ MACHINE_FIELDS = {"date", "command", "commit", "dirty", "device", "cores", "thre
 
 
 def run_quick(script: str, out: Path) -> dict:
-    """The JSON that `bench/SCRIPT --quick` writes."""
+    """Return the JSON that `bench/SCRIPT --quick` writes."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run(
@@ -138,7 +138,7 @@ def test_a_cell_that_failed_is_a_value_in_the_table(report_memory):
 
 
 def memory_cells(growth, library="node_cuda", size=1.0):
-    """A cell for each of the modes, whose memory grows as this power of N."""
+    """Return a cell for each mode; its memory grows as this power of N."""
     return [
         {"library": library, "gradient": gradient, "steps": n, "peak_mib": size * n**power, "seconds": 0.5}
         for gradient, power in growth.items()
@@ -235,7 +235,7 @@ def test_a_quick_run_is_not_published(bench):
 
 @pytest.mark.parametrize("order", [("bench", "test"), ("test", "bench")])
 def test_make_bench_and_make_test_do_not_affect_each_other(order):
-    """What they would run, in either order: the benchmark publishes nothing, and no test waits less than a compile."""
+    """Make prints the commands in either order. The benchmark publishes nothing, and tests may compile for long."""
     run = subprocess.run(["make", "-n", "-o", ".venv/.installed", *order], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if "bench/" in line or "pytest" in line]
@@ -247,7 +247,7 @@ def test_make_bench_and_make_test_do_not_affect_each_other(order):
 
 
 def test_the_sentence_on_memory_uses_the_first_path_of_ours(report_memory):
-    """On CUDA there are two of ours, and the kernels come first."""
+    """On CUDA there are two paths of ours. The kernels come first."""
     growth = {"backprop": 1.0, "adjoint": 0.0}
     cells = memory_cells(growth, "node_cuda fused") + memory_cells(growth, "node_cuda reference", 100.0)
     assert "(4 to 8 MiB)" in report_memory.memory_sentence({"cells": cells})
@@ -326,7 +326,7 @@ def test_structs_are_packed_as_csrc_lays_them_out(bench, primitives):
 
 @pytest.fixture
 def launchers(shim_library):
-    """csrc/ with its bindings, on the CPU."""
+    """Return csrc/ with its bindings, compiled for the CPU."""
     return shim.import_module(shim_library)
 
 
@@ -367,7 +367,7 @@ def test_the_kernel_benchmark_needs_a_gpu_and_says_so(bench, monkeypatch):
 
 
 def test_kernels_measures_every_row_and_writes_its_results(bench, primitives, launchers, report, monkeypatch, tmp_path):
-    """With the CPU behind the shim in the GPU's place, and calls that are only made once."""
+    """The CPU runs the kernels by the shim instead of a GPU, and each call is made once."""
     kernels = bench("kernels")
 
     def once(calls, **_):
@@ -527,7 +527,7 @@ def test_the_benchmark_of_the_device_loop_needs_a_gpu_and_says_so(bench, monkeyp
 
 @pytest.fixture
 def any_loop(bench, monkeypatch):
-    """Here the host's loop in plain PyTorch does for all: nothing can be captured."""
+    """Use the host loop in plain PyTorch for all loops, because nothing can be captured here."""
     captured = bench("parts.device_loop.captured")
     for name in ("captured", "steps", "cell"):
         monkeypatch.setattr(bench(f"parts.device_loop.{name}"), "FUSED", "node_cuda reference")
@@ -536,7 +536,7 @@ def any_loop(bench, monkeypatch):
 
 
 def pretended(program, what, **asked):
-    """What a cell says that found nothing to complain of; there is none of memory by batches."""
+    """Return the result of a cell without failures. The cell of memory in batches fails."""
     if what == "calls":
         waits = 2 * (asked["loop"] == "while")
         return {"calls": {"graphs": 2, "kernels": 0, "copies": 3, "fills": 0, "waits": waits, "others": 1}}
@@ -546,7 +546,7 @@ def pretended(program, what, **asked):
 
 
 def a_millisecond_a_step(runs, **_):
-    """Runs the loops with 32 and 128 steps; the true times of so few steps are noise on a busy machine."""
+    """Run the loops with 32 and 128 steps. The real times of so few steps are noise on a busy machine."""
     for run in runs:
         run()
     return [(0.032, 0.128) * (len(runs) // 2)] * 3

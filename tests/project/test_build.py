@@ -1,6 +1,6 @@
-"""Every way to install the package, each in a fresh folder and asked what it is; and the compilation on first use.
+"""Every way to install the package, each in a new folder, and the compilation at the first use.
 
-What is slow to compile is replaced by a stand-in of a few lines, except where csrc/ itself is the question.
+Sources that are slow to compile are replaced by a few lines, except in tests of csrc/ itself.
 """
 
 from __future__ import annotations
@@ -73,12 +73,12 @@ BROKEN = "#error this does not compile\n"
 
 
 def clean(**environ: str) -> dict[str, str]:
-    """This process's environment without what decides a build, and with what is given."""
+    """Return this process's environment without the variables that decide a build, and with the given ones."""
     return {**{key: value for key, value in os.environ.items() if key not in DECIDING}, **environ}
 
 
 def checkout(folder: Path, csrc: Mapping[str, str] | None = None) -> Path:
-    """A copy of the tree, so that no build leaves anything in it; with other files in csrc/ where they are given."""
+    """Copy the tree, so that no build leaves files in it. If files are given, they replace those of csrc/."""
     folder.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -99,7 +99,7 @@ def write_csrc(folder: Path, files: Mapping[str, str]) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, by its path in the folder."""
+    """Return every file, by its path in the folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -108,16 +108,16 @@ def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.Completed
 
 
 def pip(source: Path, target: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """`pip install --no-build-isolation` into a fresh folder, without a network."""
+    """Run `pip install --no-build-isolation` into a new folder, without a network."""
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", target]
     python_m_pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     return run(*python_m_pip, "install", "-v", *options, source, cwd=source.parent, **environ)
 
 
 def ask(target: Path, code: str, **environ: str) -> str:
-    """What Python prints, run with an installed package in front of all others, and without this checkout.
+    """Return what Python prints, with an installed package first on the path, and without this checkout.
 
-    An editable install of the checkout would lend its own compiled module to a package that has none.
+    Otherwise a package without a compiled module would use that of an editable install of the checkout.
     """
     alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '_EditableFinder' not in repr(f)]"
     done = run(sys.executable, "-c", f"{alone}\n{code}", cwd=target, PYTHONPATH=str(target), **environ)
@@ -126,7 +126,7 @@ def ask(target: Path, code: str, **environ: str) -> str:
 
 
 def report(target: Path, code: str) -> tuple[list[str], dict[str, str]]:
-    """The lines that Python prints, and the rows of `python -m node_cuda`: one process, to spare an import of torch."""
+    """Return the lines that Python prints, and the rows of `python -m node_cuda`. One process imports torch once."""
     asks = "import runpy; print('---'); runpy.run_module('node_cuda', run_name='__main__')"
     printed, _, rows = ask(target, f"{code}\n{asks}").partition("---\n")
     return printed.splitlines(), {key: rest for key, _, rest in (row.partition(" ") for row in rows.splitlines())}
@@ -146,7 +146,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Installs this tree in one of the settings, once for all processes of the test run; gives the folder.
+    """Install this tree in one of the settings, once for all processes of the test run, and return the folder.
 
     pip gets the source archive, unpacked, which must be complete.
     """
@@ -511,7 +511,7 @@ def test_make_installs_again_after_a_change_in_a_folder_of_csrc(tmp_path: Path, 
 
 @pytest.fixture
 def first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Mapping[str, str]], None]]:
-    """A process that has not looked for kernels yet, where nothing is installed; give it the files of csrc/."""
+    """Pretend that this process has no kernels and has not searched for them yet. Call it with the files of csrc/."""
     for name in DECIDING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
@@ -531,7 +531,7 @@ def first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 def stand_in(**facts: str) -> types.ModuleType:
-    """A compiled module as Python sees it."""
+    """Return a substitute of a compiled module."""
     module = types.ModuleType(build.MODULE)
     info = {"torch": str(torch.__version__), "kernels": True, "cuda": "13.0", "archs": "8.0+PTX", **facts}
     module.__dict__["build_info"] = lambda: info

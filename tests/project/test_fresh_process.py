@@ -1,4 +1,4 @@
-"""What an import and a first call load, seen in a fresh process."""
+"""The modules that an import and a first call load, in a new process."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def test_import_loads_neither_scipy_nor_the_compiler_and_a_first_compiled_call_i
 
 @pytest.mark.slow
 def test_the_check_before_a_capture_imports_no_compiler():
-    """Which takes seconds."""
+    """An import of the compiler takes seconds."""
     code = (
         "import sys, torch; from node_cuda.cuda_graphs.capture import Watch\n"
         "before = 'torch._dynamo' in sys.modules\n"

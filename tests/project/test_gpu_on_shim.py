@@ -1,6 +1,6 @@
-"""Tests of the tests: some of those that need a GPU pass on the CPU, by the shim. `make pretend-gpu` runs them all.
+"""Tests of the tests: some tests that need a GPU pass on the CPU, by the shim. `make pretend-gpu` runs them all.
 
-A test that fails there is wrong by itself, and would have spent the first minutes on a GPU.
+If a test fails there, the test itself is wrong, and it would waste the first minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -61,7 +61,7 @@ def test_tests_that_need_a_gpu_pass_on_the_cpu(shim_library):
 
 
 def test_every_excluded_test_exists():
-    """A test that was renamed would run and fail; one that was cut would stay in the list."""
+    """A renamed test would run and fail. A deleted test would stay in the list."""
     with_marks = [text for path in TESTS.rglob("test_*.py") if "mark.gpu" in (text := path.read_text())]
     names = [name for of_a_reason in LEFT_OUT.values() for name in of_a_reason]
     assert [name for name in names if not any(f"def {name}(" in text for text in with_marks)] == []

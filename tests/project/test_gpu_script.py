@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: its checks on the shim, its stages with commands that only pretend."""
+"""bench/gpu.sh without a GPU: its checks run on the shim, and its stages run substitutes of the commands."""
 
 import contextlib
 import importlib
@@ -41,7 +41,7 @@ def bench(monkeypatch):
 
 @pytest.fixture
 def smoke(bench, eager, shim_module, monkeypatch):
-    """smoke.py, with the CPU behind the shim in the GPU's place; what would be captured runs again."""
+    """Return smoke.py, with the shim on the CPU instead of a GPU. Work that would be captured runs again."""
     smoke = bench("smoke")
 
     @contextlib.contextmanager
@@ -134,8 +134,8 @@ def test_gpu_sh_runs_every_check_of_smoke_and_no_other(bench, tmp_path):
 
 @pytest.fixture
 def stages(bench, monkeypatch, tmp_path):
-    """Runs gpu_stages.py with these items on a machine that says it has a GPU: exit status, gpu.json and what was
-    printed."""
+    """Run gpu_stages.py with these items on a machine that reports a GPU. Return the exit status, gpu.json and the
+    output."""
     stages = bench("gpu_stages")
     monkeypatch.setattr(stages, "asked", lambda work: dict(MACHINE))
     monkeypatch.setattr(stages, "put_in_place", lambda machine: None)
@@ -241,7 +241,7 @@ def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
 
 
 def test_the_budgets_are_small_enough_and_all_lines_fit_into_the_returned_output(bench, tmp_path):
-    """Of a call's output the last 12000 letters may be all that is seen."""
+    """Only the last 12000 characters of a call's output may be returned."""
     stages, make = bench("gpu_stages"), bench("parts.gpu.items").items
     found = make(tmp_path, tmp_path, diffrax=True)
     assert found.keys() == stages.BUDGETS.keys() and sum(stages.BUDGETS.values()) <= 530

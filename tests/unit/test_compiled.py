@@ -1,4 +1,4 @@
-"""torch.compile around a model that contains a solve: one graph break, and nothing compiled inside."""
+"""torch.compile of a model that contains a solve: there is one graph break, and the solve is not compiled."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ WAYS = ("odeint", "adjoint", "discrete", "event", "dense", "layer")
 
 
 class Around(nn.Module):
-    """A solve between two layers that can be compiled."""
+    """A solve between two layers. The layers can be compiled."""
 
     def __init__(self, way):
         super().__init__()
@@ -50,7 +50,7 @@ class Around(nn.Module):
 
 
 class Counted:
-    """A backend that counts the graphs that were made for it, and what is in them."""
+    """A backend that counts its graphs and their operations."""
 
     def __init__(self):
         self.names = []
@@ -62,7 +62,7 @@ class Counted:
 
 @pytest.fixture
 def breaks():
-    """The graph breaks of torch.compile so far, in words."""
+    """Return the reasons of the graph breaks of torch.compile so far."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -73,7 +73,7 @@ def breaks():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_solve_is_one_graph_break_and_nothing_is_compiled_inside(breaks, way):
-    """A second shape makes the two graphs around the solve anew, for any size, and a third one makes nothing."""
+    """A second shape compiles the two graphs around the solve again, for any size. A third shape compiles nothing."""
     torch.manual_seed(0)
     model, backend = Around(way), Counted()
     compiled = torch.compile(model, backend=backend)
@@ -116,7 +116,7 @@ def test_fullgraph_is_refused_with_a_message(breaks):
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
 @pytest.mark.parametrize("around", [False, True], ids=["alone", "in a compiled model"])
 def test_a_compiled_field_runs_compiled_inside_the_solve(breaks, gradient, around):
-    """Its graph holds the field and no more, and is what computes: Python runs the field while it is traced alone."""
+    """The graph contains only the field, and computes it. Python code of the field runs only during the trace."""
     inner, runs = Counted(), []
 
     def backend(module, inputs):

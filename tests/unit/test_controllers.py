@@ -1,4 +1,4 @@
-"""The PID controllers of the step size, and controllers of the user's: the protocol `StepSizeController`."""
+"""The PID controllers of the step size, and users' controllers: the protocol `StepSizeController`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Halving:
 
 
 class Wrapped:
-    """One of the package's, as a user's own."""
+    """A controller of the package, wrapped as a user's controller."""
 
     def __init__(self, inner):
         self.start, self.accept, self.propose = inner.start, inner.accept, inner.propose

@@ -1,4 +1,4 @@
-"""Corners that went wrong once: a sentence each, so that they stay right."""
+"""Corner cases that were wrong once, with one test for each."""
 
 import gc
 import weakref
@@ -138,7 +138,7 @@ def test_a_stop_between_outputs_does_not_halve_the_backward_steps(landing, key):
 
 
 def test_a_short_interval_between_outputs_does_not_shorten_the_later_backward_steps():
-    """The step size from before a landing is carried: one more output, one more step and slope, however near it is."""
+    """The step size before a stop is kept: one more output costs one step and one evaluation at any distance."""
     nfe = []
     for times in ([0.0, 0.5, 1.0], [0.0, 0.5, 0.5 + 1e-7, 1.0]):
         field = Decay()
@@ -150,7 +150,7 @@ def test_a_short_interval_between_outputs_does_not_shorten_the_later_backward_st
 
 
 def test_a_jump_at_the_last_time_is_known_when_the_backward_solve_begins():
-    """Without it the first backward slope is that of the other side: 170 evaluations."""
+    """Otherwise the first backward slope is that of the other side, and the solve needs 170 evaluations."""
     nfe = 0
 
     def field(t, y):
@@ -309,7 +309,7 @@ def test_the_adjoint_does_not_keep_an_unused_starting_state_alive():
 
 
 def test_every_host_read_of_a_fixed_grid_is_counted():
-    """The times, one for each corrector iteration that asks whether it converged, and one for the status."""
+    """The host reads the times once, the convergence in each corrector iteration, and the status once."""
     t = torch.linspace(0, 1, 11, dtype=F64)
     assert solve(lambda t, y: -y, ones(), t, method="rk4").stats.host_reads == 2
     corrected = solve(lambda t, y: -y, ones(), t, method="implicit_adams", rtol=1e-3, atol=1e-3).stats
@@ -322,7 +322,7 @@ def test_the_public_names_exist():
 
 
 def test_the_starting_step_of_a_half_state_does_not_overflow():
-    """The field's change in units of the tolerance, about 1e8 here, is no number of half precision."""
+    """The change of the field in units of the tolerance is about 1e8 here, which half precision cannot represent."""
     y0 = torch.full((3,), 1000.0, dtype=torch.float16)
     f0, f1 = y0, y0 * 1.5
     norm = ErrorNorm(1e-9, 1e-9)

@@ -14,7 +14,7 @@ from node_cuda.extension import loading as extension
 
 
 def compiled_module(**facts: object) -> types.ModuleType:
-    """A stand-in for node_cuda._C."""
+    """Return a substitute of node_cuda._C."""
     module = types.ModuleType(build.MODULE)
     info = {"torch": str(torch.__version__), "kernels": True, "cuda": "13.0", "archs": "8.0+PTX", **facts}
     module.__dict__["build_info"] = lambda: info
@@ -22,7 +22,7 @@ def compiled_module(**facts: object) -> types.ModuleType:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType | None) -> None:
-    """Importing node_cuda._C gives this module, or raises ModuleNotFoundError."""
+    """Make the import of node_cuda._C return this module, or raise ModuleNotFoundError."""
     monkeypatch.setitem(sys.modules, build.MODULE, module)
     monkeypatch.setattr(build, "read_note", lambda: None)
 

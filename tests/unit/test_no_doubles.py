@@ -1,6 +1,6 @@
-"""A device without float64, as Apple's GPUs are: no solve of a float32 state makes a double there.
+"""A device without float64, like Apple's GPUs: no solve of a float32 state makes a double there.
 
-The device is pretended: tensors on "meta" whose numbers lie on the CPU, and a mode that refuses a double among them.
+The device is simulated by "meta" tensors with numbers on the CPU, and by a mode that refuses doubles among them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MODES = ("backprop", "adjoint", "discrete")
 
 
 class OnDevice(torch.Tensor):
-    """A tensor on the device. numbers: where they really are."""
+    """A tensor on the device. numbers: the tensor on the CPU that holds its numbers."""
 
     @staticmethod
     def __new__(cls, numbers):
@@ -36,7 +36,7 @@ class OnDevice(torch.Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Also what is made there, or moved."""
+    """Simulates tensors that are made on the device or moved to it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
@@ -53,7 +53,7 @@ def run(func, args, kwargs):
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    """Makers of tensors ask for the device's library before they come to a mode."""
+    """Pretend that the device exists: factory functions check its library before they call a mode."""
 
     def moved(make):
         return lambda *args, device=None, **kwargs: make(*args, **kwargs).to("cpu" if device is None else device)

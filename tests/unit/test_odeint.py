@@ -1,4 +1,4 @@
-"""odeint and solve, in sentences: the times, states, callbacks and options that they take, and what they return."""
+"""odeint and solve: the times, states, callbacks and options that they take, and their results."""
 
 from __future__ import annotations
 
@@ -122,7 +122,7 @@ def test_time_and_state_may_be_of_different_precision(t_dtype, y_dtype):
 
 
 def test_steps_are_added_up_in_double_precision_also_for_float32():
-    """Ten thousand steps of 1e-4 in float32 arithmetic would miss 1 by 5e-5."""
+    """In float32 arithmetic, ten thousand steps of 1e-4 would end 5e-5 away from 1."""
     ys = odeint(
         lambda t, y: torch.ones_like(y),
         torch.zeros(1),

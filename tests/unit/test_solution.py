@@ -1,4 +1,4 @@
-"""What a solve returns with its outputs: recorded steps, statistics, and the times it was asked for."""
+"""The results of a solve besides its outputs: recorded steps, statistics, and the requested times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Failures are sentences: what came, what is needed, what to type; of the classes that torchdiffeq's users catch."""
+"""Errors say what came, what is needed and what to type. Their classes are those that torchdiffeq's users catch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def grid_that_stops_short(func, y0, t):
 
 
 def is_a_sentence(message: str) -> bool:
-    """More than a label: eight words at the least."""
+    """Check that a message is a sentence with at least eight words."""
     return len(message.split()) >= 8
 
 
@@ -412,7 +412,7 @@ def test_a_functional_iteration_that_does_not_converge_warns():
 
 
 def test_a_nan_on_a_fixed_grid_is_never_hidden():
-    """torchdiffeq returns it; a solve that raises or returns it is honest, a finite number would not be."""
+    """torchdiffeq returns the NaN. A solve may raise or return it, but must not return a finite number."""
     try:
         ys = odeint(lambda t, y: torch.where(t > 0.3, math.nan, 1.0) * y, Y, T, method="rk4")
     except SolveError as error:

@@ -1,4 +1,4 @@
-"""What is known before a capture, without a GPU: which fields cannot be recorded. The rest: gpu/test_gpu_graphs.py."""
+"""The checks before a capture, without a GPU: which fields cannot be captured. gpu/test_gpu_graphs.py has the rest."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ def test_other_fields_are_not_refused(field):
     "copy", [lambda x: x.to(META), lambda x: torch.empty_like(x, device=META).copy_(x)], ids=["to", "copy_"]
 )
 def test_copies_between_host_and_device_are_refused(copy):
-    """A graph would copy from where the numbers were, and not those of its time."""
+    """Each replay would copy from the address of the numbers at the capture."""
     with pytest.raises(Uncapturable, match="between the host and the device"), Watch(META):
         copy(Y)
     with Watch(META):
@@ -62,7 +62,7 @@ def test_copies_between_host_and_device_are_refused(copy):
 
 
 def warm_up(work) -> None:
-    """`GraphCapture.warm_up` of a recorder that has no device."""
+    """Call `GraphCapture.warm_up` for a recorder without a device."""
     recorder = SimpleNamespace(
         device=Y.device,
         _random_states=lambda: [torch.get_rng_state().numpy().tobytes(), random.getstate()],
@@ -78,7 +78,7 @@ def test_random_numbers_of_python_are_found_by_the_state_of_the_generator():
 
 
 def test_a_field_that_the_check_cannot_run_is_left_to_the_capture():
-    """The watching itself may be what fails."""
+    """The check itself may fail."""
     runs = []
 
     def work():

@@ -1,7 +1,7 @@
-"""A fingerprint changes with all that a field computes with, and with nothing else.
+"""A fingerprint changes with everything that a field computes with, and with nothing else.
 
-Each row of CHANGES makes a field and changes something; that the change is one, the field's own values show. Work that
-was captured before it would go on with the old values. Each row of UNSEEN is a field that cannot be looked into.
+Each row of CHANGES makes a field and changes something. The values of the field show that it has changed. Work that was
+captured before would continue with the old values. Each row of UNSEEN is a value that cannot be inspected.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Field(nn.Module):
 
 
 def attribute(value, use, change):
-    """A field with an attribute that `use` makes a number of, and what changes it."""
+    """Return a function that makes a field with an attribute, from which `use` gets a number, and what changes it."""
 
     class Holder(Field):
         def forward(self, t, y):
@@ -157,7 +157,7 @@ def by_a_table(t, y):
 
 
 class Called:
-    """Is no module."""
+    """A callable that is no module."""
 
     def __call__(self, t, y):
         return self.rhs(y)
@@ -172,7 +172,7 @@ class Child(Field):
 
 
 class Routed(nn.Module):
-    """One of two modules does it."""
+    """Uses one of two modules."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ def reweighted(make):
 
 
 def replaced(name, value):
-    """A global of this file is another one."""
+    """Replace a global of this file."""
     return lambda func, patch: patch.setitem(globals(), name, value)
 
 
@@ -270,7 +270,7 @@ def decorated(scale):
 
 
 class Scaled:
-    """Works by operators, and makes another one of itself."""
+    """Implements operators. An operator returns a new object of the class."""
 
     def __init__(self, y):
         self.y = y * SCALE
@@ -304,7 +304,7 @@ class Squared(torch.autograd.Function):
 
 
 def chain(length):
-    """A list of links, so deep that no recursion reaches its end."""
+    """A list of links that is too deep for a recursive search."""
     last = types.SimpleNamespace(scale=1.0)
     first = functools.reduce(lambda link, _: types.SimpleNamespace(link=link), range(length), last)
     return attribute(lambda: (first, last), lambda x: x[1].scale, lambda f: setattr(last, "scale", 2.0))
@@ -511,7 +511,7 @@ CHANGES = {
 
 
 def values(func):
-    """What the field computes, at a state and, where it is a layer, without a time."""
+    """Return the values of the field at a state; a layer gets no time."""
     with torch.no_grad():
         try:
             return torch.as_tensor(func(T, Y))
@@ -578,7 +578,7 @@ def test_an_update_of_the_weights_changes_neither_and_a_copy_of_the_field_change
 
 
 def test_numbers_on_the_host_are_constants_of_a_kernel_elsewhere():
-    """On the CPU one number is; where the kernels run on another device, all that a field reads on the host are."""
+    """On the CPU, only tensors with one number are. For kernels on another device, all host tensors of a field are."""
     func = attribute(lambda: torch.ones(3), lambda x: float(x[1]), None)[0]()
     here, there = storage(func, CPU), storage(func, torch.device("cuda"))
     func.x[1] = 2.0
@@ -708,7 +708,7 @@ def test_a_value_that_cannot_be_inspected_is_reported(name):
 
 
 def test_a_function_of_an_extension_is_compared_by_identity():
-    """pybind11 binds its functions to a capsule, which cannot be looked into."""
+    """pybind11 binds its functions to a capsule, which cannot be inspected."""
 
     class Definition(ctypes.Structure):
         _fields_ = [
@@ -743,7 +743,7 @@ def test_the_equality_operator_of_an_object_is_not_called():
 
 
 def test_a_new_object_at_the_address_of_an_old_one_is_a_change():
-    """Of a function that was let go the address is given to the next one."""
+    """Python gives the address of a freed function to the next one."""
     func = Field()
     seen = []
     for factor in range(1, 4):

@@ -1,4 +1,4 @@
-"""A field that changed between the forward and the backward pass: its value decides, and never an attribute."""
+"""A field that changed between the forward and the backward pass: the check compares its values, not its attributes."""
 
 from __future__ import annotations
 
@@ -297,7 +297,7 @@ def test_a_change_is_refused_again_in_a_second_backward_pass_and_after_an_event(
 
 @both
 def test_a_change_below_the_noise_of_the_solve_is_accepted(mode):
-    """Less than a hundredth of the tolerance, or less than 100 roundings."""
+    """The change is less than a hundredth of the tolerance, or less than 100 roundings."""
     for by, arguments in ((1e-7, dict(rtol=1e-3, atol=1e-3)), (1e-14, dict(rtol=1e-12, atol=1e-12))):
         f = Graph()
         z = last(f, mode, options=dict(step_t=unit()), **arguments)
@@ -368,7 +368,7 @@ def fixed(f):
 
 
 def averaged(f):
-    """An exponential moving average is put in for an evaluation, and the weights are put back."""
+    """Use an exponential moving average of the weights for an evaluation, and restore the weights."""
     saved = [p.data.clone() for p in f.parameters()]
     for p in f.parameters():
         p.data.copy_(p.data * 0.9)
@@ -381,7 +381,7 @@ def averaged(f):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", FAIR)
 def test_values_that_a_field_writes_itself_are_no_change(mode, method, kind):
-    """Two solves, and one backward pass of both."""
+    """There are two solves, and one backward pass of both."""
     torch.manual_seed(1)
     f = FAIR[kind]()
     loss = sum(loss_of(silently(lambda: last(f, mode, y=BATCH, **METHODS[method]))) for _ in range(2))
@@ -397,7 +397,7 @@ def test_values_that_a_field_writes_itself_are_no_change(mode, method, kind):
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("old", [False, True])
 def test_spectral_norm_in_training_works_as_before_in_the_adjoint(method, old):
-    """Each evaluation iterates its vectors, so that it answers a little differently each time."""
+    """Each evaluation iterates the vectors of the norm, so that its values change a little each time."""
     torch.manual_seed(1)
     f = Spectral(old).train()
     z = last(f, "adjoint", y=BATCH, **METHODS[method])
@@ -433,7 +433,7 @@ def test_a_buffer_that_was_written_and_restored_is_no_change(mode):
 
 @both
 def test_a_recurrent_cell_between_solves_is_right(mode):
-    """A GRU-ODE: the hidden state flows from one input to the next, which the cell takes in."""
+    """In a GRU-ODE, a solve moves the hidden state from one input to the next, and the cell adds the input."""
 
     class GRUODE(nn.Module):
         def __init__(self, solver, **arguments):
@@ -484,7 +484,7 @@ def test_a_checkpoint_and_a_solve_in_the_field_are_right(mode):
 
 @both
 def test_another_order_of_the_operations_and_autocast_are_no_change(mode):
-    """The backward pass has a tape, and a field may then take another kernel."""
+    """The backward pass records a graph, and a field may then use another kernel."""
 
     class Two(nn.Module):
         def __init__(self):
@@ -557,7 +557,7 @@ def test_the_kernels_path_refuses_a_change_and_puts_a_tensor_back(mode, shim):
 
 @both
 def test_a_captured_solve_puts_a_replaced_tensor_back(mode, eager):
-    """Its steps are not compared: what else changed is a matter of the fingerprints, which record func anew."""
+    """Its steps are not compared. The fingerprint finds other changes, and func is then captured again."""
     f = Graph()
     for _ in range(2):  # the second is repeated from what the first captured
         f.w.grad, f.A = None, torch.eye(3, dtype=F64)

@@ -1,4 +1,4 @@
-"""odeint: autograd's gradient of what was computed (gradient="backprop")."""
+"""odeint: autograd's gradient of the computed steps (gradient="backprop")."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ GRID, CUBIC = dict(step_size=0.3), dict(step_size=0.3, interp="cubic")
     ids=str,
 )
 def test_gradcheck_through_a_fixed_grid(method, options):
-    """For y0, t and the parameters; with a step size the inner grid points move with t[0], the last with t[-1]."""
+    """The inputs are y0, t and the parameters. Inner grid points move with t[0], and the last one moves with t[-1]."""
     if method in ADAMS:
         options = dict(options, max_order=4)
         if method == "implicit_adams":
@@ -63,7 +63,7 @@ INTERPOLANTS = [(name, None) for name in ADAPTIVE] + [
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "dense"), INTERPOLANTS)
 def test_gradcheck_through_an_adaptive_method_with_the_accepted_steps_replayed(method, dense):
-    """Every step ends on a `step_t`, so that no step moves with the inputs but the first, which begins at t[0]."""
+    """Every step ends at a `step_t`, so only the first step, which begins at t[0], changes with the inputs."""
     options = dict(step_t=REPLAYED, first_step=1.0) | (dict(dense=dense) if dense else {})
     times = solve(
         curved(W), Y, OUTPUTS, rtol=1e3, atol=1e3, method=method, options=dict(options, record_steps=True)
@@ -128,7 +128,7 @@ def test_second_derivatives_through_odeint(method):
 
 @pytest.mark.parametrize("method", [*ADAPTIVE, *FIXED])
 def test_the_gradient_of_an_adaptive_solve_is_that_of_the_solution(method):
-    """Nothing frozen here: steps move with the inputs, by less than the tolerance lets them matter."""
+    """No step is frozen here: the steps change with the inputs, but the effect is below the tolerance."""
     func = TimedLinear()
     y0, t = leaf(Y), leaf(linspace(0.0, 1.5, 4))
     rtol, limit = rtol_and_limit(method, 1e-6)

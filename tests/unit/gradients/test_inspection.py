@@ -1,4 +1,4 @@
-"""What a solve tells of in its first evaluation: gradients that nothing would carry, fields that are no functions."""
+"""The warnings of a solve's first evaluation: gradients that would be lost, and fields that are no functions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weight():
 
 
 def told(run):
-    """What the run warns of, of our kind. Any other warning is an error as everywhere."""
+    """Return the MissingGradientWarnings of a run. All other warnings are errors."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("error")
         warnings.simplefilter("always", MissingGradientWarning)
@@ -47,7 +47,7 @@ def silent(run):
 
 # ------------------------------------------------------------------ what is warned of
 class Plain:
-    """A callable that is no module."""
+    """A callable that is not a module."""
 
     def __init__(self, w):
         self.w = w
@@ -60,7 +60,7 @@ class Plain:
 
 
 class Other(nn.Module):
-    """Uses `inner`, a module that it does not own, and has a parameter of its own."""
+    """Uses `inner`, a module that it does not own, and has one parameter."""
 
     def __init__(self, inner):
         super().__init__()
@@ -72,7 +72,7 @@ class Other(nn.Module):
 
 
 class SavedIntegrands(nn.Module):
-    """Holds a tensor that is no parameter."""
+    """Holds a tensor that is not a parameter."""
 
     def __init__(self, w):
         super().__init__()
@@ -84,7 +84,7 @@ class SavedIntegrands(nn.Module):
 
 
 class Nested(nn.Module):
-    """Holds one in a list."""
+    """Holds a tensor in a list."""
 
     def __init__(self, w):
         super().__init__()
@@ -189,7 +189,7 @@ def test_y0_captured_and_named_is_right(mode):
 
 
 def of_its_start(w):
-    """Through the state its gradient flows, through the closure it does not."""
+    """The tensor has a gradient through the state, and none through the closure."""
     y0 = leaf(Y)
     return lambda t, y: y0 - y, y0, T, "y0"
 
@@ -235,7 +235,7 @@ def test_captured_tensors_are_warned_about_with_every_kind_of_method(mode, metho
 
 @both
 def test_a_tensor_used_only_on_a_later_branch_may_be_missed_but_breaks_nothing(mode):
-    """The first evaluation is what is looked at: t > 0.5 comes later. The solve goes on either way."""
+    """Only the first evaluation is inspected, and t > 0.5 comes later. The solve continues in both cases."""
     w = weight()
     func = lambda t, y: -y * (w if t > 0.5 else 1.0)  # noqa: E731
     assert len(told(lambda: odeint_adjoint(func, Y, T, gradient=mode, adjoint_params=()))) <= 1
@@ -278,7 +278,7 @@ def test_the_warning_points_to_the_line_of_the_caller(mode, interface):
 
 # ------------------------------------------------------------------ what is not warned of
 class Normed(nn.Module):
-    """A field with a parametrization, or with anything else between the parameters and their use."""
+    """A field with a parametrization, or with another operation between the parameters and their use."""
 
     def __init__(self, kind):
         super().__init__()
@@ -315,7 +315,7 @@ class Normed(nn.Module):
     ["weight_norm", "old weight_norm", "spectral_norm", "orthogonal", "cached", "checkpoint", "checkpoint of a lambda"],
 )
 def test_parametrizations_and_checkpoints_give_no_warning_and_are_right(mode, kind):
-    """Tensors made from parameters at each evaluation are no strangers."""
+    """Tensors that each evaluation makes from parameters are known."""
     func = Normed(kind)
     wanted = [p for p in func.parameters() if p.requires_grad]
 
@@ -331,7 +331,7 @@ def test_parametrizations_and_checkpoints_give_no_warning_and_are_right(mode, ki
 @both
 @pytest.mark.parametrize("kind", ["old weight_norm"])
 def test_an_attribute_computed_from_parameters_before_the_solve_is_warned_about_or_right(mode, kind):
-    """`linear.weight` of the old weight_norm is a non-leaf attribute until the hook makes it anew."""
+    """`linear.weight` of the old weight_norm is a non-leaf attribute until the hook computes it again."""
     func = Normed(kind)
     func.linear.weight.sum()  # (made outside of the solve)
     silent(lambda: odeint_adjoint(func, leaf(Y), T, gradient=mode))
@@ -376,8 +376,8 @@ def made_inside(w):
 
 
 class Flow(nn.Module):
-    """A continuous normalizing flow: it differentiates inside, by a leaf of its own or, as in torchdiffeq's example, by
-    its argument itself."""
+    """A continuous normalizing flow, which differentiates in the field: by a new leaf or, as in torchdiffeq's example,
+    by its argument."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -392,7 +392,7 @@ class Flow(nn.Module):
 
 
 class Descent(nn.Module):
-    """dy/dt = -dE/dy of a leaf made inside."""
+    """The field dy/dt = -dE/dy, for a leaf that is made in it."""
 
     def __init__(self):
         super().__init__()
@@ -406,7 +406,7 @@ class Descent(nn.Module):
 
 
 class Sharing(nn.Module):
-    """Uses a submodule that another module owns, too: by what it was given, not by its attribute."""
+    """Uses a submodule that another module owns too, by the given object and not by its attribute."""
 
     def __init__(self, inner):
         super().__init__()
@@ -470,7 +470,7 @@ def test_named_tensors_give_no_warning_and_have_the_right_gradient(mode, case):
 
 @both
 def test_a_replica_of_data_parallel_has_the_gradients_of_its_parameters(mode):
-    """They are non-leaf tensors, found by the name torch gives them; the module below learns."""
+    """The parameters of a replica are non-leaf tensors with a name given by torch. The original module is trained."""
     inner = MLP(hidden=4)
     made = inner._replicate_for_data_parallel()
     made._former_parameters = {}
@@ -568,7 +568,7 @@ def test_the_inspection_costs_no_evaluation_and_changes_no_bit(mode, method, hid
 
 @both
 def test_a_field_may_write_into_its_state_as_before(mode):
-    """law 9: what the field gets is a fresh or untaped tensor; writing into it must not be what the tape notices."""
+    """Law 9: the field gets a new tensor, or one without a graph, so that autograd does not notice a write into it."""
 
     class Writing(MLP):
         def forward(self, t, y):
@@ -593,7 +593,7 @@ class Dropped(nn.Module):
 
 
 class Noisy(nn.Module):
-    """Draws at each evaluation; `scale` times the draw enters."""
+    """Draws random numbers at each evaluation, and adds `scale` times them."""
 
     def __init__(self, scale):
         super().__init__()
@@ -608,7 +608,7 @@ RANDOM = {"dropout": Dropped, "noise": lambda: Noisy(0.1), "a little noise": lam
 
 @pytest.mark.parametrize("kind", RANDOM)
 def test_the_discrete_adjoint_refuses_a_random_field_with_a_message(kind):
-    """Its backward pass takes the steps again and would find others."""
+    """Its backward pass recomputes the steps, and would draw other numbers."""
     func = RANDOM[kind]()
     with pytest.raises(InvalidField) as error:
         solve(func, leaf(BATCH), T, method="rk4", gradient="discrete")
@@ -661,7 +661,7 @@ def test_random_draws_without_effect_are_accepted(mode, make):
 
 @both
 def test_one_draw_for_the_whole_solve_is_accepted(mode):
-    """Hutchinson's estimate, the noise drawn once before: the mend that the words ask for."""
+    """Hutchinson's estimate with noise that is drawn once before the solve, as the message recommends."""
 
     class Flow(nn.Module):
         def __init__(self):
@@ -677,7 +677,7 @@ def test_one_draw_for_the_whole_solve_is_accepted(mode):
 
 @both
 def test_the_inspection_does_not_change_the_state_of_the_generator(mode):
-    """A reproducible training run draws the same numbers afterwards, whether gradients were asked for or not."""
+    """A reproducible training run draws the same numbers after a solve with or without gradients."""
     func = MLP(hidden=4)
     torch.manual_seed(3)
     odeint_adjoint(func, leaf(Y), T, gradient=mode)
@@ -722,7 +722,7 @@ def test_batch_normalization_is_accepted_with_the_gradient_of_backprop(mode, tra
 
 
 def test_spectral_normalization_in_training_is_refused_by_the_discrete_adjoint():
-    """Each evaluation iterates its vectors: the field of the backward pass is another one."""
+    """Each evaluation iterates the vectors of the norm, so the field of the backward pass differs."""
     func = Normed("spectral_norm").train()
     with pytest.raises(InvalidField) as error:
         ys = solve(func, leaf(BATCH), T, gradient="discrete", method="rk4").ys
@@ -732,7 +732,7 @@ def test_spectral_normalization_in_training_is_refused_by_the_discrete_adjoint()
 
 # ------------------------------------------------------------------ static buffers, with and without a tape
 class Static(nn.Module):
-    """Returns one buffer for all evaluations that have a tape, or for all that have none, or for all."""
+    """Returns one buffer for all evaluations with a graph, for all without one, or for all evaluations."""
 
     def __init__(self, when):
         super().__init__()

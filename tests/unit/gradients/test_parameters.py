@@ -1,4 +1,4 @@
-"""What the adjoint differentiates by besides y0 and t: unused, fixed, many and foreign parameters."""
+"""The parameters of the adjoint: unused, fixed, many and foreign ones."""
 
 from __future__ import annotations
 

@@ -64,17 +64,17 @@ def decay(t, y):
 
 
 def squared(t, y, dy):
-    """|dy|^2 of each sample."""
+    """Return |dy|^2 of each sample."""
     return dy.square().sum(-1)
 
 
 def decayed(t, y0=Y):
-    """int |dy|^2 of the decay."""
+    """Return int |dy|^2 of the decay."""
     return 0.5 * (1 - torch.exp(-2 * (t - t[0])))[:, None] * y0.square().sum(-1)
 
 
 class Weighted(nn.Module):
-    """An integrand with a parameter of its own, of t, y and dy."""
+    """An integrand of t, y and dy, with a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -288,7 +288,7 @@ def test_a_grid_constructor_gets_only_y():
 
 # ------------------------------------------------------------------ its gradients
 def gradients_of(gradient, method="dopri5", *, event_fn=None, reverse=False, **arguments):
-    """Of a loss of y and of its integral by y0, t and both modules' parameters."""
+    """Return the gradients of a loss of y and its integral by y0, t and both modules' parameters."""
     func, integral = MLP(dim=2, seed=1, timed=True), Weighted()
     y0, t = Y.clone().requires_grad_(), (T.flip(0) if reverse else T).clone().requires_grad_()
     if event_fn is not None:
@@ -362,7 +362,7 @@ def test_gradcheck(gradient):
 
 
 def test_the_parameters_of_a_replica_are_found_beside_the_integral():
-    """DataParallel makes parameters plain tensors that hang on the original's."""
+    """DataParallel makes the parameters of a replica plain tensors, computed from the original ones."""
 
     class Replica(nn.Module):
         _is_replica = True
@@ -484,7 +484,7 @@ def test_the_kinetic_penalty_is_the_closed_form_for_each_sample():
 
 
 def test_the_jacobian_penalty_of_a_linear_field_is_the_norm_of_its_transpose_times_the_noise():
-    """Exact to rounding: the integrand is constant."""
+    """The integral is exact to rounding, because the integrand is constant."""
     solution = solve(regularized(linear, jacobian=0.2, noise=EPS), Y, T)
     expected = 0.2 * (EPS @ A).square().sum(-1) * T[:, None]
     assert relative_difference(solution.integral, expected) < 100 * ROUNDING[F64]
@@ -535,14 +535,14 @@ def test_penalties_change_no_step_with_a_custom_norm_and_per_element_tolerances(
 
 
 def test_the_steps_of_lsoda_are_those_of_func_alone():
-    """Its norm is the largest element, where those of scipy's other solvers are means over all of them."""
+    """The norm of lsoda is the largest element. The norms of scipy's other solvers are means over all elements."""
     alone, with_penalty = (solve(f, Y, T, method="scipy_solver") for f in (linear, regularized(linear, 1e3, 1e3)))
     assert with_penalty.stats.nfe == alone.stats.nfe
     assert relative_difference(with_penalty.ys, alone.ys) < 1e-12
 
 
 def test_an_integral_of_the_user_takes_part_in_step_control():
-    """What the tests above would not see if integrals never did."""
+    """Without this test, the tests above would pass if no integral took part in step control."""
     alone = solve(linear, Y, T, rtol=1e-4, atol=1e-5)
     beside = solve(linear, Y, T, rtol=1e-4, atol=1e-5, integral=lambda t, y, dy: 1e3 * torch.sin(20 * y).sum())
     assert beside.stats.nfe > alone.stats.nfe
@@ -550,7 +550,7 @@ def test_an_integral_of_the_user_takes_part_in_step_control():
 
 @pytest.mark.parametrize("given", [dict(), dict(adjoint_rtol=1e-13, adjoint_atol=1e-6)], ids=str)
 def test_the_backward_steps_do_not_depend_on_the_size_of_the_penalty(given):
-    """A penalty a million times larger, and a loss that sees it with a millionth of the weight."""
+    """The penalty is a million times larger, and its weight in the loss is a millionth."""
     func, nfe = MLP(dim=2, seed=3), []
     for size in (1.0, 1e6):
         solution = solve(regularized(func, kinetic=size), Y, T, gradient="adjoint", **given)
@@ -581,7 +581,7 @@ def test_noise_is_drawn_once_a_solve_and_again_by_the_same_seed(noise):
 
 
 def test_rademacher_noise_is_exact_for_an_elementwise_field():
-    """eps^2 = 1: the penalty is the sum of the squares of the slopes."""
+    """eps^2 = 1, so the penalty is the sum of the squared slopes."""
     slopes = torch.tensor([2.0, -0.5], dtype=F64)
     solution = solve(regularized(lambda t, y: slopes * y, jacobian=1.0, noise="rademacher"), Y, T)
     assert relative_difference(solution.integral[-1], slopes.square().sum().expand(3) * T[-1]) < 1e-12
@@ -606,7 +606,7 @@ def test_the_penalty_is_one_number_a_sample(y0, shape, weights):
 
 
 class Flow(nn.Module):
-    """(z, logp) of a continuous normalizing flow, with a divergence of its own."""
+    """(z, logp) of a continuous normalizing flow, which computes a divergence."""
 
     def __init__(self):
         super().__init__()
@@ -676,7 +676,7 @@ def test_calling_a_regularized_field_calls_func():
 
 # ------------------------------------------------------------------ the gradients of regularized
 def penalty_gradients(gradient, weights, *, func=None, y0=Y, integral=None, method="dopri5"):
-    """Of a loss of y and of the penalty by y0, t and the parameters."""
+    """Return the gradients of a loss of y and the penalty by y0, t and the parameters."""
     func = MLP(dim=2, seed=1, timed=True) if func is None else func
     starts = [part.clone().requires_grad_() for part in ((y0,) if isinstance(y0, torch.Tensor) else y0)]
     t = T.clone().requires_grad_()
@@ -691,7 +691,7 @@ def penalty_gradients(gradient, weights, *, func=None, y0=Y, integral=None, meth
 
 @pytest.mark.parametrize("gradient", MODES)
 def test_the_penalty_is_that_of_the_same_integral_written_by_hand(gradient):
-    """For a field whose Jacobian is known: tanh(y W^T), which is diag(1 - tanh^2) W."""
+    """The field is tanh(y W^T). Its Jacobian is diag(1 - tanh^2) W."""
 
     class Known(nn.Module):
         def __init__(self):

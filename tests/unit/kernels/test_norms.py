@@ -1,4 +1,4 @@
-"""Tolerances and norms: what counts as a small error of a step."""
+"""Tolerances and norms: they decide whether the error of a step is small."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_larger_norm_takes_more_evaluations():
 
 
 def test_the_norm_of_a_tuple_is_the_largest_of_its_components():
-    """A long quiet component does not dilute the error of a short lively one."""
+    """A large component with a small error does not hide the error of a small component."""
 
     def func(t, state):
         return 30 * torch.cos(30 * t) * torch.ones_like(state[0]), torch.zeros_like(state[1])

@@ -1,6 +1,6 @@
-"""Rounding over many small steps: the error of single precision is that of adding exact increments, and no more.
+"""Rounding over many small steps: the error of single precision is only that of a sum of exact increments.
 
-The error is that of float32 against float64 by the same method on the same grid, so nothing but rounding is in it.
+The error is the difference between float32 and float64 with the same method and grid, so it contains only rounding.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ADAMS = ("explicit_adams", "implicit_adams")
 
 
 def slow(t, y):
-    """Increments that are small beside y, and not whole numbers of units in its last place."""
+    """A field whose increments are small compared with y, and are no whole numbers of units in its last place."""
     return 0.2 + 0.05 * torch.sin(y)
 
 
@@ -33,14 +33,14 @@ def steps_of(method):
 
 
 def settings(method):
-    """The same small steps in either precision: loose tolerances, so that none is rejected."""
+    """Return settings for the same small steps in both precisions. The tolerances are loose, so no step is rejected."""
     name = "max_step" if method in TABLEAUS and TABLEAUS[method].adaptive else "step_size"
     order = dict(max_order=4) if method in ADAMS else {}
     return dict(method=method, options={name: 4.0 / steps_of(method), **order}, rtol=1e-3, atol=1e-3)
 
 
 def error_of(solve, method):
-    """Root mean square over the state."""
+    """Return the root mean square of the error over the state."""
     wide = odeint(slow, Y0, T, **settings(method))[-1]
     narrow = solve(slow, Y0.float(), T.float(), **settings(method))[-1]
     return float((narrow.double() - wide).square().mean().sqrt())
@@ -48,7 +48,7 @@ def error_of(solve, method):
 
 @functools.lru_cache
 def error_of_a_sum(steps):
-    """Of float32 that adds the exact increments of the steps, rounded: the least that steps can do."""
+    """Return the error of a float32 sum of the exact, rounded increments: the smallest possible error of steps."""
     path = odeint(slow, Y0, torch.linspace(0.0, 4.0, steps + 1, dtype=F64), method="rk4").numpy()
     y = path[0].astype(np.float32)
     for increment in np.diff(path, axis=0):

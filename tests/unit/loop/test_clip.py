@@ -1,4 +1,4 @@
-"""options=dict(clip=True): func is asked at no time outside of [t[0], t[-1]], and the last step ends there."""
+"""options=dict(clip=True): func is evaluated at no time outside [t[0], t[-1]], and the last step ends at t[-1]."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ CLIP = dict(clip=True)
 
 
 class Table(nn.Module):
-    """y' = -rate y, known between two times only, as a table of inputs is."""
+    """The field y' = -rate y, which is only known between two times, like a table of inputs."""
 
     def __init__(self, low, high, rate=1.0, dtype=F64):
         super().__init__()
@@ -55,7 +55,7 @@ def test_no_method_evaluates_outside_and_the_last_step_ends_at_the_last_time(met
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("reverse", [False, True], ids=["forwards", "backwards"])
 def test_times_are_rounded_inwards_to_the_dtype_of_the_state(dtype, reverse):
-    """0.1 and 0.7 are rounded up or down, and func compares with the numbers in double."""
+    """0.1 and 0.7 are rounded up or down, and func compares them with the doubles."""
     func = Table(0.1, 0.7, dtype=dtype)
     with torch.no_grad():
         y = odeint(
@@ -66,7 +66,7 @@ def test_times_are_rounded_inwards_to_the_dtype_of_the_state(dtype, reverse):
 
 @pytest.mark.parametrize("path", ["reference", "fused"])
 def test_the_probe_of_the_first_step_stays_inside_too(path, request):
-    """It would be at t = 10: the field is slow, and the interval short."""
+    """Without clip it would be at t = 10, because the field is slow and the interval is short."""
     if path == "fused":
         request.getfixturevalue("shim")
     func = Table(0.0, 1e-3, rate=1e-3)

@@ -1,4 +1,4 @@
-"""Events end a solve where a function of time and state is zero."""
+"""Events: a solve ends when a function of time and state is zero."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_second_time_gives_the_direction_only():
 
 
 def test_an_event_in_the_past_is_found_by_running_backwards():
-    """The ball was at height 5 on its way up."""
+    """The ball was at height 5 when it went up."""
     past = (2.0 - math.sqrt(4.0 + 2 * G * 5.0)) / G
     event_t, ys = odeint_event(
         fall, START, T0, event_fn=lambda t, y: y[0] - 5.0, reverse_time=True, rtol=1e-8, atol=1e-8
@@ -142,7 +142,7 @@ def test_the_event_is_that_of_torchdiffeq(torchdiffeq):
 # Time that runs backwards is turned round before any method sees it: one method shows it.
 @pytest.mark.parametrize(("method", "reverse"), [*((name, False) for name in ADAPTIVE), ("dopri5", True)])
 def test_the_event_of_a_parabola_is_exact_with_every_adaptive_method(method, reverse):
-    """Steps of a parabola are exact and grow, so that the interpolant alone decides (torchdiffeq issue 199)."""
+    """The steps of a parabola are exact and large, so the error is that of the interpolant (torchdiffeq issue 199)."""
     sign = -1.0 if reverse else 1.0
 
     def parabola(t, y):

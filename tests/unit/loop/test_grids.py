@@ -1,4 +1,4 @@
-"""Fixed grids: where the steps are, what lies between them, and the methods that live on them only."""
+"""Fixed grids: their steps, the interpolation between them, and the methods that need them."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def test_interpolation_agrees_with_torchdiffeq(method, torchdiffeq):
 
 # ------------------------------------------------------------------ discontinuities
 def jump(t, y):
-    """y' = 1 up to and including... neither: the value at t = 1/2 itself is far off."""
+    """A field with a jump at t = 1/2. Its value at t = 1/2 itself is far from both sides."""
     slope = torch.where(t < 0.5, 1.0, 3.0)
     return torch.where(t == 0.5, 1000.0, slope) * torch.ones_like(y)
 
@@ -185,7 +185,7 @@ def test_steps_are_counted_and_none_is_rejected(method):
 
 @pytest.mark.parametrize("method", FIXED)
 def test_a_fixed_method_needs_no_host_read_for_each_step(method):
-    """The grid is known beforehand: the host reads of a solve do not grow with its steps."""
+    """The grid is known before the solve, so the number of host reads does not grow with the steps."""
     if method == "implicit_adams":
         pytest.skip("its functional iteration tests for convergence")
     reads = [

@@ -1,4 +1,4 @@
-"""Steps: the first, the longest, the shortest, those that must end somewhere, and those that are rejected."""
+"""Steps: the first, the longest, the shortest, those with a given end, and rejected ones."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_step_t_may_be_unsorted_a_list_and_reach_beyond_the_interval():
 
 @pytest.mark.parametrize("key", ["step_t", "jump_t"])
 def test_a_step_that_is_rounded_above_max_step_is_not_rejected_forever(key):
-    """1/2 - (1/6 + 1/6) is an ulp more than 1/6: the third step, cut to end on 1/2, exceeds max_step by rounding."""
+    """1/2 - (1/6 + 1/6) is one ulp more than 1/6: the third step must end at 1/2, and exceeds max_step by rounding."""
     options = {key: torch.tensor([0.5, 1.0, 1.5], dtype=F64)}
     times, solution = steps(first_step=1 / 6, max_step=1 / 6, max_num_steps=40, **options, **LOOSE)
     assert {0.5, 1.0, 1.5} <= set(times)

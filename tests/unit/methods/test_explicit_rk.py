@@ -1,4 +1,4 @@
-"""Every method converges with its order, on a problem that depends on t (a wrong node shows)."""
+"""Every method converges with its order, on a problem that depends on t, so that a wrong node is found."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def timed(t, y):
 
 
 def largest_error(method: str, steps: int, **options) -> float:
-    """max |y - exact| over TIMES, of a solve in `steps` equal steps from each of them to the next."""
+    """Return max |y - exact| over TIMES, for `steps` equal steps from each of them to the next."""
     h = 0.5 / steps
     if method in TABLEAUS and TABLEAUS[method].adaptive:  # a tolerance that accepts every step
         options |= dict(first_step=h, max_step=h, step_t=TIMES[1:])
@@ -60,7 +60,7 @@ def test_adams_methods_have_the_requested_order(method, max_order):
 
 @pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams"])
 def test_adams_methods_keep_converging_at_their_default_order(method):
-    """torchdiffeq's explicit_adams has order 1.9 and gets worse on refinement."""
+    """torchdiffeq's explicit_adams has order 1.9, and its error grows on refinement."""
     assert slope(method, 8) >= 4 - SLOPE
 
 

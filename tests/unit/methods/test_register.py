@@ -1,4 +1,4 @@
-"""`register_method`: a tableau of the user's becomes a method, or the message says what is wrong with it."""
+"""`register_method`: a user's tableau becomes a method, or the message says what is wrong with it."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ RALSTON = Tableau("any", order=2, c=row("0 2/3"), a=rows("", "2/3"), b=row("1/4 
 
 @pytest.fixture
 def registered():
-    """Names that are free again after the test."""
+    """Remove the registered names after the test."""
     before = set(TABLEAUS)
     yield
     for name in set(TABLEAUS) - before:

@@ -1,4 +1,4 @@
-"""What a tableau refuses and derives from its coefficients."""
+"""The properties that a tableau derives from its coefficients, and the tableaus that it refuses."""
 
 from __future__ import annotations
 

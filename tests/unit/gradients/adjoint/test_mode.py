@@ -1,4 +1,4 @@
-"""odeint_adjoint: the gradient of the solution, by the continuous adjoint method."""
+"""odeint_adjoint: the gradient of the solution by the continuous adjoint method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def leaf(tensor):
 
 # ------------------------------------------------------------------ odeint_adjoint: the gradient of the solution
 def adjoint_gradients(rtol, method=None, t=None, options=None, **arguments):
-    """Gradients for (y0, t, A) of a loss of the whole solution, and the exact ones."""
+    """Return the gradients for (y0, t, A) of a loss of the whole solution, and the exact ones."""
     func = TimedLinear()
     y0, t = leaf(torch.stack([Y, 2 * Y + 1])), leaf(linspace(0.0, 1.5, 4) if t is None else t)
     ys = odeint_adjoint(func, y0, t, rtol=rtol, atol=rtol * 1e-2, method=method, options=options, **arguments)
@@ -111,7 +111,7 @@ def test_the_gradient_of_time_costs_nothing_unless_it_is_required():
 
 
 def test_the_gradient_of_some_outputs_only():
-    """The cotangent of the others is zero; also where autograd sends no gradient at all."""
+    """The cotangent of the other outputs is zero, even if autograd sends no gradient at all."""
     func, y0 = TimedLinear(), leaf(Y)
     t = linspace(0.0, 1.5, 4)
     ys = odeint_adjoint(func, y0, t, rtol=1e-8, atol=1e-8)
@@ -228,7 +228,7 @@ def test_the_backward_pass_has_separate_tolerances_and_a_separate_method():
 
 
 def test_backward_steps_end_at_jumps_when_time_runs_backwards():
-    """torchdiffeq takes jump_t of the backward pass with the wrong sign there and pays with 248 instead of 75 calls."""
+    """torchdiffeq uses jump_t of the backward pass with the wrong sign there, and needs 248 instead of 75 calls."""
 
     class Jumping(nn.Module):
         def __init__(self):

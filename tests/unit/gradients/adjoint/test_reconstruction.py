@@ -1,4 +1,4 @@
-"""The state that the adjoint rebuilds on its way back: where it is wrong, a warning."""
+"""The state that the backward solve of the adjoint reconstructs: if it is wrong, a warning is issued."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_a_field_with_a_stable_backward_solve_gives_no_warning(make, tolerance, 
 
 
 def test_outputs_between_the_ends_reset_the_state():
-    """With twenty outputs each stretch back is a twentieth, and the errors stay what the steps make."""
+    """With twenty outputs each backward interval is a twentieth of the solve, so that the errors stay small."""
     t = linspace(0.0, 5.0, 20)
     solution = solve(Contracting(4.0), leaf(Y), t, rtol=1e-5, atol=1e-7, gradient="adjoint", options=CHECKED)
     loss_of(solution.ys).backward()
@@ -80,7 +80,7 @@ def test_outputs_between_the_ends_reset_the_state():
 
 
 def test_the_error_is_that_of_the_reconstructed_state_in_tolerances():
-    """y' = -8 y from an output that is off by one part in 1e4, as the forward tolerance let it be, back over T = 1."""
+    """Solve y' = -8 y back over T = 1, from an output with a relative error of 1e-4, which the tolerance allows."""
     y0, t = leaf(torch.ones(1, dtype=F64)), linspace(0.0, 1.0, 2)
     solution = solve(
         lambda t, y: -8 * y, y0, t, rtol=1e-4, atol=0.0, gradient="adjoint", adjoint_params=(), adjoint_rtol=1e-10,

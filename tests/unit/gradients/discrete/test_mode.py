@@ -1,4 +1,4 @@
-"""gradient="discrete": the exact gradient of the computed steps, from the states that they began with."""
+"""gradient="discrete": the exact gradient of the computed steps, recomputed from the states that they began with."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def curved(w):
 
 
 def asked(method, **options):
-    """Tolerances that cost a method some five to thirty steps on an interval of length two, or a grid of eleven."""
+    """Return settings with which a method takes some five to thirty steps on an interval of length two, or eleven."""
     if method in FIXED:
         return dict(method=method, options=dict(step_size=0.19, **options))
     rtol = {"adaptive_heun": 1e-3, "fehlberg2": 1e-4, "bosh3": 1e-4, "dopri8": 1e-9}.get(method, 1e-6)
@@ -56,7 +56,9 @@ def asked(method, **options):
 def discrete_and_backprop(
     make, starts, t, *, checkpoints=(None,), params=(W,), wants_t=False, loss=loss_of, **arguments
 ):
-    """[(gradients by "discrete", stats) for each of `checkpoints`], and those by "backprop", of a loss of all outputs.
+    """Return [(gradients by "discrete", stats) for each of `checkpoints`], and the gradients by "backprop".
+
+    The loss depends on all outputs.
 
     make(*params) gives the field; starts: one tensor, or the components of a tuple state.
     """
@@ -142,7 +144,7 @@ JUMPS = torch.tensor([0.6, 1.3], dtype=F64)
 
 
 def jumping(w):
-    """Discontinuous at 0.6, where it is still the old field, and at 1.3, where it is the new one."""
+    """A field that is discontinuous at 0.6 and 1.3. At 0.6 it is still the old field, at 1.3 already the new one."""
     return lambda t, y: torch.tanh(y @ w.T) * torch.where(t <= 0.6, 1.0, torch.where(t < 1.3, -2.0, 3.0))
 
 
@@ -189,7 +191,7 @@ def test_gradients_are_those_of_backprop_for_tuple_states(method):
 
 @pytest.mark.parametrize("method", EVERY)
 def test_gradients_are_those_of_backprop_for_complex_states(method):
-    """Not holomorphic, so that a forgotten conjugate shows."""
+    """The field is not holomorphic, so that a forgotten conjugate changes the result."""
     y0 = torch.tensor([0.5 + 0.2j, -0.3j], dtype=torch.complex128)
     w = torch.tensor([0.3 + 1j, -0.5 + 0.1j], dtype=torch.complex128)
 
@@ -224,7 +226,7 @@ def test_rejected_steps_do_not_affect_the_gradient(method):
 
 
 def test_the_gradient_of_some_outputs_only():
-    """The cotangent of the others is zero, also where autograd sends none; steps behind the last one give nothing."""
+    """The cotangent of the others is zero, even if autograd sends none. Steps after the last one add nothing."""
     t = linspace(0.0, 2.0, 5)
     assert_same(curved, Y, t, loss=lambda ys: ys[2, 0], **asked("dopri5"))
     make = lambda w: lambda t, s: (torch.tanh(s[0] @ w.T), -s[1])  # noqa: E731
@@ -240,7 +242,7 @@ def test_with_one_output_time_the_gradient_of_y0_is_that_of_the_output():
 
 # ------------------------------------------------------------------ complex-step and finite differences of the solve
 def steps_of(method, h):
-    """Steps of h whatever the state is, also if it is complex."""
+    """Return settings for steps of size h that do not depend on the state, which may be complex."""
     if method in FIXED:
         return dict(method=method, options=dict(step_size=h, interp="cubic"))
     return dict(method=method, rtol=1e3, atol=1e3, options=dict(first_step=h, max_step=h, controller="I"))
@@ -321,7 +323,7 @@ def test_the_gradient_of_the_times_is_that_of_the_solution_in_adaptive_methods(m
 
 
 def test_the_gradient_of_the_times_is_the_slope_of_the_computed_outputs():
-    """By the formula itself, at a loose tolerance: g_m . f at the computed y_m, to rounding."""
+    """Check the formula at a loose tolerance: g_m . f at the computed y_m, to rounding."""
     t, y0 = leaf(linspace(0.0, 2.0, 5)), leaf(Y)
     ys = odeint_adjoint(curved(W), y0, t, rtol=1e-3, atol=1e-3, gradient="discrete", adjoint_params=())
     g = torch.linspace(0.5, 1.5, ys.numel(), dtype=F64).reshape(ys.shape)
@@ -334,7 +336,7 @@ def test_the_gradient_of_the_times_is_the_slope_of_the_computed_outputs():
 
 # ------------------------------------------------------------------ events
 class Falling(nn.Module):
-    """Falls and is braked, by a parameter each."""
+    """A fall with friction. Gravity and friction have one parameter each."""
 
     def __init__(self):
         super().__init__()
@@ -373,7 +375,7 @@ def test_the_gradient_of_an_event_is_that_of_backprop(settings, named, checkpoin
 
 
 def test_through_the_state_of_an_event_only_the_starting_time_has_a_gradient():
-    """y' = -y: dy(t*)/dt_0 = y(t*) while t* stays; t[1] only told the direction. t* moves with t_0."""
+    """For y' = -y, dy(t*)/dt_0 = y(t*) at constant t*. t[1] only gives the direction. t* moves with t_0."""
     t, y0 = leaf(linspace(0.0, 1.0, 2)), leaf(Y.abs())
     event_t, ys = odeint_adjoint(
         lambda t, y: -y, y0, t, event_fn=lambda t, y: y[0] - 0.2, gradient="discrete", adjoint_params=()
@@ -388,7 +390,7 @@ def test_through_the_state_of_an_event_only_the_starting_time_has_a_gradient():
 
 # ------------------------------------------------------------------ what the backward pass costs
 class Tally(torch.autograd.Function):
-    """The identity; counts how often a cotangent passes."""
+    """The identity, which counts the cotangents that pass it."""
 
     count = 0
 
@@ -403,7 +405,7 @@ class Tally(torch.autograd.Function):
 
 
 def vjps(t, **arguments):
-    """(vjps in the backward pass, its evaluations, stats)"""
+    """Return (the vjps of the backward pass, its evaluations, stats)."""
     w, y0 = leaf(W), leaf(Y)
     func = Counting(lambda t, y: Tally.apply(curved(w)(t, y)))
     solution = solve(func, y0, t, gradient="discrete", adjoint_params=(w,), **arguments)
@@ -466,7 +468,7 @@ def test_a_solve_without_a_backward_pass_costs_the_same_as_any_solve():
 
 # ------------------------------------------------------------------ checkpoints: how many steps are taken again
 def reversal(steps, slots, count=None):
-    """(steps taken again, most states held), with numbers for states; checks the order and every state."""
+    """Return (recomputed steps, largest number of states), with numbers as states. Check the order and every state."""
     checkpoints, again, seen = Checkpoints(slots, count), [], []
     for i in range(steps):
         checkpoints.offer(i, i)
@@ -495,7 +497,7 @@ def griewank(steps, slots):
 
 @cache
 def fewest(steps, slots):
-    """All steps to be taken, those of the forward solve among them, by trying every place for the next state."""
+    """Return the fewest steps, including those of the forward solve, by a search over all places of the next state."""
     if steps <= 1:
         return 0
     if slots == 1:
@@ -521,7 +523,7 @@ def test_at_most_twice_the_fewest_steps_are_recomputed_if_their_number_is_unknow
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 8, 16, 31, 32])
 def test_each_step_is_recomputed_once_if_their_number_is_unknown_and_segments_fit(slots):
-    """A segment fits if the slots that are free when its turn comes hold all its states but the first."""
+    """A segment fits if the slots that are free before its reversal can hold all its states but the first."""
     fitted = 0
     for steps in range(1, slots * slots + 1):
         stride = 1
@@ -562,7 +564,7 @@ SIZE = 4099  # of a state: a prime, so that nothing else is of that size
 
 
 class Alive(TorchDispatchMode):
-    """Watches every tensor that an operation makes: `states` is the memory of those alive, in states."""
+    """Tracks every tensor that an operation makes. `states` is the memory of those that are alive, in states."""
 
     def __init__(self):
         super().__init__()
@@ -585,7 +587,7 @@ class Alive(TorchDispatchMode):
 
 
 def memory(steps, method, checkpoints, gradient="discrete"):
-    """States alive between forward and backward pass beside the two outputs, and the most during the latter."""
+    """Return the states alive between the passes, besides the two outputs, and the most in the backward pass."""
     rate, y0 = leaf(torch.tensor(0.3, dtype=F64)), leaf(torch.full((SIZE,), 0.5, dtype=F64))
     params = dict(adjoint_params=(rate,), checkpoints=checkpoints) if gradient == "discrete" else {}
     with Alive() as alive:
@@ -644,7 +646,7 @@ def test_a_second_backward_pass_without_retain_graph_raises():
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_overwriting_y0_after_the_solve_is_right_or_raises(method, checkpoints):
-    """Either the right gradient or autograd's error, never a wrong gradient."""
+    """The result is the right gradient or autograd's error, and never a wrong gradient."""
     func, t = MLP(), linspace(0.0, 1.0, 9)
     (truth,) = torch.autograd.grad(loss_of(odeint(func, Y, t, **asked(method))), func.w1)
     y0 = Y.clone()
@@ -724,14 +726,14 @@ def test_adjoint_params_may_be_a_generator_and_need_not_be_leaves():
 # ------------------------------------------------------------------ graphs that are too large, and half precision
 @pytest.fixture
 def no_memory(monkeypatch):
-    """No graph of a whole step fits."""
+    """Pretend that no graph of a whole step fits in memory."""
     monkeypatch.setattr(step_adjoint, "fits", lambda size, device: False)
 
 
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("method", EVERY)
 def test_one_graph_at_a_time_gives_the_same_gradients(method, checkpoints, no_memory, monkeypatch):
-    """To the last bit: the same operations in the same order, some of them twice."""
+    """The bits are equal: the operations are the same and in the same order, and some are done twice."""
 
     def gradients():
         func, y0, t = MLP(), leaf(Y), leaf(linspace(0.0, 1.0, 5))
@@ -748,7 +750,7 @@ def test_one_graph_at_a_time_gives_the_same_gradients(method, checkpoints, no_me
 
 @pytest.mark.parametrize("method, stages", [("dopri5", 6), ("rk4", 4), ("bosh3", 3)])
 def test_one_graph_at_a_time_costs_one_more_evaluation_for_each_stage_that_others_read(method, stages, no_memory):
-    """N (2s - 1) evaluations, and s N products."""
+    """The backward pass has N (2s - 1) evaluations and s N products."""
     t = linspace(0.0, 2.0, 9)
     options = {} if method == "rk4" else dict(step_t=t[1:])  # outputs at the ends of steps only
     count, nfe, stats = vjps(t, method=method, options=options)
@@ -796,7 +798,7 @@ def test_the_size_of_a_graph_excludes_the_parameters():
     [("euler", torch.bfloat16, 300), ("rk4", torch.bfloat16, 300), ("euler", torch.float16, 2100)],
 )
 def test_cotangents_of_half_states_add_up_in_single_precision(method, dtype, outputs):
-    """Many outputs of a state at rest: a sum of ones stands still at 256 in bfloat16, at 2048 in float16."""
+    """A constant state with many outputs: a sum of ones stops growing at 256 in bfloat16, and at 2048 in float16."""
     y0 = torch.ones(3, dtype=dtype, requires_grad=True)
     ys = odeint_adjoint(
         lambda t, y: 0 * y, y0, torch.linspace(0, 1, outputs), method=method, gradient="discrete", adjoint_params=()
@@ -871,7 +873,7 @@ def test_a_failed_solve_that_reached_nothing_has_the_gradient_of_its_start():
 
 # ------------------------------------------------------------------ where the continuous adjoint drifts
 def test_the_discrete_gradient_of_a_dissipative_field_is_exact_and_the_continuous_one_is_not():
-    """y' = -20 y: backwards in time the continuous adjoint runs y up by e^20 from what rounding and tolerance left."""
+    """For y' = -20 y, the backward solve of the continuous adjoint multiplies the error of y by e^20."""
     t, rtol = linspace(0.0, 1.0, 2), 1e-6
 
     class Decay(nn.Module):
