@@ -126,7 +126,7 @@ def test_an_output_at_the_end_of_a_step_has_the_bits_of_that_end():
 
 def test_a_nan_beyond_the_end_of_a_domain_only_shortens_the_step(torchdiffeq):
     arguments = (lambda t, y: -torch.sqrt(y), torch.ones(1, dtype=F64), linspace(0.0, 1.5, 2))
-    options = dict(first_step=3.0)  # so long that a stage lies where the square root is not defined
+    options = dict(first_step=3.0)  # so long that the square root is not defined at a stage
     assert float(odeint(*arguments, options=options)[-1]) == pytest.approx(0.25**2, rel=1e-6)
     with pytest.raises(AssertionError, match="underflow"):
         torchdiffeq.odeint(*arguments, options=options)

@@ -73,7 +73,7 @@ def train_on_half(rank, file, results):
             grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
             torch.save(grads, f"{results}-{name}-{rank}.pt")
         del net
-        dist.barrier()  # gloo aborts in the process whose peer is gone before it has finished
+        dist.barrier()  # gloo aborts a process if its peer ends first
     finally:
         dist.destroy_process_group()
 
@@ -87,7 +87,7 @@ def test_two_processes_over_gloo_have_the_gradients_of_one(tmp_path):
         truth = gradients(Net(solver), batch())
         for rank in range(2):
             grads = torch.load(tmp_path / f"grads-{name}-{rank}.pt")
-            assert relative_difference(tuple(grads), truth) < 1e-6  # the halves step on other grids, to rtol 1e-9
+            assert relative_difference(tuple(grads), truth) < 1e-6  # the two halves take other steps, with rtol 1e-9
 
 
 def replica_of(module):
@@ -167,7 +167,7 @@ def test_the_field_has_the_same_dtype_in_both_passes_under_autocast(solver, meth
         loss = ys.float().square().mean()
     forward = len(func.seen)
     assert set(func.seen) == {torch.bfloat16}
-    loss.backward()  # outside of the context, as everybody does
+    loss.backward()  # outside the context, as usual
     assert set(func.seen[forward:]) <= {torch.bfloat16}
     assert ys.dtype == torch.float32 and y0.grad.dtype == torch.float32
     assert func.linear.weight.grad.dtype == torch.float32

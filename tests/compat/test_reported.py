@@ -35,7 +35,7 @@ def test_a_field_may_differentiate_by_its_state_if_y0_requires_grad(method):
     torch.testing.assert_close(g, torch.full_like(g, math.exp(-2)), rtol=0, atol=1e-6)
 
 
-# ------------------------------------------------------------------ exceptions that travel
+# ------------------------------------------------------------------ exceptions in other processes
 def test_a_solve_error_arrives_from_another_process_with_its_fields():
     with pytest.raises(SolveError) as caught:
         odeint(lambda t, y: y * y, torch.ones(1, dtype=F64), 2.0 * T)  # blows up at t = 1

@@ -44,7 +44,7 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
-# From the bottom up: a folder or module of bench/parts/ imports only from itself and from lines above its own.
+# From the bottom up: a folder or module of bench/parts/ imports only from itself and from the lines above its line.
 LAYERS = (
     ("common",),
     ("solve",),
@@ -214,7 +214,7 @@ def test_the_pages_change_only_where_results_are_published(bench, report, monkey
     page.write_text(behind := "<!-- bench:speed -->\n<!-- /bench -->\n")
     monkeypatch.setattr(report, "PAGES", (page,))
     assert program.written("a.json", program.LOCAL) == "Written: a.json" and page.read_text() == behind
-    page = ROOT / "build" / "page.md"  # a page of the project, as what is said of it is its path there
+    page = ROOT / "build" / "page.md"  # a page in the project, because messages name its path there
     page.parent.mkdir(exist_ok=True)
     page.write_text(behind)
     monkeypatch.setattr(report, "PAGES", (page,))
@@ -241,9 +241,9 @@ def test_make_bench_and_make_test_do_not_affect_each_other(order):
     lines = [line for line in run.stdout.splitlines() if "bench/" in line or "pytest" in line]
     assert ["bench" if "bench/" in line else "test" for line in lines] == list(order)
     assert not any(word in run.stdout for word in ("--publish", "--out", "--write", "bench/results"))
-    assert "takes about four minutes" in (BENCH / "memory_vs_steps.py").read_text()  # said before it begins
+    assert "takes about four minutes" in (BENCH / "memory_vs_steps.py").read_text()  # printed before it begins
     settings = (ROOT / "pyproject.toml").read_text()
-    assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the suite's whole limit
+    assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the limit of the whole suite
 
 
 def test_the_sentence_on_memory_uses_the_first_path_of_ours(report_memory):
@@ -341,7 +341,7 @@ def test_every_primitive_is_launched_as_its_formula_says(primitives, bench, laun
         launch = prepared(primitives, launchers, row, dtype)
         with torch.no_grad():
             kernels.require_right(row, launch, dtype)
-            launch.kernel()  # again, as when it is timed
+            launch.kernel()  # again, as in a timed run
         # Sums and errors of halves are float32.
         if dtype.itemsize >= 4:
             assert launch.bytes == row.sizes * 4096 * dtype.itemsize, row.name
@@ -595,7 +595,7 @@ def test_selected_sections_have_a_file_with_their_names_and_diffrax_takes_part_o
     monkeypatch.setattr(device_loop, "measure", measure)
     for sections in (["calls"], ["training", "solves"], ["solves", "--diffrax"]):
         monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--out", str(tmp_path), "--only", *sections])
-        with contextlib.suppress(SystemExit):  # of a row that failed
+        with contextlib.suppress(SystemExit):  # the failed row
             device_loop.main()
     found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert {name: [section for section in device_loop.SECTIONS if found[name][section]] for name in found} == {

@@ -41,7 +41,7 @@ def compiler(test: Callable[..., None]) -> Callable[..., None]:
 nvcc = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit on this machine")
 cpu_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="this is about a torch without CUDA")
 
-# A module that says what it is built with, and a kernel.
+# A module with build information, and a kernel.
 STAND_IN = """
 #include <Python.h>
 #ifdef NODE_CUDA_WITH_KERNELS
@@ -139,7 +139,7 @@ def note(package: Path) -> dict[str, str]:
 SETTINGS = {
     "python": {"NODE_CUDA_BUILD": "python"},
     "cpu": {"NODE_CUDA_BUILD": "cpu"},
-    # Other tests look at the code that nvcc makes; here it need not be fast.
+    # Other tests check the code that nvcc generates. Here it need not be fast.
     "cuda": {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0", "NVCC_APPEND_FLAGS": "-Xptxas=-O0 -Xcicc=-O0"},
 }
 
@@ -240,7 +240,7 @@ def test_the_sources_in_a_pure_python_install_include_only_headers_in_it(
     own = build.include_folders(build.Recipe("cuda", ""), csrc)
     torchs = Path(torch.__file__).parent / "include"
     folders = [*own, str(ROOT / "tests" / "support" / "shim"), sysconfig.get_path("include"), str(torchs)]
-    for source in build.sources(csrc, kernels=True):  # one by one: each must name all that it needs
+    for source in build.sources(csrc, kernels=True):  # one by one: each source must include everything that it needs
         flags = ["-x", "c++", "-std=c++20", "-MM", "-DNODE_CUDA_WITH_KERNELS", *(f"-I{folder}" for folder in folders)]
         done = run("g++", *flags, source, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -303,7 +303,7 @@ def test_an_editable_install_builds_in_place_and_a_later_pure_python_one_removes
     assert "is not installed (NODE_CUDA_BUILD=python is set)" in done.stdout, done.stdout + done.stderr
 
 
-# --- what cannot be built --------------------------------------------------------------------------------------------
+# --- builds that fail --------------------------------------------------------------------------------------------
 
 
 def test_a_build_that_cannot_import_torch_is_pure_python_and_warns_in_one_line(tmp_path: Path) -> None:
@@ -438,7 +438,7 @@ def test_the_toolkit_of_this_machine_compiles_for_the_default_architectures() ->
         ("8.0;9.0a", (9, 0), True),
         ("9.0a+PTX", (10, 0), False),
         ("8.0;12.0+PTX", (10, 0), False),
-        ("Ampere", (7, 5), True),  # cannot be read: the launch will tell
+        ("Ampere", (7, 5), True),  # cannot be parsed: the launch decides
     ],
 )
 def test_code_for_an_architecture_runs_on_some_gpus(archs: str, capability: tuple[int, int], runs: bool) -> None:
@@ -471,7 +471,7 @@ def test_a_changed_or_moved_header_changes_the_digest_of_the_sources_and_every_c
     recipe = build.Recipe("cuda", "")
 
     def known_by() -> tuple[str, object]:
-        return build.digest(csrc), build.macros(recipe, csrc)  # ninja compiles again where a command changes
+        return build.digest(csrc), build.macros(recipe, csrc)  # ninja compiles again if a command changes
 
     seen = [known_by()]
     write_csrc(csrc, {"common/launch.h": f"{HEADER}// changed"})

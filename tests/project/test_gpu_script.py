@@ -233,7 +233,7 @@ def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
     stopped = line("\n".join(PYTEST.splitlines()[:2]), None)
     assert stopped.detail.startswith("stopped after 5 s: ") and stopped.detail.endswith("; 1 had passed")
     assert stopped.more == ("[gw1] [100%] FAILED tests/test_a.py::test_two[x]",)
-    assert line("==== 12 skipped in 0.12s ====", 0).outcome == "FAILED"  # all of them need what is not there
+    assert line("==== 12 skipped in 0.12s ====", 0).outcome == "FAILED"  # all of them need a GPU
     assert line("==== 2 passed, 1 skipped in 65.12s (0:01:05) ====", 0).outcome == "ok"
     assert line("==== no tests ran in 0.12s ====", 5).outcome == "FAILED"
     many = processes.failed_tests([f"FAILED tests/test_a.py::test_{n}" for n in range(20)])
@@ -255,7 +255,7 @@ def test_the_budgets_are_small_enough_and_all_lines_fit_into_the_returned_output
         assert scripts and all((ROOT / script).is_file() for script in scripts), each.name
 
 
-# ---- before it begins, and behind its end
+# ---- before it begins, and after its end
 
 
 def gpu_sh(*arguments, **environment):

@@ -146,7 +146,7 @@ def test_the_table_of_gradient_modes_is_the_registry():
     assert sorted(rows) == sorted(f'`"{name}"`' for name in GRADIENTS)
 
 
-# ------------------------------------------------------------------ what it points to
+# ------------------------------------------------------------------ links and commands
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):

@@ -8,7 +8,7 @@ from torch import nn
 
 from node_cuda import NeuralODE, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 
-# The compiler asks every tensor for `.grad`, and torch tells it not to.
+# The compiler reads `.grad` of every tensor, and torch warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 T = torch.linspace(0.0, 1.0, 3)
 
@@ -87,7 +87,7 @@ def test_a_solve_is_one_graph_break_and_nothing_is_compiled_inside(breaks, way):
         graphs.append(len(backend.names))
         broken.append(len(breaks()))
     assert graphs[0] == 2 and graphs[2] == graphs[1] <= 4
-    assert broken[0] == (2 if way == "dense" else 1)  # a function that odeint_dense gives is called, too
+    assert broken[0] == (2 if way == "dense" else 1)  # the function that odeint_dense returns is called too
     assert all("a solve is one graph break" in reason for reason in breaks())
 
 
@@ -105,7 +105,7 @@ def test_a_compiled_training_step_does_not_trace_the_backward_pass(breaks, gradi
     field.zero_grad()
     step(torch.ones(4, 2))
     assert all(torch.equal(a, b.grad) for a, b in zip(ours, field.parameters(), strict=True))
-    assert len(backend.names) <= 2 and len(breaks()) == 2  # the solve, and torch's own at backward()
+    assert len(backend.names) <= 2 and len(breaks()) == 2  # the graph break of the solve, and torch's at backward()
 
 
 def test_fullgraph_is_refused_with_a_message(breaks):

@@ -135,7 +135,7 @@ def test_the_kernels_take_a_controller_of_the_users_at_one_read_a_step(shim):
     # Norms are summed in another order, which moves the first step by rounding.
     assert on_kernels.ys.detach() == pytest.approx(plain.ys.detach(), rel=1e-12)
     assert on_kernels.stats.accepted == plain.stats.accepted
-    # The times, three for the first step and one a step.
+    # One read of the times, three for the first step, and one for each step.
     assert on_kernels.stats.host_reads == 4 + on_kernels.stats.accepted + on_kernels.stats.rejected
     assert shim.lib.shim_launches() > 0
 

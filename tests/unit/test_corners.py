@@ -67,7 +67,7 @@ def test_an_event_moves_with_its_start_in_every_step(settings, level):
     event_t, _ = odeint_event(
         lambda t, y: -y, ones(), t0, event_fn=lambda t, y: (y - level).sum(), rtol=1e-6, atol=1e-6, **settings
     )
-    # An autonomous solution that starts later crosses as much later; a linear interpolant is right to a step.
+    # An autonomous solution that starts later crosses later by the same time. Linear interpolants have larger errors.
     assert torch.autograd.grad(event_t, t0)[0] == pytest.approx(1.0, abs=1e-2)
 
 
@@ -133,7 +133,7 @@ def test_a_stop_between_outputs_does_not_halve_the_backward_steps(landing, key):
     ys = odeint_adjoint(field, ones(), T, rtol=1e-3, atol=1e-3, options=options)
     field.nfe = 0
     ys[-1].sum().backward()
-    # Three steps of six evaluations, k1 and the first step's probe, as in torchdiffeq; one more beyond a jump.
+    # Three steps of six evaluations, k1 and the first step's probe, as in torchdiffeq; one more after a jump.
     assert field.nfe <= (20 if key == "step_t" else 21)
 
 
@@ -278,10 +278,10 @@ def test_a_backward_pass_with_callbacks_leaves_nothing_to_the_garbage_collector(
             pass
 
     field, y0 = Told(), ones(requires_grad=True)
-    while gc.collect():  # again for what the last time let go, such as what torch.compile left in another test
+    while gc.collect():  # again, for objects that the first collection released
         pass
     gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)  # what others leave at that moment, as an import does, is none of ours
+    gc.set_debug(gc.DEBUG_SAVEALL)  # garbage that others make meanwhile, such as an import, does not count
     try:
         ys = odeint_adjoint(field, y0, T)
         watched = weakref.ref(ys.grad_fn)

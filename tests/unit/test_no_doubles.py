@@ -83,7 +83,7 @@ def test_a_double_would_be_found():
         inputs(False)[0].double()
 
 
-# fixed_adams is implicit_adams, and the discrete adjoint is of Runge-Kutta methods.
+# fixed_adams is implicit_adams, and the discrete adjoint supports only Runge-Kutta methods.
 EVERY = [method for method in METHODS if method not in ("scipy_solver", "fixed_adams")]
 CASES = [(method, True) for method in EVERY] + [("dopri5", False), ("rk4", False)]
 ROWS = [(method, wants_t, mode) for method, wants_t in CASES for mode in MODES]
@@ -98,7 +98,7 @@ def test_no_method_and_no_gradient_makes_a_double_on_the_device(method, wants_t,
     solution = solve(field, y0, t, gradient=gradient, adjoint_params=(), **settings(method))
     found = torch.autograd.grad(solution.ys[-1].sum(), (y0, t) if wants_t else (y0,))
     right = torch.full_like(found[0].numbers, float(torch.exp(-torch.sin(torch.ones(())))))
-    torch.testing.assert_close(found[0].numbers, right, rtol=7e-2, atol=0)  # as good as ten steps of euler
+    torch.testing.assert_close(found[0].numbers, right, rtol=7e-2, atol=0)  # the accuracy of ten steps of euler
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])

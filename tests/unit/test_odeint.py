@@ -26,7 +26,7 @@ def test_every_adaptive_method_solves_every_problem_to_its_tolerance(method):
     for problem in PROBLEMS:
         if problem.exact is None or (rtol > 1e-6 and problem.name == "stiffish"):
             continue
-        end = problem.t[-1:]  # a step ends there: the error is the method's, not its interpolant's
+        end = problem.t[-1:]  # a step ends there, so the error is that of the method and not of its interpolant
         ys = odeint(
             problem.make(), problem.y0, problem.t, rtol=rtol, atol=rtol, method=method, options=dict(step_t=end)
         )
@@ -325,7 +325,7 @@ def test_the_input_times_are_never_written_to():
     assert torch.equal(t, before)
 
 
-# ------------------------------------------------------------------ odd circumstances
+# ------------------------------------------------------------------ unusual circumstances
 def test_a_solve_inside_inference_mode_and_without_gradients():
     t = linspace(0.0, 1.0, 3)
     plain = odeint(timed, Y, t)

@@ -248,7 +248,7 @@ def test_the_event_time_must_start_from_a_tensor():
     assert "t0" in str(caught.value)
 
 
-# ------------------------------------------------------------------ solves that fail say which it was
+# ------------------------------------------------------------------ solves that fail report the cause
 def failure(func, y0=Y, t=T, **arguments) -> SolveError:
     with pytest.raises(SolveError) as caught:
         odeint(func, y0, t, **arguments)

@@ -412,7 +412,7 @@ CHANGES = {
     "the end of a long chain": chain(2000),
     "what an operator and a constructor name": (lambda: lambda t, y: (Scaled(y) @ y).y, replaced("SCALE", 2.0)),
     "an attribute of a base class that has the same name": (child_of_the_same_name, patched(Field, "rate", 2.0)),
-    # ---------------------------------------------------------- what is made in C
+    # ---------------------------------------------------------- objects of classes written in C
     "an element of an array of Python's": attribute(
         lambda: array.array("d", [1.0]), lambda x: x[0], lambda f: f.x.__setitem__(0, 2.0)
     ),
@@ -519,7 +519,7 @@ def values(func):
             return torch.as_tensor(func(Y))
 
 
-# Of these the structure stays the same: only where the numbers lie is another place, or a number on the host.
+# For these the structure stays the same. Only the address of the numbers, or a number on the host, changes.
 ONLY_STORAGE = {
     "a buffer replaced",
     "a parameter replaced",
@@ -535,7 +535,7 @@ ONLY_STORAGE = {
     "a module inside a closure",
     "a net that vmap wraps",
 }
-# Of these a class is made each time, which is another one.
+# For these, each call makes a new class.
 MAKE_A_CLASS = {
     "the direction of weight_norm",
     "a parametrization left away",
@@ -623,7 +623,7 @@ def test_a_difference_is_named_by_its_place():
     assert difference(first, fingerprint(func, CPU)) == "x.a"
 
 
-# ------------------------------------------------------------------ what changes nothing
+# ------------------------------------------------------------------ actions that change nothing
 def step(func):
     optimizer = torch.optim.Adam(func.parameters(), foreach=False)
     func(T, Y).sum().backward()
@@ -788,7 +788,7 @@ def test_a_list_and_a_dict_that_func_fills_may_grow():
     assert difference(without(after, own), without(fingerprint(func, CPU), own)) == "gain"
 
 
-# ------------------------------------------------------------------ torch's own
+# ------------------------------------------------------------------ settings of torch
 SURROUNDINGS = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
@@ -819,7 +819,7 @@ SURROUNDINGS = {
 def test_a_change_of_a_setting_of_torch_is_seen(name):
     get, put, other = SURROUNDINGS[name]
     was = get()
-    put(was)  # what was not set yet has another name
+    put(was)  # a setting that was never set may have another representation
     before = surroundings("cuda")
     put(other)
     try:

@@ -28,15 +28,15 @@ from node_cuda import (
 
 MODES = ("adjoint", "discrete")
 both = pytest.mark.parametrize("mode", MODES)
-# torch's own forward mode scripts its decompositions when it is first used, and torch tells itself not to.
+# torch's forward mode scripts its decompositions at its first use, and torch warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 T = linspace(0.0, 1.0, 3)
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 BATCH = torch.tensor([[0.7, -0.4], [-1.2, 0.1], [0.2, 2.0]], dtype=F64)
 TOLERANCES = dict(rtol=1e-7, atol=1e-8)
 
-# Two ways to the same number through one solver: some hundred roundings. The steps that the adjoint takes backwards
-# are its own, so it agrees with backpropagation to some hundred times the tolerances asked for.
+# Two computations of the same number by one solver differ by some hundred roundings. The backward solve of the adjoint
+# chooses other steps, so it agrees with backpropagation to some hundred times the tolerances.
 SAME = 1e-12
 OF_MODE = dict(adjoint=5e-5, discrete=1e-9)
 REFUSED = (RuntimeError, NotImplementedError, ValueError, TypeError)
@@ -461,7 +461,7 @@ def test_grad_for_the_times(mode, method, options):
     theirs = torch.autograd.grad(value(y0, t, "backprop"), [y0, t])
     if mode == "discrete":
         assert_near(ours[0], theirs[0], OF_MODE[mode])
-        # (between adaptive steps backpropagation gives the slope of the interpolant, we that of the flow)
+        # (between adaptive steps backpropagation gives the slope of the interpolant, the other modes that of the flow)
         assert_near(ours[1], theirs[1], OF_MODE[mode] if method != "dopri5" else 1e-3)
     assert float(ours[1].detach().abs().min()) > 0
     rows = torch.stack([grad(value, argnums=1)(y, t.detach()) for y in BATCH])
@@ -528,7 +528,7 @@ def test_each_sample_of_vmap_has_its_own_steps_and_the_stats_are_their_sum(mode)
     for name in ("nfe", "nfe_backward", "accepted", "rejected"):
         assert getattr(stats[0], name) == sum(getattr(s, name) for s in single), name
     # (the discrete adjoint counts a replayed stage with its vjp as one evaluation, as the plain solve does)
-    assert stats[0].nfe + stats[0].nfe_backward == field.nfe - 1  # and one look at func from outside
+    assert stats[0].nfe + stats[0].nfe_backward == field.nfe - 1  # and one evaluation of func outside the solves
 
 
 @both
@@ -812,7 +812,7 @@ def test_a_field_that_differentiates_inside_solves_under_vmap_and_grad(mode):
     assert_near(found[0], found[1], 1e-9)
 
 
-# ------------------------------------------------------------------ what is refused: second derivatives
+# ------------------------------------------------------------------ refused: second derivatives
 def twice(x, by, value):
     """Differentiate the gradient and that of another term by plain autograd. by: gives the gradient for a leaf."""
     x = leaf(x)
@@ -891,7 +891,7 @@ def test_the_second_derivative_refused_names_the_mode(mode):
         g.sum().backward()
 
 
-# ------------------------------------------------------------------ what is refused: forward mode
+# ------------------------------------------------------------------ refused: forward mode
 @both
 @pytest.mark.parametrize("by", ["state", "parameter", "time", "closure", "named closure"])
 @pytest.mark.parametrize("how", ["jvp", "jacfwd", "dual"])
@@ -943,7 +943,7 @@ def exact(y0, w, t):
     return torch.stack([torch.matrix_exp(w * (a - age[0])) @ y0 for a in age])
 
 
-# One of each kind of step: on a grid of one and four stages, two stages with an error, FSAL, a stage carried, Adams.
+# One method for each kind of step: grids of one and four stages, two stages with an error, FSAL, carried stage, Adams.
 @pytest.mark.parametrize("method", ["euler", "rk4", "adaptive_heun", "dopri5", "dopri8", "explicit_adams"])
 def test_forward_mode_through_odeint_is_right_by_state_parameters_and_times(method):
     """The derivative is by y0, w and t at once, with a parameter that requires a gradient, and under no_grad."""
@@ -961,7 +961,7 @@ def test_forward_mode_through_odeint_is_right_by_state_parameters_and_times(meth
     with torch.no_grad():
         assert_near(jacfwd(run, (0, 1, 2))(Y, W, FORWARD), ours, SAME)
     assert_near(ours, jacrev(run, (0, 1, 2))(Y, W, FORWARD), SAME)
-    # The method's own error, at these steps: at most 0.12 (euler) and 0.01 were seen.
+    # The error of the method at these steps: at most 0.12 (euler) and 0.01 were seen.
     assert_near(ours, jacfwd(exact, (0, 1, 2))(Y, W, FORWARD), 0.2 if method == "euler" else 0.02)
 
 
@@ -1043,7 +1043,7 @@ def test_vmap_over_odeint_on_a_fixed_grid_is_a_loop_over_samples(recording):
     assert_near(vmap(jacrev(run))(BATCH).detach(), jacobians.detach(), SAME)
 
 
-# ------------------------------------------------------------------ what is refused: unnamed tensors, times, events
+# ------------------------------------------------------------------ refused: unnamed tensors, times, events
 def refused_or_told(run):
     """Check that a run raises with a message, and return the error. Warnings are errors here, so they count too."""
     with pytest.raises((*REFUSED, MissingGradientWarning)) as error:
@@ -1272,7 +1272,7 @@ def test_events_under_transforms_are_refused_with_a_message(mode, how, interface
     refused_or_told(run)
 
 
-# ------------------------------------------------------------------ chance and warnings under transforms
+# ------------------------------------------------------------------ random fields and warnings under transforms
 class Dropped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1328,7 +1328,7 @@ def test_grad_agrees_with_finite_differences(mode):
     net = Net(mode, rtol=1e-10, atol=1e-10)
     params = detached(net)
     grads, of_y0 = grad(functools.partial(loss, net), argnums=(0, 1))(params, Y)
-    eps = 1e-5  # (central differences of a solve to 1e-10 err by about 1e-10 / eps)
+    eps = 1e-5  # (central differences of a solve with tolerance 1e-10 have an error of about 1e-10 / eps)
     direction = {name: torch.randn_like(p) for name, p in params.items()}
     d0 = torch.randn_like(Y)
 

@@ -20,7 +20,7 @@ MODES = ("adjoint", "discrete")
 both = pytest.mark.parametrize("mode", MODES)
 Y = torch.tensor([[1.0], [0.5], [0.25]], dtype=F64)
 TIGHT = dict(rtol=1e-8, atol=1e-8)
-CLOSE = 1e-5  # of gradients whose solves are asked for 1e-8
+CLOSE = 1e-5  # for gradients of solves with tolerance 1e-8
 REFUSED = "func was changed between the forward and the backward pass"
 
 
@@ -559,7 +559,7 @@ def test_the_kernels_path_refuses_a_change_and_puts_a_tensor_back(mode, shim):
 def test_a_captured_solve_puts_a_replaced_tensor_back(mode, eager):
     """Its steps are not compared. The fingerprint finds other changes, and func is then captured again."""
     f = Graph()
-    for _ in range(2):  # the second is repeated from what the first captured
+    for _ in range(2):  # the second solve replays the capture of the first one
         f.w.grad, f.A = None, torch.eye(3, dtype=F64)
         z = last(f, mode, options=dict(cuda_graph=True))
         f.A = 2 * f.A

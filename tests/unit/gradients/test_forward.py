@@ -28,7 +28,7 @@ def curved(w):
 GRID, CUBIC = dict(step_size=0.3), dict(step_size=0.3, interp="cubic")
 
 
-# What lies between the steps, and a grid that is the output times, are the same for every method of one step.
+# The interpolation, and a grid made of the output times, are the same for every one-step method.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
@@ -44,14 +44,14 @@ def test_gradcheck_through_a_fixed_grid(method, options):
     t = torch.tensor([0.0, 0.25, 0.45, 0.8, 1.0, 1.3], dtype=F64)
 
     def run(y0, t, w):
-        # (a loose tolerance would stop the functional iteration of implicit_adams early, at another place each time)
+        # (a loose tolerance would stop the iteration of implicit_adams early, after a varying number of iterations)
         return odeint(curved(w), y0, t, rtol=1e-12, atol=1e-12, method=method, options=options)
 
     assert torch.autograd.gradcheck(run, (leaf(Y), leaf(t), leaf(W)), **GRADCHECK)
 
 
 REPLAYED = torch.tensor([0.25, 0.5, 0.8, 1.1, 1.5], dtype=F64)  # the accepted steps, frozen
-OUTPUTS = torch.tensor([0.0, 0.1, 0.4, 0.65, 0.9, 1.3], dtype=F64)  # inside of steps: interpolants have kinks between
+OUTPUTS = torch.tensor([0.0, 0.1, 0.4, 0.65, 0.9, 1.3], dtype=F64)  # inside steps: interpolants have kinks between them
 
 
 # Where an accurate interpolant costs no stage, it is the default.

@@ -45,7 +45,7 @@ def silent(run):
         return run()
 
 
-# ------------------------------------------------------------------ what is warned of
+# ------------------------------------------------------------------ tensors that give a warning
 class Plain:
     """A callable that is not a module."""
 
@@ -248,7 +248,7 @@ def test_parameters_left_out_of_adjoint_params_are_named_in_a_warning(mode):
     assert len(caught) == 1 and "w2" in str(caught[0].message) and "w1" not in str(caught[0].message)
 
 
-# ------------------------------------------------------------------ where the warning points to
+# ------------------------------------------------------------------ the line of the warning
 @both
 @pytest.mark.parametrize("interface", ["odeint_adjoint", "solve", "NeuralODE", "a submodule", "event", "odeint_event"])
 def test_the_warning_points_to_the_line_of_the_caller(mode, interface):
@@ -276,7 +276,7 @@ def test_the_warning_points_to_the_line_of_the_caller(mode, interface):
     assert warning.filename == __file__ and first <= warning.lineno <= first + 2
 
 
-# ------------------------------------------------------------------ what is not warned of
+# ------------------------------------------------------------------ tensors that give no warning
 class Normed(nn.Module):
     """A field with a parametrization, or with another operation between the parameters and their use."""
 
@@ -333,7 +333,7 @@ def test_parametrizations_and_checkpoints_give_no_warning_and_are_right(mode, ki
 def test_an_attribute_computed_from_parameters_before_the_solve_is_warned_about_or_right(mode, kind):
     """`linear.weight` of the old weight_norm is a non-leaf attribute until the hook computes it again."""
     func = Normed(kind)
-    func.linear.weight.sum()  # (made outside of the solve)
+    func.linear.weight.sum()  # (made outside the solve)
     silent(lambda: odeint_adjoint(func, leaf(Y), T, gradient=mode))
 
 
@@ -501,7 +501,7 @@ def test_a_scripted_field_gives_no_warning(mode, how):
         warnings.simplefilter("ignore")
         func = how(plain) if how is torch.jit.script else how(plain, (T[0], Y))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # (torch of its own old functions)
+        warnings.simplefilter("ignore", DeprecationWarning)  # (torch's own deprecated functions)
         loss_of(odeint_adjoint(func, Y, T, gradient=mode)).backward()
     ours = [p.grad.clone() for p in plain.parameters()]
     plain.zero_grad()
@@ -544,7 +544,7 @@ def test_the_warning_can_be_filtered_without_a_change_of_the_solve(mode):
     assert torch.autograd.grad(loss_of(ys), y0)[0].isfinite().all()
 
 
-# ------------------------------------------------------------------ what the look costs
+# ------------------------------------------------------------------ the cost of the inspection
 @both
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "euler", "bosh5", "dopri8"])
 @pytest.mark.parametrize("hidden", [False, True], ids=["named", "told of"])
@@ -582,7 +582,7 @@ def test_a_field_may_write_into_its_state_as_before(mode):
     assert relative_difference(ours, theirs) < 1e-5
 
 
-# ------------------------------------------------------------------ chance
+# ------------------------------------------------------------------ random fields
 class Dropped(nn.Module):
     def __init__(self, p=0.5):
         super().__init__()
@@ -730,7 +730,7 @@ def test_spectral_normalization_in_training_is_refused_by_the_discrete_adjoint()
     assert len(str(error.value)) > 80
 
 
-# ------------------------------------------------------------------ static buffers, with and without a tape
+# ------------------------------------------------------------------ static buffers, with and without a graph
 class Static(nn.Module):
     """Returns one buffer for all evaluations with a graph, for all without one, or for all evaluations."""
 
@@ -746,7 +746,7 @@ class Static(nn.Module):
             kept = self.buffers_.setdefault("a", torch.empty_like(out))
             return kept.copy_(out)
         if self.when == "taped" and taped:
-            # (a tape cannot go through a static buffer but by a function of its own, as graphed callables do)
+            # (autograd cannot record a static buffer, except through a custom function, as in graphed callables)
             return _IntoStatic.apply(out, self.buffers_)
         if self.when == "always":
             return _IntoStatic.apply(out, self.buffers_)
@@ -775,7 +775,7 @@ def test_a_field_with_one_static_buffer_is_right(mode, method, when):
     def of(func, mode, inner):
         y0 = leaf(BATCH)
         options = dict(step_size=1 / 16) if method != "dopri5" else {}
-        more = dict(checkpoints=2) if mode == "discrete" else {}  # so that steps are taken again
+        more = dict(checkpoints=2) if mode == "discrete" else {}  # so that steps are recomputed
         ys = solve(func, y0, T, gradient=mode, method=method, options=options, rtol=1e-7, atol=1e-7, **more).ys
         return ys.detach(), *torch.autograd.grad(loss_of(ys), [y0, *inner.parameters()])
 

@@ -40,10 +40,10 @@ T = linspace(0.0, 1.5, 4)
 
 # The discrete adjoint and backpropagation add the same float64 terms in another order.
 SAME = 1e-10
-# The adjoint solves forwards and backwards to these tolerances: errors of both, times the growth of a solve.
+# The adjoint solves both passes with these tolerances: the error is the sum of both, times the growth of a solve.
 BY_ADJOINT = dict(rtol=1e-8, atol=1e-8)
 ADJOINT_ERROR = 1e-5
-# dL/dt: backprop differentiates the interpolant, whose slope is of order 4 only; the others ask func for it.
+# dL/dt: backprop differentiates the interpolant, and its slope has only order 4. The other modes evaluate func.
 TIME_ERROR = 1e-4
 
 
@@ -84,7 +84,7 @@ class Weighted(nn.Module):
         return torch.stack([(dy**2 @ self.weight).sum(), torch.cos(t) * (y @ self.weight).square().sum()])
 
 
-# ------------------------------------------------------------------ what it is
+# ------------------------------------------------------------------ the integral
 @pytest.mark.parametrize("method", METHODS)
 def test_the_integral_is_the_closed_form_with_every_method_and_costs_no_evaluation_of_func(method):
     options = dict(dense="accurate") if method in ADAPTIVE else dict(step_size=0.01)
@@ -193,7 +193,7 @@ def test_without_an_integrand_there_is_no_integral():
     assert solve(decay, Y, T).integral is None
 
 
-# ------------------------------------------------------------------ its part in the step control
+# ------------------------------------------------------------------ its effect on step control
 def test_a_fast_integrand_beside_a_slow_state_is_accurate():
     solution = solve(lambda t, y: 0 * y, Y, T, integral=lambda t, y, dy: torch.cos(30 * t))
     # Steps of rtol = 1e-7 over some seven periods.
@@ -253,7 +253,7 @@ def test_tupled_tolerances_hold_in_both_passes():
     assert relative_difference(found, torch.autograd.grad(exact.integral[-1], y0)) < 1e-5
 
 
-# ------------------------------------------------------------------ what belongs to the user sees y alone
+# ------------------------------------------------------------------ callables of the user get only y
 def test_callbacks_of_both_passes_and_norms_of_the_adjoint_get_only_y():
     seen = {}
 
@@ -303,13 +303,13 @@ def gradients_of(gradient, method="dopri5", *, event_fn=None, reverse=False, **a
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_the_three_modes_have_the_same_gradient_for_y0_times_and_both_modules_parameters(method, reverse):
-    # On a grid the adjoint is that of the flow, from which rk4 with h = 0.1 is about h^4 away.
+    # On a grid the adjoint is that of the flow. rk4 with h = 0.1 differs from the flow by about h^4.
     limit = 1e-3 if method == "rk4" else ADJOINT_ERROR
     found = zip(*(gradients_of(gradient, method, reverse=reverse) for gradient in MODES), strict=True)
     for i, (backprop, adjoint, discrete) in enumerate(found):
         time = i == 1 and method == "dopri5"
         assert relative_difference(discrete, backprop) < (TIME_ERROR if time else SAME)
-        # Between the grid's points y is linear, which is what backprop differentiates by time: no match is asked for.
+        # Between the points of the grid y is linear, and backprop differentiates that by time: the modes may differ.
         assert relative_difference(adjoint, backprop) < (TIME_ERROR if time else limit) or (i == 1 and not time)
 
 
@@ -331,7 +331,7 @@ def test_the_gradient_up_to_an_event_is_the_same_in_every_mode():
     expected = gradients_of("backprop", event_fn=event)
     for gradient in ("adjoint", "discrete"):
         found = gradients_of(gradient, event_fn=event)
-        # But for t: backprop holds the event's time relative to t[0], the others hold the time itself.
+        # Except for t: for backprop the event's time relative to t[0] is constant, for the others the time itself.
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
             assert i == 1 or relative_difference(a, b) < ADJOINT_ERROR
 
@@ -501,7 +501,7 @@ def test_backwards_in_time_penalties_are_positive():
     solution = solve(regularized(linear, 0.3, 0.2, noise=EPS), Y, T.flip(0))
     forward = solve(regularized(lambda t, y: -linear(t, y), 0.3, 0.2, noise=EPS), Y, T)
     assert (solution.integral[1:] > 0).all()
-    # The same flow, run as time goes on.
+    # The same flow, forwards in time.
     assert relative_difference(solution.integral, forward.integral) < 1e-12
 
 
@@ -683,7 +683,7 @@ def penalty_gradients(gradient, weights, *, func=None, y0=Y, integral=None, meth
     field = func if integral is not None else regularized(func, **weights)
     state = starts[0] if isinstance(y0, torch.Tensor) else tuple(starts)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a leaf of our own in the graph would be told of as one of the user's
+        warnings.simplefilter("error")  # a new leaf in the graph would give the warning for a tensor of the user
         solution = solve(field, state, t, gradient=gradient, integral=integral, method=method, **BY_ADJOINT)
     loss = loss_of(solution.ys) + loss_of(solution.integral)
     return torch.autograd.grad(loss, (*starts, t, *func.parameters()))
@@ -708,7 +708,7 @@ def test_the_penalty_is_that_of_the_same_integral_written_by_hand(gradient):
 
     expected = penalty_gradients(gradient, {}, func=func, integral=by_hand)
     found = penalty_gradients(gradient, dict(kinetic=0.3, jacobian=0.7, noise=EPS), func=func)
-    # The steps of the former do not know of the penalty, which is of the order of y1 but of no known tolerance.
+    # The steps of the former do not depend on the penalty, which is of the size of y1 and has no known tolerance.
     assert all(relative_difference(a, b) < 1e-4 for a, b in zip(found, expected, strict=True))
 
 

@@ -17,7 +17,7 @@ from node_cuda import TABLEAUS, odeint, odeint_adjoint
 from node_cuda.kernels import reference
 
 STEPS = 1500
-MOST = 1.2  # times the error that torchdiffeq, or a sum of exact increments, has
+MOST = 1.2  # times the error of torchdiffeq, or of a sum of exact increments
 T = torch.tensor([0.0, 4.0], dtype=F64)
 Y0 = torch.linspace(2.0, 4.0, 64, dtype=F64)
 ADAMS = ("explicit_adams", "implicit_adams")
@@ -29,7 +29,7 @@ def slow(t, y):
 
 
 def steps_of(method):
-    return STEPS if method != "dopri8" else STEPS // 3  # which has three times as many stages
+    return STEPS if method != "dopri8" else STEPS // 3  # this method has three times as many stages
 
 
 def settings(method):
@@ -56,8 +56,8 @@ def error_of_a_sum(steps):
     return float(np.sqrt(np.mean((y - path[-1]) ** 2)))
 
 
-# Methods whose steps end by the same sum cannot round differently: one of each kind. What is left out has more than two
-# stages, and the end of one of its steps is looked at below.
+# Methods with the same last sum in a step cannot round differently, so there is one method of each kind. The methods
+# that are left out have more than two stages, and a test below checks the end of one of their steps.
 KINDS = [name for name, tableau in TABLEAUS.items() if tableau.stages <= 2] + ["rk4", "dopri5", "dopri8", *ADAMS]
 
 
@@ -67,7 +67,7 @@ def test_many_small_steps_round_as_a_sum_of_their_increments_and_as_torchdiffeqs
     error = error_of(odeint, method)
     assert error <= MOST * error_of_a_sum(steps_of(method))
     theirs = pytest.importorskip("torchdiffeq._impl.odeint").SOLVERS
-    if method in theirs and method != "tsit5":  # whose steps are wrong there
+    if method in theirs and method != "tsit5":  # its steps are wrong there
         assert error <= MOST * error_of(torchdiffeq.odeint, method)
 
 

@@ -48,7 +48,7 @@ def test_no_method_evaluates_outside_and_the_last_step_ends_at_the_last_time(met
             options=options,
         )  # fmt: skip
     assert solution.stats.step_times[-1] == float(not reverse)
-    limit = 5e-3 if method == "fehlberg2" else 1e-4  # whose stage that is carried on is not estimated well
+    limit = 5e-3 if method == "fehlberg2" else 1e-4  # the error estimate of this method's carried stage is poor
     assert float(solution.ys[-1]) == pytest.approx(math.exp(1.0 if reverse else -1.0), rel=limit)
 
 

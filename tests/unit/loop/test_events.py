@@ -139,7 +139,7 @@ def test_the_event_is_that_of_torchdiffeq(torchdiffeq):
         assert relative_difference(ys, zs) < 1e-8
 
 
-# Time that runs backwards is turned round before any method sees it: one method shows it.
+# Time that runs backwards is reversed before a method gets it, so one method is enough.
 @pytest.mark.parametrize(("method", "reverse"), [*((name, False) for name in ADAPTIVE), ("dopri5", True)])
 def test_the_event_of_a_parabola_is_exact_with_every_adaptive_method(method, reverse):
     """The steps of a parabola are exact and large, so the error is that of the interpolant (torchdiffeq issue 199)."""
@@ -170,8 +170,8 @@ def test_two_crossings_in_one_step_are_found_where_points_inside_are_looked_at()
     right = math.pi + math.asin(0.9)
     missed, _ = event_of_a_wave(**loose)
     found, nfe = event_of_a_wave(**loose, event_checks=8)
-    assert missed > right + 1.0 and found == pytest.approx(right, abs=0.02)  # as good as such steps are
-    assert nfe == 1 + 6 * 4  # four steps, the points inside of them cost nothing
+    assert missed > right + 1.0 and found == pytest.approx(right, abs=0.02)  # the accuracy of such steps
+    assert nfe == 1 + 6 * 4  # four steps; the points inside them cost nothing
 
 
 def test_only_the_step_of_an_event_pays_for_the_accurate_interpolant_of_dopri8():

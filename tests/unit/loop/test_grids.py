@@ -26,7 +26,7 @@ def exact(t, y0=Y):
 
 def step_times(method="rk4", t=None, **options) -> list[float]:
     t = linspace(0.0, 1.0, 3) if t is None else t
-    # (tolerances: of the functional iteration of implicit_adams, nothing else)
+    # (only the functional iteration of implicit_adams uses the tolerances)
     options = dict(options, record_steps=True)
     return solve(timed, Y, t, rtol=1e-2, atol=1e-2, method=method, options=options).stats.step_times
 
@@ -162,7 +162,7 @@ def test_every_fixed_method_solves_every_kind_of_problem(method, name):
     ys = odeint(problem.make(), problem.y0, problem.t, method=method, options=options)
     truth = torch.stack([problem.exact(t) for t in problem.t])
     # the local error constant of these problems is below 100 for every method, as their rates are below 3
-    # (linear interpolation between the steps adds one of second order)
+    # (linear interpolation between the steps adds an error of second order)
     assert relative_difference(ys, truth) <= 100 * max((1 / 64) ** order, (1 / 64) ** 2 / 20)
 
 

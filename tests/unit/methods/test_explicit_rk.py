@@ -15,7 +15,7 @@ TIMES = linspace(0.0, 3.0, 7)  # the largest error of several times: at a single
 EXACT = torch.exp(torch.sin(TIMES))
 
 # The coarsest number of steps in each half unit of time, by order: the finest must still be above rounding.
-# (Powers of two: their sums are exact and meet TIMES without a sliver of a step.)
+# (Powers of two: their sums are exact, so the steps end at TIMES without a tiny last step.)
 COARSEST = {1: 16, 2: 16, 3: 16, 4: 8, 5: 16, 6: 2, 7: 2, 8: 1}
 
 
@@ -43,7 +43,7 @@ def slope(method: str, coarsest: int, count: int = 4, **options) -> float:
 @pytest.mark.parametrize("name", TABLEAUS)
 def test_halving_the_step_divides_the_error_by_two_to_the_order(name):
     order = TABLEAUS[name].order
-    # Of order 5 the two finest: tsit5 comes down to its order from 5.4, as it rounds less than it did.
+    # For order 5 the two finest grids: the order of tsit5 decreases from 5.4 to 5, because its rounding is smaller now.
     count = 4 if order < 5 else 2 if order == 5 else 3
     assert slope(name, COARSEST[order], count) == pytest.approx(order, abs=SLOPE)
 

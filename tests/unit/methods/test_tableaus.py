@@ -24,16 +24,16 @@ from tools.continuous_extension import PLANS, extension
 
 HALF = Fraction(1, 2)
 
-# How far a residual may be from zero. Rationals: not at all. Else the coefficients are published, or printed by
-# tools/continuous_extension.py, with so many digits; a residual is a sum of some ten of them.
+# The allowed size of a residual. For rational numbers it is zero. Other coefficients are published, or printed by
+# tools/continuous_extension.py, with a number of digits, and a residual is a sum of some ten of them.
 ROUNDED = {
     "tsit5": 1e-34,  # 40 digits, of which the solved mid-point loses a few
     "dopri8": 1e-17,  # fractions that approximate irrational numbers to 18 digits
 }
 ROUNDED_MID = ROUNDED | {"dopri5": 1e-18, "bosh5": 1e-18}  # printed to about 20 digits
-# Interpolants: the same times weights of up to 1e2, for dopri8 2e3.
+# Interpolants: the same, times weights of up to 1e2, and of up to 2e3 for dopri8.
 ROUNDED_DENSE = {"dopri5": 1e-16, "bosh5": 1e-16, "tsit5": 1e-16, "dopri8": 1e-13}
-# What is not zero in float64, for conditions that must fail: the smallest that does is 7e-8 (bosh5's b_mid).
+# A residual above this is not zero in float64, for conditions that must fail. The smallest of them is 7e-8 (bosh5).
 CLEARLY_NOT_ZERO = 1e-8
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
@@ -68,7 +68,7 @@ def residuals(weights: Row, phi: np.ndarray, order: int, x: Fraction = Fraction(
 def dense_residuals(tableau: Tableau, dense: DenseOutput, order: int, dtype: type = object) -> list[float]:
     """Return the same for an interpolant and all x: the coefficients of sum_i B_i(x) Phi_i(t) - x^|t| / gamma(t)."""
     phi = elementary(tableau, dense, order, dtype)
-    misses = np.zeros((max(order, dense.degree), len(phi)), dtype=dtype)  # a row a power of x, a column a tree
+    misses = np.zeros((max(order, dense.degree), len(phi)), dtype=dtype)  # rows: powers of x, columns: trees
     misses[: dense.degree] = np.array(dense.weights, dtype=dtype).T @ phi.T
     for k, tree in enumerate(trees(order)):
         misses[tree.order - 1, k] -= Fraction(1, tree.density)
@@ -205,10 +205,10 @@ def test_adaptive_rows_are_torchdiffeqs_to_the_last_bit(name):
     for ours, numbers in zip(tableau.a[1:], theirs.tableau.beta, strict=True):
         assert close(ours, numbers)
     assert close(tableau.b, theirs.tableau.c_sol)
-    # They subtract in floating point, we exactly: their difference has the rounding of the larger term.
+    # torchdiffeq subtracts in floating point, this package exactly: the difference is a rounding of the larger term.
     larger = np.maximum(np.abs(np.array(tableau.b, float)), np.abs(np.array(tableau.b_hat, float)))
     assert close(tableau.b_err, theirs.tableau.c_error, scale=larger)
-    # dopri8's are polynomials that they evaluate in floating point, with terms of up to 20.
+    # For dopri8, torchdiffeq evaluates polynomials in floating point, with terms of up to 20.
     assert close(tableau.b_mid, theirs.mid, scale=np.full(tableau.stages, 20.0) if name == "dopri8" else None)
 
 

@@ -195,7 +195,7 @@ def test_a_field_that_writes_in_place_has_the_right_gradient_or_is_refused(solve
     try:
         (grad,) = torch.autograd.grad(solver(lambda t, y: y.neg_(), y0, T)[-1].sum(), y0)
     except (RuntimeError, ValueError):
-        pass  # autograd refuses to write to a leaf; so may we
+        pass  # autograd refuses to write to a leaf, so an error is right too
     else:
         assert torch.allclose(grad, torch.full((3,), 1 / math.e, dtype=F64), rtol=1e-5)
     assert torch.equal(y0.detach(), fresh())
@@ -306,7 +306,7 @@ def test_the_caller_may_change_y0_after_the_solve():
     assert torch.equal(ys.detach(), copy)
 
 
-# ------------------------------------------------------------------ gradients of the odd fields
+# ------------------------------------------------------------------ gradients of the unusual fields
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "adaptive_heun"])
 @pytest.mark.parametrize(
     "solver",

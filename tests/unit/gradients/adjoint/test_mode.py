@@ -37,7 +37,7 @@ def adjoint_gradients(rtol, method=None, t=None, options=None, **arguments):
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adjoint_gradients_are_exact_to_the_tolerance(method):
     rtol, limit = rtol_and_limit(method, 1e-6)
-    # the solution itself is right at the ends of steps; between them only as good as the default interpolant
+    # the solution is accurate at the ends of steps; between them it has the error of the default interpolant
     t = linspace(0.0, 1.5, 4)
     computed, exact = adjoint_gradients(rtol, method, t, options=dict(step_t=t[1:]))
     for name, ours, truth in zip(("y0", "t", "A"), computed, exact, strict=True):

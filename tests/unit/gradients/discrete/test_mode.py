@@ -30,9 +30,9 @@ W = torch.tensor([[0.3, -1.1], [0.8, 0.2]], dtype=F64)
 
 # Two orders of summation of the same hundred or so float64 terms, each of the size of the result: 1e-14 was measured.
 SAME = 1e-10
-# The same replay from a state that was computed again by the same arithmetic, whose parameter sums may be split anew.
+# The same replay from a state that was recomputed with the same arithmetic. Only the parameter sums may be split anew.
 AGAIN = 1e-13
-# Complex-step differentiation has no truncation error: what is left are the roundings of some hundred stages.
+# Complex-step differentiation has no truncation error: only the roundings of some hundred stages remain.
 COMPLEX_STEP = 1e-12
 
 
@@ -388,7 +388,7 @@ def test_through_the_state_of_an_event_only_the_starting_time_has_a_gradient():
     assert float(grad[0]) == pytest.approx(float(ys[1].detach().sum()), rel=GLOBAL_ERROR_OVER_RTOL * 1e-7)
 
 
-# ------------------------------------------------------------------ what the backward pass costs
+# ------------------------------------------------------------------ the cost of the backward pass
 class Tally(torch.autograd.Function):
     """The identity, which counts the cotangents that pass it."""
 
@@ -466,7 +466,7 @@ def test_a_solve_without_a_backward_pass_costs_the_same_as_any_solve():
     assert nfe[0] == nfe[1]
 
 
-# ------------------------------------------------------------------ checkpoints: how many steps are taken again
+# ------------------------------------------------------------------ checkpoints: the number of recomputed steps
 def reversal(steps, slots, count=None):
     """Return (recomputed steps, largest number of states), with numbers as states. Check the order and every state."""
     checkpoints, again, seen = Checkpoints(slots, count), [], []
@@ -530,7 +530,7 @@ def test_each_step_is_recomputed_once_if_their_number_is_unknown_and_segments_fi
         while math.ceil(steps / stride) > slots:
             stride *= 2
         starts = range(0, steps, stride)
-        lengths = [min(stride, steps - 1 - start) for start in starts]  # the last state is at hand
+        lengths = [min(stride, steps - 1 - start) for start in starts]  # the last state is still available
         if all(length - 1 <= slots - kept for kept, length in enumerate(lengths, start=1)):
             fitted += 1
             assert reversal(steps, slots)[0] <= steps, steps
@@ -560,7 +560,7 @@ def test_gradients_do_not_depend_on_the_number_of_checkpoints(method, slots):
 
 
 # ------------------------------------------------------------------ memory
-SIZE = 4099  # of a state: a prime, so that nothing else is of that size
+SIZE = 4099  # the size of a state: a prime number, so that nothing else has this size
 
 
 class Alive(TorchDispatchMode):
@@ -618,11 +618,11 @@ def test_with_checkpoints_memory_does_not_grow_with_the_steps(method, slots):
     # the states, and the one that the last step began with
     assert max(between) <= slots + 1
     assert max(during) == pytest.approx(min(during), abs=slots)
-    # ... and what one step takes: of each stage its argument, two graph nodes, value, cotangents, and copies of these
+    # ... and the memory of one step: for each stage argument, two graph nodes, value, cotangents, and copies of these
     assert max(during) <= slots + 8 * TABLEAUS[method].stages
 
 
-# ------------------------------------------------------------------ as any other operation of autograd
+# ------------------------------------------------------------------ the solve as an operation of autograd
 @pytest.mark.parametrize("checkpoints", [None, 1, 3])
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4"])
 def test_a_second_backward_pass_gives_the_same_bits(method, checkpoints):
@@ -871,7 +871,7 @@ def test_a_failed_solve_that_reached_nothing_has_the_gradient_of_its_start():
     assert torch.equal(torch.autograd.grad(solution.ys[0].sum(), y0)[0], torch.ones_like(Y))
 
 
-# ------------------------------------------------------------------ where the continuous adjoint drifts
+# ------------------------------------------------------------------ fields for which the continuous adjoint is wrong
 def test_the_discrete_gradient_of_a_dissipative_field_is_exact_and_the_continuous_one_is_not():
     """For y' = -20 y, the backward solve of the continuous adjoint multiplies the error of y by e^20."""
     t, rtol = linspace(0.0, 1.0, 2), 1e-6
@@ -903,5 +903,5 @@ def test_gradients_are_those_of_finite_differences_in_a_random_direction(method)
     dy, dw, eps = torch.randn(2, dtype=F64), torch.randn(2, 2, dtype=F64), 1e-5
     ahead, behind = (float(loss_of(odeint(curved(W + s * dw), Y + s * dy, t, **settings))) for s in (eps, -eps))
     along = float((grads[0] * dy).sum() + (grads[1] * dw).sum())
-    # central differences err by eps^2 times a third derivative, and by 1e-16 / eps
+    # central differences have errors of eps^2 times a third derivative, and of 1e-16 / eps
     assert (ahead - behind) / (2 * eps) == pytest.approx(along, rel=1e-8)
