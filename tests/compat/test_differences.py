@@ -70,7 +70,7 @@ def adams_errors(library, method, power, counts):
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5], ids=["uniform", "uneven"])
-def test_explicit_adams_converges_with_order_four_where_torchdiffeqs_grows(power, torchdiffeq):
+def test_explicit_adams_converges_with_order_four_and_torchdiffeqs_error_grows(power, torchdiffeq):
     coarse, fine = adams_errors(odeint, "explicit_adams", power, (80, 160))
     assert math.log2(coarse / fine) > 3.75
     coarse, fine = adams_errors(torchdiffeq.odeint, "explicit_adams", power, (40, 80))
@@ -133,7 +133,7 @@ def test_a_nan_beyond_the_end_of_a_domain_only_shortens_the_step(torchdiffeq):
 
 
 @pytest.mark.slow
-def test_max_num_steps_suffices_exactly_where_torchdiffeqs_does(torchdiffeq):
+def test_max_num_steps_is_sufficient_exactly_when_it_is_in_torchdiffeq(torchdiffeq):
     def enough(library, outputs):
         def works(steps):
             try:

@@ -208,7 +208,7 @@ def stop():
     raise SystemExit
 
 
-def test_the_pages_change_only_where_results_are_published(bench, report, monkeypatch, tmp_path):
+def test_the_pages_change_only_if_results_are_published(bench, report, monkeypatch, tmp_path):
     program = bench("parts.program")
     page = tmp_path / "page.md"
     page.write_text(behind := "<!-- bench:speed -->\n<!-- /bench -->\n")

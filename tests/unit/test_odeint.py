@@ -224,7 +224,7 @@ def test_half_precision_states(method, dtype):
     assert relative_difference(ys[-1].double(), truth) < ROUNDING[dtype] / 10 + 1e-2
 
 
-def test_half_precision_does_not_stop_moving_where_a_step_is_below_its_resolution():
+def test_half_precision_states_change_if_a_step_is_below_their_resolution():
     """Stage combinations are accumulated in float32: one hundred steps of 0.01 add up to one."""
     ys = odeint(
         lambda t, y: torch.ones_like(y),

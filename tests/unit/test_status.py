@@ -216,7 +216,7 @@ def test_a_component_of_the_wrong_shape_is_named():
     assert re.search(r"6.*3|3.*6", str(caught.value))
 
 
-def test_the_wrong_shape_is_found_even_where_it_would_broadcast():
+def test_a_wrong_shape_is_found_even_if_it_would_broadcast():
     with pytest.raises((ValueError, RuntimeError)) as caught:
         odeint(lambda t, y: torch.ones(5, 1, 2, dtype=F64), Y, T)
     assert is_a_sentence(str(caught.value))

@@ -161,7 +161,7 @@ def test_jump_t_handles_a_jump_of_the_integrand():
 
 
 @pytest.mark.parametrize("gradient", MODES)
-def test_up_to_an_event_it_has_two_values_and_event_fn_sees_y_alone(gradient):
+def test_the_integral_up_to_an_event_has_two_values_and_event_fn_gets_only_y(gradient):
     def event(t, y):
         assert y.shape == (2,)
         return y[0] - 0.5

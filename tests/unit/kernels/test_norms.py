@@ -34,7 +34,7 @@ def test_tolerances_may_be_given_for_elements_for_components_and_as_tensors():
     assert relative_difference(tupled, plain) < 1e-10
 
 
-def test_rtol_of_zero_controls_by_atol_alone():
+def test_with_rtol_zero_only_atol_controls_the_step():
     t = linspace(0.0, 2.0, 3)
     ys = odeint(timed, Y, t, rtol=0.0, atol=1e-6)
     assert relative_difference(ys, exact(t)) < 1e-4

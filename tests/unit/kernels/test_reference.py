@@ -112,7 +112,7 @@ def test_the_gradient_of_a_parameter_rounds_once_a_step(gradient):
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun3", "rk4"])
-def test_an_event_on_a_grid_of_single_precision_is_where_torchdiffeq_finds_it(method, torchdiffeq):
+def test_an_event_on_a_grid_of_single_precision_is_that_of_torchdiffeq(method, torchdiffeq):
     """torchdiffeq's own test: y = 0.2 t + 3 reaches its value of t = 2.5556 by steps of 0.01."""
 
     def constant(t, y):

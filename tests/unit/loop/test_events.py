@@ -165,7 +165,7 @@ def event_of_a_wave(**options):
     return float(solution.event_t), func.nfe
 
 
-def test_two_crossings_in_one_step_are_found_where_points_inside_are_looked_at():
+def test_two_crossings_in_one_step_are_found_if_points_inside_are_checked():
     loose = dict(first_step=1.3, min_step=1.3)
     right = math.pi + math.asin(0.9)
     missed, _ = event_of_a_wave(**loose)

@@ -81,7 +81,7 @@ def test_the_grid_constructor_gets_and_gives_the_users_times_when_time_runs_back
     assert torch.equal(seen[0], t)
 
 
-def test_the_grid_constructor_of_a_tuple_state_sees_it_flat():
+def test_the_grid_constructor_of_a_tuple_state_gets_the_flat_state():
     problem, seen = BY_NAME["tuple"], []
 
     def grid(func, y0, t):

@@ -415,7 +415,7 @@ def vjps(t, **arguments):
     return Tally.count, func.nfe - before, solution.stats
 
 
-def test_a_step_costs_six_vjps_whatever_the_number_of_outputs():
+def test_a_step_costs_six_vjps_for_any_number_of_outputs():
     counts = set()
     for n in (2, 20, 200):
         count, nfe, stats = vjps(linspace(0.0, 2.0, n), rtol=1e-6, atol=1e-6)
