@@ -1,8 +1,8 @@
-// The Python module node_cuda._C: what was built, and every launcher. No kernels, no torch headers.
+// The Python module node_cuda._C: the build information, and every launcher. It has no kernels and no torch headers.
 //
-// A launcher of launchers.h becomes a Python function of the same arguments by one line in register_launchers:
-// pointers are integers (tensor.data_ptr(), the address of a struct or an array), On is a pair (stream, device), and a
-// CUDA error becomes a RuntimeError that names what failed. Nothing here knows autograd: callers do (see design).
+// One line in register_launchers turns a launcher of launchers.h into a Python function with the same arguments.
+// Pointers are integers (tensor.data_ptr(), the address of a struct or an array). Launch is a pair (stream, device). A
+// CUDA error becomes a RuntimeError that names what failed. This module does not use autograd: the callers do.
 #include <pybind11/pybind11.h>
 
 #include <cstdint>
@@ -23,7 +23,7 @@ namespace node_cuda {
 namespace {
 
 #ifdef NODE_CUDA_WITH_KERNELS
-// How an argument of a launcher comes from Python.
+// The conversion of a launcher's argument from Python.
 template <class T>
 struct Argument {
   using Python = T;
@@ -34,7 +34,7 @@ struct Argument<T*> {
   using Python = std::uintptr_t;
   static T* from(std::uintptr_t address) { return reinterpret_cast<T*>(address); }
 };
-// A struct that every launcher reads.
+// A struct that the launcher always reads, so its address must not be 0.
 template <class T>
 struct Required {
   using Python = std::uintptr_t;
@@ -96,7 +96,7 @@ py::dict build_info() {
   info["torch"] = NODE_CUDA_TORCH;
 #ifdef NODE_CUDA_WITH_KERNELS
   int version = CUDART_VERSION;
-  cudaRuntimeGetVersion(&version);  // of the library, which needs no driver
+  cudaRuntimeGetVersion(&version);  // the version of the library; this call needs no driver
   info["kernels"] = true;
   info["cuda"] = std::to_string(version / 1000) + "." + std::to_string(version % 1000 / 10);
   info["archs"] = NODE_CUDA_ARCHS;

@@ -1,4 +1,4 @@
-// Graphs as Python has them: addresses are integers, and no call holds the GIL while it talks to the driver.
+// The Python bindings of graphs/graphs.h. Addresses are integers, and no call holds the GIL while the driver works.
 #ifdef NODE_CUDA_WITH_KERNELS
 #include <pybind11/pybind11.h>
 
@@ -22,7 +22,7 @@ T at(Address address) {
   return reinterpret_cast<T>(address);
 }
 
-// NotImplementedError, a RuntimeError, is for what another way of solving can do.
+// Raises NotImplementedError, which is a RuntimeError, if the WHILE node is impossible: batches of steps work then.
 std::unique_ptr<WhileGraph> make_while_graph(Address step, Address ctl, int32_t device) {
   try {
     const py::gil_scoped_release released;

@@ -1,5 +1,5 @@
-// The structs in device memory that Python makes or reads, so that no layout is written down twice. Addresses are
-// integers, of host memory.
+// The Python bindings of the structs in device memory that Python makes or reads, so that each layout is defined once.
+// Addresses are integers, of host memory.
 #ifdef NODE_CUDA_WITH_KERNELS
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -27,7 +27,7 @@ py::bytes bytes_of(const std::vector<T>& structs) {
   return py::bytes(reinterpret_cast<const char*>(structs.data()), structs.size() * sizeof(T));
 }
 
-// A copy of struct ControllerState: read only. The names are those of kernels/step_control.py::StepControl.
+// A read-only copy of struct ControllerState. Its attributes have the names of kernels/step_control.py::StepControl.
 void register_state(py::module_& m) {
   py::class_<State> state(m, "ControllerState", py::module_local());
   state.attr("SIZE") = sizeof(State);
@@ -65,7 +65,7 @@ void register_state(py::module_& m) {
       .def_readonly("active", &State::active)
       .def_readonly("finite", &State::finite)
       .def_readonly("paused", &State::paused)
-      // The last attempt was not finite, and as small as a step may be: it is neither accepted nor rejected.
+      // The last attempt was not finite, and its step had the smallest allowed size: neither accepted nor rejected.
       .def_property_readonly("gave_up",
                              [](const State& s) { return s.status == NON_FINITE && s.next.t0 + s.h > s.next.t0; })
       // No first step could be chosen.
@@ -74,7 +74,7 @@ void register_state(py::module_& m) {
       });
 }
 
-// struct StepLog for `capacity` steps at `steps` in device memory, in the state that start_control gives it.
+// A struct StepLog for `capacity` steps at `steps` in device memory, in its state after start_control.
 py::bytes step_log(Address steps, int64_t capacity, int32_t first, int32_t carries) {
   StepLog log{reinterpret_cast<Recorded*>(steps), capacity, first, carries, 0, 0, 0, 0, 0};
   start_step_log(&log);

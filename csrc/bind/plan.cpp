@@ -1,8 +1,9 @@
-// The plan of a solve: its constants bound once, so that a call from Python passes the addresses of a step and no more.
+// The context of a solve. It binds the constants of the solve once, so that a call from Python passes only the
+// addresses of a step.
 //
-// A plan owns no device memory and allocates none: addresses come from Python, which owns the tensors. Everything runs
-// on the stream and device that the plan was made with, and nothing but read_control waits. `launches` and `bytes` count what
-// its calls launched, and the traffic that the kernels declare (the sums in the heads of the .cu files).
+// The context owns and allocates no device memory: Python owns the tensors and passes their addresses. Everything runs
+// on the stream and device that the context was made with, and only read_control waits. `launches` counts the launches
+// of its calls. `bytes` counts the traffic that the kernels declare (the sums at the top of the .cu files).
 #ifdef NODE_CUDA_WITH_KERNELS
 #include <pybind11/pybind11.h>
 #include <pybind11/stl.h>
@@ -22,7 +23,7 @@ namespace node_cuda {
 namespace {
 
 using Address = std::uintptr_t;
-using Entries = std::vector<std::pair<int, double>>;   // stage and coefficient, none of them zero
+using Entries = std::vector<std::pair<int, double>>;   // stage and coefficient, which is not zero
 using DeviceArray = std::pair<Address, int64_t>;       // address and count
 using Stream = std::pair<Address, int32_t>;            // stream and device
 
@@ -33,7 +34,7 @@ T* at(Address address) {
 
 Launch on_of(const Stream& on) { return Launch{at<void>(on.first), on.second, 0}; }
 
-// An address out of a Python list.
+// The address at index i of a Python list.
 void* item(const py::list& list, int64_t i) {
   if (i >= static_cast<int64_t>(PyList_GET_SIZE(list.ptr()))) throw py::index_error("node_cuda: a stage is missing");
   void* const address = PyLong_AsVoidPtr(PyList_GET_ITEM(list.ptr(), i));
@@ -41,7 +42,7 @@ void* item(const py::list& list, int64_t i) {
   return address;
 }
 
-// A row of coefficients a (with rk_finish: b and e over the same stages), and the node of the stage that it begins.
+// A row of coefficients a (for rk_finish: b and e over the same stages), and the node of the stage that it begins.
 struct Row {
   std::vector<int> stage;
   std::vector<double> a, e;
@@ -80,19 +81,20 @@ class SolveContext {
       : dtype_(dtype), n_(n), size_(n * itemsize), error_size_(n * error_itemsize), on_(on_of(on)),
         direction_(direction) {}
 
-  // A step of size h from t0 to t1, as the calls below want it.
+  // A step of size h from t0 to t1, in the form that the calls below take.
   StepRef interval(double t0, double t1, double h) const {
     return StepRef{nullptr, Interval{t0, t1, h, direction_ * h}, direction_};
   }
 
-  // The step that the control says when the kernel runs, and the host does not know: dense_eval takes the one judged
-  // last. With it a captured call serves for every step.
+  // The step that the control holds when the kernel runs (for dense_eval: the last judged step). The host does not know
+  // it, so a captured call can be replayed for every step.
   StepRef current() const {
-    if (ctl_ == nullptr) throw std::logic_error("node_cuda: a plan without step control has no current step");
+    if (ctl_ == nullptr) throw std::logic_error("node_cuda: a context without step control has no current step");
     return StepRef{ctl_, Interval{}, 0.0};
   }
 
-  // Rows b and e over the same stages, e empty for a stage's row; its number is what rk_stage and rk_finish take.
+  // Adds a row with the weights b and e of the same stages; e is empty for the row of a stage. Returns its number,
+  // which rk_stage and rk_finish take.
   int row(const Entries& b, const Entries& e, double c, int64_t side) {
     Row row{{}, {}, {}, Slot{nullptr, c, side}};
     row.put(b, &Row::a);
@@ -103,12 +105,12 @@ class SolveContext {
 
   int polynomials(std::vector<int> stage, std::vector<double> weights, std::vector<double> end, int degree) {
     if (stage.size() > MAX_TERMS || degree > MAX_DEGREE || weights.size() != stage.size() * degree)
-      throw std::invalid_argument("node_cuda: an interpolant of a form that dense_eval does not have");
+      throw std::invalid_argument("node_cuda: dense_eval does not support this form of interpolant");
     polynomials_.push_back(Polynomials{std::move(stage), std::move(weights), std::move(end), degree});
     return static_cast<int>(polynomials_.size()) - 1;
   }
 
-  // ends: of the segments of a flat state, on the host; device_ends: the same on the device.
+  // ends: the ends of the segments of a flat state, on the host; device_ends: the same on the device.
   void set_norm(double rtol, double atol, Address rtol_each, Address atol_each, std::vector<int64_t> ends,
                 Address device_ends) {
     tolerance_ = Tolerance{rtol, atol, at<void>(rtol_each), at<void>(atol_each)};
@@ -120,8 +122,8 @@ class SolveContext {
 
   void set_workspace(Address workspace) { workspace_ = at<void>(workspace); }
 
-  // The law's constants in the order of kernels.reference.ControlLaw, lists of times on the device, and the tape that
-  // accepted steps go to (0: none).
+  // The constants in the order of kernels.reference.ControllerParams, the lists of times on the device, and the tape
+  // that records the accepted steps (0: none).
   void set_law(const std::array<double, 3>& exponents, double safety, double ifactor, double dfactor, bool keep,
                bool pauses, double min_step, double max_step, double order, int64_t max_num_steps, const DeviceArray& tstops,
                Address is_jump, const DeviceArray& stops, const DeviceArray& outputs, Address tape, Address ctl) {
@@ -156,12 +158,12 @@ class SolveContext {
                            r.e.data(), &where, &slot, on_));
   }
 
-  // out = y0 + dt sum_j a_j x_j for coefficients that are made anew every step.
+  // out = y0 + dt sum_j a_j x_j for coefficients that differ in each step.
   void combine(double dt, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
     sum(StepRef{nullptr, Interval{0.0, 0.0, dt, dt}, 1.0}, out, y0, x, a);
   }
 
-  // The same with the size of a step, which only the device may know (y0 0: zeros).
+  // The same for dt of the step `where`, which may be known to the device only (y0 = 0: zeros).
   void sum(const StepRef& where, Address out, Address y0, const py::list& x, const std::vector<double>& a) {
     if (a.size() > MAX_TERMS || static_cast<Py_ssize_t>(a.size()) != PyList_GET_SIZE(x.ptr()))
       throw std::invalid_argument("node_cuda: a sum with too many terms, or not one coefficient a term");
@@ -181,7 +183,7 @@ class SolveContext {
     check(launch_stage_time(dtype_, static_cast<int>(nodes.size()), slots.data(), &where, on_));
   }
 
-  // The error's norm, and step control with the largest of it and the norms in `also`.
+  // Computes the norm of the error, and judges the step by the largest of this norm and the norms in `also`.
   void judge(const StepRef& where, Address error, Address last, double e_last, Address y0, Address y1,
              const DeviceArray& also) {
     const Finish finish{nullptr, ctl_, at<double>(also.first), also.second, law_};
@@ -190,7 +192,7 @@ class SolveContext {
                              &tolerance_, segments(), workspace_, &where, &finish, on_));
   }
 
-  // to_i = from_i for a list of states, if the step judged last was accepted.
+  // to_i = from_i for a list of states, if the last judged step was accepted.
   void commit(const py::list& to, const py::list& from) {
     const auto count = static_cast<int64_t>(PyList_GET_SIZE(to.ptr()));
     if (count > MAX_COPIES) throw std::invalid_argument("node_cuda: too many copies at once");
@@ -200,7 +202,7 @@ class SolveContext {
     check(launch_commit(size_, static_cast<int>(count), targets, x_, ctl_, on_));
   }
 
-  // For a user's own norm: the scaled error, which may lie where the error lies, and step control with its norm.
+  // For a user's norm: the scaled error, which may be written over the error; judge_ratio takes its norm.
   void scaled_error(const StepRef& where, Address out, Address error, Address last, double e_last, Address y0,
                     Address y1) {
     declare(2 * error_size_ + (last == 0 ? 2 : 3) * size_);
@@ -213,13 +215,13 @@ class SolveContext {
     check(launch_step_control(ctl_, &law_, at<double>(ratios.first), ratios.second, on_));
   }
 
-  // The next step from point to point of a grid: the control judges nothing.
+  // Moves to the next step of a grid, from point to point. The control judges nothing.
   void next_of_grid(const DeviceArray& points) {
     declare(0);
     check(launch_grid_control(ctl_, &law_, at<double>(points.first), points.second, on_));
   }
 
-  // Go on where the loop pauses at an output; no points: by the error.
+  // Continues a loop that pauses at an output: to the next point of the grid, or by the error if there are no points.
   void resume(const DeviceArray& points) {
     declare(0);
     check(launch_resume(ctl_, &law_, points.second == 0 ? nullptr : at<double>(points.first), points.second, on_));
@@ -230,13 +232,13 @@ class SolveContext {
     check(launch_start_control(ctl_, &law_, direction_, nullptr, t0, h, on_));
   }
 
-  // The same from a time in device memory.
+  // The same, from a time in device memory.
   void start_control_at(Address t0, double h) {
     declare(0);
     check(launch_start_control(ctl_, &law_, direction_, at<double>(t0), 0.0, h, on_));
   }
 
-  // The control is that of a walk back over a tape: launchers.h says what these do.
+  // These three need the control of a reverse pass over a tape; see launchers.h.
   void begin_reverse(Address tape) {
     declare(0);
     check(launch_begin_reverse(ctl_, at<StepLog>(tape), on_));
@@ -252,7 +254,7 @@ class SolveContext {
     check(launch_advance_reverse(ctl_, at<StepLog>(tape), on_));
   }
 
-  // Where the solve stands, by way of host memory. Waits, and lets other threads of Python run meanwhile.
+  // Copies the state of the control to host memory. It waits, and other Python threads can run meanwhile.
   ControllerState read_control(Address host) {
     int code;
     {
@@ -275,8 +277,8 @@ class SolveContext {
                                 workspace_, nullptr, ctl_, &law_, on_));
   }
 
-  // Outputs [first, stop) of the times on the device into the rows at `out`, whose first is output `first`; with the
-  // current step those that it holds, of all the times into all the rows.
+  // Writes the outputs [first, stop), at the times on the device, into the rows at `out`; the first row is output
+  // `first`. With the current step, all times and rows are passed, and the kernel writes the outputs in that step.
   void dense_eval(int polynomials, const StepRef& where, Address out, Address times, int64_t first, int64_t stop,
                   Address y0, Address y1, const py::list& k) {
     const Polynomials& p = polynomials_.at(polynomials);
@@ -288,8 +290,8 @@ class SolveContext {
                             p.end.empty() ? nullptr : p.end.data(), &where, on_));
   }
 
-  // The transpose, of the rows at `gradients`, into out: the cotangents of y1 with lam, of y0, and of the polynomials'
-  // stages in their order.
+  // The transpose of dense_eval: reads the rows at `gradients`, and writes into `out` the cotangent of y1 plus lam,
+  // that of y0, and those of the polynomials' stages in their order.
   void dense_adjoint(int polynomials, const StepRef& where, const py::list& out, Address lam, Address times,
                      Address gradients, int64_t first, int64_t stop) {
     const Polynomials& p = polynomials_.at(polynomials);
@@ -331,12 +333,12 @@ class SolveContext {
   const void* x_[MAX_TERMS] = {};
 };
 
-// Sums over steps of a list of tensors, such as the gradients of parameters.
+// The sums over steps of a list of tensors, such as the gradients of parameters.
 class SumsPlan {
  public:
   int64_t launches = 0;
 
-  // parts: the list in device memory, and sizes: its tensors' numbers of elements.
+  // parts: the list in device memory. sizes: the number of elements of each tensor.
   SumsPlan(Address parts, const std::vector<int64_t>& sizes, const Stream& on)
       : parts_(at<Part>(parts)), count_(static_cast<int64_t>(sizes.size())), on_(on_of(on)), x_(sizes.size()) {
     for (const int64_t size : sizes) {
@@ -347,16 +349,16 @@ class SumsPlan {
 
   int64_t workspace_size() const { return sums_workspace(chunks_); }
 
-  // sum_i (+)= weight dt x_i, error_i (+)= error_weight dt x_i; a weight of 0 leaves its list alone, an address of 0 is
-  // zeros.
+  // sum_i (+)= weight dt x_i, error_i (+)= error_weight dt x_i. A weight of 0 leaves its list unchanged. An address of
+  // 0 stands for zeros.
   void accumulate(const py::list& x, const StepRef& where, double weight, double error_weight, bool add) {
     launch(x, where, weight, error_weight, add, false);
   }
 
-  // sum_i (+)= x_i, if the step judged last was accepted. where: the current step of its plan.
+  // sum_i (+)= x_i, if the last judged step was accepted. where: the current step of the context.
   void keep(const py::list& x, const StepRef& where, bool add) { launch(x, where, 1.0, 0.0, add, true); }
 
-  // total_i += sum_i, where the plan judges steps only if the one judged last was accepted.
+  // total_i += sum_i. If the context judges steps, only if the last judged step was accepted.
   void commit(const StepRef& where) {
     ++launches;
     check(launch_commit_sums(parts_, count_, chunks_, where.ctl, on_));
@@ -429,7 +431,7 @@ void register_plan(py::module_& m) {
       .def("commit", &SumsPlan::commit)
       .def("ratio", &SumsPlan::ratio)
       .def_readonly("launches", &SumsPlan::launches);
-  // Of a sum that is no step's: dt is 1.
+  // The step for a sum that belongs to no step: dt is 1.
   m.attr("ONE") = StepRef{nullptr, Interval{0.0, 1.0, 1.0, 1.0}, 1.0};
   m.attr("MAX_TERMS") = MAX_TERMS;
   m.attr("MAX_DEGREE") = MAX_DEGREE;

@@ -1,8 +1,9 @@
-// Step-size control, in double, on the device and (for tests) on the host: kernels/step_control.py, function by function.
+// Step-size control, in double, on the device and (for tests) on the host. It has the functions of
+// kernels/step_control.py.
 //
-// Plain C++: bind.cpp includes this without CUDA. Times are solver times, ascending; the user's time is direction * t.
-// Every expression is written in the order of the Python, and products that are added go through mul(), which nvcc
-// may not contract: so the device differs from Python only where its pow does.
+// This is plain C++, because bind_structs.cpp includes it without CUDA. Times are solver times, ascending; the user's
+// time is direction * t. Each expression has the order of operations of the Python code. Products that are added use
+// mul(), which nvcc may not contract. So the device differs from Python only if pow differs.
 #pragma once
 #include <cmath>
 #include <cstddef>
@@ -16,28 +17,29 @@ namespace node_cuda {
 // The values of node_cuda.status.Status.
 enum Status : int32_t { SUCCESS = 0, STEP_UNDERFLOW = 1, NON_FINITE = 2, MAX_STEPS = 3, RECORD_FULL = 6 };
 
-// The constants of a solve. The arrays lie where the control runs: in device memory.
+// The constants of a solve. The arrays are in the memory of the control: in device memory.
 struct ControllerParams {
-  double exponents[3];  // ControlLaw.exponents
+  double exponents[3];      // kernels.reference.ControllerParams.exponents
   double safety, ifactor, dfactor, min_step, max_step;
   double order;             // of the method, for the starting step
   int64_t max_num_steps;    // attempts allowed since the last output
-  const double* tstops;   // step_t and jump_t, merged, ascending
-  const uint8_t* is_jump;   // one a tstop
-  const double* stops;      // times to land on without a sliver before them, ascending
-  const double* outputs;    // times of the outputs after the first, ascending; none: the host says when to end
+  const double* tstops;     // step_t and jump_t, merged, ascending
+  const uint8_t* is_jump;   // for each tstop: whether it is in jump_t
+  const double* stops;      // times at which a step must end, without a very small step before them, ascending
+  const double* outputs;    // the output times after the first, ascending; none: the host ends the solve
   int64_t tstop_count, stop_count, output_count;
   int32_t keep;             // an accepted step is never followed by a smaller one
   int32_t pauses;           // the loop stops at every output, until `resume`
-  StepLog* tape;               // gets the accepted steps; null: none
+  StepLog* tape;            // records the accepted steps; null: no tape
 };
 
-// Where a solve stands: lies in device memory, all zero but for what start_control writes. Bytes from the front:
+// The state of a solve, in device memory. start_control sets all members, most of them to zero. The numbers are the
+// offsets in bytes.
 struct ControllerState {
-  Interval next;         //   0  the step to be tried: rk_stage, rk_finish, error_ratio and accumulate read it
-  Interval last;         //  32  the step judged last: dense_eval reads it
+  Interval next;         //   0  the step to attempt: rk_stage, rk_finish, error_ratio and accumulate read it
+  Interval last;         //  32  the last judged step: dense_eval reads it
   double h;              //  64  the next step before it was cut (callback_step gets it)
-  double carried;        //  72  the proposal from before the cut of `next` on a stop
+  double carried;        //  72  the proposal before `next` was cut at a stop
   double ratio;          //  80  the error ratio of `last`
   double history[2];     //  88  the ratios of the last accepted steps
   double direction;      // 104  +1 or -1
@@ -45,16 +47,16 @@ struct ControllerState {
   int64_t attempts;      // 128  since the last output
   int64_t accepted;      // 136
   int64_t rejected;      // 144
-  int64_t next_tstop;  // 152  the first of each list that was not passed
+  int64_t next_tstop;    // 152  the first element of each list that the solve has not passed
   int64_t next_stop;     // 160
   int64_t first_output;  // 168  outputs [first_output, next_output) lie in `last`
   int64_t next_output;   // 176
-  int32_t accept;        // 184  `last` was good
+  int32_t accept;        // 184  `last` was accepted
   int32_t jump;          // 188  the field is discontinuous at last.t1
   int32_t status;        // 192
   int32_t active;        // 196  0: the solve has ended, or pauses, and every kernel returns at once
-  int32_t finite;        // 200  `ratio` was
-  int32_t paused;        // 204  `resume` goes on
+  int32_t finite;        // 200  `ratio` was finite
+  int32_t paused;        // 204  the solve waits for `resume`
 };
 static_assert(sizeof(Interval) == 32 && sizeof(ControllerParams) == 152 && sizeof(ControllerState) == 208, "the layout that Python reads");
 static_assert(offsetof(ControllerParams, tstops) == 80 && offsetof(ControllerParams, tape) == 144, "the layout that Python writes");
@@ -69,7 +71,8 @@ NODE_CUDA_HD inline double mul(double a, double b) {
 #endif
 }
 
-// Python's max and min: the first argument, unless the second is strictly beyond it. They differ from fmax for NaN.
+// Python's max and min: the first argument, unless the second is strictly larger (smaller). For NaN they differ from
+// fmax and fmin.
 NODE_CUDA_HD inline double py_max(double a, double b) { return b > a ? b : a; }
 NODE_CUDA_HD inline double py_min(double a, double b) { return b < a ? b : a; }
 NODE_CUDA_HD inline bool is_finite(double x) { return x - x == 0.0; }
@@ -143,8 +146,8 @@ NODE_CUDA_HD inline void judge(ControllerState& ctl, const ControllerParams& law
   ctl.finite = finite;
 }
 
-// The outputs that lie in the step just accepted. False if the last of them was reached, which ends the solve, or if it
-// pauses at them.
+// Passes the outputs that lie in the step just accepted. Returns false if the solve has ended at the last output, or
+// pauses at an output.
 NODE_CUDA_HD inline bool pass_outputs(ControllerState& ctl, const ControllerParams& law) {
   while (ctl.next_output < law.output_count && law.outputs[ctl.next_output] <= ctl.last.t1) ++ctl.next_output;
   if (ctl.next_output == ctl.first_output) return true;
@@ -161,7 +164,7 @@ NODE_CUDA_HD inline bool pass_outputs(ControllerState& ctl, const ControllerPara
 NODE_CUDA_HD inline void step_control(ControllerState& ctl, const ControllerParams& law, double ratio) {
   ctl.first_output = ctl.next_output;
   record_nothing(law.tape);
-  if (!ctl.active) {  // a step that was launched before the end was known: it changes nothing
+  if (!ctl.active) {  // a step that was launched after the end of the solve: it changes nothing
     ctl.accept = 0;
     return;
   }
@@ -187,7 +190,7 @@ NODE_CUDA_HD inline void step_control(ControllerState& ctl, const ControllerPara
   if (more) propose(ctl, law, ctl.last.t1);
 }
 
-// Begin at t0. h >= 0: the first step; else next.t0 alone is set, and initial_probe and initial_step choose h.
+// Begin at t0. h >= 0: the first step. h < 0: only next.t0 is set, and initial_probe and initial_step choose h.
 NODE_CUDA_HD inline void start_control(ControllerState& ctl, const ControllerParams& law, double direction, double t0, double h) {
   ctl = ControllerState{};
   ctl.direction = direction;
@@ -200,7 +203,7 @@ NODE_CUDA_HD inline void start_control(ControllerState& ctl, const ControllerPar
   propose(ctl, law, t0);
 }
 
-// The first half of the starting step: d0 and d1 give the Euler step that probes the field's change.
+// The first half of the starting step: d0 and d1 give the Euler step that probes the change of the field.
 NODE_CUDA_HD inline void initial_probe(ControllerState& ctl, double d0, double d1) {
   if (!ctl.active) return;
   const double t = ctl.next.t0;
@@ -232,7 +235,7 @@ NODE_CUDA_HD inline void next_of_grid(ControllerState& ctl, const double* points
   ctl.next = Interval{points[i], points[i + 1], h, ctl.direction * h};
 }
 
-// Grid: the next step from point to point, all of them good.
+// Grid: accept the step to the current point, and move to the next step. All steps are accepted.
 NODE_CUDA_HD inline void grid_control(ControllerState& ctl, const ControllerParams& law, const double* points, int64_t count) {
   ctl.first_output = ctl.next_output;
   record_nothing(law.tape);
@@ -251,7 +254,7 @@ NODE_CUDA_HD inline void grid_control(ControllerState& ctl, const ControllerPara
   next_of_grid(ctl, points, count);
 }
 
-// Go on where the loop pauses; points null: by the error.
+// Continue a loop that pauses. points: the grid; null: the error chooses the step.
 NODE_CUDA_HD inline void resume(ControllerState& ctl, const ControllerParams& law, const double* points, int64_t count) {
   if (!ctl.paused) return;
   ctl.paused = 0;

@@ -1,4 +1,4 @@
-// The interval of a step. Plain C++, also where no CUDA is.
+// The interval of a step. Plain C++, which also compiles without CUDA.
 #pragma once
 
 #ifdef __CUDACC__
@@ -9,7 +9,7 @@
 
 namespace node_cuda {
 
-// A step from t0 to t1 of size h > 0, and dt = direction * h. h is what t1 was made from, and not t1 - t0.
+// A step from t0 to t1 of size h > 0, and dt = direction * h. t1 was computed from h, so t1 - t0 may be rounded.
 struct Interval {
   double t0, t1, h, dt;
 };

@@ -1,4 +1,5 @@
-// stage_time: the times of stages that no rk_stage computes, such as f(t0, y0) and those of fixed grids. Scalars only.
+// stage_time: the times of stages that rk_stage does not compute, such as f(t0, y0) and the stages of fixed grids.
+// Scalars only.
 #include "common/combine.h"
 
 namespace node_cuda {

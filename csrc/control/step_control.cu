@@ -1,4 +1,5 @@
-// step_control and its kin: one thread, scalars only. Where error_ratio's last block does it, no launch is needed.
+// The kernels of step-size control: one thread, scalars only. The last block of error_ratio also does step control, and
+// then no launch of these is needed.
 #include "common/launch.h"
 
 namespace node_cuda {

@@ -1,18 +1,18 @@
-// The walk back over the tape of a solve: one thread, scalars only. control.h writes the tape, as steps are judged.
+// The reverse pass over the tape of a solve: one thread, scalars only. control.h writes the tape when it judges a step.
 #include "common/combine.h"
 
 namespace node_cuda {
 
 __global__ void begin_reverse_kernel(ControllerState* ctl, StepLog* tape) {
   const bool complete = tape->count <= tape->capacity;
-  tape->row = complete ? tape->count : tape->capacity;  // a row that there is, also if no step is taken back
+  tape->row = complete ? tape->count : tape->capacity;  // always an existing row, even if there is no step to reverse
   ctl->status = complete ? SUCCESS : RECORD_FULL;
   ctl->active = complete && tape->count > 0;
 }
 
 template <class R>
 __global__ void load_step_kernel(ControllerState* ctl, StepLog* tape, R* time) {
-  if (!ctl->active) {  // a step that was launched before the end was known
+  if (!ctl->active) {  // a step that was launched after the end of the reverse pass
     ctl->accept = 0;
     ctl->first_output = ctl->next_output;
     return;
@@ -23,7 +23,7 @@ __global__ void load_step_kernel(ControllerState* ctl, StepLog* tape, R* time) {
   ctl->next_output = step.next_output;
   ctl->accept = 1;
   if (time == nullptr) return;
-  // Before t0 is the end of the step before, at t0 and after it the start of this one.
+  // A time just before t0 is the end of the step before. A time at t0 or just after it is the start of this step.
   const Interval start{step.at.t0, step.at.t0, 0.0, 0.0};
   write_time<R>(Slot{time, step.begins < 0 ? 1.0 : 0.0, step.begins}, Step{start, ctl->direction});
 }

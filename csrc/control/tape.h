@@ -1,7 +1,7 @@
-// The tape of a solve on the device: its accepted steps, in the order in which a walk back takes them from the end.
+// The tape of a solve on the device: its accepted steps in order. A reverse pass reads it from the end.
 //
-// Plain C++, as control.h, which writes the tape. The states that the steps begin with lie in `capacity` rows, and one
-// more for what is not kept, of a tensor that the kernels here never see: they only say which row.
+// This is plain C++, like control.h, which writes the tape. The states that the steps begin with are rows of a tensor:
+// `capacity` rows, and one more row for states that are not kept. The code here only computes the number of the row.
 #pragma once
 #include <cstddef>
 #include <cstdint>
@@ -10,25 +10,26 @@
 
 namespace node_cuda {
 
-// An accepted step, and the time at which the field gives its first stage: begins -1: just before t0, as the stage was
-// carried on from the step before; 0: at t0; +1: just after t0, the step's inside (see kernels/stage_times.py).
+// An accepted step, and the time of its first stage (see kernels/stage_times.py). begins = -1: just before t0, because
+// it is the last stage of the step before. 0: at t0. +1: just after t0, inside the step.
 struct Recorded {
   Interval at;
   int64_t first_output, next_output;  // the outputs in it, as in ControllerState
   int32_t begins, unused;
 };
 
-// Bytes from the front:
+// The numbers are the offsets in bytes.
 struct StepLog {
-  Recorded* steps;   //   0  the first `capacity` of them; the state that one begins with lies in the row of its number
+  Recorded* steps;   //   0  the first `capacity` steps; the state that step i began with is in row i
   int64_t capacity;  //   8
   int32_t first;     //  16  `begins` of the very first step
-  int32_t carries;   //  20  1: later steps begin with a stage carried on, but beyond jumps; 0: as the first
+  int32_t carries;   //  20  1: the first stage of later steps is the last one of the step before, except after jumps;
+                     //      0: `first` holds for all steps
   // The state, which start_control resets.
-  int64_t count;     //  24  accepted steps, also those that are not recorded
-  int64_t slot;      //  32  the row for the state that the step judged last began with; `capacity`: it is not kept
-  int64_t row;       //  40  of the walk: the step taken back last, and the row of its state
-  int32_t jumped;    //  48  the step accepted last ended at a discontinuity
+  int64_t count;     //  24  accepted steps, including those that are not recorded
+  int64_t slot;      //  32  the row for the state that the last judged step began with; `capacity`: it is not kept
+  int64_t row;       //  40  in a reverse pass: the last reversed step, and the row of its state
+  int32_t jumped;    //  48  the last accepted step ended at a discontinuity
   int32_t unused;    //  52
 };
 static_assert(sizeof(Recorded) == 56 && sizeof(StepLog) == 56, "the layout that Python reads and writes");
@@ -41,12 +42,12 @@ NODE_CUDA_HD inline void start_step_log(StepLog* tape) {
   tape->jumped = 0;
 }
 
-// The step judged last was not accepted, or there was none.
+// Record that the last judged step was not accepted, or that there was none.
 NODE_CUDA_HD inline void record_nothing(StepLog* tape) {
   if (tape != nullptr) tape->slot = tape->capacity;
 }
 
-// A step was accepted, with these outputs in it; jump: the field is discontinuous at its end.
+// Record an accepted step with these outputs in it. jump: the field is discontinuous at its end.
 NODE_CUDA_HD inline void record_step(StepLog* tape, const Interval& at, int64_t first_output, int64_t next_output,
                                      int32_t jump) {
   if (tape == nullptr) return;

@@ -1,1 +1,1 @@
-"""Solves captured as CUDA graphs: what is captured, when it serves again, and why the host takes the steps instead."""
+"""Solves captured as CUDA graphs: the capture, the cache, and the reason if the host loop solves instead."""

@@ -1,8 +1,9 @@
-"""The cache of captured solves: what is captured once serves the next solves of the same kind.
+"""The cache of captured solves: a captured solve is used again for later solves of the same kind.
 
-The field is captured with the step: its Python runs a few times when that happens and not in the solve. What a captured
-solve depends on is in its key and in the fingerprint of func; a solve of another kind is captured anew. What cannot be
-captured is the host loop's, and `Stats.why` says why.
+The field is captured together with the step. Its Python code runs a few times during the capture, and never during a
+solve. The key and the fingerprint of func contain everything that a captured solve depends on. A solve with another key
+or another fingerprint is captured anew. If a solve cannot be captured, the host loop runs it, and `Stats.why` gives the
+reason.
 """
 
 from __future__ import annotations
@@ -34,12 +35,12 @@ from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidInput, Unsupported
 
 MOST = 32
-"""Captured solves that a `GraphCache` keeps; the one that was not used for longest goes first."""
+"""The number of captured solves that a `GraphCache` keeps. The least recently used one is dropped first."""
 
 PATIENCE = 4
-"""Captures in a row, each for a func that had changed, after which it is the host loop's: a capture takes longer."""
+"""If func has changed before each of so many captures in a row, the host loop is used: a capture takes longer."""
 
-# Options that change no launch.
+# These options change no kernel launch.
 _NO_MATTER = ("cuda_graph", "throw", "norm", "grid_constructor", "record_steps", "check_reconstruction", "dtype")
 
 C = TypeVar("C")
@@ -47,7 +48,10 @@ C = TypeVar("C")
 
 @dataclass
 class _Entry:
-    """A captured solve, or why there is none; and what func was when it was made, but for what func itself writes."""
+    """A captured solve, or the reason why there is none, and the fingerprint of func at the capture.
+
+    written: the names of what func itself writes. They are not part of the fingerprint.
+    """
 
     key: Any
     found: Fingerprint
@@ -55,20 +59,22 @@ class _Entry:
     captured: Any
 
     def changed(self, now: Fingerprint) -> str | None:
-        """What is another thing now."""
+        """Return the name of the first thing that has changed since the capture, or None."""
         return difference(self.found, without(now, self.written))
 
 
 class GraphCache(Generic[C]):
-    """Captured solves, for as long as this object lives. A copy is empty. tier: the way to repeat steps, one of
-    "while" and "batches"; None: the best."""
+    """Captured solves. They live as long as this object. A copy is empty.
+
+    tier: the way to repeat steps, "while" or "batches"; None: the best one that the machine offers.
+    """
 
     def __init__(self, tier: str | None = None) -> None:
         if tier is not None and tier not in TIERS:
             raise InvalidInput(f"tier must be one of {', '.join(map(repr, TIERS))} or None; got {tier!r}.")
         self.tier = tier
         self.rooms: dict[Any, int] = {}
-        """For how many steps, or states, solves of a kind are to have room, where they record them."""
+        """For each kind of solve that records its steps: the number of steps, or of states, that it has room for."""
         self._entries: list[_Entry] = []
         self._misses = 0
         self._lock = threading.RLock()
@@ -78,14 +84,17 @@ class GraphCache(Generic[C]):
 
     @property
     def count(self) -> int:
-        """How many there are, those that could not be captured included."""
+        """The number of entries, including the solves that could not be captured."""
         return len(self._entries)
 
     def __repr__(self) -> str:
         return f"GraphCache(tier={self.tier!r})"
 
     def get(self, key: Any, func: Any, device: torch.device, make: Callable[[], C]) -> C | str:
-        """The captured solve, made where it is needed, or why there is none. One thread after another."""
+        """Return the captured solve, captured now if necessary, or the reason why there is none.
+
+        A lock allows one thread at a time.
+        """
         with self._lock:
             try:
                 return self._get(key, partial(fingerprint, func, device), make)
@@ -108,7 +117,7 @@ class GraphCache(Generic[C]):
             self._misses += 1
             if self._misses > PATIENCE:
                 return (
-                    f"func's {changed!r} was another one at each of the last {PATIENCE} captures: keep it as it is, "
+                    f"func's {changed!r} had changed at each of the last {PATIENCE} captures: keep it unchanged, "
                     "or, if it is a tensor, write into it with `copy_`"
                 )
         settled: list[Fingerprint] = []
@@ -122,7 +131,8 @@ class GraphCache(Generic[C]):
         finally:
             _evaluated_once.reset(token)
         after = look()
-        # What func wrote in its first evaluation alone it may look up in the others, and is not to change.
+        # func may fill something in its first evaluation and only read it later. That must not change any more, so only
+        # what func wrote after its first evaluation is left out of the fingerprint.
         own = written(settled[0] if settled else now, after)
         self._entries = [*self._entries[1 - MOST :], _Entry(key, without(after, own), own, captured)]
         return captured
@@ -134,7 +144,7 @@ _evaluated_once: ContextVar[Callable[[], None] | None] = ContextVar(
 
 
 def evaluated_once() -> None:
-    """To be called while something is captured, behind the first evaluation of its func and before the others."""
+    """Take the fingerprint after the first evaluation of func. A capture calls this before the other evaluations."""
     told = _evaluated_once.get()
     if told is not None:
         told()
@@ -144,26 +154,32 @@ _of_functions: weakref.WeakKeyDictionary[Any, dict[Any, GraphCache[Any]]] = weak
 
 
 def graphs_of(func: Any) -> GraphCache[Any]:
-    """The captured solves of this function, which are freed with it; those of a bound method with its object, as the
-    method itself is another one each time that it is looked up."""
+    """Return the cache of captured solves of this function. The cache is freed with the function.
+
+    The cache of a bound method is freed with the method's object, because Python makes a new bound method for each
+    attribute access.
+    """
     owner, method = (func.__self__, func.__func__) if isinstance(func, MethodType) else (func, None)
     try:
         return _of_functions.setdefault(owner, {}).setdefault(method, GraphCache())
-    except TypeError:  # it cannot be referred to weakly
+    except TypeError:  # Python has no weak reference to it
         return GraphCache()
 
 
 def captured_or_why(
     options: Common, why: str | None, key: Callable[[], Any], problem: Problem, make: Callable[[], C]
 ) -> C | str:
-    """The captured solve of this key, made where it is needed, or why there is none."""
+    """Return the captured solve of this key, captured now if necessary, or the reason why there is none.
+
+    why: a reason that is already known, or None.
+    """
     graphs: GraphCache[C] = options.cuda_graph
     why = why if why is not None else refuted(problem.y0.device)
     return why if why is not None else graphs.get(key(), problem.func, problem.y0.device, make)
 
 
 def refuse_in_capture(y0: Any) -> None:
-    """Raise Unsupported for a state on a stream that the user captures."""
+    """Raise Unsupported if the user is capturing the stream that the state is on."""
     if isinstance(y0, Tensor) and y0.is_cpu:
         return
     parts = y0 if isinstance(y0, tuple) else (y0,)
@@ -175,27 +191,28 @@ def refuse_in_capture(y0: Any) -> None:
 
 
 def fallback_reason(problem: Problem, method: Method) -> str | None:
-    """Why a solve cannot be captured, as far as that is known before."""
+    """Return the reason why a solve cannot be captured, or None. Only reasons that are known before the capture."""
     options = method.options
     if method.name == SCIPY or method.name in ADAMS:
         return f"{method.name} takes no Runge-Kutta steps"
     if problem.bounds is not None:
-        return "clip=True bounds the times that func sees by numbers of one solve"
+        return "clip=True limits the times of func to the interval of one solve"
     if options.record_steps:
-        return "record_steps wants the times of all steps on the host"
+        return "record_steps needs the times of all steps on the host"
     if isinstance(options, AdaptiveOptions) and runs_on_host(controller(options.controller)):
         return "the controller is the user's, and its Python runs on the host"
     if problem.norm.custom is not None:
-        return "a norm of the user's is measured on the host"
+        return "a custom norm is computed on the host"
     if len(problem.times) < 2 or problem.y0.numel() == 0:
         return "there is nothing to solve"
     if parametrize._cache_enabled:
-        return "torch.nn.utils.parametrize.cached() keeps weights that a captured solve would go on using"
+        return "torch.nn.utils.parametrize.cached() keeps weights that a captured solve would continue to use"
     return why_plain(problem.backend, problem.y0)
 
 
 def key_of(problem: Problem, method: Method) -> tuple[Any, ...]:
-    """What a captured solve cannot change, besides func: what the launches hold as numbers, and the sizes."""
+    """Return the properties, besides func, that are fixed in a captured solve: the sizes, and the numbers that are
+    constants of the kernel launches."""
     y0, options = problem.y0, method.options
     given = {f.name: getattr(options, f.name) for f in dataclasses.fields(options) if f.name not in _NO_MATTER}
     lands = given.get("step_t") is not None or given.get("jump_t") is not None
@@ -215,7 +232,7 @@ def key_of(problem: Problem, method: Method) -> tuple[Any, ...]:
 
 
 def _plain(value: Any) -> Any:
-    """The value as something that can be compared and hashed."""
+    """Return the value in a form that can be compared and hashed."""
     if isinstance(value, Tensor):
         return tuple(value.detach().reshape(-1).tolist()), value.shape
     if isinstance(value, dict):

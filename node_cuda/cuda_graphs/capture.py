@@ -1,9 +1,9 @@
-"""Work of a device as graphs: what it launches is recorded once and launched again, without the Python that made it.
+"""CUDA graphs: kernel launches are recorded once and replayed without the Python code that made them.
 
-A step is repeated until the solve is over in the best of the ways that a machine offers:
+A captured step is repeated until the solve ends, in the best way that the machine offers:
 
-    "while"     one launch: the step in a WHILE node of our own, which the device leaves (csrc/graphs/graphs.h)
-    "batches"   the step is launched again and again, the host looking a batch behind whether it was enough
+    "while"     one launch: the step is the body of a WHILE node, and the device ends the loop (csrc/graphs/graphs.h)
+    "batches"   the host launches batches of steps; after each batch it reads whether the batch before ended the solve
 """
 
 from __future__ import annotations
@@ -27,16 +27,17 @@ from node_cuda.kernels.step_control import ControllerSnapshot
 TIERS = ("while", "batches")
 
 WARM_UPS = 3
-"""Runs before a capture: libraries choose their algorithms, and make their handles, in the first ones."""
+"""Runs before a capture: in the first runs, libraries choose their algorithms and create their handles."""
 
 FIRST_BATCH, LATER_BATCHES = 8, 4
-"""Attempts in a batch, where no solve before tells how many it will take."""
+"""Attempts in the first batch, if no earlier solve shows how many are needed, and in each later batch."""
 
 LONGEST_WAIT = 60.0
-"""Seconds for another thread's captures to end; a solve inside a captured field's backward pass would wait for ever."""
+"""Seconds to wait until another thread's captures end. Without a limit, a solve in the backward pass of a captured
+field would wait forever."""
 
 _aten = torch.ops.aten
-# Operations that wait for the device, since the host or the size of a result depends on what it computes.
+# Operations that wait for the device: the host, or the size of the result, depends on values on the device.
 _READS = {
     _aten._local_scalar_dense.default,
     _aten.equal.default,
@@ -50,28 +51,31 @@ _READS = {
 _COPIES = {_aten._to_copy.default, _aten.copy_.default}
 _DRAWS = "func draws random numbers, and a captured step would draw the same ones every time"
 
-# torch captures one graph at a time: the beginning of a second capture waits for the whole device.
+# torch captures one graph at a time: when a second capture begins, it waits for the whole device.
 _one_at_a_time = threading.RLock()
-# Of captures that failed: torch's allocator for the host may go on asking them which streams are theirs.
+# The graphs of failed captures. They are kept, because torch's host allocator may still query their streams.
 _half_open: list[Any] = []
 
 
 class Uncapturable(RuntimeError):
-    """Why work cannot be recorded, as half a sentence."""
+    """Work cannot be captured. The message is the reason, as half a sentence."""
 
 
 class Busy(Uncapturable):
-    """It could be another time."""
+    """Work cannot be captured now. A later attempt may succeed."""
 
 
 class Recording(Protocol):
-    """Recorded work. replay: do it once more, or so many times, in the current stream."""
+    """Captured work. replay: launch it once, or `times` times, in the current stream."""
 
     def replay(self, times: int = 1) -> None: ...
 
 
 class Repeat(Protocol):
-    """A recorded step until its control says that the solve is over, or pauses, in the current stream. tier: how."""
+    """A captured step with a way to repeat it in the current stream, until its control ends or pauses the solve.
+
+    tier: the way to repeat the step.
+    """
 
     tier: str
 
@@ -79,23 +83,23 @@ class Repeat(Protocol):
 
 
 class GraphCapture:
-    """Records work on a device, in a stream of its own. tier: the way to repeat steps; None: the best."""
+    """Captures work on a device, in a separate stream. tier: the way to repeat steps; None: the best."""
 
     def __init__(self, device: torch.device, module: ModuleType, tier: str | None = None) -> None:
         self.device = device
         self.module = module
         self.tier = tier
         self._stream = torch.cuda.Stream(device)
-        # Nothing outlives the graph that made it but what was there before, so that all may share their memory.
+        # No tensor allocated in a capture is used after its graph has run. So all graphs can share one memory pool.
         self._pool = torch.cuda.graph_pool_handle()
         self._looks: dict[int, StatusReader] = {}
 
     @contextlib.contextmanager
     def aside(self) -> Iterator[None]:
-        """For what is to be recorded: in the recorder's stream, one thread at a time."""
+        """Context for a capture: the recorder's stream is current, and other threads' captures wait."""
         if not _one_at_a_time.acquire(timeout=LONGEST_WAIT):
             raise Busy("another thread's capture did not end")
-        # Autocast would keep casts of parameters from one evaluation for the next, beyond the end of a graph.
+        # Autocast would cache casts of parameters for the next evaluation, after the end of the graph.
         kind = self.device.type
         autocast = torch.autocast(
             kind, torch.get_autocast_dtype(kind), enabled=torch.is_autocast_enabled(kind), cache_enabled=False
@@ -108,18 +112,23 @@ class GraphCapture:
 
     @contextlib.contextmanager
     def in_its_stream(self) -> Iterator[None]:
-        """What is launched inside runs behind the current stream's work, and before what the stream gets later."""
+        """Context in which launches go to the recorder's stream.
+
+        They run after the earlier work of the current stream, and before its later work.
+        """
         outer = torch.cuda.current_stream(self.device)
         self._stream.wait_stream(outer)
         try:
             with torch.cuda.stream(self._stream):
                 yield
-        finally:  # also if it failed: the host loop goes on in the outer stream
+        finally:  # also after a failure: the host loop continues in the outer stream
             outer.wait_stream(self._stream)
 
     def warm_up(self, work: Callable[[], None]) -> None:
-        """Do the work as often as must be before it is recorded. Raises Uncapturable where that is known then: a
-        capture that fails is worse."""
+        """Run the work WARM_UPS times before it is captured.
+
+        Raises Uncapturable if these runs show a reason, because a failed capture is harder to recover from.
+        """
         before = self._random_states()
         for _ in range(WARM_UPS - 1):
             work()
@@ -128,26 +137,26 @@ class GraphCapture:
                 work()
         except Uncapturable:
             raise
-        except Exception:  # something that cannot be watched; if it cannot be captured, the capture says so
+        except Exception:  # `Watch` does not support the work; if it cannot be captured, the capture raises the error
             work()
         if any(a != b for a, b in zip(before, self._random_states(), strict=True)):
             raise Uncapturable(_DRAWS)
         self._stream.synchronize()
 
     def _random_states(self) -> list[Any]:
-        """Whatever a field may draw from without a word: none of them is on the device, and nothing waits."""
+        """Return the states of the random generators that a field may use. They are on the host; nothing waits."""
         states = torch.cuda.get_rng_state(self.device), torch.get_rng_state()
         return [*(state.numpy().tobytes() for state in states), random.getstate()]
 
     def record(self, work: Callable[[], None]) -> Recording:
-        """What the work launches; to be called inside `aside`. Raises Uncapturable."""
+        """Capture the launches of the work, and return them. Call it inside `aside`. Raises Uncapturable."""
         try:
             graph = torch.cuda.CUDAGraph(keep_graph=True)
-        except TypeError:  # torch before 2.8 gives no graph away, and only replays it
+        except TypeError:  # torch before 2.8 does not expose the graph, and only replays it
             graph = torch.cuda.CUDAGraph()
         handled = sys.exc_info()[1]
         try:
-            # Other threads may do what they like meanwhile.
+            # "thread_local": other threads may call CUDA in any way meanwhile.
             capture = torch.cuda.graph(graph, pool=self._pool, stream=self._stream, capture_error_mode="thread_local")
             with _no_collection(), _workspaces_of_its_own(), _streams_of_leaves_overridden(), capture:
                 work()
@@ -157,9 +166,11 @@ class GraphCapture:
         return CapturedGraph(self, graph)
 
     def _mend(self, graph: Any) -> None:
-        """Torch leaves a capture that failed half open: its allocator waits for the end of it, and its random numbers,
-        which nobody else can draw meanwhile, for the next one that succeeds."""
-        with contextlib.suppress(Exception):  # raises where torch has closed it
+        """Close a failed capture, because torch leaves it half open.
+
+        Torch's allocator still waits for its end, and random numbers cannot be drawn until another capture succeeds.
+        """
+        with contextlib.suppress(Exception):  # raises if torch has already closed it
             torch._C._cuda_endAllocateToPool(self.device.index, self._pool)
             _half_open.append(graph)
             torch._C._cuda_releasePool(self.device.index, self._pool)
@@ -169,22 +180,22 @@ class GraphCapture:
                 one.add_(1)
 
     def repeat(self, step: Recording, control: DeviceStepControl) -> tuple[Repeat, str | None]:
-        """The best way to repeat a step, and why it is not the WHILE node."""
+        """Return the best way to repeat a step, and the reason if that is not the WHILE node."""
         assert isinstance(step, CapturedGraph)
-        why = "batches were asked for"
+        why = 'tier="batches" was requested'
         if self.tier != "batches":
             if step.raw is None:
-                why = "this torch gives no captured graph away; 2.8 does"
+                why = "this version of torch does not expose the captured graph; torch 2.8 does"
             else:
                 try:
                     made = self.module.WhileGraph(step.raw, control.address, self.device.index)
                     return WhileLoop(self, made, step), None
-                except RuntimeError as refusal:  # what no loop may hold, or what this driver does not take
+                except RuntimeError as refusal:  # no WHILE node can contain the step, or the driver has none
                     why = str(refusal)
         return Batches(step, StatusReader(self, control), StatusReader(self, control)), why
 
     def look(self, control: DeviceStepControl) -> StatusReader:
-        """A look at where a solve stands: the same one each time, as its memory on the host is slow to come by."""
+        """Return the status reader of this control. It is cached, because pinned memory is slow to allocate."""
         if control.address not in self._looks:
             self._looks[control.address] = StatusReader(self, control)
         return self._looks[control.address]
@@ -196,13 +207,15 @@ class GraphCapture:
 
 
 class Watch(TorchDispatchMode):
-    """Raises Uncapturable where an operation would wait for the device, copy between it and the host, or draw random
-    numbers: such a captured step would fail, or find the numbers of its capture again."""
+    """Raises Uncapturable if an operation waits for the device, copies from or to the host, or draws random numbers.
+
+    The capture of such a step would fail, or each replay would use the numbers of the capture again.
+    """
 
     supports_higher_order_operators = True
 
     @classmethod
-    def _should_skip_dynamo(cls) -> bool:  # which would import it, for seconds
+    def _should_skip_dynamo(cls) -> bool:  # else torch imports Dynamo, which takes seconds
         return False
 
     def __init__(self, device: torch.device) -> None:
@@ -225,7 +238,10 @@ class Watch(TorchDispatchMode):
 
 
 class CapturedGraph:
-    """A graph of torch's, which owns the memory that its work uses. raw: as CUDA has it; None: this torch keeps it."""
+    """A torch CUDA graph. It owns the memory that its work uses.
+
+    raw: the address of the CUDA graph; None if this version of torch does not expose it.
+    """
 
     def __init__(self, recorder: GraphCapture, graph: Any) -> None:
         self._recorder = recorder
@@ -234,7 +250,10 @@ class CapturedGraph:
         self._exec: int | None = None
 
     def replay(self, times: int = 1) -> None:
-        """See `Recording`. Torch's own replay minds random numbers, which takes longer."""
+        """Launch the graph once, or `times` times, in the current stream.
+
+        Torch's own replay also updates the random generators, which takes longer.
+        """
         if not hasattr(self._graph, "raw_cuda_graph_exec"):
             for _ in range(times):
                 self._graph.replay()
@@ -248,7 +267,7 @@ class CapturedGraph:
 
 @contextlib.contextmanager
 def _no_collection() -> Iterator[None]:
-    """Garbage may be other solves, and CUDA frees nothing of theirs during a capture, but ends it."""
+    """Switch off garbage collection: it may free other solves, and a capture fails if CUDA frees memory meanwhile."""
     enabled = gc.isenabled()
     gc.disable()
     try:
@@ -260,8 +279,11 @@ def _no_collection() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _workspaces_of_its_own() -> Iterator[None]:
-    """The workspaces of cuBLAS that a capture uses are memory of its graph: torch keeps one for each stream, and frees
-    it when it likes, e.g. with another graph (pytorch issue 193402). torch.compile does the same."""
+    """Give the capture new cuBLAS workspaces, in the memory of its graph.
+
+    Torch keeps one workspace for each stream, and may free it while the graph still uses it, for example together with
+    another graph (pytorch issue 193402). torch.compile does the same.
+    """
     torch._C._cuda_clearCublasWorkspaces()
     try:
         yield
@@ -270,14 +292,16 @@ def _workspaces_of_its_own() -> Iterator[None]:
 
 
 def override_of_streams() -> Callable[[bool], None] | None:
-    """Torch's switch, of torch 2.13, for a captured backward pass to take the capture's stream in the place of those
-    that leaves were first used in."""
+    """Return the switch of torch 2.13 for captured backward passes, or None.
+
+    With it, a captured backward pass uses the stream of the capture, and not the stream in which a leaf was first used.
+    """
     return getattr(torch.autograd.graph, "set_override_stale_capture_stream", None)
 
 
 @contextlib.contextmanager
 def _streams_of_leaves_overridden() -> Iterator[None]:
-    """The switch is one for the process: it is on as long as one capture of ours takes, and then as it was."""
+    """Turn the switch on during one capture, and restore it afterwards. The whole process has one switch."""
     override = override_of_streams()
     if override is None:
         yield
@@ -291,33 +315,35 @@ def _streams_of_leaves_overridden() -> Iterator[None]:
 
 
 def first_cause(failure: BaseException, until: BaseException | None = None) -> str:
-    """The first line of the error that began a chain of them: the end of a capture that failed fails as well. until:
-    what was being handled before, and is no cause."""
+    """Return the first line of the error that started a chain of errors. The end of a failed capture also fails.
+
+    until: an exception that was already being handled before; it is not a cause.
+    """
     while failure.__context__ is not None and failure.__context__ is not until:
         failure = failure.__context__
     return str(failure).split("\n")[0].rstrip(".")
 
 
 class StatusReader:
-    """A copy of the control's state, as it is where the stream has come to the last `ask`, for the host to wait for."""
+    """Reads the state of the control: `ask` puts a copy into the stream, and `answer` waits for that copy."""
 
     def __init__(self, recorder: GraphCapture, control: DeviceStepControl) -> None:
-        # Not the recorder, which has looks of its own: nothing here waits for a collection.
+        # No reference to the recorder, because it refers to its readers: a cycle would wait for garbage collection.
         self.device = recorder.device
         self._flag = recorder.module.Flag(control.address, recorder.device.index)
 
     def ask(self) -> None:
-        """Let the current stream make the copy."""
+        """Put the copy into the current stream."""
         self._flag.record(torch.cuda.current_stream(self.device).cuda_stream)
 
     def answer(self) -> ControllerSnapshot:
-        """Wait for it."""
+        """Wait for the copy, and return it."""
         self._flag.wait()
         return self._flag.read()
 
 
 class WhileLoop:
-    """One launch. The step has the memory that it works on."""
+    """A WHILE node: one launch for all steps. `step` is kept, because it owns the memory that the graph uses."""
 
     tier = "while"
 
@@ -331,8 +357,10 @@ class WhileLoop:
 
 
 class Batches:
-    """A batch of steps is in the stream while the host waits for the one before it. The first is about as long as
-    the solve before was."""
+    """Launches batches of steps: one batch is in the stream while the host waits for the batch before it.
+
+    The first batch is about as long as the previous solve.
+    """
 
     tier = "batches"
 
@@ -353,5 +381,5 @@ class Batches:
                 break
             count += LATER_BATCHES
             now, behind = behind, now
-        # Once enough, try with one less the next time.
+        # If the first batch was long enough, it is one step shorter the next time.
         self._first = count if count > self._first else max(count - 1, 1)

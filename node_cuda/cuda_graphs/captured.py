@@ -1,4 +1,4 @@
-"""What captured solves share: their memory, which one solve after another uses, and how their end is looked at."""
+"""The base of captured solves: it keeps solves that share memory in order, and reads the status at their end."""
 
 from __future__ import annotations
 
@@ -22,14 +22,16 @@ from node_cuda.solution import Pending, Stats
 from node_cuda.status import SolveError, Status
 
 OnFinish = Callable[[ControllerSnapshot, Stats], SolveError | None]
-"""What is made of where a solve ended: it fills in what that cost, and says how it failed, if it did. Keeps neither
-these statistics, which may keep it, nor what the user's graph hangs on."""
+"""Callback run when a solve finishes: it fills in the statistics and returns the SolveError, or None.
+
+It must keep no reference to these statistics, which may refer to it, and none to tensors that keep the user's graph.
+"""
 
 
 class CapturedSolve:
-    """Solves of one kind as graphs. One solve after another uses their memory, whatever their streams and threads.
+    """Captured graphs for solves of one kind. The solves use the same memory in turn, in any stream or thread.
 
-    lock: to be held from `follow` until nothing of the solve is left in that memory.
+    lock: a solve holds it from `follow` until all its results are copied out of that memory.
     """
 
     def __init__(self, problem: Problem, tier: str | None) -> None:
@@ -41,7 +43,7 @@ class CapturedSolve:
         self._last_stream: Any = None
 
     def follow(self) -> None:
-        """Let the current stream begin behind the solve before, in whatever stream that was."""
+        """Make the current stream wait for the previous solve, which may be in another stream."""
         if self.device.type != "cuda":
             return
         stream = torch.cuda.current_stream(self.device)
@@ -50,7 +52,7 @@ class CapturedSolve:
         self._last_stream = stream
 
     def record(self, begin: Callable[[], None], *parts: Callable[[], None]) -> list[Any]:
-        """The beginning and the other parts of a loop, recorded. To be called inside `recorder.aside`."""
+        """Capture the beginning and the other parts of a loop, and return them. Call it inside `recorder.aside`."""
 
         def all_of_them() -> None:
             for part in (begin, *parts):
@@ -63,15 +65,18 @@ class CapturedSolve:
     def begun(
         self, control: DeviceStepControl, stats: Stats, on_finish: OnFinish, options: Common
     ) -> PendingStatus | None:
-        """The solve that was just launched, for the host to look at its end; None: with throw="deferred" whoever asks
-        `stats` does that."""
+        """Return the pending status of the solve that was just launched.
+
+        With throw="deferred" it is put into `stats.pending` instead, and the result is None: the status is read when
+        the user reads `stats`.
+        """
         if options.throw != "deferred":
             return PendingStatus(self, control, None, on_finish)
         stats.pending.append(PendingStatus(self, control, control.state.clone(), on_finish, self._last_stream))
         return None
 
     def __del__(self) -> None:
-        # The memory may serve others now, which a solve that still runs would write.
+        # Others may get this memory now, and a solve that still runs would write into it.
         with contextlib.suppress(Exception):
             if self._last_stream is not None and not torch.cuda.is_current_stream_capturing():
                 self._last_stream.synchronize()
@@ -79,9 +84,9 @@ class CapturedSolve:
 
 @dataclass
 class PendingStatus(Pending):
-    """A solve by graphs that may not have ended yet.
+    """The status of a captured solve that may still be running.
 
-    state: a copy of its control's state where it ended, made in `stream`; None: the control has it still.
+    state: a copy of the control's state at the end, made in `stream`. None: the control itself still has that state.
     """
 
     captured: CapturedSolve
@@ -93,7 +98,10 @@ class PendingStatus(Pending):
     _ended: bool = field(default=False, init=False)
 
     def end(self, stats: Stats) -> SolveError | None:
-        """See `Pending`. One host read, the first time."""
+        """Wait for the end of the solve, fill in the statistics, and return the SolveError, or None.
+
+        The first call is one host read. Later calls return the same result.
+        """
         if not self._ended:
             self._ended = True
             stats.host_reads += 1
@@ -113,8 +121,10 @@ class PendingStatus(Pending):
 def failure_of(
     now: ControllerSnapshot, direction: float, stats: Stats, options: Common | None = None, detail: str | None = None
 ) -> SolveError | None:
-    """How a solve that is over failed, if it did, as the host loop says it. detail: what went wrong, where it is
-    known."""
+    """Return the SolveError of a finished solve, with the text of the host loop, or None if the solve succeeded.
+
+    detail: the cause, if it is known.
+    """
     status = Status(now.status)
     if status is Status.SUCCESS:
         return None

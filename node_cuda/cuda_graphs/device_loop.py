@@ -1,10 +1,10 @@
-"""The loop over steps on the device: every attempt is the same launches, at the same addresses, and may be captured.
+"""The loop over steps on the device: every attempt has the same launches at the same addresses, so it can be captured.
 
     attempt, outputs, judge, commit                    (host_loop.py: propose, attempt, judge, move)
 
-What the host loop decides is decided by the kernels (csrc/control/control.h): when, how far, whether it was good,
-whether it was the last. An attempt after the last one changes nothing. The steps are the host loop's, by the same
-stepper and the same kernels, so their bits are the same.
+The kernels make the decisions of the host loop (csrc/control/control.h): where a step begins, its size, whether it is
+accepted, and whether it is the last one. An attempt after the last step changes nothing. The stepper and the kernels
+are those of the host loop, so the steps have the same bits.
 """
 
 from __future__ import annotations
@@ -37,30 +37,30 @@ from node_cuda.solution import Stats
 
 
 class DeviceQuadrature(Quadrature, Protocol):
-    """What is integrated beside the state, by the device as well."""
+    """An integral that is computed beside the state, and whose sums the device controls too."""
 
     def restart(self) -> None:
-        """A solve begins: the sums over steps are zero."""
+        """Set the sums over steps to zero, at the beginning of a solve."""
         ...
 
     def keep(self, integrands: Sequence[Tensor | None]) -> SavedIntegrands:
-        """A copy of the integrands with which a step begins, in memory that is always the same."""
+        """Copy the integrands at the beginning of a step into memory at a fixed address, and return the copy."""
         ...
 
     def keep_if_accepted(self, integrands: Sequence[Tensor | None], at: Interval) -> None:
-        """Put these in their place, if the step was accepted."""
+        """Copy these integrands into that memory, if the step was accepted."""
         ...
 
     def commit_if_accepted(self, at: Interval) -> None:
-        """Add the step's sums, if it was accepted."""
+        """Add the sums of the step to the total, if the step was accepted."""
         ...
 
 
 class DeviceLoop:
-    """Steps of one field and method, from the problem's y0, which is this loop's own memory: `y`.
+    """Steps of one field and one method, from the problem's y0. The loop owns the memory of y0, and calls it `y`.
 
-    points: those of a fixed grid. pauses: at every output but the last the device waits for `control.resume`. tape: it
-    records the accepted steps there.
+    points: the points of a fixed grid. pauses: the device waits for `control.resume` at every output but the last.
+    tape: the device records the accepted steps there.
     """
 
     def __init__(
@@ -75,7 +75,7 @@ class DeviceLoop:
         quadrature: DeviceQuadrature | None = None,
         tape: StepLog | None = None,
     ) -> None:
-        # What keeps this loop is in the options, and would be kept by it.
+        # The cache in the options refers to this loop. A reference back would be a cycle.
         method = replace(method, options=replace(method.options, cuda_graph=False))
         loop, self.interpolant = make_loop(
             problem,
@@ -110,15 +110,15 @@ class DeviceLoop:
         else:
             assert isinstance(self.selector, GridSteps) and points is not None
             self.control = arithmetic.grid_control(points, pauses=pauses, tape=tape)
-        self.first_nfe = self.nfe = 0  # of `begin`, and of an attempt
+        self.first_nfe = self.nfe = 0  # evaluations of the field in `begin`, and in one attempt
 
     @property
     def adaptive(self) -> bool:
-        """Steps are chosen by an error estimate, and carry their last stage on."""
+        """Whether an error estimate chooses the steps. Then the last stage is the first stage of the next step."""
         return self.stepper.tableau.adaptive
 
     def begin(self) -> None:
-        """From y: all that the first attempt needs."""
+        """Compute what the first attempt needs, from the state in `y`."""
         before = self.problem.field.nfe
         if self.quadrature is not None:
             self.quadrature.restart()
@@ -132,8 +132,10 @@ class DeviceLoop:
         self.first_nfe = self.problem.field.nfe - before
 
     def _choose_first_step(self, t: Tensor) -> None:
-        """As `AdaptiveSteps.start` at a time on the device, with nothing read: the step that probes the field is the
-        control's."""
+        """Choose the first step as `AdaptiveSteps.start` does, from a time on the device and without a host read.
+
+        The control on the device holds the Euler step that probes the field.
+        """
         control, fused = self.control, self.arithmetic
         if self.first_step is not None:
             return control.start_at(t, float(self.first_step))
@@ -146,28 +148,31 @@ class DeviceLoop:
         return None
 
     def resume(self) -> None:
-        """From where the device pauses, and y was set anew."""
+        """Continue after a pause at an output. `y` was set to a new state."""
         self.control.resume()
         if self.adaptive:
             self.set_slope(inside=True)
 
     def slope(self, *, inside: bool | None = None) -> Tensor:
-        """The field at y, where the next step begins; inside: just beyond that, by default as the other stages are."""
+        """Return the field at y and at the time at which the next step begins.
+
+        inside: evaluate the field just after that time; None: as for the other stages.
+        """
         return self.stepper.slope_at_beginning(self.arithmetic.current(), self.y, inside=inside)
 
     def set_slope(self, *, inside: bool) -> None:
-        """The next step begins with the field at y."""
+        """Set the first stage of the next step to the field at y."""
         self.k1.copy_(self.slope(inside=inside))
         if self.quadrature is not None:
             self.kept = self.quadrature.keep(self.stepper.integrands)
 
     def attempt(self) -> None:
-        """A step, its outputs, and the move to its end if it was good."""
+        """Attempt a step, write its outputs, and move to its end if it is accepted."""
         before = self.problem.field.nfe
         stepper, arithmetic, at = self.stepper, self.arithmetic, self.arithmetic.current()
         step = self._step(at)
         if share_memory(step.k) and not self.problem.field.copies_output:
-            # func returned a buffer that held an earlier stage: take the step again, on copies.
+            # func returned a buffer that held an earlier stage: repeat the step with copies.
             self.problem.field.copies_output = True
             step = self._step(at)
         outputs = self.interpolated(step)  # before the control moves on, and `at` with it
@@ -182,7 +187,7 @@ class DeviceLoop:
             self.quadrature.commit_if_accepted(at)
         if self.adaptive:
             carried, integrands = step.k[-1], stepper.integrands
-            if self.jumps:  # the field beyond the jump, in case there was one
+            if self.jumps:  # the field after the jump, used if the step ended at one
                 beyond = stepper.slope_at_beginning(at, step.y1, inside=True)
                 carried = torch.where(self.control.jumped, beyond, carried)
                 integrands = _where(self.control.jumped, stepper.integrands, integrands)
@@ -194,10 +199,10 @@ class DeviceLoop:
         self.nfe = self.problem.field.nfe - before
 
     def interpolated(self, step: Step) -> Any:
-        """What the outputs of a step are made of."""
+        """Return what the interpolant needs for the outputs of a step."""
 
     def put_outputs(self, step: Step, outputs: Any) -> None:
-        """The outputs that lie in the step, if it was accepted."""
+        """Write the outputs that lie in the step, if the step was accepted."""
 
     def _step(self, at: Interval) -> Step:
         if self.adaptive:
@@ -206,7 +211,7 @@ class DeviceLoop:
         return self.stepper.attempt_at(at, self.y, self.slope())
 
     def cost(self, now: ControllerSnapshot, stats: Stats) -> int:
-        """What a solve that is over cost: its steps, and how often it evaluated the field."""
+        """Store the steps of a finished solve in the statistics, and return its number of field evaluations."""
         stats.accepted, stats.rejected = now.accepted, now.rejected
         return self.first_nfe + self.nfe * (now.accepted + now.rejected + now.gave_up)
 
@@ -218,7 +223,10 @@ class DeviceLoop:
         points: Sequence[float] | None,
         stops: Sequence[float] = (),
     ) -> None:
-        """The next solve: from y0, at so many times, points and stops as before, with tolerances of the same kind."""
+        """Prepare the next solve, from y0.
+
+        The numbers of times, points and stops are as before, and the tolerances are of the same kind.
+        """
         self.y.copy_(y0)
         if times != self.times:
             self.times = times
@@ -235,7 +243,7 @@ class DeviceLoop:
 
 
 class OutputLoop(DeviceLoop):
-    """A solve with its outputs. ys: NaN where they were not reached."""
+    """A solve with its outputs. ys: the outputs; an output that was not reached is NaN."""
 
     def __init__(
         self,
@@ -250,22 +258,25 @@ class OutputLoop(DeviceLoop):
         self.ys = self.y.new_empty((len(problem.times), *self.y.shape))
 
     def begin(self) -> None:
-        """See `DeviceLoop`."""
+        """Set all outputs but the first to NaN, and compute what the first attempt needs."""
         self.ys.fill_(math.nan)
         self.ys[0].copy_(self.y)
         super().begin()
 
     def interpolated(self, step: Step) -> Any:
-        """See `DeviceLoop`."""
+        """Return the step's polynomial, which the outputs are evaluated with."""
         return self.interpolant.prepare(step)
 
     def put_outputs(self, step: Step, outputs: Any) -> None:
-        """See `DeviceLoop`."""
+        """Write the outputs that lie in the step into `ys`, if the step was accepted."""
         self.interpolant.outputs(step, outputs, 1, self.ys[1:])
 
 
 def set_apart(problem: Problem) -> Problem:
-    """The problem with a field and a y0 of its own. Whoever looks at the first evaluation of the field does so now."""
+    """Return the problem with a separate field and a copy of y0.
+
+    Some code inspects the first evaluation of the field. If the field was not evaluated yet, that is done here.
+    """
     if problem.field.nfe == 0:
         problem.field(problem.t[0].to(problem.y0.device, problem.time_dtype), problem.y0)
     y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)
@@ -273,7 +284,7 @@ def set_apart(problem: Problem) -> Problem:
 
 
 def with_field_of_its_own(problem: Problem) -> Problem:
-    """The problem with another field for the same function, which may be released."""
+    """Return the problem with a new field for the same function. `release` can release that field."""
     assert isinstance(problem.field, VectorField)
     own = problem.field_of(problem.field.func)
     # A callback that the method does not call would keep func alive.
@@ -281,13 +292,13 @@ def with_field_of_its_own(problem: Problem) -> Problem:
 
 
 def release(problem: Problem) -> None:
-    """The field of its own lets func go: it is not evaluated any more."""
+    """Drop the field's reference to func. The captured graph no longer calls func."""
     assert isinstance(problem.field, VectorField)
     problem.field.release()
 
 
 def _where(condition: Tensor, yes: Sequence[Tensor | None], no: Sequence[Tensor | None]) -> Sequence[Tensor | None]:
-    """One or the other, for each pair; None stands for zeros."""
+    """Return torch.where of each pair. None stands for zeros."""
     zero = torch.zeros((), device=condition.device)
     return [
         None if a is None and b is None else torch.where(condition, zero if a is None else a, zero if b is None else b)
@@ -296,6 +307,6 @@ def _where(condition: Tensor, yes: Sequence[Tensor | None], no: Sequence[Tensor 
 
 
 def upload(to: Tensor, values: Sequence[float]) -> None:
-    """Numbers to the device; the host does not wait."""
+    """Copy numbers to the device. The host does not wait."""
     on_host = torch.tensor(values, dtype=to.dtype)
     to.copy_(on_host.pin_memory() if to.is_cuda else on_host, non_blocking=True)

@@ -1,8 +1,9 @@
-"""Whether a function would still compute what it computed: `structure` says with what, `storage` where that lies.
+"""Fingerprints of a function, which show whether it changed: `structure` is what it computes, `storage` its addresses.
 
-Work that was recorded reads tensors at their addresses, and holds numbers as they were. It may be repeated as long as
-both are the same; what was compiled, and is given its tensors, as long as the structure is. `parts` says what is
-looked at. Neither keeps an object alive, except code and classes.
+Captured work reads tensors at fixed addresses, and contains numbers as constants. It can be replayed as long as the
+structure and the storage are unchanged. Compiled work gets its tensors as arguments: it can be used as long as the
+structure is unchanged. `parts` finds the values and the tensors. A fingerprint keeps no object alive, except code and
+classes.
 """
 
 from __future__ import annotations
@@ -16,43 +17,47 @@ from torch import Tensor
 from node_cuda.cuda_graphs.parts import LARGEST, Unseen, parts
 
 Fingerprint = dict[str, Any]
-"""What was found, by where it was found: "net.0.weight", say."""
+"""What was found, by its name, such as "net.0.weight"."""
 
 
 def structure(func: Callable[..., Any]) -> Fingerprint:
-    """What func computes, whatever the numbers in its tensors are: code, attributes, closures, globals, and the shapes
-    and dtypes of its tensors. There is no address in it. Raises Unseen."""
+    """Return what func computes: its code, attributes, closures, globals, and the shapes and dtypes of its tensors.
+
+    It contains no address, and no numbers of tensors. Raises Unseen.
+    """
     values, tensors = parts(func)
     return {**values, **{name: _form(x) for name, x in tensors.items()}}
 
 
 def storage(func: Callable[..., Any], device: torch.device) -> Fingerprint:
-    """Where func's tensors lie; and the numbers in those on the host, which func's kernels on this device get as
-    constants. Raises Unseen."""
+    """Return the addresses of func's tensors, and the numbers in its tensors on the host.
+
+    func's kernels on this device get those numbers as constants. Raises Unseen.
+    """
     _, tensors = parts(func)
     return {name: _place(name, x, device) for name, x in tensors.items()}
 
 
 def fingerprint(func: Callable[..., Any], device: torch.device) -> Fingerprint:
-    """The structure and the storage of func, for the time of one."""
+    """Return the structure and the storage of func together. This takes one search instead of two."""
     values, tensors = parts(func)
     return {**values, **{name: (_form(x), _place(name, x, device)) for name, x in tensors.items()}}
 
 
 def difference(a: Fingerprint, b: Fingerprint) -> str | None:
-    """Where two of them differ first; None if they are the same."""
+    """Return the name of the first difference between two fingerprints, or None if they are equal."""
     if a == b:
         return None
     return next((name for name in (*a, *b) if name not in a or name not in b or a[name] != b[name]), None)
 
 
 def written(before: Fingerprint, after: Fingerprint) -> frozenset[str]:
-    """What is another thing in the second: what func itself writes, if only func ran between them."""
+    """Return the names that differ between two fingerprints. If only func ran between them, func writes these."""
     return frozenset(name for name, _ in before.items() ^ after.items())
 
 
 def without(found: Fingerprint, written: frozenset[str]) -> Fingerprint:
-    """A fingerprint without what func itself writes, and without the items of a list or dict that it fills."""
+    """Return a fingerprint without what func itself writes, and without the items of a list or dict that it fills."""
     if not written:
         return found
     filled = tuple(f"{name.removesuffix('.length()')}[" for name in written if name.endswith(".length()"))
@@ -72,11 +77,11 @@ def _place(name: str, x: Tensor, device: torch.device) -> Any:
 
 
 def surroundings(kind: str) -> tuple[Any, ...]:
-    """What the launches of a field on a device of this kind depend on, that is torch's own."""
+    """Return torch's global settings that the kernels of a field on this kind of device depend on."""
     kinds = (kind,) if kind == "cpu" else (kind, "cpu")
     return (
         torch.get_default_dtype(),
-        # A default device is a mode, and to ask for it costs more than all the others.
+        # A default device is a mode, and it takes longer to read than all the other settings.
         torch.get_default_device() if torch._C._len_torch_function_stack() else None,
         tuple(torch.is_autocast_enabled(name) and torch.get_autocast_dtype(name) for name in kinds),
         torch.are_deterministic_algorithms_enabled(),
@@ -85,8 +90,8 @@ def surroundings(kind: str) -> tuple[Any, ...]:
     )
 
 
-# Read as torch.backends reads them, which takes ten times as long. Where torch has precisions of float32 by name, it
-# refuses to be asked in the old way for what was set in the new one.
+# These are the getters that torch.backends calls; torch.backends itself takes ten times as long. If torch has the named
+# precisions of float32, the old getters raise an error for what was set with the new ones.
 _PRECISION: Any = getattr(torch._C, "_get_fp32_precision_getter", None)
 _PRECISIONS = (("generic", "all"), ("cuda", "matmul"), ("cuda", "conv"), ("cuda", "rnn"), ("mkldnn", "matmul"))
 _FLAGS: tuple[Callable[[], Any], ...] = tuple(

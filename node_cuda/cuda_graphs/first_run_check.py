@@ -1,8 +1,9 @@
-"""The first captured solve of a process on a device, and its first captured gradients, are done again by the host loop.
+"""The host loop checks the first captured solve of a process on a device, and its first captured gradients.
 
-Captured graphs depend on the driver, the toolkit and torch; a gradient that is wrong for that reason tells nobody. So
-what is captured is compared once, for each kind of solve, dtype and way to repeat steps. If it differs, what the host
-computed is returned, a warning says so, and the host does all solves on that device from then on.
+Captured graphs depend on the driver, the toolkit and torch. If one of them makes a gradient wrong, no error appears. So
+the first captured result of each kind of solve, dtype and way to repeat steps is compared with that of the host loop.
+If they differ, the result of the host loop is returned, a warning is issued, and the host loop runs all later solves on
+that device.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from node_cuda.solution import Stats
 from node_cuda.status import Status, users_level
 
 ROUNDING = 1e-10
-"""How far apart numbers may be, in units of the largest: in float64 (see `_limit` for others)."""
+"""The allowed difference in float64, relative to the largest number. `_limit` gives it for other dtypes."""
 
 _confirmed: set[tuple[str, torch.device, torch.dtype, str]] = set()
 _refuted: dict[torch.device, str] = {}
@@ -28,7 +29,7 @@ _lock = threading.Lock()
 
 
 class Outcome(NamedTuple):
-    """What a solve gave. steps: accepted and rejected ones, where they are to be compared."""
+    """The result of a solve. steps: the numbers of accepted and rejected steps, if they are to be compared."""
 
     status: Status
     tensors: Sequence[Tensor | None]
@@ -36,7 +37,7 @@ class Outcome(NamedTuple):
 
 
 class Trial:
-    """A captured solve that may be the first of its kind. like: a tensor of its state's device and dtype."""
+    """A captured solve that may be the first of its kind. like: a tensor with the state's device and dtype."""
 
     def __init__(self, kind: str, tier: str, like: Tensor) -> None:
         self.kind, self.device, self.dtype = kind, like.device, like.dtype
@@ -45,17 +46,19 @@ class Trial:
 
     @property
     def due(self) -> bool:
-        """Nothing of its kind was compared before."""
+        """Whether no solve of this kind was compared before."""
         return self._key not in _confirmed
 
     def begin(self, stats: Stats) -> None:
-        """The solve is to be launched, and counts in these statistics."""
+        """Save the statistics before the solve is launched."""
         if self.due:
             self._before = {**vars(stats), "pending": [*stats.pending]}
 
     def agrees(self, stats: Stats, found: Outcome, by_the_host: Callable[[], Outcome]) -> bool:
-        """Compare what was found with what the host computes. If it differs, the statistics are again what they were
-        before, and the solve is to be left to the host."""
+        """Compare the captured result with that of the host loop, and return whether they agree.
+
+        If they differ, the statistics are restored, and the caller must use the host loop.
+        """
         try:
             apart = difference(found, by_the_host(), self.dtype)
         except torch.OutOfMemoryError:  # there is no room to compare it now
@@ -69,7 +72,10 @@ class Trial:
 
 
 def refuted(device: torch.device) -> str | None:
-    """Why the device is not to repeat steps, as half a sentence, if captured solves were wrong there."""
+    """Return the reason why captured solves are not used on this device, as half a sentence, or None.
+
+    There is a reason if a captured solve was wrong there.
+    """
     return _refuted.get(device)
 
 
@@ -77,21 +83,22 @@ def _refute(kind: str, device: torch.device, apart: str) -> None:
     with _lock:
         if device in _refuted:
             return
-        _refuted[device] = f"a captured {kind} on {device} was not that of the host loop ({apart})"
+        _refuted[device] = f"a captured {kind} on {device} differs from that of the host loop ({apart})"
     warnings.warn(
-        f"{_refuted[device]}. The host loop solves on this device from now on. Please report it with what "
-        "`python -m node_cuda` prints.",
+        f"{_refuted[device]}. The host loop solves on this device from now on. Please report this, with the "
+        "output of `python -m node_cuda`.",
         RuntimeWarning,
         stacklevel=users_level(),
     )
 
 
 def difference(found: Outcome, expected: Outcome, dtype: torch.dtype) -> str | None:
-    """How two outcomes differ, if they do by more than rounding.
+    """Return how two outcomes differ, or None if they differ by no more than rounding.
 
-    The kernels of a captured solve are those of the host loop, and so are its bits, but for the discrete adjoint, which
-    sums in another order. The kernels of func need not be: a library may choose another algorithm in a capture, or sum
-    in an order of chance. So bits are not demanded; where they are the same, so are the steps.
+    A captured solve uses the kernels of the host loop. So it has the same bits, except for the discrete adjoint, which
+    sums in another order. The kernels of func may differ: a library may choose another algorithm in a capture, or its
+    order of summation may be non-deterministic. So equal bits are not required. If all bits are equal, the numbers of
+    steps must be equal too.
     """
     if found.status is not expected.status:
         return f"it ended with {found.status.name}, and not with {expected.status.name}"
@@ -100,24 +107,26 @@ def difference(found: Outcome, expected: Outcome, dtype: torch.dtype) -> str | N
     sizes = [_largest(b) for _, b in pairs]
     slack = 0 if not any(gaps) else 1 + sum(expected.steps) // 20
     if any(abs(a - b) > slack for a, b in zip(found.steps, expected.steps, strict=True)):
-        return f"it took {found.steps[0]} steps and {found.steps[1]} that were rejected, and not {expected.steps}"
-    # A tensor that is nearly zero is as good as the sums that it is a difference of.
+        return f"its accepted and rejected steps are {found.steps}, and not {expected.steps}"
+    # A tensor that is nearly zero is a difference of larger sums, and has the absolute error of those sums.
     floor = 1e-3 * max(sizes, default=0.0)
     for gap, size in zip(gaps, sizes, strict=True):
         if gap > _limit(dtype) * max(size, floor):
-            return f"numbers of the size {size:.3g} are {gap:.3g} apart"
+            return f"numbers of size {size:.3g} differ by {gap:.3g}"
     return None
 
 
 def _limit(dtype: torch.dtype) -> float:
-    """Some hundred roundings, which a solve that is well conditioned does not make more of; in half precision, whose
-    roundings are large, what still tells a wrong step."""
+    """Return the allowed relative difference: some hundred roundings, which a well-conditioned solve does not exceed.
+
+    Roundings in half precision are large. There the limit is small enough to detect a wrong step.
+    """
     real = dtype.to_real()
     return ROUNDING if real is torch.float64 else min(500 * torch.finfo(real).eps, 0.05)
 
 
 def _gap(a: Tensor, b: Tensor) -> float:
-    """The largest difference; inf where one of the numbers is finite and the other is not."""
+    """Return the largest difference, or inf if a number is finite in one tensor only."""
     if not torch.equal(a.isfinite(), b.isfinite()):
         return math.inf
     return _largest(_wide(a) - _wide(b))
@@ -129,5 +138,5 @@ def _largest(x: Tensor) -> float:
 
 
 def _wide(x: Tensor) -> Tensor:
-    """In double, with zero in the place of what is not finite."""
+    """Return x in double, with zeros instead of numbers that are not finite."""
     return torch.where(x.isfinite(), x, 0.0).to(torch.complex128 if x.is_complex() else torch.float64)

@@ -1,4 +1,4 @@
-"""A whole solve with its outputs by graphs: what `host_loop.solve_outputs` does, without the host in the loop."""
+"""A captured forward solve: it does the same as `loop.outputs.solve_outputs`, without the host in the loop."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from node_cuda.status import SolveError, Status
 
 
 class CapturedForward(CapturedSolve):
-    """A forward solve."""
+    """The captured graphs of a forward solve: its beginning, and its step with a way to repeat it."""
 
     def __init__(self, problem: Problem, method: Method, points: Sequence[float] | None, tier: str | None) -> None:
         super().__init__(problem, tier)
-        # Solves outside of inference mode write this memory as well.
+        # Later solves outside inference mode write into this memory too.
         with self.recorder.aside(), torch.inference_mode(False), torch.no_grad():
             own = set_apart(problem)
             arithmetic = arithmetic_of(own)
@@ -43,11 +43,11 @@ class CapturedForward(CapturedSolve):
     def make_loop(
         self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None
     ) -> OutputLoop:
-        """The loop to be captured."""
+        """Return the loop to capture."""
         return OutputLoop(problem, method, arithmetic, points=points)
 
     def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
-        """y at the problem's times; nothing is read."""
+        """Launch the solve, and return y at the problem's times. The host reads nothing."""
         self.follow()
         self.loop.rebind(problem.y0, problem.times, problem.norm, points)
         self._begin.replay()
@@ -58,8 +58,10 @@ class CapturedForward(CapturedSolve):
 def try_captured(
     problem: Problem, method: Method, stats: Stats, why: str | None = None
 ) -> tuple[Tensor, Status] | None:
-    """As `host_loop.solve_outputs`, or None where that is to do it: then `stats.why` says why. why: what is known to
-    stand in the way."""
+    """Return (y at the problem's times, status) by a captured solve, or None if the host loop must solve.
+
+    Then `stats.why` gives the reason. why: a reason that is already known, or None.
+    """
     options = method.options
     why = why or fallback_reason(problem, method) or _gradient_obstacle(problem)
     points = points_of(problem, method) if why is None else None
@@ -78,15 +80,17 @@ def try_captured(
 
 
 def points_of(problem: Problem, method: Method) -> tuple[float, ...] | None:
-    """Those of the grid, where the method has one."""
+    """Return the points of the grid, or None if the method has none."""
     return tuple(grid_of(problem, method.options)[0]) if isinstance(method.options, FixedOptions) else None
 
 
 def solve_captured(
     captured: CapturedForward, problem: Problem, method: Method, stats: Stats, points: Sequence[float] | None
 ) -> tuple[Tensor, Status] | None:
-    """A solve by graphs that are there, whose lock is held; its end is looked at, but with throw="deferred". None where
-    it is the host's, as the first one was not what the host computes."""
+    """Run a captured solve, and read its status unless throw="deferred". The caller holds the lock of `captured`.
+
+    Returns None if the first-run check failed; then the host loop must solve.
+    """
     options, loop = method.options, captured.loop
     trial = Trial("solve", captured.repeat.tier, loop.y)
     trial.begin(stats)
@@ -111,7 +115,7 @@ def solve_captured(
 
 
 def _by_the_host(problem: Problem, method: Method, points: Sequence[float] | None) -> Outcome:
-    """The same solve, with another field and statistics of its own."""
+    """Run the same solve in the host loop, with a new field and separate statistics."""
     own, stats = replace(problem, field=problem.field_of(problem.func), callbacks={}), Stats()
     with torch.no_grad():
         ys, status = solve_outputs(*make_loop(own, method, stats, points=points), False)
@@ -119,11 +123,11 @@ def _by_the_host(problem: Problem, method: Method, points: Sequence[float] | Non
 
 
 def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) -> OnFinish:
-    """What is made of where a solve ended."""
+    """Return the callback for the end of this solve. It fills in the statistics and returns the SolveError, or None."""
     direction, times = problem.direction, problem.times
-    # A grid judges no step. Now, as ys is the user's from here on.
+    # A grid judges no step, so ys is checked. The check is launched now, because the user may write into ys later.
     finite = None if loop.adaptive else torch.isfinite(ys).reshape(len(ys), -1).all(1)
-    # The next solve writes over the slope, and y0 would keep the user's graph.
+    # A deferred status is read later: then the next solve has overwritten k1, and y0 would keep the user's graph alive.
     began = None if options.throw == "deferred" else (problem.norm, problem.y0, loop.k1)
 
     def on_finish(now: ControllerSnapshot, stats: Stats) -> SolveError | None:
@@ -133,7 +137,7 @@ def _account(problem: Problem, loop: OutputLoop, ys: Tensor, options: Common) ->
             if began is not None:
                 detail = wrong_at_start(*began)
             else:
-                detail = "y0 or func(t0, y0) is not finite, or not so in units of atol + rtol * |y0|."
+                detail = "y0 or func(t0, y0) is not finite, or not finite after division by atol + rtol * |y0|."
         failure = failure_of(now, direction, stats, options, detail)
         if failure is None and finite is not None:
             stats.host_reads += 1

@@ -1,4 +1,4 @@
-"""What a function is made of: every tensor and every other value that its Python code can reach, each with a name.
+"""A search for every tensor and every other value that the Python code of a function can reach, each with a name.
 
     net.0.weight    a parameter of a module        scale           a variable of a closure
     net.training    an attribute                   settings.rate   a global that the code names
@@ -32,18 +32,18 @@ from torch.nn.modules import module as of_all_modules
 from torch.nn.parameter import is_lazy
 
 LARGEST = 1024
-"""A list, dict or set with more items takes too long to look through before each solve."""
+"""The largest list, dict or set that is searched. A larger one would take too long before each solve."""
 
 
 class Unseen(Exception):
-    """What cannot be looked into, as half a sentence."""
+    """A value cannot be inspected. The message is the reason, as half a sentence."""
 
 
 def parts(func: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """Return the values and the tensors that func can reach, by name. Two values are equal if their content is.
 
-    Raises Unseen where there is something that Python cannot look into, such as the state of a scripted module.
-    What func reads in other ways, from a file or the environment, is not found.
+    Raises Unseen if Python cannot inspect a value, such as the state of a scripted module. The search does not find
+    what func reads in other ways, from a file or from the environment.
     """
     search = _Search()
     everywhere = {f"torch{key}": vars(of_all_modules)[f"_global{key}"] for key in _HOOKS}
@@ -54,25 +54,25 @@ def parts(func: Callable[..., Any]) -> tuple[dict[str, Any], dict[str, Tensor]]:
 
 _PLAIN = frozenset((bool, int, str, bytes, type(None), type(...), torch.dtype, torch.device, torch.Size))
 _PLAIN |= {torch.layout, torch.memory_format}
-# Equal if they are written alike: 0.0 is not -0.0, and NaN is NaN.
+# Two of these are equal if their repr is equal: 0.0 differs from -0.0, and NaN equals NaN.
 _WRITTEN = frozenset((float, complex, range, slice, bytearray, torch.finfo, torch.iinfo))
 _TENSORS = frozenset((Tensor, nn.Parameter))
 _CONTAINERS = (list, tuple, deque, set, frozenset)
-# It matters which one it is, and not what state it is in: a lock, a stream, a logger, a compiled function.
+# These are compared by identity, and not by their state: a lock, a stream, a logger, a compiled function.
 _BY_IDENTITY = (ModuleType, torch.Generator, torch.Stream, torch.Event, torch._C.ScriptFunction)
 _BY_IDENTITY_IN = ("_io.", "_thread.", "concurrent.", "io.", "logging.", "multiprocessing.", "threading.", "triton.")
 _BY_IDENTITY_IN += ("torch._dynamo.", "torch._ops.", "torch.cuda.", "torch.library.")
-# Python sees an object and not what it computes with, or it computes another number each time.
+# Python cannot see what these objects compute with, or they compute another number each time.
 _HIDDEN = (torch.jit.ScriptModule, torch._C.ScriptModule, torch._C.ScriptMethod, torch._C.ScriptObject)
 _HIDDEN += (random.Random, np.random.Generator, np.random.RandomState, threading.local)
-# Of nn.Module: looked at in another way, or without effect on what forward computes.
+# Attributes of nn.Module that are searched in another way, or that have no effect on what forward computes.
 _OF_MODULES = frozenset((*vars(nn.Module()), "_is_full_backward_hook", "_non_persistent_buffers_set")) - {"training"}
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks")
 _METHODS = (FunctionType, staticmethod, classmethod, property, functools.cached_property)
 _NO_DATA = (types.GetSetDescriptorType, types.MemberDescriptorType, *_METHODS)
 _WRAPPERS = (MethodType, functools.partial, *_METHODS[1:])
 _WRAPPED = ("__self__", "__func__", "fget", "fset", "func", "args", "keywords", "__dict__")
-# What PyTorch calls without being told a name, as Python calls methods whose names begin with two underscores.
+# Methods that PyTorch calls by itself, as Python calls methods that begin with two underscores.
 _CALLED = ("forward", "backward", "setup_context", "vjp", "jvp")
 
 
@@ -83,19 +83,19 @@ class _Search:
         self.values: dict[str, Any] = {}
         self.tensors: dict[str, Tensor] = {}
         self._todo: list[tuple[str, Any]] = []
-        # By its id the name of an object; and the object, so that no other one gets this id meanwhile.
+        # By the id of an object: its name, and the object itself, so that no other object gets this id meanwhile.
         self._seen: dict[int, tuple[str, Any]] = {}
         self._classes: dict[type, str] = {}
         self._attributes = set(_CALLED)  # the names of attributes in all code that was found
         self._methods: set[str] = set()
 
     def add(self, below: str, members: dict[str, Any]) -> None:
-        """Look at these later; the name of each is its key after `below`."""
+        """Put members on the list of values to search. The name of each is `below` and its key."""
         if members:
             self._todo += [(below + key, x) for key, x in reversed(members.items())]  # the last one is taken first
 
     def run(self) -> None:
-        """Look at all that was added, and at all that it leads to."""
+        """Search all values on the list, and all values that they lead to."""
         todo, values, seen = self._todo, self.values, self._seen
         while todo or self._add_methods():
             name, x = todo.pop()
@@ -106,7 +106,7 @@ class _Search:
                 values[name] = kind, repr(x)
             elif kind in _TENSORS:
                 self._tensor(x, kind, name)
-            elif id(x) in seen:  # by name: an attribute may choose one of two modules
+            elif id(x) in seen:  # record its name: an attribute may refer to one of two modules
                 values[f"{name} is"] = seen[id(x)][0]
             else:
                 seen[id(x)] = name, x
@@ -139,7 +139,7 @@ class _Search:
         if x.__dict__ or kind not in _TENSORS:
             self.add(f"{name}.", {"type()": kind, **_attributes(x, kind)})
         if is_lazy(x) or x.layout is not torch.strided or x.is_nested:
-            raise Unseen(f"func's {name!r} is a tensor without values yet, or not a dense one")
+            raise Unseen(f"func's {name!r} is a tensor that has no values yet, or that is not dense")
         self.tensors[name] = x
 
     def _module(self, x: nn.Module, kind: type, below: str) -> None:
@@ -165,7 +165,7 @@ class _Search:
 
     def _items(self, x: Any, name: str, below: str) -> None:
         if len(x) > LARGEST:
-            raise Unseen(f"func's {name!r} has {len(x)} items, too many to look through: make it a tensor")
+            raise Unseen(f"func's {name!r} has {len(x)} items, too many to search: make it a tensor")
         self.values[below + "length()"] = len(x)
         if isinstance(x, _CONTAINERS):
             self.add(name, {f"[{i}]": item for i, item in enumerate(x)})
@@ -191,7 +191,7 @@ class _Search:
             self.add(below, dict(_globals(function.__globals__, chains)))
 
     def _class(self, cls: type, below: str) -> None:
-        """Look at the data of the user's classes that cls is made of; at methods when some code names them."""
+        """Search the data of cls and of its base classes that users wrote. Methods are added when code names them."""
         for i, owner in enumerate(_users_classes(cls)):
             if owner not in self._classes:
                 self._classes[owner] = below + "super()." * i
@@ -199,7 +199,7 @@ class _Search:
                 self.add(self._classes[owner], {key: data[key] for key in data if not key.startswith(("__", "_abc_"))})
 
     def _add_methods(self) -> bool:
-        """Add the methods that the code may call, of the classes that were found; say whether there are more."""
+        """Add the methods of the found classes that the code may call. Return whether there is more to search."""
         for owner, below in self._classes.items():
             for key, x in vars(owner).items():
                 is_called = key[:2] == "__" or key in self._attributes
@@ -216,7 +216,7 @@ def _is_one_of_a_kind(x: Any, kind: type) -> bool:
 
 
 class _Same:
-    """Is equal for one object only, also when its address is used again; and never asks it for its own `==`."""
+    """Compares an object by identity, and never calls its `==`. A later object at the same address is not equal."""
 
     def __init__(self, x: Any, name: str) -> None:
         try:
@@ -225,14 +225,14 @@ class _Same:
             raise _unseen(x, name) from None
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Same) and self.ref is other.ref  # there is one such reference to an object
+        return isinstance(other, _Same) and self.ref is other.ref  # Python makes one weak reference for each object
 
     def __hash__(self) -> int:
         return id(self.ref)
 
 
 def _unseen(x: Any, name: str) -> Unseen:
-    return Unseen(f"func's {name!r} is of {type(x).__module__}.{type(x).__qualname__}, which cannot be looked into")
+    return Unseen(f"func's {name!r} is of {type(x).__module__}.{type(x).__qualname__}, which cannot be inspected")
 
 
 def _attributes(x: Any, kind: type) -> dict[str, Any]:
@@ -247,13 +247,13 @@ def _slots(cls: type) -> tuple[str, ...]:
 
 @functools.lru_cache(maxsize=4096)
 def _has_hidden_state(cls: type) -> bool:
-    """Whether its objects hold more than their attributes: it is made in C. (pickle asks the same.)"""
+    """Return whether objects of a class written in C hold more than their attributes. (pickle does the same check.)"""
     pointers = len(_slots(cls)) + (cls.__dictoffset__ > 0) + (cls.__weakrefoffset__ > 0)
     return cls.__itemsize__ > 0 or cls.__basicsize__ > object.__basicsize__ + pointers * np.dtype(np.intp).itemsize
 
 
 def _pickled(x: Any, name: str) -> Any:
-    """What pickle would save of an object that is made in C."""
+    """Return what pickle would save of an object of a class written in C."""
     try:
         reduce = copyreg.dispatch_table.get(type(x))
         return reduce(x) if reduce is not None else x.__reduce_ex__(4)
@@ -263,9 +263,9 @@ def _pickled(x: Any, name: str) -> Any:
 
 @functools.lru_cache(maxsize=4096)
 def _is_foreign(module: Any) -> bool:
-    """Whether a module is Python's, torch's, numpy's or scipy's: its code, and what the code names, does not change."""
+    """Return whether a module belongs to Python, torch, numpy or scipy. Their code, and its globals, do not change."""
     root = str(module).split(".")[0]
-    file = getattr(sys.modules.get(root), "__file__", None)  # a user's file may have the name of one of Python's
+    file = getattr(sys.modules.get(root), "__file__", None)  # a user's file may have the name of a module of Python
     is_python = root in sys.stdlib_module_names and (file is None or file.startswith(os.path.dirname(os.__file__)))
     return is_python or root in ("torch", "numpy", "scipy")
 
@@ -276,7 +276,7 @@ def _users_classes(cls: type) -> tuple[type, ...]:
 
 
 def _globals(given: Mapping[str, Any], chains: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, Any]]:
-    """What is named by a, a.b or a.b.c; of a file of Python only what is named in it."""
+    """Yield what the code names as a, a.b or a.b.c. If a is a module, only the members that the code names."""
     for chain in chains:
         value, depth = given.get(chain[0]), 1
         while isinstance(value, ModuleType) and depth < len(chain) and not _is_foreign(value.__name__):
@@ -288,7 +288,7 @@ def _globals(given: Mapping[str, Any], chains: Iterable[tuple[str, ...]]) -> Ite
 
 @functools.lru_cache(maxsize=4096)
 def _names_in(code: CodeType) -> tuple[frozenset[str], tuple[tuple[str, ...], ...]]:
-    """The names in a function's code, inner functions included: of attributes; of globals, with their attributes."""
+    """Return the names in a function's code and its inner functions: attributes, and globals with their attributes."""
     attributes, chains, codes = set[str](), dict[tuple[str, ...], None](), [code]
     for inner in codes:
         codes += (x for x in inner.co_consts if isinstance(x, CodeType))

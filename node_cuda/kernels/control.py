@@ -1,4 +1,4 @@
-"""Step control on the device, as the host sees it: bound once, and one small struct to read a step."""
+"""Step-size control on the device: the host binds its constants once, and reads one small struct for each step."""
 
 from __future__ import annotations
 
@@ -17,12 +17,13 @@ _MOST = 2**63 - 1
 
 
 class DeviceStepControl:
-    """The state of step-size control in device memory, and the lists of times that it looks at.
+    """The state of step-size control in device memory, and the lists of times that it uses.
 
-    outputs: on the device. pauses: the solve waits at each of them but the last for `resume`. measures: it can choose
-    the first step, by the norm of the kernels and without a limit. points: those of a grid, whose steps are all good;
-    then the law does not matter. tape: gets the accepted steps; a reverse pass over it has another control, without
-    one. reads: host reads since they were last counted.
+    outputs: the output times after the first, on the device. pauses: the solve waits for `resume` at each output but
+    the last. measures: this control can choose the first step, with the norm of the kernels and without a limit.
+    points: the points of a grid; all steps between them are accepted, and the law is not used. tape: the control
+    records the accepted steps there; a reverse pass over the tape has another control, without a tape. reads: the host
+    reads since they were last counted.
     """
 
     def __init__(
@@ -71,38 +72,38 @@ class DeviceStepControl:
         )
 
     def start(self, t0: float, h: float | None) -> None:
-        """Begin at t0 with a step of h; None: `initial_norms` and `initial_change` choose it."""
+        """Begin at t0 with a step of size h. None: `initial_norms` and `initial_change` choose the size."""
         self._plan.start_control(t0, -1.0 if h is None else h)
 
     def start_at(self, t0: Tensor, h: float | None) -> None:
-        """The same at a time that the device reads: one double."""
+        """Begin at a time on the device: t0 is a tensor with one double."""
         self._plan.start_control_at(t0.data_ptr(), -1.0 if h is None else h)
 
     def initial_norms(self, y0: Tensor, f0: Tensor) -> None:
-        """The first half of Hairer's starting step: the step to be read is the Euler step that probes."""
+        """Compute the first half of Hairer's starting step. The current step is then the Euler step that probes f."""
         self._plan.initial_norms(y0.data_ptr(), f0.data_ptr())
 
     def initial_change(self, y0: Tensor, f0: Tensor, f1: Tensor) -> None:
-        """The second half, with the field behind the Euler step: the step to be read is the first one."""
+        """Compute the second half, with the field f1 after the Euler step. The current step is then the first step."""
         self._plan.initial_change(y0.data_ptr(), f0.data_ptr(), f1.data_ptr())
 
     def judge_ratio(self, ratio: Tensor) -> None:
-        """Step control with error ratios that were computed elsewhere: doubles on the device."""
+        """Judge the step by error ratios that were computed elsewhere: a tensor of doubles on the device."""
         self._plan.judge_ratio(_array(ratio))
 
     def next_of_grid(self) -> None:
-        """To the next point of the grid; the first call begins."""
+        """Move to the next point of the grid. The first call begins at the first point."""
         self._plan.next_of_grid(_array(self.points))
 
     def resume(self) -> None:
-        """Go on where the solve waits at an output."""
+        """Continue a solve that waits at an output."""
         self._plan.resume(_array(self.points))
 
     def begin_reverse(self, tape: StepLog) -> None:
         """Begin a reverse pass over the recorded steps, at the end of the last one.
 
-        Active if there is a step to reverse; with the status RECORD_FULL if the tape does not have all steps. This
-        control is the reverse pass's.
+        This control must be the one of the reverse pass. It becomes active if there is a step to reverse. If the tape
+        does not have all steps, its status becomes RECORD_FULL.
         """
         self._plan.begin_reverse(tape.address)
 
@@ -117,7 +118,7 @@ class DeviceStepControl:
 
     @property
     def address(self) -> int:
-        """Of the state, in device memory."""
+        """The address of the state in device memory."""
         return self._ctl.data_ptr()
 
     @property
@@ -127,21 +128,21 @@ class DeviceStepControl:
 
     @property
     def jumped(self) -> Tensor:
-        """Did the step judged last end at a discontinuity? 0-d, on the device."""
+        """Whether the last judged step ended at a discontinuity: a 0-d tensor on the device."""
         return self._ctl.view(torch.int32)[self._struct.JUMP_WORD] != 0
 
     @property
     def succeeded(self) -> Tensor:
-        """Has nothing failed so far? 0-d, on the device."""
+        """Whether nothing has failed so far: a 0-d tensor on the device."""
         return self._ctl.view(torch.int32)[self._struct.STATUS_WORD] == 0
 
     def read(self) -> ControllerSnapshot:
-        """Where the solve stands. The one host read of a step, and the one time that the host waits."""
+        """Return a snapshot of the state. This is the only host read of a step, and the host waits only here."""
         self.reads += 1
         return self._plan.read_control(self._host.data_ptr())
 
     def snapshot_of(self, state: Tensor) -> ControllerSnapshot:
-        """What a copy of `state` says. One host read."""
+        """Return the snapshot in a copy of `state`. One host read."""
         on_host = state.cpu()
         return self._struct.copy(on_host.data_ptr())
 

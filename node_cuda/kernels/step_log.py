@@ -1,7 +1,7 @@
 """The tape of a solve on the device: its accepted steps, and the rows for the states that they began with.
 
-What is on it is decided by csrc/control/tape.h; here lies its memory. The states themselves are the owner's: rows of
-one tensor, `capacity` of them and one more for what is not kept.
+csrc/control/tape.h writes it; this module allocates its memory. The owner of the tape holds the states as rows of one
+tensor: `capacity` rows, and one more row for states that are not kept.
 """
 
 from __future__ import annotations
@@ -13,10 +13,11 @@ from torch import Tensor
 
 
 class StepLog:
-    """In device memory. capacity: the steps that can be recorded, at least one.
+    """The tape in device memory. capacity: the number of steps that can be recorded, at least one.
 
-    first: when the first stage of the first step takes place: at its start (0) or just beyond it (1). carries: those of
-    the other steps are carried on from the step before, but beyond jumps; else they take place as the first one's.
+    first: the time of the first step's first stage: its start (0), or just after it (1). carries: the first stages of
+    later steps are the last stages of the steps before, except after jumps. If it is False, they are at the same place
+    as that of the first step.
     """
 
     def __init__(self, module: ModuleType, device: torch.device, capacity: int, *, first: int, carries: bool) -> None:
@@ -30,21 +31,21 @@ class StepLog:
         self._struct = torch.frombuffer(content, dtype=torch.uint8).to(device, copy=True)
         words, slot, row = self._struct.view(torch.int64), module.STEP_LOG_SLOT, module.STEP_LOG_ROW
         self.slot = words[slot : slot + 1]
-        """The row for the state that the step judged last began with; `capacity` for one that is not kept."""
+        """The row for the state that the last judged step began with; `capacity` for a state that is not kept."""
         self.row = words[row : row + 1]
-        """The number of the step taken back last, and the row of the state that it began with."""
+        """The number of the last reversed step, which is also the row of the state that it began with."""
 
     @property
     def address(self) -> int:
-        """Of the struct, in device memory."""
+        """The address of the struct in device memory."""
         return self._struct.data_ptr()
 
     def memory(self, count: int | None) -> list[Tensor]:
-        """The tensors that say what is on it, as far as so many steps need them; None: all."""
+        """Return the tensors that hold the content of the tape, for the first `count` steps; None: for all steps."""
         used = self.capacity if count is None else count
         return [self._struct, self._steps[: used * self._size]]
 
     def read(self, count: int) -> list[tuple[float, float, float, int]]:
-        """(t0, t1, h, begins) of the first steps on it. One host read."""
+        """Return (t0, t1, h, begins) of the first `count` steps. One host read."""
         content = self._steps[: count * self._size].cpu()
         return self._module.recorded_steps(content.data_ptr(), count)

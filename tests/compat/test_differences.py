@@ -1,6 +1,6 @@
-"""Where node_cuda differs from torchdiffeq 0.2.5 on purpose (docs/differences.md); only what no other file tests.
+"""The intended differences from torchdiffeq 0.2.5 (docs/differences.md) that no other file tests.
 
-Where torchdiffeq's side is quick to show it is asserted too, so that the page stays true.
+If torchdiffeq's result is quick to compute, the tests check it too, so that the page stays true.
 """
 
 from __future__ import annotations
@@ -63,14 +63,14 @@ def test_methods_that_torchdiffeq_lacks_are_of_order_five(name, torchdiffeq):
 
 
 def adams_errors(library, method, power, counts):
-    """Errors at t = 4 of y' = y cos t on grids of so many steps, uniform for power 1."""
+    """Return the errors at t = 4 of y' = y cos t, for grids with these numbers of steps. power=1: a uniform grid."""
     grids = [4 * torch.linspace(0, 1, n + 1, dtype=F64) ** power for n in counts]
     ends = [library(lambda t, y: y * torch.cos(t), Y, t, method=method, rtol=1e-12, atol=1e-12)[-1] for t in grids]
     return [float((end - Y * math.exp(math.sin(4.0))).abs().max()) for end in ends]
 
 
 @pytest.mark.parametrize("power", [1.0, 1.5], ids=["uniform", "uneven"])
-def test_explicit_adams_converges_with_order_four_where_torchdiffeqs_grows(power, torchdiffeq):
+def test_explicit_adams_converges_with_order_four_and_torchdiffeqs_error_grows(power, torchdiffeq):
     coarse, fine = adams_errors(odeint, "explicit_adams", power, (80, 160))
     assert math.log2(coarse / fine) > 3.75
     coarse, fine = adams_errors(torchdiffeq.odeint, "explicit_adams", power, (40, 80))
@@ -78,7 +78,7 @@ def test_explicit_adams_converges_with_order_four_where_torchdiffeqs_grows(power
 
 
 @pytest.mark.filterwarnings("ignore:Functional iteration did not converge")
-def test_adams_methods_know_the_distances_of_an_uneven_grid(torchdiffeq):
+def test_implicit_adams_is_accurate_on_an_uneven_grid(torchdiffeq):
     ours, theirs = (adams_errors(solver, "implicit_adams", 1.5, (160,))[0] for solver in (odeint, torchdiffeq.odeint))
     assert ours < 1e-10 < 1e-6 < theirs
 
@@ -95,7 +95,7 @@ def test_one_output_time_needs_no_evaluation(method):
     assert torch.equal(y0.grad, torch.ones_like(Y))
 
 
-def test_a_jump_exactly_at_the_end_of_a_step_is_met(torchdiffeq):
+def test_a_jump_exactly_at_the_end_of_a_step_is_handled(torchdiffeq):
     def field(t, y):
         return torch.where(t < 0.5, 1.0, -3.0) * torch.ones_like(y)
 
@@ -111,7 +111,7 @@ def test_a_jump_exactly_at_the_end_of_a_step_is_met(torchdiffeq):
     assert their_error > 1e-8 and their_nfe > 5 * nfe
 
 
-def test_an_output_at_the_end_of_a_step_is_that_end_to_the_last_bit():
+def test_an_output_at_the_end_of_a_step_has_the_bits_of_that_end():
     starts = {}
 
     class Field:
@@ -127,14 +127,14 @@ def test_an_output_at_the_end_of_a_step_is_that_end_to_the_last_bit():
 
 def test_a_nan_beyond_the_end_of_a_domain_only_shortens_the_step(torchdiffeq):
     arguments = (lambda t, y: -torch.sqrt(y), torch.ones(1, dtype=F64), linspace(0.0, 1.5, 2))
-    options = dict(first_step=3.0)  # so long that a stage lies where the square root is not defined
+    options = dict(first_step=3.0)  # so long that the square root is not defined at a stage
     assert float(odeint(*arguments, options=options)[-1]) == pytest.approx(0.25**2, rel=1e-6)
     with pytest.raises(AssertionError, match="underflow"):
         torchdiffeq.odeint(*arguments, options=options)
 
 
 @pytest.mark.slow
-def test_max_num_steps_suffices_exactly_where_torchdiffeqs_does(torchdiffeq):
+def test_max_num_steps_is_sufficient_exactly_when_it_is_in_torchdiffeq(torchdiffeq):
     def enough(library, outputs):
         def works(steps):
             try:
@@ -186,13 +186,13 @@ def test_the_dtype_option_reaches_the_callbacks_and_changes_no_step(dtype):
 
 
 @pytest.mark.gpu
-def test_times_on_another_device_are_no_warning():
+def test_times_on_another_device_give_no_warning():
     ys = odeint(decay, Y.to(CUDA), linspace(0.0, 1.0, 2))
     assert torch.allclose(ys[-1].cpu(), Y / math.e)
 
 
 # ------------------------------------------------------------------ gradients
-def test_the_first_step_is_a_choice_and_carries_no_gradient(torchdiffeq):
+def test_the_size_of_the_first_step_has_no_gradient(torchdiffeq):
     first = scalar(0.1).requires_grad_()
     y0 = leaf(Y)
     arguments = dict(rtol=1e-3, atol=1e-3, options=dict(first_step=first))
@@ -203,7 +203,7 @@ def test_the_first_step_is_a_choice_and_carries_no_gradient(torchdiffeq):
     assert float(torch.autograd.grad(theirs, first)[0]) != 0.0
 
 
-def test_the_starting_time_moves_the_first_step_alone_and_gets_the_right_gradient():
+def test_the_gradient_of_the_starting_time_is_right():
     t = linspace(0.1, 1.3, 3).requires_grad_()
     func = TimedLinear()
     (grad,) = torch.autograd.grad(odeint(func, Y, t, rtol=1e-9, atol=1e-9)[-1].sum(), t)
@@ -212,7 +212,7 @@ def test_the_starting_time_moves_the_first_step_alone_and_gets_the_right_gradien
 
 
 class Scaled(nn.Module):
-    """y' = -y whatever `scale`, which multiplies the parameter's gradient only."""
+    """The field y' = -y for any `scale`, which multiplies only the gradient of the parameter."""
 
     def __init__(self, scale):
         super().__init__()
@@ -284,7 +284,7 @@ def test_parameters_wider_than_the_state_do_not_widen_the_backward_pass():
     assert func.w.grad.dtype == F64
 
 
-def test_autocast_is_in_force_in_the_backward_pass_as_it_was_in_the_forward_pass():
+def test_the_backward_pass_has_the_autocast_state_of_the_forward_pass():
     dtypes = set()
 
     class Field(nn.Module):
@@ -306,7 +306,7 @@ def test_autocast_is_in_force_in_the_backward_pass_as_it_was_in_the_forward_pass
 
 
 @pytest.mark.parametrize("kind", ["jump_t", "step_t"])
-def test_a_list_of_times_is_as_good_as_a_tensor_in_both_passes_and_directions(kind):
+def test_a_list_of_times_works_like_a_tensor_in_both_passes_and_directions(kind):
     def costs(times, t):
         func = Counting(TimedLinear())
         ys = odeint_adjoint(func, leaf(Y), t, options={kind: times})
@@ -328,7 +328,7 @@ def test_an_event_that_is_zero_at_the_start_happens_there(method, options):
 
 
 @pytest.mark.parametrize("method, options", [("dopri5", {}), ("rk4", GRID)])
-def test_an_event_is_found_to_the_smallest_of_the_elements_atol(method, options):
+def test_an_event_is_located_to_the_smallest_atol_of_the_elements(method, options):
     atol = torch.tensor([1e-3, 1e-9], dtype=F64)
     event_t, _ = odeint(constant, torch.zeros(2, dtype=F64), linspace(0.0, 1.0, 2), atol=atol, method=method,
                         options=options, event_fn=lambda t, y: y[0] - 1.03)  # fmt: skip

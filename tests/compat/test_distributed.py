@@ -24,7 +24,7 @@ TIGHT = dict(rtol=1e-9, atol=1e-9)
 
 
 class Net(nn.Module):
-    """A field, and a solve of it as the forward pass: what DistributedDataParallel wraps."""
+    """A module with a field and a solve as its forward pass, for DistributedDataParallel."""
 
     def __init__(self, solver=odeint_adjoint):
         super().__init__()
@@ -63,7 +63,7 @@ WRAPPED = {
 
 
 def train_on_half(rank, file, results):
-    """One of two processes: the gradients of its half of the batch, averaged over both."""
+    """Run one of two processes: compute the gradients of its half of the batch, averaged over both processes."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{file}", rank=rank, world_size=2)
     try:
@@ -73,7 +73,7 @@ def train_on_half(rank, file, results):
             grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
             torch.save(grads, f"{results}-{name}-{rank}.pt")
         del net
-        dist.barrier()  # gloo aborts in the process whose peer is gone before it has finished
+        dist.barrier()  # gloo aborts a process if its peer ends first
     finally:
         dist.destroy_process_group()
 
@@ -87,11 +87,11 @@ def test_two_processes_over_gloo_have_the_gradients_of_one(tmp_path):
         truth = gradients(Net(solver), batch())
         for rank in range(2):
             grads = torch.load(tmp_path / f"grads-{name}-{rank}.pt")
-            assert relative_difference(tuple(grads), truth) < 1e-6  # the halves step on other grids, to rtol 1e-9
+            assert relative_difference(tuple(grads), truth) < 1e-6  # the two halves take other steps, with rtol 1e-9
 
 
 def replica_of(module):
-    """What DataParallel makes of a module on another device: parameters are tensors with a history, not Parameters."""
+    """Return a replica as DataParallel makes it on another device: its parameters are tensors with a graph."""
     replica = module._replicate_for_data_parallel()
     replica._former_parameters = {}
     for name, parameter in module._parameters.items():
@@ -115,7 +115,7 @@ def test_replicas_of_data_parallel_have_gradients():
 
 
 class Nested(nn.Module):
-    """A field with a submodule, of which a replica has replicas."""
+    """A field with a submodule. The submodules of a replica are replicas too."""
 
     def __init__(self):
         super().__init__()
@@ -135,7 +135,7 @@ def test_replicas_of_nested_fields_have_gradients():
     assert relative_difference(tuple(p.grad for p in func.parameters()), truth) < 1e-9
 
 
-def test_data_parallel_itself_where_there_is_no_gpu():
+def test_data_parallel_without_a_gpu_has_the_right_gradients():
     net = Net()
     truth = gradients(net, batch())
     net.zero_grad()
@@ -159,7 +159,7 @@ class Watching(nn.Module):
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 @pytest.mark.parametrize("solver", [odeint, odeint_adjoint], ids=["odeint", "odeint_adjoint"])
-def test_autocast_runs_the_field_alike_forwards_and_backwards(solver, method):
+def test_the_field_has_the_same_dtype_in_both_passes_under_autocast(solver, method):
     func = Watching()
     y0 = batch().float().requires_grad_()
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -167,7 +167,7 @@ def test_autocast_runs_the_field_alike_forwards_and_backwards(solver, method):
         loss = ys.float().square().mean()
     forward = len(func.seen)
     assert set(func.seen) == {torch.bfloat16}
-    loss.backward()  # outside of the context, as everybody does
+    loss.backward()  # outside the context, as usual
     assert set(func.seen[forward:]) <= {torch.bfloat16}
     assert ys.dtype == torch.float32 and y0.grad.dtype == torch.float32
     assert func.linear.weight.grad.dtype == torch.float32

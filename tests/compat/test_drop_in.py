@@ -1,4 +1,4 @@
-"""node_cuda in the place of torchdiffeq 0.2.5: the same steps, the same evaluations, the same numbers."""
+"""node_cuda as a replacement of torchdiffeq 0.2.5: it has the same steps, evaluations and numbers."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ SEEDS = (1, 2, 3)
 
 # ------------------------------------------------------------------ measuring torchdiffeq
 class Watched(Counting):
-    """Counts evaluations and notes the end times of accepted steps, through torchdiffeq's own callbacks."""
+    """Counts evaluations and stores the end times of accepted steps, by the callbacks of torchdiffeq."""
 
     def __init__(self, func, direction: float = 1.0):
         super().__init__(func)
@@ -60,7 +60,7 @@ class WatchedGrid(Watched):
 
 
 def one_ulp(func, seed):
-    """The field with every element of its result moved by one ulp, up or down at random."""
+    """Return the field with each element of its result changed by one ulp, up or down at random."""
     generator = torch.Generator().manual_seed(seed)
 
     def move(k):
@@ -75,7 +75,7 @@ def one_ulp(func, seed):
 
 
 def run_torchdiffeq(problem, method, rtol, seed=None):
-    """(accepted, rejected, nfe), step times and outputs; with a seed, of the field moved by one ulp."""
+    """Return (accepted, rejected, nfe), step times and outputs; with a seed, for the field changed by one ulp."""
     func = problem.make() if seed is None else one_ulp(problem.make(), seed)
     watch = (WatchedGrid if method in FIXED else WatchedSteps)(func, -1.0 if problem.reversed else 1.0)
     ys = torchdiffeq.odeint(watch, problem.y0, problem.t, rtol=rtol, atol=rtol * 1e-2, method=method)
@@ -83,7 +83,7 @@ def run_torchdiffeq(problem, method, rtol, seed=None):
 
 
 def scatter(problem, method, rtol, counts, times, ys):
-    """How far torchdiffeq's step times and outputs move when f moves by one ulp; None if its counts change."""
+    """Return the change of torchdiffeq's step times and outputs if f changes by one ulp; None if its counts change."""
     time_scatter = output_scatter = 0.0
     for seed in SEEDS:
         moved_counts, moved_times, moved_ys = run_torchdiffeq(problem, method, rtol, seed)
@@ -95,12 +95,12 @@ def scatter(problem, method, rtol, counts, times, ys):
 
 
 def outputs_of_torchdiffeq(method):
-    """The option for methods whose default interpolant is another one, at the same cost."""
+    """Return the option for torchdiffeq's interpolant, for methods whose default interpolant is another one."""
     return dict(dense="torchdiffeq") if method in ("bosh3", "adaptive_heun", "fehlberg2") else {}
 
 
 def differences(problem, method, rtol, counts, times, ys, moved):
-    """What differs between our run and torchdiffeq's, as sentences; nothing if nothing does."""
+    """Return the differences between our run and torchdiffeq's, as sentences."""
     where = f"{method} on {problem.name} at rtol {rtol:g}"
     func = Counting(problem.make())
     options = dict(record_steps=True, **outputs_of_torchdiffeq(method))
@@ -124,7 +124,7 @@ def differences(problem, method, rtol, counts, times, ys, moved):
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "rtol"), [(m, r) for m, rtols in (ADAPTIVE | FIXED).items() for r in rtols])
 def test_steps_evaluations_times_and_outputs_are_those_of_torchdiffeq(method, rtol):
-    """Cases whose counts in torchdiffeq itself change with one ulp of f are left out; at least eight must remain."""
+    """If torchdiffeq's own counts change with one ulp of f, the case is left out. At least eight cases must remain."""
     used, found = [], []
     with torch.no_grad():
         for problem in PROBLEMS:
@@ -206,7 +206,7 @@ def test_per_element_tolerances_give_the_steps_of_torchdiffeq():
 
 
 def test_the_times_that_the_field_sees_are_those_of_torchdiffeq():
-    """Stages at the end of a step are evaluated one ulp before it, after a jump one ulp behind it."""
+    """Stages at the end of a step are evaluated one ulp before it, and after a jump one ulp after it."""
     seen: dict[str, list[float]] = {"ours": [], "theirs": []}
     options = dict(first_step=0.125, max_step=0.125, jump_t=torch.tensor([0.3125], dtype=F64))
     for key, odeint in (("ours", node_cuda.odeint), ("theirs", torchdiffeq.odeint)):
@@ -289,7 +289,7 @@ def test_no_method_costs_more_backward_evaluations_than_in_torchdiffeq(method):
 
 
 class Wide(nn.Module):
-    """The field that torchdiffeq's backward cost is quoted for, as PyTorch initialises it."""
+    """The field for which the backward cost of torchdiffeq is documented, with PyTorch's initialisation."""
 
     def __init__(self, seed):
         super().__init__()
@@ -314,7 +314,7 @@ def test_fifty_outputs_cost_at_most_three_fifths_of_torchdiffeqs_backward_evalua
     assert nfe["ours"] <= 0.6 * nfe["theirs"], nfe
 
 
-def test_at_most_eight_backward_evaluations_per_output_where_one_step_suffices():
+def test_at_most_eight_backward_evaluations_per_output_if_one_step_suffices():
     func = Counting(Wide(1))
     y0 = torch.randn(16, 2, generator=torch.Generator().manual_seed(1), dtype=F64)
     outputs = 50

@@ -1,4 +1,4 @@
-"""What people who train neural ODEs reported of torchdiffeq or of this package, each with its right value."""
+"""Problems that users of neural ODEs reported for torchdiffeq or for this package, each with the right value."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def decay(t, y):
 
 # ------------------------------------------------------------------ fields that differentiate
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "rk4"])
-def test_a_field_may_differentiate_by_its_state_where_y0_requires_grad(method):
+def test_a_field_may_differentiate_by_its_state_if_y0_requires_grad(method):
     """y' = -grad |y|^2 = -2 y (torchdiffeq issues 151, 154, 209, 226)."""
 
     def gradient_flow(t, y):
@@ -35,7 +35,7 @@ def test_a_field_may_differentiate_by_its_state_where_y0_requires_grad(method):
     torch.testing.assert_close(g, torch.full_like(g, math.exp(-2)), rtol=0, atol=1e-6)
 
 
-# ------------------------------------------------------------------ exceptions that travel
+# ------------------------------------------------------------------ exceptions in other processes
 def test_a_solve_error_arrives_from_another_process_with_its_fields():
     with pytest.raises(SolveError) as caught:
         odeint(lambda t, y: y * y, torch.ones(1, dtype=F64), 2.0 * T)  # blows up at t = 1
@@ -67,12 +67,12 @@ def test_a_fixed_grid_needs_no_tolerances(solver, method, steps):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "implicit_adams", "scipy_solver"])
-def test_a_method_that_reads_tolerances_asks_for_them(method):
+def test_a_method_that_uses_tolerances_requires_them(method):
     with pytest.raises(TypeError, match="rtol must be a number or a tensor; got None"):
         odeint(decay, torch.ones(1, dtype=F64), T, method=method, rtol=None)
 
 
-def test_an_event_on_a_fixed_grid_asks_for_atol_alone():
+def test_an_event_on_a_fixed_grid_requires_only_atol():
     def solve(atol):
         return odeint(
             decay, torch.ones(1, dtype=F64), T, method="rk4", options=dict(step_size=0.1), rtol=None, atol=atol,
@@ -108,7 +108,7 @@ def test_the_adjoint_norm_that_a_solution_shows_returns_a_tensor(torchdiffeq):
 
 # ------------------------------------------------------------------ dL/dt0 by the adjoint
 def of_times(func, y0=1.0, span=(0.0, 1.0), solver=odeint_adjoint, **options):
-    """dL/dt0, dL/dt1 and y(t1) for L = y(t1), and how often func was evaluated backwards."""
+    """Return dL/dt0, dL/dt1 and y(t1) for L = y(t1), and the number of evaluations in the backward pass."""
     t = torch.tensor(span, dtype=F64, requires_grad=True)
     y = solver(func, torch.full((1,), y0, dtype=F64), t, rtol=1e-8, atol=1e-8, adjoint_params=(), options=options)
     (g,) = torch.autograd.grad(y[-1].sum(), t)
@@ -116,8 +116,8 @@ def of_times(func, y0=1.0, span=(0.0, 1.0), solver=odeint_adjoint, **options):
 
 
 @pytest.mark.parametrize("span", [(0.0, 1.0), (1.0, 0.0)], ids=["forwards", "backwards"])
-def test_dt0_of_a_field_without_time_does_not_carry_the_error_of_an_unstable_way_back(span, torchdiffeq):
-    """y is rebuilt backwards with an error that grows by e^20."""
+def test_dt0_of_an_autonomous_field_has_no_error_of_an_unstable_backward_solve(span, torchdiffeq):
+    """The backward solve reconstructs y with an error that grows by e^20."""
     sign = span[1] - span[0]
 
     def contracting(t, y):
@@ -158,7 +158,7 @@ def test_dt0_of_a_field_with_time_is_that_of_its_start(func, options, of_t0):
     assert found == pytest.approx(of_t0(y1), abs=1e-4)
 
 
-def test_dt0_is_asked_for_by_no_evaluation_where_t_wants_no_gradient():
+def test_dt0_costs_no_evaluation_if_t_requires_no_gradient():
     def nfe(wants):
         t = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=wants)
         s = solve(decay, torch.ones(1, dtype=F64, requires_grad=True), t, gradient="adjoint", adjoint_params=())
@@ -176,7 +176,7 @@ def oscillating(t, y):
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
 @pytest.mark.parametrize("end", [5.0, -5.0], ids=["forwards", "backwards"])
-def test_a_solve_that_used_up_its_steps_says_where_it_was(gradient, end):
+def test_a_solve_that_used_up_its_steps_reports_how_far_it_came(gradient, end):
     """torchdiffeq issue 278."""
     y0, t = torch.tensor([1.0, 2.0], dtype=F64, requires_grad=True), torch.tensor([0.0, end], dtype=F64)
     options = dict(max_num_steps=5, throw=False)
@@ -186,7 +186,7 @@ def test_a_solve_that_used_up_its_steps_says_where_it_was(gradient, end):
     torch.testing.assert_close(s.y_reached, right, rtol=0, atol=1e-4)
 
 
-def test_of_a_tuple_and_an_integral_it_is_the_state_as_it_was_given():
+def test_with_a_tuple_and_an_integral_the_reached_state_has_the_form_of_y0():
     y0 = (torch.ones(2, dtype=F64), torch.ones(1, 3, dtype=F64))
     options = dict(max_num_steps=5, throw=False)
     s = solve(
@@ -197,12 +197,12 @@ def test_of_a_tuple_and_an_integral_it_is_the_state_as_it_was_given():
     torch.testing.assert_close(s.y_reached[1][0, :2], s.y_reached[0], rtol=1e-12, atol=0)
 
 
-def test_a_solve_that_reached_its_end_was_there():
+def test_a_successful_solve_reports_its_end():
     s = solve(decay, torch.ones(1, dtype=F64), T)
     assert s.t_reached == 1.0 and torch.equal(s.y_reached, s.ys[-1])
 
 
-def test_a_blow_up_and_an_event_that_never_comes_say_where_they_were():
+def test_a_blow_up_and_an_event_that_never_comes_report_how_far_they_came():
     s = solve(lambda t, y: y * y, torch.ones(1, dtype=F64), 2.0 * T, options=dict(throw=False))
     assert float(s.t_reached) == pytest.approx(1.0, abs=1e-3) and float(s.y_reached) > 1e3
     s = solve(
@@ -213,7 +213,7 @@ def test_a_blow_up_and_an_event_that_never_comes_say_where_they_were():
 
 
 @pytest.mark.parametrize("solver", ["RK45", "Radau"])
-def test_scipys_solvers_say_where_they_were(solver):
+def test_scipys_solvers_report_how_far_they_came(solver):
     s = solve(
         lambda t, y: y * y, torch.ones(1, dtype=F64), 2.0 * T, method="scipy_solver", rtol=1e-6, atol=1e-6,
         options=dict(throw=False, solver=solver),
@@ -222,7 +222,7 @@ def test_scipys_solvers_say_where_they_were(solver):
     assert bool(torch.isfinite(s.y_reached).all())
 
 
-def test_a_grid_came_as_far_as_its_outputs_are_finite():
+def test_a_fixed_grid_reports_its_last_finite_output():
     def bounded(t, y):
         return -y if t < 0.5 else y * math.nan
 
@@ -233,7 +233,7 @@ def test_a_grid_came_as_far_as_its_outputs_are_finite():
 # ------------------------------------------------------------------ transforms
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")  # torch's own, of jvp
 @pytest.mark.parametrize("recording", [True, False])
-def test_forward_mode_goes_through_a_field_whose_parameters_want_gradients(recording):
+def test_forward_mode_works_if_the_parameters_of_the_field_require_gradients(recording):
     """y' = w y: the derivative of y(1) in the direction v is expm(w) v."""
     w = nn.Parameter(torch.tensor([[0.0, 1.0], [-1.0, 0.3]], dtype=F64))
     y0, v = torch.tensor([0.3, -0.2], dtype=F64), torch.ones(2, dtype=F64)
@@ -242,7 +242,7 @@ def test_forward_mode_goes_through_a_field_whose_parameters_want_gradients(recor
     torch.testing.assert_close(tangent.detach(), torch.matrix_exp(w.detach()) @ v, rtol=0, atol=1e-6)
 
 
-def test_vmap_over_odeint_names_the_way_out():
+def test_vmap_over_odeint_names_the_alternative():
     """torchdiffeq issues 217 and 282; `odeint_adjoint` gives exp(-1) for each sample."""
     samples = torch.ones(3, 2, dtype=F64)
     with pytest.raises(RuntimeError, match=r'odeint_adjoint.*gradient="discrete"'):

@@ -44,7 +44,7 @@ each_tier = pytest.mark.parametrize("tier", TIERS)
 LOOSE: dict[str, Any] = dict(rtol=1e-4, atol=1e-4)
 GRID: dict[str, Any] = dict(step_size=0.13)
 # The start of the reasons on a machine without WHILE nodes: an older torch, driver or toolkit.
-NO_WHILE = ("this torch gives", "a loop on the GPU needs")
+NO_WHILE = ("this version of torch", "a loop on the GPU needs")
 ROOT = Path(__file__).resolve().parents[2]
 
 

@@ -253,7 +253,7 @@ def test_a_func_that_is_new_in_each_solve_runs_on_the_host_with_a_warning():
     for i in range(2):
         func.scale = -1.0 - i
         stats = run(func, kept).stats
-        assert stats.loop == "host" and f"func's 'scale' was another one at each of the last {PATIENCE}" in stats.why
+        assert stats.loop == "host" and f"func's 'scale' had changed at each of the last {PATIENCE}" in stats.why
     assert kept.count == count
     other = run(func, kept, y0=torch.ones(3, 2, dtype=F64)).stats
     assert (other.loop, other.why) == ("eager", None), "a solve of another kind was never tried"
@@ -269,7 +269,7 @@ def test_a_field_with_hidden_state_runs_on_the_host_with_a_reason():
     func.table = list(range(2000))
     stats = run(func, kept).stats
     assert (stats.loop, kept.count) == ("host", 0)
-    assert stats.why == "func's 'table' has 2000 items, too many to look through: make it a tensor"
+    assert stats.why == "func's 'table' has 2000 items, too many to search: make it a tensor"
     del func.table
     assert run(func, kept).stats.loop != "host" and kept.count == 1
 
@@ -582,8 +582,8 @@ def test_callbacks_are_refused(method):
 HOST = {
     "Adams": (dict(method="implicit_adams", options=dict(step_size=0.1)), "takes no Runge-Kutta steps"),
     "scipy": (dict(method="scipy_solver"), "takes no Runge-Kutta steps"),
-    "a norm": (dict(options=dict(norm=lambda x: x.abs().max())), "a norm of the user's"),
-    "record_steps": (dict(options=dict(record_steps=True)), "record_steps wants"),
+    "a norm": (dict(options=dict(norm=lambda x: x.abs().max())), "a custom norm"),
+    "record_steps": (dict(options=dict(record_steps=True)), "record_steps needs"),
     "an empty state": (dict(y0=Y.new_empty(0), method="rk4"), "nothing to solve"),
     "one time": (dict(t=T[:1]), "nothing to solve"),
 }

@@ -226,7 +226,7 @@ def test_check_completes_a_deferred_discrete_gradient(eager, monkeypatch):
 @pytest.mark.parametrize(
     ("why", "given"),
     [
-        ("carries a stage", dict(method="adaptive_heun")),
+        ("reuses its last stage", dict(method="adaptive_heun")),
         ("fixed grid", dict(method="rk4", timed=True)),
     ],
 )

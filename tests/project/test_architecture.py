@@ -1,4 +1,4 @@
-"""The layers of the package: every module has its place, and imports point down only, lazy ones included."""
+"""The layers of the package: every module is in one layer, and imports, including lazy ones, only point down."""
 
 from __future__ import annotations
 
@@ -27,9 +27,9 @@ def modules(package: Path) -> dict[str, Path]:
 
 
 def imports(package: Path, name: str, path: Path) -> set[str]:
-    """Every module that a file names in an import statement, wherever it stands, as a full dotted name.
+    """Return every module that a file names in an import statement, at any place, as a full dotted name.
 
-    Imports in functions and under `if TYPE_CHECKING` count as well: a reader has to know those modules too.
+    Imports in functions and under `if TYPE_CHECKING` count too, because a reader has to know those modules as well.
     """
     here = [package.name, *name.split(".")] if name else [package.name]
     folder = here if path.name == "__init__.py" else here[:-1]
@@ -58,7 +58,7 @@ def import_graph(package: Path) -> dict[str, set[str]]:
 
 
 def misplaced(package: Path, place: dict[str, tuple[int, int]]) -> list[str]:
-    """A sentence for every module without a place, and for every import that does not point down."""
+    """Return a sentence for every module without a layer, and for every import that does not point down."""
     sentences = []
     for module, imported in import_graph(package).items():
         full = f"{package.name}.{module}".rstrip(".")
@@ -119,7 +119,7 @@ def test_the_picture_of_the_layers_is_up_to_date(page: str) -> None:
 
 
 @pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
-def test_every_function_that_a_page_names_is_there(page: Path) -> None:
+def test_every_function_that_a_page_names_exists(page: Path) -> None:
     """Pages name code as `gradients/adjoint/mode.py::function`, below node_cuda/."""
     for file, name in re.findall(r"`([\w/]+\.py)::([\w.]+)`", page.read_text()):
         assert (PACKAGE / file).is_file(), f"{page.name} names {file}, which is not in node_cuda/"
@@ -137,7 +137,7 @@ def test_every_function_that_a_page_names_is_there(page: Path) -> None:
         "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from .top import x",
     ],
 )
-def test_an_import_that_points_up_is_found_however_it_is_written(tmp_path: Path, line: str) -> None:
+def test_an_import_that_points_up_is_found_in_every_form_of_import(tmp_path: Path, line: str) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")
@@ -162,7 +162,7 @@ def test_a_relative_import_out_of_a_subpackage_is_resolved(tmp_path: Path) -> No
     }
 
 
-def test_a_module_without_a_layer_is_told_where_it_may_go(tmp_path: Path) -> None:
+def test_the_message_for_a_module_without_a_layer_names_the_possible_layers(tmp_path: Path) -> None:
     package = tmp_path / "package"
     package.mkdir()
     (package / "__init__.py").write_text("")

@@ -1,7 +1,7 @@
 """The benchmarks run from end to end at their smallest settings, and their pages are made from their JSON.
 
-What only a GPU can measure is tested up to the measurement: the launches of kernels.py on the CPU behind the shim, the
-reports from numbers that are made up here. gpu.sh has test_gpu_script.py.
+A measurement that needs a GPU is tested up to the measurement: the launches of kernels.py run on the CPU by the shim,
+and the reports are made from invented numbers. test_gpu_script.py tests gpu.sh.
 """
 
 import contextlib
@@ -24,7 +24,7 @@ MACHINE_FIELDS = {"date", "command", "commit", "dirty", "device", "cores", "thre
 
 
 def run_quick(script: str, out: Path) -> dict:
-    """The JSON that `bench/SCRIPT --quick` writes."""
+    """Return the JSON that `bench/SCRIPT --quick` writes."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run(
@@ -44,7 +44,7 @@ def bench(monkeypatch):
     return importlib.import_module
 
 
-# From the bottom up: a folder or module of bench/parts/ imports only from itself and from lines above its own.
+# From the bottom up: a folder or module of bench/parts/ imports only from itself and from the lines above its line.
 LAYERS = (
     ("common",),
     ("solve",),
@@ -138,7 +138,7 @@ def test_a_cell_that_failed_is_a_value_in_the_table(report_memory):
 
 
 def memory_cells(growth, library="node_cuda", size=1.0):
-    """A cell for each of the modes, whose memory grows as this power of N."""
+    """Return a cell for each mode; its memory grows as this power of N."""
     return [
         {"library": library, "gradient": gradient, "steps": n, "peak_mib": size * n**power, "seconds": 0.5}
         for gradient, power in growth.items()
@@ -146,7 +146,7 @@ def memory_cells(growth, library="node_cuda", size=1.0):
     ]
 
 
-def test_the_modes_that_take_steps_again_say_how_many(report_memory):
+def test_the_modes_that_recompute_steps_say_how_many(report_memory):
     cells = memory_cells({"backprop": 1.0, "discrete": 0.5, "discrete, 8 checkpoints": 0.0, "adjoint": 0.0})
     for cell in cells:
         if cell["gradient"].startswith("discrete"):
@@ -208,13 +208,13 @@ def stop():
     raise SystemExit
 
 
-def test_the_pages_change_only_where_results_are_published(bench, report, monkeypatch, tmp_path):
+def test_the_pages_change_only_if_results_are_published(bench, report, monkeypatch, tmp_path):
     program = bench("parts.program")
     page = tmp_path / "page.md"
     page.write_text(behind := "<!-- bench:speed -->\n<!-- /bench -->\n")
     monkeypatch.setattr(report, "PAGES", (page,))
     assert program.written("a.json", program.LOCAL) == "Written: a.json" and page.read_text() == behind
-    page = ROOT / "build" / "page.md"  # a page of the project, as what is said of it is its path there
+    page = ROOT / "build" / "page.md"  # a page in the project, because messages name its path there
     page.parent.mkdir(exist_ok=True)
     page.write_text(behind)
     monkeypatch.setattr(report, "PAGES", (page,))
@@ -234,34 +234,34 @@ def test_a_quick_run_is_not_published(bench):
 
 
 @pytest.mark.parametrize("order", [("bench", "test"), ("test", "bench")])
-def test_make_bench_and_make_test_leave_each_other_alone(order):
-    """What they would run, in either order: the benchmark publishes nothing, and no test waits less than a compile."""
+def test_make_bench_and_make_test_do_not_affect_each_other(order):
+    """Make prints the commands in either order. The benchmark publishes nothing, and tests may compile for long."""
     run = subprocess.run(["make", "-n", "-o", ".venv/.installed", *order], capture_output=True, text=True, cwd=ROOT)
     assert run.returncode == 0, run.stderr
     lines = [line for line in run.stdout.splitlines() if "bench/" in line or "pytest" in line]
     assert ["bench" if "bench/" in line else "test" for line in lines] == list(order)
     assert not any(word in run.stdout for word in ("--publish", "--out", "--write", "bench/results"))
-    assert "takes about four minutes" in (BENCH / "memory_vs_steps.py").read_text()  # said before it begins
+    assert "takes about four minutes" in (BENCH / "memory_vs_steps.py").read_text()  # printed before it begins
     settings = (ROOT / "pyproject.toml").read_text()
-    assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the suite's whole limit
+    assert int(re.findall(r"faulthandler_timeout = (\d+)", settings)[0]) >= 600  # the limit of the whole suite
 
 
-def test_memory_is_told_by_the_path_that_comes_first(report_memory):
-    """On CUDA there are two of ours, and the kernels come first."""
+def test_the_sentence_on_memory_uses_the_first_path_of_ours(report_memory):
+    """On CUDA there are two paths of ours. The kernels come first."""
     growth = {"backprop": 1.0, "adjoint": 0.0}
     cells = memory_cells(growth, "node_cuda fused") + memory_cells(growth, "node_cuda reference", 100.0)
     assert "(4 to 8 MiB)" in report_memory.memory_sentence({"cells": cells})
     assert [len(row) for row in report_memory.memory_rows({"cells": cells})] == [5, 5, 5]
 
 
-def test_a_gpu_that_is_not_there_is_a_sentence(bench, monkeypatch):
+def test_a_missing_gpu_is_an_error_with_an_explanation(bench, monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SystemExit, match="--device cuda needs an NVIDIA GPU"):
         bench("parts.common.machine").chosen("cuda")
     assert bench("parts.common.machine").chosen("cpu") == torch.device("cpu")
 
 
-def test_a_copy_without_its_repository_can_be_told_its_commit(bench, monkeypatch):
+def test_a_copy_without_its_repository_reads_its_commit_from_the_environment(bench, monkeypatch):
     machine = bench("parts.common.machine")
     monkeypatch.setattr(machine, "git", lambda *arguments: None)
     monkeypatch.setenv("NODE_CUDA_COMMIT", "abc")
@@ -299,7 +299,7 @@ def primitives(bench):
     return bench("parts.kernels.primitives")
 
 
-def test_every_launch_that_goes_through_the_state_has_a_row(primitives):
+def test_every_launcher_that_reads_the_state_has_a_row(primitives):
     launchers = set(re.findall(r"\blaunch_(\w+)\(", (ROOT / "csrc" / "launchers.h").read_text()))
     assert len(launchers) > 15
     assert {row.launcher for row in primitives.PRIMITIVES} == launchers - primitives.WITHOUT_STATE
@@ -326,7 +326,7 @@ def test_structs_are_packed_as_csrc_lays_them_out(bench, primitives):
 
 @pytest.fixture
 def launchers(shim_library):
-    """csrc/ with its bindings, on the CPU."""
+    """Return csrc/ with its bindings, compiled for the CPU."""
     return shim.import_module(shim_library)
 
 
@@ -341,14 +341,14 @@ def test_every_primitive_is_launched_as_its_formula_says(primitives, bench, laun
         launch = prepared(primitives, launchers, row, dtype)
         with torch.no_grad():
             kernels.require_right(row, launch, dtype)
-            launch.kernel()  # again, as when it is timed
+            launch.kernel()  # again, as in a timed run
         # Sums and errors of halves are float32.
         if dtype.itemsize >= 4:
             assert launch.bytes == row.sizes * 4096 * dtype.itemsize, row.name
         assert all(bool(result.double().isfinite().all()) for result in launch.results), row.name
 
 
-def test_a_kernel_that_is_wrong_is_not_timed(primitives, bench, launchers):
+def test_a_kernel_with_wrong_results_is_not_timed(primitives, bench, launchers):
     kernels = bench("kernels")
     for row in primitives.PRIMITIVES:
         launch = prepared(primitives, launchers, row)
@@ -358,7 +358,7 @@ def test_a_kernel_that_is_wrong_is_not_timed(primitives, bench, launchers):
             kernels.require_right(row, wrong, torch.float32)
 
 
-def test_kernels_wants_a_gpu_and_says_so(bench, monkeypatch):
+def test_the_kernel_benchmark_needs_a_gpu_and_says_so(bench, monkeypatch):
     kernels = bench("kernels")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
@@ -367,7 +367,7 @@ def test_kernels_wants_a_gpu_and_says_so(bench, monkeypatch):
 
 
 def test_kernels_measures_every_row_and_writes_its_results(bench, primitives, launchers, report, monkeypatch, tmp_path):
-    """With the CPU behind the shim in the GPU's place, and calls that are only made once."""
+    """The CPU runs the kernels by the shim instead of a GPU, and each call is made once."""
     kernels = bench("kernels")
 
     def once(calls, **_):
@@ -483,7 +483,7 @@ def test_contestants_that_are_missing_or_wrong_keep_their_lines(bench, monkeypat
     assert "milliseconds" not in row["by"]["node_cuda reference"]
 
 
-def test_the_exact_solution_is_ours_where_torchdiffeq_is_not_installed(bench, monkeypatch):
+def test_the_exact_solution_is_ours_if_torchdiffeq_is_not_installed(bench, monkeypatch):
     libraries, solving = bench("parts.common.libraries"), bench("parts.solve.solving")
     problem = solving.make_problem(bench("parts.solve.cases").QUICK_SOLVE_CASES[1], torch.device("cpu"))
     usual = solving.exact(problem)
@@ -491,7 +491,7 @@ def test_the_exact_solution_is_ours_where_torchdiffeq_is_not_installed(bench, mo
     assert solving.largest_error(solving.exact(problem), usual) < 1e-9
 
 
-def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp_path):
+def test_the_report_of_the_solves_compares_the_kernels_with_the_promised_ratios(report, tmp_path):
     def record(milliseconds, **more):
         return {"nfe": 20, "nfe_backward": 0, "accepted": 3, "error": 1e-6, "milliseconds": [milliseconds] * 3} | more
 
@@ -511,7 +511,7 @@ def test_the_report_of_the_solves_holds_the_kernels_to_their_promise(report, tmp
 # ---- the loop on the device
 
 
-def test_device_loop_wants_a_gpu_and_says_so(bench, monkeypatch, capsys):
+def test_the_benchmark_of_the_device_loop_needs_a_gpu_and_says_so(bench, monkeypatch, capsys):
     device_loop = bench("device_loop")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for name, lacking in (("cpu", "this is no CUDA device"), ("cuda", "torch finds none here")):
@@ -527,7 +527,7 @@ def test_device_loop_wants_a_gpu_and_says_so(bench, monkeypatch, capsys):
 
 @pytest.fixture
 def any_loop(bench, monkeypatch):
-    """Here the host's loop in plain PyTorch does for all: nothing can be captured."""
+    """Use the host loop in plain PyTorch for all loops, because nothing can be captured here."""
     captured = bench("parts.device_loop.captured")
     for name in ("captured", "steps", "cell"):
         monkeypatch.setattr(bench(f"parts.device_loop.{name}"), "FUSED", "node_cuda reference")
@@ -536,7 +536,7 @@ def any_loop(bench, monkeypatch):
 
 
 def pretended(program, what, **asked):
-    """What a cell says that found nothing to complain of; there is none of memory by batches."""
+    """Return the result of a cell without failures. The cell of memory in batches fails."""
     if what == "calls":
         waits = 2 * (asked["loop"] == "while")
         return {"calls": {"graphs": 2, "kernels": 0, "copies": 3, "fills": 0, "waits": waits, "others": 1}}
@@ -546,7 +546,7 @@ def pretended(program, what, **asked):
 
 
 def a_millisecond_a_step(runs, **_):
-    """Runs the loops with 32 and 128 steps; the true times of so few steps are noise on a busy machine."""
+    """Run the loops with 32 and 128 steps. The real times of so few steps are noise on a busy machine."""
     for run in runs:
         run()
     return [(0.032, 0.128) * (len(runs) // 2)] * 3
@@ -583,7 +583,7 @@ def test_device_loop_measures_every_section_and_writes_its_results(bench, any_lo
     assert "| adjoint | while | 10 | 4.00 | 60.00 / 62.00 | 0.00 / 0.00 |" in block
 
 
-def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_asked(bench, monkeypatch, tmp_path):
+def test_selected_sections_have_a_file_with_their_names_and_diffrax_takes_part_on_request(bench, monkeypatch, tmp_path):
     device_loop, asked = bench("device_loop"), []
     monkeypatch.setattr(device_loop, "cuda_device", lambda name: torch.device("cpu"))
     monkeypatch.setattr(bench("parts.device_loop.cells"), "measured", lambda *about, **cell: {"failed": "no CUPTI"})
@@ -595,7 +595,7 @@ def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_a
     monkeypatch.setattr(device_loop, "measure", measure)
     for sections in (["calls"], ["training", "solves"], ["solves", "--diffrax"]):
         monkeypatch.setattr(sys, "argv", ["device_loop.py", "--quick", "--out", str(tmp_path), "--only", *sections])
-        with contextlib.suppress(SystemExit):  # of a row that failed
+        with contextlib.suppress(SystemExit):  # the failed row
             device_loop.main()
     found = {path.name: json.loads(path.read_text()) for path in tmp_path.iterdir()}
     assert {name: [section for section in device_loop.SECTIONS if found[name][section]] for name in found} == {
@@ -608,7 +608,7 @@ def test_sections_alone_have_a_file_with_their_names_and_diffrax_takes_part_if_a
     assert ["diffrax" in names and "diffrax" in against for names, against in asked] == [False, False, True]
 
 
-def test_a_solve_by_another_loop_than_the_one_that_is_timed_keeps_its_line(bench, monkeypatch):
+def test_a_solve_by_the_wrong_loop_keeps_its_line(bench, monkeypatch):
     device_loop, captured = bench("device_loop"), bench("parts.device_loop.captured")
     monkeypatch.setattr(captured, "FUSED", "node_cuda reference")
     monkeypatch.setattr(device_loop, "installed", lambda library: library == "node_cuda")
@@ -712,7 +712,7 @@ def test_the_loss_of_a_flow_that_does_nothing_is_that_of_the_normal_distribution
     torch.testing.assert_close(problems.negative_log_likelihood(torch.stack([starts, starts])), expected)
 
 
-def test_all_ways_to_a_gradient_and_all_problems_are_plotted(bench):
+def test_all_gradient_modes_and_all_problems_are_plotted(bench):
     problems, gradients, modes = bench("parts.gradients.problems"), bench("gradients"), bench("parts.common.modes")
     assert len({problem.name for problem in problems.PROBLEMS_PLOTTED}) == 4
     assert set(modes.MODES) >= {*gradients.TIMED, "adjoint, seminorm", "torchdiffeq backprop"}
@@ -744,7 +744,7 @@ def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_pa
 
 
 @pytest.mark.slow
-def test_endurance_watches_every_way_to_a_gradient_and_writes_its_results(tmp_path, report):
+def test_endurance_tests_every_gradient_mode_and_writes_its_results(tmp_path, report):
     pytest.importorskip("rich")
     result = run_quick("endurance", tmp_path)
     assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
@@ -757,7 +757,7 @@ def test_endurance_watches_every_way_to_a_gradient_and_writes_its_results(tmp_pa
     assert "memory did not grow" in report.block("endurance", tmp_path)
 
 
-def test_the_loops_take_steps_again_and_pass_an_event(bench):
+def test_the_loops_recompute_steps_and_pass_an_event(bench):
     tiny = bench("parts.endurance.loops").Tiny(torch.device("cpu"))
     node_cuda = importlib.import_module("node_cuda")
     start, found = tiny.start.clone().requires_grad_(), []
@@ -772,7 +772,7 @@ def test_the_loops_take_steps_again_and_pass_an_event(bench):
     assert 0.0 < time.item() < tiny.t[1]
 
 
-def test_endurance_ends_with_an_error_where_memory_grew(bench, monkeypatch, tmp_path):
+def test_endurance_ends_with_an_error_if_memory_grew(bench, monkeypatch, tmp_path):
     pytest.importorskip("rich")
     endurance, kept = bench("endurance"), []
     leak = {"a leak": lambda: kept.append(torch.zeros(1)), "none": lambda: torch.zeros(1)}
@@ -784,7 +784,7 @@ def test_endurance_ends_with_an_error_where_memory_grew(bench, monkeypatch, tmp_
     assert json.loads((tmp_path / "endurance-cpu.json").read_text())["complete"]
 
 
-def test_what_stays_behind_is_growth(bench, tmp_path, report):
+def test_memory_that_is_not_freed_counts_as_growth(bench, tmp_path, report):
     endurance, kept = bench("endurance"), []
     samples = endurance.repeated(lambda: kept.append(torch.zeros(1)), 40, torch.device("cpu"), lambda done: None)
     assert endurance.judged(samples)["grew"] == ["tensors"]

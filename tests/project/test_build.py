@@ -1,6 +1,6 @@
-"""Every way to install the package, each in a fresh folder and asked what it is; and the compilation on first use.
+"""Every way to install the package, each in a new folder, and the compilation at the first use.
 
-What is slow to compile is replaced by a stand-in of a few lines, except where csrc/ itself is the question.
+Sources that are slow to compile are replaced by a few lines, except in tests of csrc/ itself.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def compiler(test: Callable[..., None]) -> Callable[..., None]:
 nvcc = pytest.mark.skipif(TOOLKIT is None, reason="no CUDA toolkit on this machine")
 cpu_torch = pytest.mark.skipif(torch.version.cuda is not None, reason="this is about a torch without CUDA")
 
-# A module that says what it is built with, and a kernel.
+# A module with build information, and a kernel.
 STAND_IN = """
 #include <Python.h>
 #ifdef NODE_CUDA_WITH_KERNELS
@@ -73,12 +73,12 @@ BROKEN = "#error this does not compile\n"
 
 
 def clean(**environ: str) -> dict[str, str]:
-    """This process's environment without what decides a build, and with what is given."""
+    """Return this process's environment without the variables that decide a build, and with the given ones."""
     return {**{key: value for key, value in os.environ.items() if key not in DECIDING}, **environ}
 
 
 def checkout(folder: Path, csrc: Mapping[str, str] | None = None) -> Path:
-    """A copy of the tree, so that no build leaves anything in it; with other files in csrc/ where they are given."""
+    """Copy the tree, so that no build leaves files in it. If files are given, they replace those of csrc/."""
     folder.mkdir()
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, folder)
@@ -99,7 +99,7 @@ def write_csrc(folder: Path, files: Mapping[str, str]) -> Path:
 
 
 def contents(folder: Path) -> dict[str, bytes]:
-    """Every file, by its path in the folder."""
+    """Return every file, by its path in the folder."""
     return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
 
 
@@ -108,16 +108,16 @@ def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.Completed
 
 
 def pip(source: Path, target: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """`pip install --no-build-isolation` into a fresh folder, without a network."""
+    """Run `pip install --no-build-isolation` into a new folder, without a network."""
     options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", target]
     python_m_pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
     return run(*python_m_pip, "install", "-v", *options, source, cwd=source.parent, **environ)
 
 
 def ask(target: Path, code: str, **environ: str) -> str:
-    """What Python prints, run with an installed package in front of all others, and without this checkout.
+    """Return what Python prints, with an installed package first on the path, and without this checkout.
 
-    An editable install of the checkout would lend its own compiled module to a package that has none.
+    Otherwise a package without a compiled module would use that of an editable install of the checkout.
     """
     alone = "import sys; sys.meta_path[:] = [f for f in sys.meta_path if '_EditableFinder' not in repr(f)]"
     done = run(sys.executable, "-c", f"{alone}\n{code}", cwd=target, PYTHONPATH=str(target), **environ)
@@ -126,7 +126,7 @@ def ask(target: Path, code: str, **environ: str) -> str:
 
 
 def report(target: Path, code: str) -> tuple[list[str], dict[str, str]]:
-    """The lines that Python prints, and the rows of `python -m node_cuda`: one process, to spare an import of torch."""
+    """Return the lines that Python prints, and the rows of `python -m node_cuda`. One process imports torch once."""
     asks = "import runpy; print('---'); runpy.run_module('node_cuda', run_name='__main__')"
     printed, _, rows = ask(target, f"{code}\n{asks}").partition("---\n")
     return printed.splitlines(), {key: rest for key, _, rest in (row.partition(" ") for row in rows.splitlines())}
@@ -139,14 +139,14 @@ def note(package: Path) -> dict[str, str]:
 SETTINGS = {
     "python": {"NODE_CUDA_BUILD": "python"},
     "cpu": {"NODE_CUDA_BUILD": "cpu"},
-    # Other tests look at the code that nvcc makes; here it need not be fast.
+    # Other tests check the code that nvcc generates. Here it need not be fast.
     "cuda": {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0", "NVCC_APPEND_FLAGS": "-Xptxas=-O0 -Xcicc=-O0"},
 }
 
 
 @pytest.fixture(scope="session")
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Installs this tree in one of the settings, once for all processes of the test run; gives the folder.
+    """Install this tree in one of the settings, once for all processes of the test run, and return the folder.
 
     pip gets the source archive, unpacked, which must be complete.
     """
@@ -180,7 +180,7 @@ INFO = "import torch, node_cuda._C; print(node_cuda._C.__file__, *node_cuda._C.b
 @compiler
 @nvcc
 @cpu_torch
-def test_force_cuda_builds_the_kernels_against_a_cpu_torch_and_each_fails_with_a_sentence_without_a_driver(
+def test_force_cuda_builds_the_kernels_against_a_cpu_torch_and_each_explains_a_missing_driver(
     installed: Callable[[str], Path],
 ) -> None:
     assert TOOLKIT is not None
@@ -232,7 +232,7 @@ def test_csrc_is_in_the_source_archive_and_in_the_install_so_that_kernels_can_be
 
 @pytest.mark.compiler
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++, which the shim is for")
-def test_the_sources_in_a_pure_python_install_find_all_their_headers_in_it(
+def test_the_sources_in_a_pure_python_install_include_only_headers_in_it(
     installed: Callable[[str], Path], tmp_path: Path
 ) -> None:
     """g++ lists what they include, with the shim's headers in place of CUDA's; other tests compile the same files."""
@@ -240,7 +240,7 @@ def test_the_sources_in_a_pure_python_install_find_all_their_headers_in_it(
     own = build.include_folders(build.Recipe("cuda", ""), csrc)
     torchs = Path(torch.__file__).parent / "include"
     folders = [*own, str(ROOT / "tests" / "support" / "shim"), sysconfig.get_path("include"), str(torchs)]
-    for source in build.sources(csrc, kernels=True):  # one by one: each must name all that it needs
+    for source in build.sources(csrc, kernels=True):  # one by one: each source must include everything that it needs
         flags = ["-x", "c++", "-std=c++20", "-MM", "-DNODE_CUDA_WITH_KERNELS", *(f"-I{folder}" for folder in folders)]
         done = run("g++", *flags, source, cwd=tmp_path)
         assert done.returncode == 0, done.stderr
@@ -262,7 +262,7 @@ def test_the_c_plus_plus_part_builds_against_a_cpu_torch_and_says_that_it_has_no
 
 @pytest.mark.slow
 @compiler
-def test_a_compiled_module_is_not_even_imported_by_a_solve_on_the_cpu_and_changes_no_bit(
+def test_a_solve_on_the_cpu_imports_no_compiled_module_and_has_the_same_bits(
     installed: Callable[[str], Path],
 ) -> None:
     code = (
@@ -279,7 +279,7 @@ def test_a_compiled_module_is_not_even_imported_by_a_solve_on_the_cpu_and_change
 
 @pytest.mark.slow
 @compiler
-def test_an_editable_install_builds_in_place_and_a_pure_python_one_after_it_takes_the_module_away(
+def test_an_editable_install_builds_in_place_and_a_later_pure_python_one_removes_the_module(
     tmp_path: Path,
 ) -> None:
     source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
@@ -303,10 +303,10 @@ def test_an_editable_install_builds_in_place_and_a_pure_python_one_after_it_take
     assert "is not installed (NODE_CUDA_BUILD=python is set)" in done.stdout, done.stdout + done.stderr
 
 
-# --- what cannot be built --------------------------------------------------------------------------------------------
+# --- builds that fail --------------------------------------------------------------------------------------------
 
 
-def test_a_build_that_cannot_see_torch_is_pure_python_with_one_loud_line(tmp_path: Path) -> None:
+def test_a_build_that_cannot_import_torch_is_pure_python_and_warns_in_one_line(tmp_path: Path) -> None:
     hidden = tmp_path / "hidden"
     hidden.mkdir()
     (hidden / "torch.py").write_text("raise ImportError('No module named torch')")
@@ -320,7 +320,7 @@ def test_a_build_that_cannot_see_torch_is_pure_python_with_one_loud_line(tmp_pat
 
 
 @compiler
-def test_a_build_that_was_asked_for_kernels_and_cannot_make_them_fails_with_a_sentence(tmp_path: Path) -> None:
+def test_a_build_that_requires_kernels_and_cannot_make_them_explains_its_failure(tmp_path: Path) -> None:
     source = checkout(tmp_path / "source", {"bind/bind.cpp": STAND_IN})
     done = pip(source, tmp_path / "target", FORCE_CUDA="1", CUDA_HOME="/nowhere")
     assert done.returncode != 0
@@ -332,7 +332,7 @@ def test_a_build_that_was_asked_for_kernels_and_cannot_make_them_fails_with_a_se
 @pytest.mark.slow
 @compiler
 @cpu_torch
-def test_sources_that_do_not_compile_give_pure_python_and_a_loud_line_unless_they_were_asked_for(
+def test_sources_that_do_not_compile_give_pure_python_and_a_warning_unless_kernels_are_required(
     tmp_path: Path,
 ) -> None:
     source = checkout(tmp_path / "source", {"bind/bind.cpp": BROKEN})
@@ -349,7 +349,7 @@ def test_sources_that_do_not_compile_give_pure_python_and_a_loud_line_unless_the
 # --- the decision ----------------------------------------------------------------------------------------------------
 
 
-def test_a_setting_that_does_not_exist_is_a_sentence() -> None:
+def test_an_unknown_setting_is_an_error_with_an_explanation() -> None:
     with pytest.raises(build.BuildError, match="NODE_CUDA_BUILD must be one of auto, python, cpu, cuda; got gpu"):
         build.choose({"NODE_CUDA_BUILD": "gpu"})
 
@@ -364,7 +364,7 @@ def test_kernels_for_a_torch_without_cuda_must_be_forced() -> None:
     assert build.choose(clean()).setting == "cpu"
 
 
-def test_without_a_compiler_a_build_is_pure_python_and_one_that_was_asked_for_fails() -> None:
+def test_without_a_compiler_a_build_is_pure_python_and_one_that_requires_kernels_fails() -> None:
     recipe = build.choose({"CXX": "no-such-compiler", "PATH": "/nowhere"})
     assert recipe.setting == "python"
     assert "no-such-compiler is not on the PATH" in recipe.why
@@ -382,7 +382,7 @@ def fake_toolkit(home: Path, version: int = 13000) -> Path:
     return home
 
 
-def test_the_toolkit_behind_a_wrapper_is_found_and_the_wrapper_is_not_taken_for_one(tmp_path: Path) -> None:
+def test_the_toolkit_that_a_wrapper_calls_is_found_and_the_wrapper_is_not_used_as_a_toolkit(tmp_path: Path) -> None:
     home = fake_toolkit(tmp_path / "cuda-13.1", 13010)
     wrapper = tmp_path / "local" / "bin" / "nvcc"
     wrapper.parent.mkdir(parents=True)
@@ -393,14 +393,14 @@ def test_the_toolkit_behind_a_wrapper_is_found_and_the_wrapper_is_not_taken_for_
     assert (toolkit.home, toolkit.version) == (home, (13, 1))
 
 
-def test_cuda_home_is_the_only_place_looked_at_where_it_is_set(tmp_path: Path) -> None:
+def test_if_cuda_home_is_set_no_other_place_is_searched(tmp_path: Path) -> None:
     home = fake_toolkit(tmp_path / "cuda")
     toolkit = build.find_toolkit({"CUDA_HOME": str(home)})
     assert toolkit is not None and toolkit.home == home
     assert build.find_toolkit({"CUDA_HOME": str(tmp_path), "PATH": str(home / "bin")}) is None
 
 
-def test_a_toolkit_of_another_major_version_than_torchs_is_a_sentence(tmp_path: Path) -> None:
+def test_a_toolkit_of_another_major_version_than_torchs_is_an_error_with_an_explanation(tmp_path: Path) -> None:
     home = fake_toolkit(tmp_path / "cuda", 13000)
     lacking, toolkit = build.missing_kernels("12.8", {"CUDA_HOME": str(home)})
     assert toolkit is None
@@ -408,7 +408,7 @@ def test_a_toolkit_of_another_major_version_than_torchs_is_a_sentence(tmp_path: 
     assert build.missing_kernels("13.2", {"CUDA_HOME": str(home)})[0] == ""
 
 
-def test_architectures_are_those_asked_for_else_the_visible_ones_else_all_that_the_toolkit_knows(
+def test_architectures_are_the_requested_ones_else_the_visible_ones_else_all_of_the_toolkit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     toolkit = build.toolkit_at(fake_toolkit(tmp_path / "cuda"))
@@ -438,14 +438,14 @@ def test_the_toolkit_of_this_machine_compiles_for_the_default_architectures() ->
         ("8.0;9.0a", (9, 0), True),
         ("9.0a+PTX", (10, 0), False),
         ("8.0;12.0+PTX", (10, 0), False),
-        ("Ampere", (7, 5), True),  # cannot be read: the launch will tell
+        ("Ampere", (7, 5), True),  # cannot be parsed: the launch decides
     ],
 )
-def test_whether_code_for_an_architecture_runs_on_a_gpu(archs: str, capability: tuple[int, int], runs: bool) -> None:
+def test_code_for_an_architecture_runs_on_some_gpus(archs: str, capability: tuple[int, int], runs: bool) -> None:
     assert build.fits(archs, capability) is runs
 
 
-def test_flags_for_architectures_are_nvccs_and_are_left_to_torch_where_they_have_names() -> None:
+def test_flags_for_architectures_are_nvccs_and_torch_makes_them_for_architectures_with_names() -> None:
     assert build.gencode("8.0 9.0a+PTX") == [
         "-gencode=arch=compute_80,code=sm_80",
         "-gencode=arch=compute_90a,code=sm_90a",
@@ -455,7 +455,7 @@ def test_flags_for_architectures_are_nvccs_and_are_left_to_torch_where_they_have
 
 
 @pytest.mark.parametrize("other", ["bind/plan.cu", "kernels/plan.cu", "graphs/plan.cpp"])
-def test_two_sources_of_one_name_are_a_sentence_in_one_folder_and_in_two(tmp_path: Path, other: str) -> None:
+def test_two_sources_of_one_name_are_an_error_in_one_folder_and_in_two(tmp_path: Path, other: str) -> None:
     csrc = write_csrc(tmp_path / "csrc", {"bind/bind.cpp": "", "bind/plan.cpp": "", "common/plan.h": ""})
     names = [Path(path).relative_to(csrc).as_posix() for path in build.sources(csrc, kernels=True)]
     assert names == ["bind/bind.cpp", "bind/plan.cpp"]
@@ -464,14 +464,14 @@ def test_two_sources_of_one_name_are_a_sentence_in_one_folder_and_in_two(tmp_pat
         build.sources(csrc, kernels=True)
 
 
-def test_a_changed_or_moved_header_changes_what_the_sources_are_known_by_and_every_compiler_command(
+def test_a_changed_or_moved_header_changes_the_digest_of_the_sources_and_every_compiler_command(
     tmp_path: Path,
 ) -> None:
     csrc = write_csrc(tmp_path / "csrc", WITH_KERNEL)
     recipe = build.Recipe("cuda", "")
 
     def known_by() -> tuple[str, object]:
-        return build.digest(csrc), build.macros(recipe, csrc)  # ninja compiles again where a command changes
+        return build.digest(csrc), build.macros(recipe, csrc)  # ninja compiles again if a command changes
 
     seen = [known_by()]
     write_csrc(csrc, {"common/launch.h": f"{HEADER}// changed"})
@@ -511,7 +511,7 @@ def test_make_installs_again_after_a_change_in_a_folder_of_csrc(tmp_path: Path, 
 
 @pytest.fixture
 def first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Mapping[str, str]], None]]:
-    """A process that has not looked for kernels yet, where nothing is installed; give it the files of csrc/."""
+    """Pretend that this process has no kernels and has not searched for them yet. Call it with the files of csrc/."""
     for name in DECIDING:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TORCH_EXTENSIONS_DIR", str(tmp_path / "cache"))
@@ -531,7 +531,7 @@ def first_use(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Calla
 
 
 def stand_in(**facts: str) -> types.ModuleType:
-    """A compiled module as Python sees it."""
+    """Return a substitute of a compiled module."""
     module = types.ModuleType(build.MODULE)
     info = {"torch": str(torch.__version__), "kernels": True, "cuda": "13.0", "archs": "8.0+PTX", **facts}
     module.__dict__["build_info"] = lambda: info
@@ -539,7 +539,7 @@ def stand_in(**facts: str) -> types.ModuleType:
 
 
 @cpu_torch
-def test_where_kernels_cannot_be_compiled_the_first_use_warns_once_and_gives_none(first_use) -> None:
+def test_if_kernels_cannot_be_compiled_the_first_use_warns_once_and_gives_none(first_use) -> None:
     with pytest.warns(RuntimeWarning, match="this torch is built without CUDA") as caught:
         assert extension.kernels() is None
     assert len(caught) == 1
@@ -550,7 +550,7 @@ def test_where_kernels_cannot_be_compiled_the_first_use_warns_once_and_gives_non
 
 
 @compiler
-def test_a_compilation_that_fails_warns_once_with_the_compilers_line_and_all_threads_go_on(first_use, capfd) -> None:
+def test_a_compilation_that_fails_warns_once_with_the_compilers_line_and_all_threads_continue(first_use, capfd) -> None:
     first_use({"bind/bind.cpp": BROKEN})
     results: list[object] = []
     with pytest.warns(RuntimeWarning) as caught:
@@ -567,7 +567,7 @@ def test_a_compilation_that_fails_warns_once_with_the_compilers_line_and_all_thr
 
 
 @pytest.mark.parametrize("setting", ["python", "cpu"])
-def test_whoever_declined_kernels_is_neither_warned_nor_kept_waiting(first_use, monkeypatch, setting: str) -> None:
+def test_a_user_who_declined_kernels_gets_no_warning_and_no_compilation(first_use, monkeypatch, setting: str) -> None:
     first_use({"bind/bind.cpp": BROKEN})
     monkeypatch.setenv("NODE_CUDA_BUILD", setting)
     assert extension.kernels() is None

@@ -1,4 +1,4 @@
-"""What an import and a first call load, seen in a fresh process."""
+"""The modules that an import and a first call load, in a new process."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ for size in (4, 5):
 
 
 @pytest.mark.slow
-def test_import_leaves_scipy_and_the_compiler_alone_and_a_first_compiled_call_is_quick():
+def test_import_loads_neither_scipy_nor_the_compiler_and_a_first_compiled_call_is_quick():
     """scipy.integrate and torch._dynamo would take most of the import."""
     environment = dict(os.environ, PYTHONPATH=f"{ROOT}:{ROOT / 'tests' / 'unit'}", OMP_NUM_THREADS="1")
     run = subprocess.run([sys.executable, "-c", FRESH], capture_output=True, text=True, env=environment, check=True)
@@ -39,8 +39,8 @@ def test_import_leaves_scipy_and_the_compiler_alone_and_a_first_compiled_call_is
 
 
 @pytest.mark.slow
-def test_watching_imports_no_compiler():
-    """Which takes seconds."""
+def test_the_check_before_a_capture_imports_no_compiler():
+    """An import of the compiler takes seconds."""
     code = (
         "import sys, torch; from node_cuda.cuda_graphs.capture import Watch\n"
         "before = 'torch._dynamo' in sys.modules\n"

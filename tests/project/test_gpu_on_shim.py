@@ -1,6 +1,6 @@
-"""Tests of the tests: some of those that need a GPU pass on the CPU, by the shim. `make pretend-gpu` runs them all.
+"""Tests of the tests: some tests that need a GPU pass on the CPU, by the shim. `make pretend-gpu` runs them all.
 
-A test that fails there is wrong by itself, and would have spent the first minutes on a GPU.
+If a test fails there, the test itself is wrong, and it would waste the first minutes on a GPU.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ gpu/test_gpu_graphs.py::test_gradients_agree_with_the_host_loop[of t-discrete-wh
 gpu/test_gpu_graphs.py::test_gradients_agree_with_the_host_loop[not of t-discrete, rk4-batches]
 gpu/test_gpu_graphs.py::test_gradients_of_a_tuple_and_of_many_outputs_agree_with_the_host_loop[discrete-while]
 unit/test_odeint.py::test_a_gpu_gives_the_cpus_solution[mlp]
-compat/test_differences.py::test_times_on_another_device_are_no_warning
+compat/test_differences.py::test_times_on_another_device_give_no_warning
 unit/loop/test_dense.py::test_dense_output_stays_on_its_device
 """.strip().splitlines()
 
@@ -60,8 +60,8 @@ def test_tests_that_need_a_gpu_pass_on_the_cpu(shim_library):
     assert done.returncode == 0 and re.match(r"\d+ passed in ", last), done.stdout + done.stderr
 
 
-def test_what_is_left_out_is_there():
-    """A test that was renamed would run and fail; one that was cut would stay in the list."""
+def test_every_excluded_test_exists():
+    """A renamed test would run and fail. A deleted test would stay in the list."""
     with_marks = [text for path in TESTS.rglob("test_*.py") if "mark.gpu" in (text := path.read_text())]
     names = [name for of_a_reason in LEFT_OUT.values() for name in of_a_reason]
     assert [name for name in names if not any(f"def {name}(" in text for text in with_marks)] == []

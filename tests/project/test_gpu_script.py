@@ -1,4 +1,4 @@
-"""bench/gpu.sh without a GPU: its checks on the shim, its stages with commands that only pretend."""
+"""bench/gpu.sh without a GPU: its checks run on the shim, and its stages run substitutes of the commands."""
 
 import contextlib
 import importlib
@@ -41,7 +41,7 @@ def bench(monkeypatch):
 
 @pytest.fixture
 def smoke(bench, eager, shim_module, monkeypatch):
-    """smoke.py, with the CPU behind the shim in the GPU's place; what would be captured runs again."""
+    """Return smoke.py, with the shim on the CPU instead of a GPU. Work that would be captured runs again."""
     smoke = bench("smoke")
 
     @contextlib.contextmanager
@@ -76,7 +76,7 @@ def test_every_check_of_smoke_passes_on_the_shim(smoke):
     assert 'loop_backward "eager" (why_backward: None)' in lines["adjoint-default-stream"]
 
 
-def test_smoke_says_what_is_wrong(smoke, shim, monkeypatch):
+def test_smoke_reports_what_is_wrong(smoke, shim, monkeypatch):
     """A launch that fails, other bits, a host that repeats, a solve that is not refused."""
     shim.lib.shim_fail_next_launch(1)
     assert smoke.checked("rk4", CPU).startswith("FAILED rk4: RuntimeError: ")
@@ -123,7 +123,7 @@ def test_smoke_prints_a_line_a_check_and_ends_with_an_error_if_one_failed(smoke,
             assert [(outcome, name) for outcome, name, _ in lines] == [("FAILED" if code else "ok", n) for n in names]
 
 
-def test_gpu_sh_makes_every_check_of_smoke_and_no_other(bench, tmp_path):
+def test_gpu_sh_runs_every_check_of_smoke_and_no_other(bench, tmp_path):
     found = bench("parts.gpu.items").items(tmp_path, tmp_path, diffrax=True)["smoke"]
     listed = [name for item in found for name in item.checks]
     assert listed == list(bench("smoke").CHECKS)
@@ -134,8 +134,8 @@ def test_gpu_sh_makes_every_check_of_smoke_and_no_other(bench, tmp_path):
 
 @pytest.fixture
 def stages(bench, monkeypatch, tmp_path):
-    """Runs gpu_stages.py with these items on a machine that says it has a GPU: exit status, gpu.json and what was
-    printed."""
+    """Run gpu_stages.py with these items on a machine that reports a GPU. Return the exit status, gpu.json and the
+    output."""
     stages = bench("gpu_stages")
     monkeypatch.setattr(stages, "asked", lambda work: dict(MACHINE))
     monkeypatch.setattr(stages, "put_in_place", lambda machine: None)
@@ -193,7 +193,7 @@ def test_a_check_that_fails_crashes_or_hangs_has_its_line_and_the_stage_goes_on(
     assert last[-1].startswith("3 ok, 7 FAILED, 3 skipped; ")
 
 
-def test_stages_end_at_the_deadline_and_bring_back_what_there_is(bench, stages, tmp_path):
+def test_stages_end_at_the_deadline_and_return_the_results_so_far(bench, stages, tmp_path):
     results = tmp_path / "results"
     found = [
         item(bench, "first", "echo well"),
@@ -233,15 +233,15 @@ def test_a_line_of_tests_counts_them_and_names_those_that_failed(bench):
     stopped = line("\n".join(PYTEST.splitlines()[:2]), None)
     assert stopped.detail.startswith("stopped after 5 s: ") and stopped.detail.endswith("; 1 had passed")
     assert stopped.more == ("[gw1] [100%] FAILED tests/test_a.py::test_two[x]",)
-    assert line("==== 12 skipped in 0.12s ====", 0).outcome == "FAILED"  # all of them need what is not there
+    assert line("==== 12 skipped in 0.12s ====", 0).outcome == "FAILED"  # all of them need a GPU
     assert line("==== 2 passed, 1 skipped in 65.12s (0:01:05) ====", 0).outcome == "ok"
     assert line("==== no tests ran in 0.12s ====", 5).outcome == "FAILED"
     many = processes.failed_tests([f"FAILED tests/test_a.py::test_{n}" for n in range(20)])
     assert len(many) == processes.NAMED + 1 and many[-1] == f"and {20 - processes.NAMED} more, in the log"
 
 
-def test_the_budgets_hold_what_matters_and_all_lines_fit_into_what_comes_back(bench, tmp_path):
-    """Of a call's output the last 12000 letters may be all that is seen."""
+def test_the_budgets_are_small_enough_and_all_lines_fit_into_the_returned_output(bench, tmp_path):
+    """Only the last 12000 characters of a call's output may be returned."""
     stages, make = bench("gpu_stages"), bench("parts.gpu.items").items
     found = make(tmp_path, tmp_path, diffrax=True)
     assert found.keys() == stages.BUDGETS.keys() and sum(stages.BUDGETS.values()) <= 530
@@ -255,7 +255,7 @@ def test_the_budgets_hold_what_matters_and_all_lines_fit_into_what_comes_back(be
         assert scripts and all((ROOT / script).is_file() for script in scripts), each.name
 
 
-# ---- before it begins, and behind its end
+# ---- before it begins, and after its end
 
 
 def gpu_sh(*arguments, **environment):
@@ -283,13 +283,13 @@ def gpu_sh(*arguments, **environment):
         (["smoke"], {"PYTHON": "/no/python"}, 1, "There is no /no/python here"),
     ],
 )
-def test_gpu_sh_without_a_gpu_or_with_a_wrong_word_is_a_sentence(arguments, environment, code, sentence, tmp_path):
+def test_gpu_sh_explains_a_missing_gpu_and_a_wrong_argument(arguments, environment, code, sentence, tmp_path):
     run = gpu_sh(*arguments, "--out", str(tmp_path / "out"), **environment)
     assert run.returncode == code and re.search(sentence, run.stderr), run.stderr
     assert "Traceback" not in run.stderr and not (tmp_path / "out").exists()
 
 
-def test_what_was_carried_is_put_into_the_package_if_it_is_whole_and_of_these_sources(bench, monkeypatch, tmp_path):
+def test_a_carried_build_is_used_if_it_is_complete_and_of_these_sources(bench, monkeypatch, tmp_path):
     stages = bench("gpu_stages")
     root, carry = tmp_path / "checkout", bench("build_for_gpu").carried("3.12", "2.11.0", "9.0")
     assert carry == ROOT / "build" / "gpu-py312-torch2.11-sm90" / "carry"
@@ -318,7 +318,7 @@ def test_what_was_carried_is_put_into_the_package_if_it_is_whole_and_of_these_so
     assert {path.name for path in (root / "node_cuda").glob("_*")} == {"_C.cpython-312.so", "_build.json"}
 
 
-def test_what_came_back_is_unpacked_into_the_results_and_shown(bench, stages, tmp_path, monkeypatch):
+def test_returned_results_are_unpacked_and_shown(bench, stages, tmp_path, monkeypatch):
     written = 'mkdir -p "$0"; echo \'{"benchmark": "kernels", "device": "cuda"}\' > "$0/kernels-cuda.json"'
     gpu_stages = bench("gpu_stages")
     session = gpu_stages.Session
@@ -345,7 +345,7 @@ def test_what_came_back_is_unpacked_into_the_results_and_shown(bench, stages, tm
 # ---- the build
 
 
-def test_the_build_says_what_it_lacks(bench, monkeypatch, tmp_path):
+def test_the_build_reports_what_is_missing(bench, monkeypatch, tmp_path):
     build = bench("build_for_gpu")
     monkeypatch.setattr(build, "told", lambda *command: None)
     arguments = type("Arguments", (), {"python": "3.12", "torch": "2.11.0", "interpreter": None})
@@ -359,7 +359,7 @@ def test_the_build_says_what_it_lacks(bench, monkeypatch, tmp_path):
     assert (tmp_path / "log.txt").read_text() == "it is so\n"
 
 
-def test_the_build_says_what_to_carry_and_what_to_type(bench, monkeypatch, tmp_path):
+def test_the_build_prints_what_to_carry_and_what_to_type(bench, monkeypatch, tmp_path):
     build = bench("build_for_gpu")
     monkeypatch.setattr(build, "ROOT", tmp_path)
     monkeypatch.setattr(build, "told", lambda *command: "abc" if "rev-parse" in command else "")

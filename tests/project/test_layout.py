@@ -1,4 +1,4 @@
-"""The tests lie as the package does: a test file for each module, or a line that says which file tests it instead."""
+"""The tests have the layout of the package: each module has a test file, or a line that names another test file."""
 
 from __future__ import annotations
 
@@ -64,12 +64,12 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
 
 
 def file_of(module: Path) -> str:
-    """Where the tests of a module lie, below tests/: `_eager` and `__main__` without their underscores."""
+    """Return the path of a module's tests below tests/. `_eager` and `__main__` lose their underscores."""
     return (Path("unit") / module.parent / f"test_{module.stem.strip('_')}.py").as_posix()
 
 
 def without_tests(package: Path, tests: Path, elsewhere: dict[str, tuple[str, ...]]) -> list[str]:
-    """A sentence for each module without a test file, and for each line of the table that is wrong."""
+    """Return a sentence for each module without a test file, and for each wrong line of the table."""
     listed = [name for names in elsewhere.values() for name in names]
     found = [path.relative_to(package) for path in sorted(package.rglob("*.py")) if path.name != "__init__.py"]
     modules = {".".join(path.with_suffix("").parts): file_of(path) for path in found}
@@ -109,7 +109,7 @@ def test_every_module_has_a_test_file() -> None:
         (["a.py", "b.py"], {"a.py": ("inner._part",), "b.py": ("inner._part",)}, "inner._part is listed twice"),
     ],
 )
-def test_a_module_without_a_file_and_a_wrong_line_are_found(
+def test_a_module_without_a_test_file_and_a_wrong_line_are_found(
     tmp_path: Path, tests: list[str], elsewhere: dict[str, tuple[str, ...]], sentence: str
 ) -> None:
     for file in ("node_cuda/inner/_part.py", "node_cuda/inner/__init__.py", *(f"tests/{name}" for name in tests)):

@@ -1,4 +1,4 @@
-"""What a user installs is the package in the tree: complete, of one version, and no second torch."""
+"""A user installs the package in the tree: it is complete, has one version, and installs no second torch."""
 
 from __future__ import annotations
 
@@ -27,13 +27,13 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 def names(requirements: list[str]) -> set[str]:
-    """The distributions that a list of requirement strings names."""
+    """Return the distributions that a list of requirement strings names."""
     return {re.split(r"[^\w.-]", requirement, maxsplit=1)[0].lower() for requirement in requirements}
 
 
 @pytest.fixture(scope="module")
 def fresh_install(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder of a non-editable install, made from a copy so that no build folder is left in the tree."""
+    """Return the folder of a non-editable install, made from a copy, so that no build folder stays in the tree."""
     source = tmp_path_factory.mktemp("source")
     for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
@@ -97,7 +97,7 @@ def test_torch_is_a_dependency_but_not_a_build_requirement(fresh_install: Path) 
     assert names(required) == {"torch", "numpy", "scipy"}
 
 
-def test_the_torch_that_is_installed_satisfies_the_package() -> None:
+def test_the_installed_torch_satisfies_the_requirement_of_the_package() -> None:
     (lowest,) = (row for row in PYPROJECT["project"]["dependencies"] if row.startswith("torch"))
     assert torch.__version__.split("+")[0] >= torch.torch_version.TorchVersion(lowest.removeprefix("torch>="))
 

@@ -1,4 +1,4 @@
-"""README.md and docs/extending.md say what is so: their examples print what their comments say, their links resolve."""
+"""README.md and docs/extending.md are true: their examples print what their comments say, and their links resolve."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 
 def table(first: str) -> list[list[str]]:
-    """The body of the table whose first column has this heading: a list of cells a row."""
+    """Return the body of the table whose first column has this heading: a list of cells for each row."""
     lines = README.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
     rows = []
@@ -40,7 +40,7 @@ METHOD_ROWS = {row[0]: row[1:] for row in table("name")}
 
 # ------------------------------------------------------------------ the examples
 def agrees(printed: str, promised: str) -> bool:
-    """The same words, and the same numbers to one unit of the last digit that is promised."""
+    """Return whether two texts have the same words, and the same numbers up to one unit of the last promised digit."""
     if NUMBER.sub("#", printed).split() != NUMBER.sub("#", promised).split():
         return False
     pairs = zip(NUMBER.findall(printed), NUMBER.findall(promised), strict=True)
@@ -48,13 +48,13 @@ def agrees(printed: str, promised: str) -> bool:
 
 
 def examples(page: str) -> list[str]:
-    """The blocks of Python of a page."""
+    """Return the Python blocks of a page."""
     return re.findall(r"```python\n(.*?)```", (ROOT / page).read_text(), re.DOTALL)
 
 
 @pytest.fixture
 def registry_put_back():
-    """An example may add a gradient mode or a method."""
+    """Restore the registries afterwards, because an example may add a gradient mode or a method."""
     registries: tuple[dict[str, Any], ...] = (GRADIENTS, TABLEAUS)
     before = [dict(registry) for registry in registries]
     yield
@@ -113,7 +113,7 @@ def test_a_row_of_the_table_is_what_the_tableau_says(name):
 
 
 def evaluations_of_one_more_step(name: str) -> int:
-    """Measured as the difference of two solves that differ by a step."""
+    """Return the evaluations of one step: the difference between two solves that differ by one step."""
 
     def nfe(steps: int) -> int:
         func = Counting(lambda t, y: -y)
@@ -146,7 +146,7 @@ def test_the_table_of_gradient_modes_is_the_registry():
     assert sorted(rows) == sorted(f'`"{name}"`' for name in GRADIENTS)
 
 
-# ------------------------------------------------------------------ what it points to
+# ------------------------------------------------------------------ links and commands
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 def test_links_resolve(page):
     for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
@@ -162,7 +162,7 @@ def test_the_commands_are_targets_of_the_makefile():
         assert re.search(rf"^{target}:", makefile, re.MULTILINE)
 
 
-def test_the_markers_are_those_that_the_report_fills(monkeypatch):
+def test_the_pages_have_the_markers_that_the_report_fills(monkeypatch):
     pytest.importorskip("rich")
     monkeypatch.syspath_prepend(str(ROOT / "bench"))
     from parts import pages

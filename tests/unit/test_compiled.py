@@ -1,4 +1,4 @@
-"""torch.compile around a model that contains a solve: one graph break, and nothing compiled inside."""
+"""torch.compile of a model that contains a solve: there is one graph break, and the solve is not compiled."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from torch import nn
 
 from node_cuda import NeuralODE, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 
-# The compiler asks every tensor for `.grad`, and torch tells it not to.
+# The compiler reads `.grad` of every tensor, and torch warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")
 T = torch.linspace(0.0, 1.0, 3)
 
@@ -26,7 +26,7 @@ WAYS = ("odeint", "adjoint", "discrete", "event", "dense", "layer")
 
 
 class Around(nn.Module):
-    """A solve between two layers that can be compiled."""
+    """A solve between two layers. The layers can be compiled."""
 
     def __init__(self, way):
         super().__init__()
@@ -50,7 +50,7 @@ class Around(nn.Module):
 
 
 class Counted:
-    """A backend that counts the graphs that were made for it, and what is in them."""
+    """A backend that counts its graphs and their operations."""
 
     def __init__(self):
         self.names = []
@@ -62,7 +62,7 @@ class Counted:
 
 @pytest.fixture
 def breaks():
-    """The graph breaks of torch.compile so far, in words."""
+    """Return the reasons of the graph breaks of torch.compile so far."""
     from torch._dynamo.utils import counters
 
     torch._dynamo.reset()
@@ -73,7 +73,7 @@ def breaks():
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_solve_is_one_graph_break_and_nothing_is_compiled_inside(breaks, way):
-    """A second shape makes the two graphs around the solve anew, for any size, and a third one makes nothing."""
+    """A second shape compiles the two graphs around the solve again, for any size. A third shape compiles nothing."""
     torch.manual_seed(0)
     model, backend = Around(way), Counted()
     compiled = torch.compile(model, backend=backend)
@@ -87,12 +87,12 @@ def test_a_solve_is_one_graph_break_and_nothing_is_compiled_inside(breaks, way):
         graphs.append(len(backend.names))
         broken.append(len(breaks()))
     assert graphs[0] == 2 and graphs[2] == graphs[1] <= 4
-    assert broken[0] == (2 if way == "dense" else 1)  # a function that odeint_dense gives is called, too
+    assert broken[0] == (2 if way == "dense" else 1)  # the function that odeint_dense returns is called too
     assert all("a solve is one graph break" in reason for reason in breaks())
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
-def test_a_compiled_training_step_does_not_look_into_the_backward_pass(breaks, gradient):
+def test_a_compiled_training_step_does_not_trace_the_backward_pass(breaks, gradient):
     field, backend = Field(), Counted()
 
     def step(x):
@@ -105,10 +105,10 @@ def test_a_compiled_training_step_does_not_look_into_the_backward_pass(breaks, g
     field.zero_grad()
     step(torch.ones(4, 2))
     assert all(torch.equal(a, b.grad) for a, b in zip(ours, field.parameters(), strict=True))
-    assert len(backend.names) <= 2 and len(breaks()) == 2  # the solve, and torch's own at backward()
+    assert len(backend.names) <= 2 and len(breaks()) == 2  # the graph break of the solve, and torch's at backward()
 
 
-def test_fullgraph_is_answered_by_a_sentence(breaks):
+def test_fullgraph_is_refused_with_a_message(breaks):
     with pytest.raises(Exception, match=r"a solve is one graph break\. Drop fullgraph=True, and compile func instead"):
         torch.compile(Around("odeint"), backend="eager", fullgraph=True)(torch.ones(4, 2))
 
@@ -116,7 +116,7 @@ def test_fullgraph_is_answered_by_a_sentence(breaks):
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
 @pytest.mark.parametrize("around", [False, True], ids=["alone", "in a compiled model"])
 def test_a_compiled_field_runs_compiled_inside_the_solve(breaks, gradient, around):
-    """Its graph holds the field and no more, and is what computes: Python runs the field while it is traced alone."""
+    """The graph contains only the field, and computes it. Python code of the field runs only during the trace."""
     inner, runs = Counted(), []
 
     def backend(module, inputs):

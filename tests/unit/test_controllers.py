@@ -1,4 +1,4 @@
-"""The PID controllers of the step size, and controllers of the user's: the protocol `StepSizeController`."""
+"""The PID controllers of the step size, and users' controllers: the protocol `StepSizeController`."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ class Halving:
 
 
 class Wrapped:
-    """One of the package's, as a user's own."""
+    """A controller of the package, wrapped as a user's controller."""
 
     def __init__(self, inner):
         self.start, self.accept, self.propose = inner.start, inner.accept, inner.propose
@@ -100,7 +100,7 @@ def test_a_controller_of_the_users_chooses_the_steps_in_every_gradient_mode(grad
     assert grads[0] == pytest.approx(exact, rel=1e-5)
 
 
-def test_checkpoints_replay_the_steps_that_it_chose():
+def test_checkpoints_replay_the_steps_of_a_controller_of_the_users():
     field, y0 = Field(), torch.ones(2, dtype=F64, requires_grad=True)
     grads = []
     for checkpoints in (None, 2):
@@ -109,12 +109,12 @@ def test_checkpoints_replay_the_steps_that_it_chose():
     assert all(map(torch.equal, *grads))
 
 
-def test_the_solver_keeps_the_limits_whatever_the_controller_says():
+def test_the_solver_keeps_the_limits_for_any_controller():
     solution, _ = found(Halving(), max_step=0.125, first_step=0.0625)
     assert max(sizes(solution)) <= 0.125
 
 
-def test_a_step_that_is_not_finite_shrinks_without_asking():
+def test_a_step_that_is_not_finite_shrinks_without_a_call_of_the_controller():
     class Told(Halving):
         def accept(self, h, ratio, state):
             assert math.isfinite(ratio)
@@ -135,7 +135,7 @@ def test_the_kernels_take_a_controller_of_the_users_at_one_read_a_step(shim):
     # Norms are summed in another order, which moves the first step by rounding.
     assert on_kernels.ys.detach() == pytest.approx(plain.ys.detach(), rel=1e-12)
     assert on_kernels.stats.accepted == plain.stats.accepted
-    # The times, three for the first step and one a step.
+    # One read of the times, three for the first step, and one for each step.
     assert on_kernels.stats.host_reads == 4 + on_kernels.stats.accepted + on_kernels.stats.rejected
     assert shim.lib.shim_launches() > 0
 
@@ -150,14 +150,14 @@ def test_a_controller_of_the_users_takes_the_steps_of_the_cpu_on_a_gpu():
     assert there.stats.host_reads == 4 + there.stats.accepted + there.stats.rejected
 
 
-def test_a_captured_solve_says_why_it_is_the_hosts(eager):
+def test_a_captured_solve_gives_the_reason_for_the_host_loop(eager):
     with torch.no_grad():
         options = dict(controller=Halving(), cuda_graph=True)
         stats = solve(Field(), torch.ones(2, dtype=F64), T, options=options).stats
     assert stats.loop == "host" and stats.why == "the controller is the user's, and its Python runs on the host"
 
 
-def test_what_is_no_controller_is_refused_and_a_step_that_is_none_as_well():
+def test_an_invalid_controller_and_an_invalid_step_size_are_refused():
     for wrong in ("pid", 3, object()):
         with pytest.raises(InvalidInput, match=r'options\["controller"\] must be one of .* \(start, accept, propose\)'):
             found(wrong)

@@ -1,4 +1,4 @@
-"""Corners that went wrong once: a sentence each, so that they stay right."""
+"""Corner cases that were wrong once, with one test for each."""
 
 import gc
 import weakref
@@ -62,12 +62,12 @@ def test_weights_tied_in_a_replica_get_their_gradient_once():
 
 @pytest.mark.parametrize("settings", [{}, dict(method="rk4", options=dict(step_size=0.01))], ids=["dopri5", "rk4"])
 @pytest.mark.parametrize("level", [0.97, 0.5])
-def test_an_event_moves_with_its_start_whichever_step_it_is_in(settings, level):
+def test_an_event_moves_with_its_start_in_every_step(settings, level):
     t0 = torch.tensor(0.0, dtype=F64, requires_grad=True)
     event_t, _ = odeint_event(
         lambda t, y: -y, ones(), t0, event_fn=lambda t, y: (y - level).sum(), rtol=1e-6, atol=1e-6, **settings
     )
-    # An autonomous solution that starts later crosses as much later; a linear interpolant is right to a step.
+    # An autonomous solution that starts later crosses later by the same time. Linear interpolants have larger errors.
     assert torch.autograd.grad(event_t, t0)[0] == pytest.approx(1.0, abs=1e-2)
 
 
@@ -127,18 +127,18 @@ def test_a_nan_on_a_fixed_grid_is_a_nan_in_the_adjoint_gradient_too():
 
 @pytest.mark.parametrize("landing", [0.1, 1e-3, 1e-6, 1e-12])
 @pytest.mark.parametrize("key", ["step_t", "jump_t"])
-def test_a_landing_between_outputs_does_not_halve_the_backward_steps(landing, key):
+def test_a_stop_between_outputs_does_not_halve_the_backward_steps(landing, key):
     field = Decay()
     options = {key: torch.tensor([landing], dtype=F64)}
     ys = odeint_adjoint(field, ones(), T, rtol=1e-3, atol=1e-3, options=options)
     field.nfe = 0
     ys[-1].sum().backward()
-    # Three steps of six evaluations, k1 and the first step's probe, as in torchdiffeq; one more beyond a jump.
+    # Three steps of six evaluations, k1 and the first step's probe, as in torchdiffeq; one more after a jump.
     assert field.nfe <= (20 if key == "step_t" else 21)
 
 
-def test_a_short_interval_between_outputs_does_not_shorten_the_backward_steps_behind_it():
-    """The step size from before a landing is carried: one more output, one more step and slope, however near it is."""
+def test_a_short_interval_between_outputs_does_not_shorten_the_later_backward_steps():
+    """The step size before a stop is kept: one more output costs one step and one evaluation at any distance."""
     nfe = []
     for times in ([0.0, 0.5, 1.0], [0.0, 0.5, 0.5 + 1e-7, 1.0]):
         field = Decay()
@@ -150,7 +150,7 @@ def test_a_short_interval_between_outputs_does_not_shorten_the_backward_steps_be
 
 
 def test_a_jump_at_the_last_time_is_known_when_the_backward_solve_begins():
-    """Without it the first backward slope is that of the other side: 170 evaluations."""
+    """Otherwise the first backward slope is that of the other side, and the solve needs 170 evaluations."""
     nfe = 0
 
     def field(t, y):
@@ -169,7 +169,7 @@ def test_a_jump_at_the_last_time_is_known_when_the_backward_solve_begins():
 
 
 @pytest.mark.parametrize("solver", ["RK45", "Radau", "LSODA"])
-def test_scipy_tells_of_a_nan_in_words(solver):
+def test_scipy_reports_a_nan_with_a_message(solver):
     def field(t, y):
         return torch.where(t > 0.3, torch.nan, -1.0).to(y) * y
 
@@ -212,13 +212,13 @@ def test_what_a_field_of_scipy_keeps_is_never_rewritten():
     ],
     ids=str,
 )
-def test_constants_that_no_solve_ends_with_are_refused(options):
+def test_constants_with_which_no_solve_ends_are_refused(options):
     (name,) = options
     with pytest.raises((ValueError, TypeError), match=name):
         odeint(lambda t, y: -y, ones(), T, options=options)
 
 
-def test_an_event_function_that_is_nan_is_told_so():
+def test_an_event_function_that_is_nan_gives_an_error():
     with pytest.raises(SolveError, match="event_fn returned NaN"):
         odeint(lambda t, y: -y, ones(), T, event_fn=lambda t, y: torch.where(t > 0.1, torch.nan, 1.0))
 
@@ -231,7 +231,7 @@ def test_an_event_that_fails_without_throw_is_a_status_and_nan():
     assert solution.event_t.isnan() and solution.ys[-1].isnan().all() and torch.equal(solution.ys[0], ones())
 
 
-def test_what_was_reached_of_a_failed_solve_has_its_gradient_in_both_modes():
+def test_the_reached_outputs_of_a_failed_solve_have_their_gradient_in_both_modes():
     gradients = []
     for mode in ("backprop", "adjoint"):
         a = torch.tensor(1.0, dtype=F64, requires_grad=True)
@@ -256,12 +256,12 @@ def test_tolerances_of_components_broadcast():
 
 
 @pytest.mark.parametrize("rtol", [torch.ones(7), torch.ones(5, 3), None, "ab", 1j, -1e-3, float("nan")], ids=str)
-def test_a_tolerance_that_cannot_be_one_is_refused(rtol):
+def test_an_invalid_tolerance_is_refused(rtol):
     with pytest.raises((ValueError, TypeError), match="rtol"):
         odeint(lambda t, y: -y, ones(3), T, rtol=rtol)
 
 
-def test_a_step_size_below_the_rounding_of_t_is_a_step_size_all_the_same():
+def test_a_step_size_below_the_rounding_of_t_works():
     t = torch.tensor([1000.0, 1000.01])
     y = odeint(lambda t, y: -y, torch.ones(1), t, method="euler", options=dict(step_size=1e-5))[-1]
     assert y == pytest.approx(float(torch.exp(t[0].double() - t[1].double())), rel=1e-4)
@@ -278,10 +278,10 @@ def test_a_backward_pass_with_callbacks_leaves_nothing_to_the_garbage_collector(
             pass
 
     field, y0 = Told(), ones(requires_grad=True)
-    while gc.collect():  # again for what the last time let go, such as what torch.compile left in another test
+    while gc.collect():  # again, for objects that the first collection released
         pass
     gc.disable()
-    gc.set_debug(gc.DEBUG_SAVEALL)  # what others leave at that moment, as an import does, is none of ours
+    gc.set_debug(gc.DEBUG_SAVEALL)  # garbage that others make meanwhile, such as an import, does not count
     try:
         ys = odeint_adjoint(field, y0, T)
         watched = weakref.ref(ys.grad_fn)
@@ -297,7 +297,7 @@ def test_a_backward_pass_with_callbacks_leaves_nothing_to_the_garbage_collector(
         gc.enable()
 
 
-def test_the_adjoint_does_not_hold_on_to_a_starting_state_that_nobody_else_wants():
+def test_the_adjoint_does_not_keep_an_unused_starting_state_alive():
     start = ones(1000, requires_grad=True)
     y0 = start * 2
     alive = weakref.ref(y0)
@@ -308,8 +308,8 @@ def test_the_adjoint_does_not_hold_on_to_a_starting_state_that_nobody_else_wants
     assert start.grad is not None
 
 
-def test_every_read_that_a_fixed_grid_waits_for_is_counted():
-    """The times, one for each corrector iteration that asks whether it converged, and one for the status."""
+def test_every_host_read_of_a_fixed_grid_is_counted():
+    """The host reads the times once, the convergence in each corrector iteration, and the status once."""
     t = torch.linspace(0, 1, 11, dtype=F64)
     assert solve(lambda t, y: -y, ones(), t, method="rk4").stats.host_reads == 2
     corrected = solve(lambda t, y: -y, ones(), t, method="implicit_adams", rtol=1e-3, atol=1e-3).stats
@@ -317,19 +317,19 @@ def test_every_read_that_a_fixed_grid_waits_for_is_counted():
     assert corrected.host_reads - 2 == corrected.nfe - steps - 3 * starters
 
 
-def test_the_public_names_are_there():
+def test_the_public_names_exist():
     assert all(hasattr(node_cuda, name) for name in node_cuda.__all__)
 
 
 def test_the_starting_step_of_a_half_state_does_not_overflow():
-    """The field's change in units of the tolerance, about 1e8 here, is no number of half precision."""
+    """The change of the field in units of the tolerance is about 1e8 here, which half precision cannot represent."""
     y0 = torch.full((3,), 1000.0, dtype=torch.float16)
     f0, f1 = y0, y0 * 1.5
     norm = ErrorNorm(1e-9, 1e-9)
     assert reference.initial_change(y0, f0, f1, norm) == pytest.approx(500 / (1e-9 + 1e-6), rel=1e-3)
 
 
-def test_an_empty_environment_variable_is_one_that_is_not_set(monkeypatch):
+def test_an_empty_environment_variable_counts_as_not_set(monkeypatch):
     monkeypatch.setenv("NODE_CUDA_BACKEND", "")
     assert odeint(lambda t, y: -y, torch.ones(2, dtype=F64), T).shape == (2, 2)
 

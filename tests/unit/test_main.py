@@ -15,7 +15,7 @@ from node_cuda.extension import loading as extension
 
 
 def compiled_module(**facts: object) -> types.ModuleType:
-    """A stand-in for node_cuda._C."""
+    """Return a substitute of node_cuda._C."""
     module = types.ModuleType(build.MODULE)
     info = {"torch": str(torch.__version__), "kernels": True, "cuda": "13.0", "archs": "8.0+PTX", **facts}
     module.__dict__["build_info"] = lambda: info
@@ -23,7 +23,7 @@ def compiled_module(**facts: object) -> types.ModuleType:
 
 
 def install(monkeypatch: pytest.MonkeyPatch, module: types.ModuleType | None) -> None:
-    """Importing node_cuda._C gives this module, or raises ModuleNotFoundError."""
+    """Make the import of node_cuda._C return this module, or raise ModuleNotFoundError."""
     monkeypatch.setitem(sys.modules, build.MODULE, module)
     monkeypatch.setattr(build, "read_note", lambda: None)
 
@@ -53,7 +53,7 @@ def test_with_kernels_and_a_gpu_the_kernels_are_live(monkeypatch: pytest.MonkeyP
     assert path.mend is None
 
 
-def test_kernels_that_the_environment_sets_aside_are_not_said_to_be_live(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_that_the_environment_switches_off_are_not_reported_as_live(monkeypatch: pytest.MonkeyPatch) -> None:
     install(monkeypatch, compiled_module())
     see_a_gpu(monkeypatch)
     monkeypatch.setenv("NODE_CUDA_BACKEND", "reference")
@@ -111,7 +111,7 @@ def test_kernels_that_do_not_load_are_a_line_of_the_report_and_no_failure(monkey
     assert "reference" in environment.live_path().name
 
 
-def test_a_driver_that_cannot_be_asked_is_a_line_of_the_report_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_that_does_not_answer_is_a_line_of_the_report_and_no_failure(monkeypatch: pytest.MonkeyPatch) -> None:
     def broken() -> int:
         raise RuntimeError("driver too old")
 

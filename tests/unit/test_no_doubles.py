@@ -1,6 +1,6 @@
-"""A device without float64, as Apple's GPUs are: no solve of a float32 state makes a double there.
+"""A device without float64, like Apple's GPUs: no solve of a float32 state makes a double there.
 
-The device is pretended: tensors on "meta" whose numbers lie on the CPU, and a mode that refuses a double among them.
+The device is simulated by "meta" tensors with numbers on the CPU, and by a mode that refuses doubles among them.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ MODES = ("backprop", "adjoint", "discrete")
 
 
 class OnDevice(torch.Tensor):
-    """A tensor on the device. numbers: where they really are."""
+    """A tensor on the device. numbers: the tensor on the CPU that holds its numbers."""
 
     @staticmethod
     def __new__(cls, numbers):
@@ -36,7 +36,7 @@ class OnDevice(torch.Tensor):
 
 
 class Device(TorchDispatchMode):
-    """Also what is made there, or moved."""
+    """Simulates tensors that are made on the device or moved to it."""
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         return run(func, args, kwargs or {})
@@ -53,7 +53,7 @@ def run(func, args, kwargs):
 
 @pytest.fixture(autouse=True)
 def device(monkeypatch):
-    """Makers of tensors ask for the device's library before they come to a mode."""
+    """Pretend that the device exists: factory functions check its library before they call a mode."""
 
     def moved(make):
         return lambda *args, device=None, **kwargs: make(*args, **kwargs).to("cpu" if device is None else device)
@@ -83,7 +83,7 @@ def test_a_double_would_be_found():
         inputs(False)[0].double()
 
 
-# fixed_adams is implicit_adams, and the discrete adjoint is of Runge-Kutta methods.
+# fixed_adams is implicit_adams, and the discrete adjoint supports only Runge-Kutta methods.
 EVERY = [method for method in METHODS if method not in ("scipy_solver", "fixed_adams")]
 CASES = [(method, True) for method in EVERY] + [("dopri5", False), ("rk4", False)]
 ROWS = [(method, wants_t, mode) for method, wants_t in CASES for mode in MODES]
@@ -98,19 +98,19 @@ def test_no_method_and_no_gradient_makes_a_double_on_the_device(method, wants_t,
     solution = solve(field, y0, t, gradient=gradient, adjoint_params=(), **settings(method))
     found = torch.autograd.grad(solution.ys[-1].sum(), (y0, t) if wants_t else (y0,))
     right = torch.full_like(found[0].numbers, float(torch.exp(-torch.sin(torch.ones(())))))
-    torch.testing.assert_close(found[0].numbers, right, rtol=7e-2, atol=0)  # as good as ten steps of euler
+    torch.testing.assert_close(found[0].numbers, right, rtol=7e-2, atol=0)  # the accuracy of ten steps of euler
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("gradient", MODES)
-def test_half_states_make_none_either(gradient, dtype):
+def test_half_states_make_no_double_either(gradient, dtype):
     y0, t = inputs(True, dtype)
     solution = solve(field, y0, t, gradient=gradient, adjoint_params=(), **settings("dopri5"))
     torch.autograd.grad(solution.ys[-1].sum(), (y0, t))
 
 
 @pytest.mark.parametrize("method", ["dopri5", "dopri8", "rk4"])
-def test_events_dense_output_and_what_is_beside_a_solve_make_none(method):
+def test_events_dense_output_and_integrals_make_no_double(method):
     y0, t = inputs(True)
     solver = settings(method)
     event_t, y = odeint_event(field, y0, t[0], event_fn=lambda t, y: y[0] - 0.4, odeint_interface=odeint_adjoint,

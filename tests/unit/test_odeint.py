@@ -1,4 +1,4 @@
-"""odeint and solve, in sentences: the times, states, callbacks and options that they take, and what they return."""
+"""odeint and solve: the times, states, callbacks and options that they take, and their results."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_every_adaptive_method_solves_every_problem_to_its_tolerance(method):
     for problem in PROBLEMS:
         if problem.exact is None or (rtol > 1e-6 and problem.name == "stiffish"):
             continue
-        end = problem.t[-1:]  # a step ends there: the error is the method's, not its interpolant's
+        end = problem.t[-1:]  # a step ends there, so the error is that of the method and not of its interpolant
         ys = odeint(
             problem.make(), problem.y0, problem.t, rtol=rtol, atol=rtol, method=method, options=dict(step_t=end)
         )
@@ -123,7 +123,7 @@ def test_time_and_state_may_be_of_different_precision(t_dtype, y_dtype):
 
 
 def test_steps_are_added_up_in_double_precision_also_for_float32():
-    """Ten thousand steps of 1e-4 in float32 arithmetic would miss 1 by 5e-5."""
+    """In float32 arithmetic, ten thousand steps of 1e-4 would end 5e-5 away from 1."""
     ys = odeint(
         lambda t, y: torch.ones_like(y),
         torch.zeros(1),
@@ -225,7 +225,7 @@ def test_half_precision_states(method, dtype):
     assert relative_difference(ys[-1].double(), truth) < ROUNDING[dtype] / 10 + 1e-2
 
 
-def test_half_precision_does_not_stop_moving_where_a_step_is_below_its_resolution():
+def test_half_precision_states_change_if_a_step_is_below_their_resolution():
     """Stage combinations are accumulated in float32: one hundred steps of 0.01 add up to one."""
     ys = odeint(
         lambda t, y: torch.ones_like(y),
@@ -267,7 +267,7 @@ class Reporting(nn.Module):
         return sum(call[0] == name for call in self.calls)
 
 
-def test_callbacks_tell_of_every_step():
+def test_callbacks_get_every_step():
     func = Reporting(lambda t, y: torch.where(t < 0.5, 1.0, 50.0) * torch.cos(40 * t) * y)
     times, solution = steps(func, first_step=0.4)
     accepted, rejected = solution.stats.accepted, solution.stats.rejected
@@ -326,7 +326,7 @@ def test_the_input_times_are_never_written_to():
     assert torch.equal(t, before)
 
 
-# ------------------------------------------------------------------ odd circumstances
+# ------------------------------------------------------------------ unusual circumstances
 def test_a_solve_inside_inference_mode_and_without_gradients():
     t = linspace(0.0, 1.0, 3)
     plain = odeint(timed, Y, t)
@@ -351,7 +351,7 @@ def test_a_zero_field_takes_few_steps():
     assert solution.stats.nfe < 100
 
 
-def test_a_state_of_zeros_is_a_state():
+def test_a_state_of_zeros_is_solved():
     ys = odeint(lambda t, y: torch.ones_like(y), torch.zeros(3, dtype=F64), linspace(0.0, 1.0, 2))
     assert torch.allclose(ys[-1], torch.ones(3, dtype=F64))
 

@@ -1,4 +1,4 @@
-"""What a solve returns with its outputs: recorded steps, statistics, and the times it was asked for."""
+"""The results of a solve besides its outputs: recorded steps, statistics, and the requested times."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timed import Y, steps, timed
 from node_cuda import Status, odeint_dense, solve
 
 
-def test_the_statistics_count_what_happened():
+def test_the_statistics_count_evaluations_and_host_reads():
     func = Counting(timed)
     _, solution = steps(func)
     assert solution.stats.nfe == func.nfe
@@ -17,7 +17,7 @@ def test_the_statistics_count_what_happened():
     assert solution.stats.host_reads > 0
 
 
-def test_a_solution_carries_the_times_it_was_asked_for():
+def test_a_solution_has_the_requested_times():
     t = linspace(0.0, 1.0, 4)
     solution = solve(timed, Y, t)
     assert torch.equal(solution.ts, t)

@@ -1,4 +1,4 @@
-"""Failures are sentences: what came, what is needed, what to type; of the classes that torchdiffeq's users catch."""
+"""Errors say what came, what is needed and what to type. Their classes are those that torchdiffeq's users catch."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def grid_that_stops_short(func, y0, t):
 
 
 def is_a_sentence(message: str) -> bool:
-    """More than a label: eight words at the least."""
+    """Check that a message is a sentence with at least eight words."""
     return len(message.split()) >= 8
 
 
@@ -163,7 +163,7 @@ ROWS = {
 
 
 @pytest.mark.parametrize(("call", "classes", "words"), ROWS.values(), ids=ROWS.keys())
-def test_every_row_of_the_error_table_is_answered_by_a_sentence_with_the_mend(call, classes, words):
+def test_every_row_of_the_error_table_gives_a_message_that_says_what_to_change(call, classes, words):
     with pytest.raises(classes) as caught:
         call()
     message = str(caught.value)
@@ -195,7 +195,7 @@ def test_dense_output_of_tuples_and_of_other_methods_is_no_error(method):
     "odeint", [odeint, lambda f, y, t: odeint_adjoint(f, y, t, adjoint_params=())], ids=["odeint", "odeint_adjoint"]
 )
 @pytest.mark.parametrize("result", [None, 1.0, "y"], ids=["None", "float", "str"])
-def test_a_field_that_returns_no_tensor_is_told_so(odeint, result):
+def test_a_field_that_returns_no_tensor_gives_an_error(odeint, result):
     with pytest.raises((TypeError, ValueError)) as caught:
         odeint(lambda t, y: result, Y, T)
     message = str(caught.value)
@@ -216,7 +216,7 @@ def test_a_component_of_the_wrong_shape_is_named():
     assert re.search(r"6.*3|3.*6", str(caught.value))
 
 
-def test_the_wrong_shape_is_found_even_where_it_would_broadcast():
+def test_a_wrong_shape_is_found_even_if_it_would_broadcast():
     with pytest.raises((ValueError, RuntimeError)) as caught:
         odeint(lambda t, y: torch.ones(5, 1, 2, dtype=F64), Y, T)
     assert is_a_sentence(str(caught.value))
@@ -248,7 +248,7 @@ def test_the_event_time_must_start_from_a_tensor():
     assert "t0" in str(caught.value)
 
 
-# ------------------------------------------------------------------ solves that fail say which it was
+# ------------------------------------------------------------------ solves that fail report the cause
 def failure(func, y0=Y, t=T, **arguments) -> SolveError:
     with pytest.raises(SolveError) as caught:
         odeint(func, y0, t, **arguments)
@@ -260,7 +260,7 @@ def nan_after(t, y):
     return torch.where(t > 0.3, math.nan, 1.0) * y
 
 
-def test_a_nan_in_the_middle_is_called_a_nan_and_the_time_is_told():
+def test_a_nan_in_the_middle_is_reported_with_its_time():
     error = failure(nan_after)
     assert error.status is Status.NON_FINITE
     assert 0.0 <= error.t <= 0.3 + 1e-9
@@ -268,7 +268,7 @@ def test_a_nan_in_the_middle_is_called_a_nan_and_the_time_is_told():
     assert "underflow in dt 0.0" not in str(error)
 
 
-def test_an_infinite_derivative_is_called_that_too():
+def test_an_infinite_derivative_is_reported_too():
     error = failure(lambda t, y: torch.where(t > 0.3, math.inf, 1.0) * y)
     assert error.status is Status.NON_FINITE
 
@@ -287,12 +287,12 @@ def test_a_stiff_field_with_max_num_steps_ends_with_that_status():
     assert 0.0 < error.t < 1.0
 
 
-def test_an_event_that_never_comes_ends_with_its_own_status():
+def test_an_event_that_never_comes_ends_with_a_separate_status():
     error = failure(late, t=T[:2], event_fn=never, method="euler", options=dict(step_size=0.1))
     assert error.status is Status.NO_EVENT
 
 
-def test_the_failures_are_told_apart():
+def test_the_failures_have_different_statuses():
     messages = {
         str(failure(nan_after)),
         str(failure(lambda t, y: y * y, t=linspace(0.0, 2.0, 3))),
@@ -301,7 +301,7 @@ def test_the_failures_are_told_apart():
     assert len(messages) == 3
 
 
-def test_the_error_carries_the_time_and_the_statistics():
+def test_the_error_has_the_time_and_the_statistics():
     calls = 0
 
     def func(t, y):
@@ -343,7 +343,7 @@ def test_a_failure_in_the_backward_pass_is_a_solve_error_too():
 
 
 # ------------------------------------------------------------------ throw=False
-def test_without_throw_the_solution_holds_what_was_reached_and_nan_behind():
+def test_without_throw_the_solution_has_the_reached_outputs_and_nan_after_them():
     solution = solve(nan_after, Y, linspace(0.0, 1.0, 11), options=dict(throw=False))
     assert solution.status is Status.NON_FINITE
     reached = ~solution.ys.isnan().any(dim=1)
@@ -373,7 +373,7 @@ def test_a_good_solve_has_the_status_success():
 
 
 @pytest.mark.parametrize("status", list(Status), ids=lambda status: status.name)
-def test_every_status_carries_a_sentence(status):
+def test_every_status_has_an_explanation(status):
     sentence = str(status.value) if isinstance(status.value, str) else str(status)
     assert is_a_sentence(sentence) or status is Status.SUCCESS
 
@@ -394,7 +394,7 @@ def test_a_callback_that_a_method_cannot_call_is_a_warning():
         odeint(Field(), Y, T, method="rk4")
 
 
-def test_a_parameter_without_gradient_and_a_custom_adjoint_norm_is_a_warning():
+def test_a_parameter_without_gradient_and_a_custom_adjoint_norm_give_a_warning():
     func = MLP()
     func.b1.requires_grad_(False)
     with pytest.warns(UserWarning, match="norm"):
@@ -412,7 +412,7 @@ def test_a_functional_iteration_that_does_not_converge_warns():
 
 
 def test_a_nan_on_a_fixed_grid_is_never_hidden():
-    """torchdiffeq returns it; a solve that raises or returns it is honest, a finite number would not be."""
+    """torchdiffeq returns the NaN. A solve may raise or return it, but must not return a finite number."""
     try:
         ys = odeint(lambda t, y: torch.where(t > 0.3, math.nan, 1.0) * y, Y, T, method="rk4")
     except SolveError as error:

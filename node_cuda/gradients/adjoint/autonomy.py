@@ -1,7 +1,7 @@
-"""dL/dt0 of a field that does not depend on time, without a(t0).
+"""A test whether a field depends on time. If it does not, dL/dt0 can be computed without a(t0).
 
-If all times move together, nothing changes: sum_m dL/dt_m = 0, so dL/dt_0 = -sum_{m > 0} g_m . f(t_m, y_m). The general
-dL/dt_0 = -a(t0) . f(t0, y0) carries the whole error of a(t0), which is large where the backward solve is unstable.
+Then a shift of all times changes nothing: sum_m dL/dt_m = 0, so dL/dt_0 = -sum_{m > 0} g_m . f(t_m, y_m). The general
+formula dL/dt_0 = -a(t0) . f(t0, y0) contains the error of a(t0), which is large if the backward solve is unstable.
 """
 
 from __future__ import annotations
@@ -15,23 +15,24 @@ from node_cuda.gradients.inspection import sources
 from node_cuda.problem.problem import Problem
 
 PLACES = (0.0, 0.2764, 0.7236, 1.0)
-"""Where the field is asked, in units of the solve: its ends, so that a switch shows wherever it lies, and two times
-that no grid is likely to have."""
+"""The times at which the field is evaluated, as fractions of the solve. The ends show a switch at any time between
+them. The other two times are unlikely to be points of a grid."""
 
 
 def ignores_time(problem: Problem, y: Tensor, last: float) -> bool:
-    """func gives the same bits at one state for several times up to the solver time `last`, and t is not in its graph.
-    Evaluates func len(PLACES) times at the most.
+    """Return whether func has the same bits at several times up to the solver time `last`, and t is not in its graph.
 
-    y: a state inside the solve and not its start, where what depends on time is often multiplied by a zero.
+    Evaluates func at most len(PLACES) times, at one state.
 
-    A field that reads t as a number (`float(t)`, a table) shows in the bits only; where it does not, as it is another
-    one between two of these times only, it is taken for one that does not depend on time: name the entries as `jump_t`.
+    y: a state inside the solve. At the start, a term that depends on time is often multiplied by zero.
+
+    If func reads t as a number (`float(t)`, a table), only the bits can show that it depends on time. If it differs
+    only between two of these times, the result is wrong: list its discontinuities as `jump_t`.
     """
     first, expected = problem.times[0], None
     for place in PLACES:
         s = problem.direction * (first + place * (last - first))
-        looks = place == PLACES[-1]  # what depends on time in the other ways is known by then
+        looks = place == PLACES[-1]  # record the graph only once, after the other bits agreed
         t = torch.tensor(s, dtype=problem.time_dtype, device=y.device, requires_grad=looks)
         with torch.set_grad_enabled(looks), warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Converting a tensor with requires_grad=True to a scalar")

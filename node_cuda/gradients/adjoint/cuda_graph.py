@@ -1,9 +1,9 @@
-"""The backward solve of the adjoint method by graphs: `BackwardSolve` without the host in its loop.
+"""The captured backward solve of the adjoint method: `BackwardSolve` without the host in its loop.
 
     begin, steps | land, steps | land, steps | ... end
 
-The device takes the steps from one output back to the one before it, and pauses there; `land` sets y right, adds dL/dy
-of that output to a, and lets it go on. Nothing is read in between.
+The device takes the steps from one output back to the output before it, and pauses there. `land` resets y to the stored
+state, adds dL/dy of that output to a, and lets the device continue. The host reads nothing in between.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ from node_cuda.status import SolveError, Status
 
 
 class CapturedAdjoint(CapturedSolve):
-    """A backward solve. timed: with dL/dt."""
+    """The captured graphs of a backward solve. timed: it computes dL/dt too."""
 
     def __init__(self, backward: Backward, points: Sequence[float] | None, tier: str | None, *, timed: bool) -> None:
         super().__init__(backward.problem, tier)
@@ -71,15 +71,15 @@ class CapturedAdjoint(CapturedSolve):
         release(own)
 
     def run(self, backward: Backward, points: Sequence[float] | None, *, timed: bool) -> Found:
-        """See `BackwardSolve.run`; nothing is read, and what is returned is the caller's."""
+        """Launch the backward solve, and return copies of (dL/dt or None, dL/dy0, dL/dtheta), without a host read."""
         self.follow()
         problem, ys, grad_ys = backward.problem, backward.ys, backward.grad_ys
-        # On the device, wherever t is: nothing waits for it.
+        # On the device, even if t is on another one, so that nothing waits for a copy.
         adj_t = torch.zeros(len(ys), dtype=torch.float64, device=self.device) if timed else None
         self.loop.rebind(problem.y0, problem.times, problem.norm, points, problem.times[1:])
         self._g.copy_(grad_ys[-1])
         self._begin.replay()
-        for m in range(len(ys) - 1, 0, -1):  # from output m back to the one before it
+        for m in range(len(ys) - 1, 0, -1):  # from output m back to output m - 1
             self.repeat.run()
             if adj_t is not None:
                 adj_t[m].copy_(self._dot)
@@ -93,7 +93,10 @@ class CapturedAdjoint(CapturedSolve):
         return adj_t, self.a + grad_ys[0], self.gradient.gradients(copies=True)
 
     def on_finish(self, direction: float, *, timed: bool) -> OnFinish:
-        """What is made of where it ended."""
+        """Return the callback for the end of this solve, which fills in the statistics and may return a SolveError.
+
+        direction: the direction of the backward solve.
+        """
         tstops = len(self.loop.times) - 2
         around = self.nfe["begin"] + tstops * self.nfe["land"] + timed * self.nfe["end"]
 
@@ -106,13 +109,13 @@ class CapturedAdjoint(CapturedSolve):
         return on_finish
 
     def _begin_at_last(self, *, timed: bool) -> None:
-        """At the last output: [y, a] and its gradient are in place."""
+        """Begin at the last output. [y, a] and the gradient of that output are already in place."""
         self.loop.begin()
         if timed:
             self._rate_here()
 
     def _go_on(self, *, timed: bool) -> None:
-        """At an output: y as it was there, dL/dy added to a, and on."""
+        """Continue at an output: reset y to the stored state, and add dL/dy to a."""
         self.y.copy_(self._y_there)
         self.a.add_(self._g)
         self.loop.resume()
@@ -120,13 +123,13 @@ class CapturedAdjoint(CapturedSolve):
             self._rate_here()
 
     def _rate_here(self) -> None:
-        """dL/dt_m = dL/dy(t_m) . f(t_m, y_m), with which an interval begins."""
+        """Compute dL/dt_m = dL/dy(t_m) . f(t_m, y_m) at the output where an interval begins."""
         slope = self.loop.k1 if self.loop.adaptive else self.loop.slope()
         f = slope.chunk(2)[0].view(self.y.shape)
         self._dot.copy_(self.arithmetic.real_dot(self._g, f))
 
     def _rate_at_first(self) -> None:
-        """dL/dt_0 = -a(t_0) . f(t_0, y_0)."""
+        """Compute dL/dt_0 = -a(t_0) . f(t_0, y_0)."""
         before = self.field.nfe
         t = (self.arithmetic.device_times[-1] * self.loop.problem.direction).to(self._time_dtype)
         f = self.field.f_alone(t, self._y_there)
@@ -134,7 +137,7 @@ class CapturedAdjoint(CapturedSolve):
         self.nfe["end"] = self.field.nfe - before
 
     def _counted(self, name: str, work: Callable[..., None], *, timed: bool) -> Callable[[], None]:
-        """The work, and how often it evaluates the field."""
+        """Return a function that does the work and counts its field evaluations in `nfe`."""
 
         def counted() -> None:
             before = self.field.nfe
@@ -147,8 +150,10 @@ class CapturedAdjoint(CapturedSolve):
 def try_captured(
     backward: Backward, used: UsedParameters, stats: Stats, why: str | None, *, timed: bool
 ) -> Found | None:
-    """As `BackwardSolve.run`, or None where that is to do it: then `stats.why_backward` says why. why: what is known
-    to stand in the way."""
+    """Return (dL/dt or None, dL/dy0, dL/dtheta) by a captured backward solve, or None if `BackwardSolve` must do it.
+
+    Then `stats.why_backward` gives the reason. why: a reason that is already known, or None.
+    """
     method, problem = backward.method, backward.problem
     options = method.options
     why = why or _fallback_reason(backward)
@@ -183,7 +188,7 @@ def try_captured(
     if trial.due:
         end = (run or stats.pending[-1]).end(stats)
         outcome = _outcome(end, adj_t, adj_y0, adj_params)
-        # Of a deferred solve whose states are NaN already there is nothing to compare.
+        # If the states of a deferred solve are already NaN, there is nothing to compare.
         comparable = run is not None or end is None
         if comparable and not trial.agrees(stats, outcome, lambda: _by_the_host(backward, timed=timed)):
             stats.why_backward = refuted(found.device)
@@ -191,14 +196,14 @@ def try_captured(
     used.reach_as(found.reached)
     if failure is not None:
         raise failure
-    if run is None:  # nobody knows yet whether these are gradients
+    if run is None:  # the status has not been read back yet
         adj_t = None if adj_t is None else torch.where(ok, adj_t, math.nan)
         adj_y0, *adj_params = (torch.where(ok, g, math.nan) for g in (adj_y0, *adj_params))
     return adj_t, adj_y0, adj_params
 
 
 def _by_the_host(backward: Backward, *, timed: bool) -> Outcome:
-    """The same backward solve, with another field."""
+    """Run the same backward solve in the host loop, with a new field."""
     forward, params = backward.forward, backward.params
     own = replace(forward, field=forward.field_of(forward.func))
     try:
@@ -213,18 +218,18 @@ def _outcome(end: SolveError | None, adj_t: Tensor | None, adj_y0: Tensor, adj_p
 
 
 def _fallback_reason(backward: Backward) -> str | None:
-    """Why a backward solve cannot be captured, as far as that is known before."""
+    """Return the reason why a backward solve cannot be captured, or None. Only reasons known before the capture."""
     if backward.settings.checks:
-        return "check_reconstruction compares on the host"
+        return "check_reconstruction compares states on the host"
     if backward.forward.adjoint_callbacks:
         return "func has callbacks for the backward pass"
     if not can_sum(backward.params, backward.problem.y0.device):
-        return "a parameter is on another device than the state, or of a kind that the kernels do not have"
+        return "a parameter is on another device than the state, or its dtype or layout is not one of the kernels'"
     return fallback_reason(backward.problem, backward.method)
 
 
 def _points(backward: Backward) -> tuple[float, ...]:
-    """The grids of all intervals, one behind the other."""
+    """Return the points of the grids of all intervals, joined to one grid."""
     options = backward.method.options
     assert isinstance(options, FixedOptions)
     grids = [grid_of(backward.interval(i, backward.problem.y0), options)[0] for i in range(len(backward.t) - 1)]

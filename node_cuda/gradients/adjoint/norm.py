@@ -1,4 +1,4 @@
-"""What counts as a small error in the backward solve of (y, a) and of the parameters' gradients."""
+"""The error norm of the backward solve, of y, a and the parameters' gradients."""
 
 from __future__ import annotations
 
@@ -16,10 +16,10 @@ from node_cuda.status import InvalidInput
 
 
 class AdjointNorm:
-    """The default norms of the backward solve: rms of y and of a, and with params=True of every parameter's gradient.
+    """The default norm of the backward solve: the largest rms of y, of a and, with params=True, of each gradient.
 
-    user_norm: the user's norm of the forward solve, which then measures y and a. Callable, as torchdiffeq's are, with
-    a tuple (t, y, adj_y, *adj_params) of flat tensors; returns a 0-d tensor, as they do.
+    user_norm: the user's norm of the forward solve. If given, it measures y and a. As in torchdiffeq, the norm is
+    called with a tuple (t, y, adj_y, *adj_params) of flat tensors, and returns a 0-d tensor.
     """
 
     def __init__(self, layout: Layout, user_norm: Norm | None, *, params: bool) -> None:
@@ -40,7 +40,10 @@ class AdjointNorm:
 
 
 def chosen_norm(layout: Layout, norm: Any, user_norm: Norm | None) -> Norm:
-    """The norm behind adjoint_options["norm"] (None, "seminorm" or a callable), of (t, y, adj_y, *adj_params), flat."""
+    """Return the norm that adjoint_options["norm"] (None, "seminorm" or a callable) selects.
+
+    It is called with the flat tensors (t, y, adj_y, *adj_params).
+    """
     if norm is None or norm == "seminorm":
         return AdjointNorm(layout, user_norm, params=norm is None)
     if not callable(norm):
@@ -58,7 +61,7 @@ def chosen_norm(layout: Layout, norm: Any, user_norm: Norm | None) -> Norm:
 def backward_error_norm(
     problem: Problem, rtol: Tolerance, atol: Tolerance, norm: Any, params: Sequence[Tensor]
 ) -> ErrorNorm:
-    """The norm of the backward solve as one of the flat state [y, a] and of the parameters' scaled errors."""
+    """Return the norm of the backward solve as a norm of the flat state [y, a] and of the parameters' scaled errors."""
     shape, n = problem.y0.shape, problem.y0.numel()
     rtol, atol = (_doubled(tol, problem) for tol in (rtol, atol))
     if isinstance(norm, AdjointNorm) and norm.user_norm is None:
@@ -76,7 +79,7 @@ def backward_error_norm(
 
 
 def _doubled(tol: Tolerance, problem: Problem) -> Tolerance:
-    """A tolerance of the state as one of [y, a]."""
+    """Return the tolerance of [y, a], from that of the state."""
     if not isinstance(tol, Tensor):
         return tol
     flat = tol.expand(problem.y0.shape).reshape(-1)

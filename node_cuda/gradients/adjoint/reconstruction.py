@@ -1,6 +1,6 @@
-"""Is the state that the adjoint method rebuilds, solving backwards, the one that the forward solve computed?
+"""A check of the backward solve: is the reconstructed state that of the forward solve?
 
-Where the field contracts, the way back expands: an error grows by exp(cT), and the gradient is taken along another
+If the field contracts, the backward solve expands: an error grows by exp(cT), and the gradient follows another
 trajectory. Gholami, Keutzer and Biros 2019, arXiv:1902.10298.
 """
 
@@ -15,8 +15,8 @@ from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.status import ReconstructionWarning, users_level
 
 INTERPOLATION, PER_STEP = 100.0, 10.0
-"""The errors, in tolerances, that are no sign of a wrong way: an output between two steps is off by some tens of them,
-and each backward step may make one, which a fair field lets grow a little."""
+"""Errors up to this size, in units of the tolerances, are normal. An output between two steps has an error of some
+tens. Each backward step adds about one, which grows a little for a well-behaved field."""
 
 
 class Reconstruction:
@@ -29,7 +29,7 @@ class Reconstruction:
         self._words = ""
 
     def compare(self, t: float, rebuilt: Tensor, stored: Tensor, steps: int) -> None:
-        """y at the user's time t, rebuilt by so many backward steps, with what the forward solve had. One host read."""
+        """Compare y at the user's time t, reconstructed by `steps` backward steps, with the stored y. One host read."""
         scale = self.norm.scale(torch.maximum(rebuilt.abs(), stored.abs()))
         error = self.norm((rebuilt - stored) / scale)
         excess = error / (INTERPOLATION + PER_STEP * steps)
@@ -37,14 +37,17 @@ class Reconstruction:
             self.worst = error
         if not excess <= self._excess:
             self._excess = excess
-            self._words = f"z rebuilt backwards at t = {t:.6g}, by {steps} steps, is off by {error:.3g} tolerances"
+            self._words = (
+                f"the backward solve reconstructed z at t = {t:.6g}, by {steps} steps, with an error of {error:.3g} "
+                "tolerances"
+            )
 
     def warn(self) -> None:
-        """Say so, if an error was larger than the steps can have made."""
+        """Issue a warning if an error was larger than the steps can explain."""
         if not self._excess <= 1.0:
             warnings.warn(
-                f"{self._words}, and the gradient is taken along a wrong trajectory: the field contracts, and the way "
-                'back is unstable. Use gradient="discrete", or more output times, at which z is set right again.',
+                f"{self._words}, so the gradient follows a wrong trajectory: the field contracts, and its backward "
+                'solve is unstable. Use gradient="discrete", or more output times: z is reset at each of them.',
                 ReconstructionWarning,
                 stacklevel=users_level(),
             )

@@ -1,1 +1,1 @@
-"""The discrete adjoint: every accepted step is taken again, and differentiated."""
+"""The discrete adjoint: the backward pass recomputes every accepted step, and differentiates it."""

@@ -1,8 +1,9 @@
-"""Which states of a solve are kept, and in what order its steps are taken again backwards with c of them at a time.
+"""Checkpointing: which states of a solve are kept, and in which order the reverse pass recomputes the other states.
 
-Offline, where the number of steps is known: binomial checkpointing, which takes the fewest steps again (Griewank and
-Walther 2000, Algorithm 799, doi 10.1145/347837.347846). Online, in adaptive solves: thinning with a doubling stride;
-the backward pass then takes segment by segment, and each that does not fit by the binomial rule.
+Offline, if the number of steps is known: binomial checkpointing, which recomputes the fewest steps (Griewank and
+Walther 2000, Algorithm 799, doi 10.1145/347837.347846). Online, in adaptive solves: the distance between kept states
+doubles whenever all slots are full. The reverse pass then reverses one segment between two kept states after another.
+If the states of a segment do not fit in the free slots, it uses binomial checkpointing in that segment.
 """
 
 from __future__ import annotations
@@ -18,16 +19,19 @@ from node_cuda.gradients.discrete.memory import SHARE, free_memory
 State = TypeVar("State")
 
 MOST_PLACES = 64
-"""The places among which `worth_keeping` chooses; its work grows with their cube."""
+"""The number of places among which `worth_keeping` chooses. Its work grows with the cube of this number."""
 
 
 def reach(slots: int, repeats: int) -> int:
-    """The steps that can be reversed with so many states, the first one counted, and each step taken so often: beta."""
+    """Return beta, the number of steps that can be reversed if each is recomputed at most `repeats` times.
+
+    slots: the number of states, including the first one.
+    """
     return math.comb(slots + repeats, slots) if slots >= 0 and repeats >= 0 else 0
 
 
 def first_advance(steps: int, slots: int) -> int:
-    """How far to go before the next state is kept, so that the fewest steps are taken again: 1 <= m < steps."""
+    """Return the steps m to advance before the next state is kept, for the fewest recomputed steps: 1 <= m < steps."""
     repeats = 1
     while reach(slots, repeats) < steps:
         repeats += 1
@@ -35,8 +39,10 @@ def first_advance(steps: int, slots: int) -> int:
 
 
 def repeats(steps: int, slots: int) -> int:
-    """The fewest steps to take for the reversal of so many from a state that is kept, with so many states, that one
-    counted; the replay of each step is not: r N - C(c + r, r - 1)."""
+    """Return the fewest steps to recompute for the reversal of `steps` steps from a kept state: r N - C(c + r, r - 1).
+
+    slots: the number of states, including the kept one. The replay of each step in its own reversal is not counted.
+    """
     if steps <= 1:
         return 0
     r = 1
@@ -46,7 +52,7 @@ def repeats(steps: int, slots: int) -> int:
 
 
 def binomial_places(steps: int, slots: int) -> list[int]:
-    """The steps at whose beginning the forward solve keeps the state, if it will have this many steps."""
+    """Return the numbers of the steps that begin with a kept state, for a forward solve with this many steps."""
     places, place = [0], 0
     while len(places) < slots and steps - place > 1:
         place += first_advance(steps - place, slots - len(places) + 1)
@@ -55,15 +61,15 @@ def binomial_places(steps: int, slots: int) -> list[int]:
 
 
 def slots_for(bytes_a_state: int, device: torch.device) -> int:
-    """The states that fit their share of the memory that is free on the device, at least 8."""
+    """Return the number of states that fit in their share of the free memory of the device, at least 8."""
     return max(int(SHARE * free_memory(device)) // max(bytes_a_state, 1), 8)
 
 
 class Checkpoints(Generic[State]):
-    """States by the number of the step that begins with them, at most `slots` at a time; None: all of them.
+    """The kept states, by the number of the step that begins with them. At most `slots` at a time; None: all states.
 
-    steps: how many there will be, where that is known. peak: the most that were held. The state that the last step
-    began with is at hand as well, until the backward pass has gone through that step: the solver had it anyway.
+    steps: the number of steps that there will be, if it is known. peak: the largest number of states held at a time.
+    The state that the last step began with is also kept until that step is reversed, because the solver has it anyway.
     """
 
     def __init__(self, slots: int | None, steps: int | None = None) -> None:
@@ -76,11 +82,11 @@ class Checkpoints(Generic[State]):
 
     @property
     def spent(self) -> bool:
-        """No state is left: it was reversed."""
+        """Whether no state is left, because the steps were reversed."""
         return self._last is None
 
     def offer(self, i: int, state: State) -> None:
-        """The forward solve begins its i-th step; called in order."""
+        """Take the state with which the forward solve begins step i. The calls are in the order of the steps."""
         self._last = (i, state)
         if self._places is not None:
             if i in self._places:
@@ -96,14 +102,14 @@ class Checkpoints(Generic[State]):
         self._keep(i, state)
 
     def replace_first(self, state: State) -> None:
-        """The state that the first step began with, if it is still needed."""
+        """Replace the state that the first step began with, if it is still kept."""
         if 0 in self._kept:
             self._kept[0] = state
         if self._last is not None and self._last[0] == 0:
             self._last = (0, state)
 
     def reverse(self, advance: Callable[[int, State], State], back: Callable[[int, State], None]) -> None:
-        """Call back(i, state) for every step i, the last one first. advance(i, state): the state behind step i."""
+        """Call back(i, state) for every step i, the last one first. advance(i, state) gives the state after step i."""
         if self._last is None:
             return
         stop, state = self._last
@@ -122,7 +128,7 @@ class Checkpoints(Generic[State]):
     def _segment(
         self, start: int, stop: int, advance: Callable[[int, State], State], back: Callable[[int, State], None]
     ) -> None:
-        """Reverse the steps from a state that is kept up to `stop`, with the slots that are free."""
+        """Reverse the steps between the kept state `start` and `stop`, with the free slots."""
         while stop - start > 1:
             state = self._kept[start]
             free = stop - start if self.slots is None else self.slots - len(self._kept)
@@ -145,11 +151,14 @@ class Checkpoints(Generic[State]):
 
 
 def worth_keeping(places: list[int], stop: int, slots: int) -> list[int]:
-    """Those of the kept places that make the fewest steps to reverse all before `stop`: one that is given up is a slot
-    for the segments behind it. All of them, or by dynamic programming over at most 64 of them."""
+    """Return the kept places with which the reversal of all steps before `stop` recomputes the fewest steps.
+
+    A place that is dropped frees a slot for the later segments. The result is all places, or a choice among at most
+    MOST_PLACES of them by dynamic programming.
+    """
     given, places = places, places[:: math.ceil(len(places) / MOST_PLACES)]
     count = len(places)
-    # best[rank][a]: (steps from places[a] on, the next place), if that is the rank-th to be kept.
+    # best[rank][a]: (steps to recompute from places[a] on, the next place), if places[a] is the rank-th kept place.
     best: list[list[tuple[int, int | None]]] = [[(0, None)] * count for _ in range(count + 2)]
     for a in range(count - 1, -1, -1):
         for rank in range(a + 1, 0, -1):

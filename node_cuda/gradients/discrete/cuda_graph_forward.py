@@ -1,7 +1,7 @@
-"""The forward solve of the discrete adjoint by graphs: the device records its accepted steps and keeps their states.
+"""The captured forward solve of the discrete adjoint: the device records its accepted steps and keeps their states.
 
-What it kept lies in the memory of the captured solve. It stays there for the backward pass if no other solve begins
-before; else it is copied first, as many rows as were used.
+The record lies in the memory of the captured solve. The backward pass reads it there if no other solve begins before.
+Otherwise the rows in use are copied before that solve begins.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ from node_cuda.problem.problem import Problem
 from node_cuda.status import Status
 
 FEWEST_STATES, MOST_STATES, FIRST_BYTES = 64, 1024, 2**23
-"""Room for states where no solve before told how many steps there are: for as many as fit these bytes, within these
+"""The room for states if no earlier solve shows the number of steps: as many as fit in FIRST_BYTES, within these
 bounds."""
 
 
 class RecordingLoop(OutputLoop):
-    """A solve that records its steps. states: a row a step, and one more, for what is not kept."""
+    """A solve that records its steps. states: one row for each step, and one more row for states that are not kept."""
 
     def __init__(
         self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None, tape: StepLog
@@ -45,13 +45,16 @@ class RecordingLoop(OutputLoop):
         self.states = self.y.new_zeros((tape.capacity + 1, *self.y.shape))
 
     def put_outputs(self, step: Step, outputs: object) -> None:
-        """See `DeviceLoop`; and the state that the step began with."""
+        """Write the outputs that lie in the step, and keep the state that it began with, if the step was accepted."""
         super().put_outputs(step, outputs)
         self.states.index_copy_(0, self.tape.slot, self.y.unsqueeze(0))
 
 
 class CapturedRecording(CapturedForward):
-    """A forward solve that leaves a `SavedTrajectory`. capacity: the steps that it has room for, with their states."""
+    """The captured graphs of a forward solve that leaves a `SavedTrajectory`.
+
+    capacity: the number of steps, with their states, that it has room for.
+    """
 
     loop: RecordingLoop
 
@@ -65,18 +68,18 @@ class CapturedRecording(CapturedForward):
     def make_loop(
         self, problem: Problem, method: Method, arithmetic: Fused, points: Sequence[float] | None
     ) -> OutputLoop:
-        """See `CapturedForward`."""
+        """Return the loop to capture, which records its steps."""
         first, carries = _first_stages(problem, method)
         tape = StepLog(arithmetic.module, problem.y0.device, self.capacity, first=first, carries=carries)
         return RecordingLoop(problem, method, arithmetic, points, tape)
 
     def run(self, problem: Problem, points: Sequence[float] | None) -> Tensor:
-        """See `CapturedForward`. What the solve before left is saved first, if somebody still wants it."""
+        """Launch the solve, and return y at the problem's times. A record that is still needed is saved first."""
         self.evict()
         return super().run(problem, points)
 
     def evict(self) -> None:
-        """Make the memory free for another record."""
+        """Free the memory for another record: save the record that lies there, if it is still needed."""
         holder = None if self.holder is None else self.holder()
         self.holder = None
         if holder is not None:
@@ -85,8 +88,11 @@ class CapturedRecording(CapturedForward):
 
 
 class SavedTrajectory:
-    """What a solve left for its backward pass. count: its accepted steps; None: nobody looked yet. succeeded: did it
-    end well, where nobody looked."""
+    """The record of a forward solve for its backward pass.
+
+    count: the number of accepted steps; None if the status has not been read back yet. Then `succeeded` says on the
+    device whether the solve succeeded.
+    """
 
     def __init__(self, owner: CapturedRecording, count: int | None) -> None:
         self.owner = owner
@@ -96,11 +102,11 @@ class SavedTrajectory:
         owner.holder = weakref.ref(self)
 
     def save(self) -> None:
-        """Copy what the solve left."""
+        """Copy the record out of the memory of the captured solve."""
         self._saved = [x.clone() for x in self._memory()]
 
     def load(self) -> None:
-        """Put it where the captured solves find it."""
+        """Copy the record back into the memory that the captured solves use, if it is not there."""
         holder = None if self.owner.holder is None else self.owner.holder()
         if holder is self:
             return
@@ -112,7 +118,7 @@ class SavedTrajectory:
         self.owner.holder = weakref.ref(self)
 
     def trajectory(self, arithmetic: Arithmetic) -> Trajectory:
-        """The same for a backward pass by the host, which then need not be loaded. One host read."""
+        """Return the record as a `Trajectory`, for a backward pass in the host loop. One host read."""
         assert self.count is not None
         with self.owner.lock:
             self.owner.follow()
@@ -136,7 +142,10 @@ class SavedTrajectory:
 
 
 def try_captured(request: SolveSpec, why: str | None) -> tuple[Tensor, Status, SavedTrajectory] | None:
-    """The forward solve by graphs, or None where that is the host loop's: then `stats.why` says why."""
+    """Return (y at the outputs, status, record) by a captured solve, or None if the host loop must solve.
+
+    Then `stats.why` gives the reason. why: a reason that is already known, or None.
+    """
     problem, method, stats = request.problem, request.method, request.stats
     why = why or fallback_reason(problem, method)
     points = points_of(problem, method) if why is None else None
@@ -168,14 +177,17 @@ def try_captured(request: SolveSpec, why: str | None) -> tuple[Tensor, Status, S
     stats.checkpoint_slots = most
     if count is not None and count > capacity:
         graphs.rooms[key] = count  # for the next solve
-        stats.accepted = stats.rejected = 0  # it is solved once more
+        stats.accepted = stats.rejected = 0  # the host loop solves again
         stats.loop, stats.why = "host", f"it took {count} steps, and there was room to record {capacity}"
         return None
     return ys, status, record
 
 
 def _most_states(request: SolveSpec, graphs: GraphCache[CapturedRecording], key: Any) -> int | None:
-    """How many may be kept; None: all. Memory is asked for once, as there is less when the first solve has its own."""
+    """Return the number of states that may be kept; None: all.
+
+    The free memory is read once for each kind of solve, because the memory of the first solve reduces it.
+    """
     if request.checkpoints != "auto" or not key:
         return request.checkpoints if isinstance(request.checkpoints, int) else None
     if ("auto", key) not in graphs.rooms:
@@ -185,7 +197,7 @@ def _most_states(request: SolveSpec, graphs: GraphCache[CapturedRecording], key:
 
 
 def _power_of_two(steps: int) -> int:
-    """The next one: room for solves that take a few steps more."""
+    """Return the next power of two. It gives room for solves that take a few steps more."""
     return 2 ** (steps - 1).bit_length()
 
 
@@ -195,19 +207,19 @@ def _first_room(problem: Problem) -> int:
 
 
 def why_not_recorded(problem: Problem, method: Method, params: Sequence[Tensor]) -> str | None:
-    """Why the discrete adjoint is the host's, as far as that is known before."""
+    """Return the reason why the discrete adjoint cannot be captured, or None. Only reasons known before the capture."""
     if problem.y0.dtype in (torch.float16, torch.bfloat16):
-        return "the cotangents of half precision are wider than its states"
+        return "half-precision states have float32 cotangents, and the kernels need one dtype"
     if method.tableau is not None and method.tableau.carry_last_stage and not method.tableau.fsal:
-        return f"{method.name} carries a stage on that is not the field at its end"
+        return f"{method.name} reuses its last stage, which is not the field at the end of the step"
     if not can_sum(params, problem.y0.device):
-        return "a parameter is on another device than the state, or of a kind that the kernels do not have"
+        return "a parameter is on another device than the state, or its dtype or layout is not one of the kernels'"
     return None
 
 
 def _first_stages(problem: Problem, method: Method) -> tuple[int, bool]:
-    """When the first stage of the first step takes place (1: just beyond its start), and whether the others' are
-    carried on from the step before."""
+    """Return the time of the first step's first stage (0: its start, 1: just after it), and whether the first stages of
+    later steps are carried over from the step before."""
     options = method.options
     if isinstance(options, AdaptiveOptions):
         start = problem.times[0]

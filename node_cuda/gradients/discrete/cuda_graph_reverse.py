@@ -1,8 +1,8 @@
-"""The discrete adjoint's walk back over its steps by graphs: a body takes back the step that the device says.
+"""The reverse pass of the discrete adjoint as a CUDA graph: each replay reverses one step; the device holds its index.
 
-    begin, take back the last step, take back steps ...
+    begin, reverse the last step, reverse steps ...
 
-Every state is there: where some would have to be given up the solve is the host's, forwards and backwards.
+All states are kept. If they do not fit in memory, the host loop does the forward solve and the backward pass.
 """
 
 from __future__ import annotations
@@ -35,23 +35,26 @@ from node_cuda.status import SolveError, Status
 
 
 class DeviceStepAdjoint(StepAdjoint):
-    """Takes back the step `here`, which the device says; its first stage takes place at the 0-d tensor `start`."""
+    """Reverses the step `here`, which the device holds. start: a 0-d tensor, the time of its first stage."""
 
     start: Tensor
     here: StepRecord
 
     def first_stage(self, taken: StepRecord, state: State) -> tuple[Tensor, Tensor]:
-        """See `StepAdjoint`."""
+        """Return (t, z) of the first stage, with its time from the device."""
         return self.start, state.y0
 
     def commit_sums(self) -> None:
-        """See `StepAdjoint`; nothing where there was no step to take back."""
+        """Add the step's gradients of the parameters to the total, if there was a step to reverse."""
         if isinstance(self.sums, FusedGradientAccumulator):
             self.sums.commit_if_accepted(self.here.at)
 
 
 class CapturedReversePass(CapturedSolve):
-    """A walk back. `lam`: when it is over, of the state that the solve began with, without its output's part."""
+    """The captured graphs of a reverse pass.
+
+    lam: at the end, the cotangent of the state that the solve began with, without the gradient of the output there.
+    """
 
     def __init__(
         self, record: SavedTrajectory, problem: Problem, form: StageTable, params: Sequence[Tensor], tier: str | None
@@ -89,7 +92,10 @@ class CapturedReversePass(CapturedSolve):
         release(own)
 
     def run(self, record: SavedTrajectory, times: tuple[float, ...], grad_ys: Tensor) -> None:
-        """Takes all steps of a record back, from outputs at these times; nothing is read."""
+        """Launch the reverse pass over all steps of a record. The host reads nothing.
+
+        times, grad_ys: the output times, and the gradient of the outputs.
+        """
         self.owner.follow()
         self.follow()
         record.load()
@@ -99,17 +105,17 @@ class CapturedReversePass(CapturedSolve):
         self.gradients.copy_(grad_ys)
         self._begin.replay()
         self._last.replay()
-        if record.count is not None and self.repeat.tier == "batches":  # no need to look where the end is
+        if record.count is not None and self.repeat.tier == "batches":  # the length is known
             self._step.replay(record.count - 1)
         else:
             self.repeat.run()
 
     def cost(self, count: int) -> int:
-        """How often a walk over so many steps evaluates the field."""
+        """Return the number of field evaluations in a reverse pass over so many steps."""
         return self.nfe["last"] + (count - 1) * self.nfe["step"]
 
     def of_params(self) -> list[Tensor]:
-        """dL/dtheta in the parameters' own dtypes, for the caller to keep."""
+        """Return copies of dL/dtheta, each in the dtype of its parameter."""
         return [g.to(p.dtype, copy=True) for g, p in zip(self.sums.total, self.params, strict=True)]
 
     def _begin_walk(self) -> None:
@@ -127,13 +133,13 @@ class CapturedReversePass(CapturedSolve):
         self.control.advance_reverse(self.tape)
 
     def _load(self) -> State:
-        """The state that the walk's next step began with."""
+        """Load the next step of the reverse pass, and return the state that it began with."""
         self.control.load_step(self.tape, self.adjoint.start)
         torch.index_select(self.states, 0, self.tape.row, out=self.y.unsqueeze(0))
         return State(self.y, None)
 
     def _counted(self, name: str, work: Callable[[], None]) -> Callable[[], None]:
-        """The work, and how often it evaluates the field."""
+        """Return a function that does the work and counts its field evaluations in `nfe`."""
 
         def counted() -> None:
             before = self.adjoint.nfe
@@ -154,7 +160,10 @@ def try_captured(
     stats: Stats,
     why: str | None,
 ) -> tuple[Tensor, list[Tensor]] | None:
-    """(lam at the first state, dL/dtheta), or None where the walk is the host's: then `stats.why_backward` says why."""
+    """Return (lam at the first state, dL/dtheta) by a captured reverse pass, or None if the host must do it.
+
+    Then `stats.why_backward` gives the reason. why: a reason that is already known, or None.
+    """
     options = method.options
     found: CapturedReversePass | str = captured_or_why(
         options,
@@ -195,12 +204,15 @@ def _capture(
 ) -> CapturedReversePass:
     with record.owner.lock:
         record.owner.follow()
-        record.load()  # the steps that warm it up are those of this record
+        record.load()  # the runs before the capture reverse the steps of this record
         return CapturedReversePass(record, problem, form, params, options.cuda_graph.tier)
 
 
 def _account(walk: CapturedReversePass) -> OnFinish:
-    """What is made of where a walk ended of which nobody knew the length; the forward solve is asked first."""
+    """Return the callback for the end of a reverse pass whose length was not known at its launch.
+
+    The status of the forward solve is read before, so that `stats.accepted` is known.
+    """
 
     def on_finish(now: ControllerSnapshot, stats: Stats) -> SolveError | None:
         status = Status(now.status)

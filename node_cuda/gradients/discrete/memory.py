@@ -1,4 +1,4 @@
-"""How much memory a backward pass may take, and how much the graph of an evaluation takes."""
+"""Memory: how much a backward pass may use, and how much the autograd graph of one evaluation uses."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ import torch
 from torch import Tensor
 
 SHARE = 0.25
-"""The part of the free memory that kept states, and the graphs of a step, may each fill."""
+"""The share of the free memory that the kept states may use. The autograd graphs of a step may use the same share."""
 
 SMALL = 2**26
-"""Bytes that are given without a look at what is free, which costs a call of the driver."""
+"""Up to this number of bytes the free memory is not read, because that costs a call of the driver."""
 
 
 def free_memory(device: torch.device) -> int:
-    """Bytes that are free on the device, those included that torch holds and does not use."""
+    """Return the free bytes on the device, including those that torch has reserved and does not use."""
     if device.type != "cuda":
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
@@ -26,13 +26,13 @@ def free_memory(device: torch.device) -> int:
 
 
 def fits(size: int, device: torch.device) -> bool:
-    """So many bytes are within the share of the free memory."""
+    """Return whether this number of bytes is within the share of the free memory."""
     return size <= SMALL or size <= SHARE * free_memory(device)
 
 
 @contextlib.contextmanager
 def graph_size(device: torch.device, params: Sequence[Tensor]) -> Iterator[Callable[[], int]]:
-    """Counts the bytes that a graph built inside keeps alive, but for the parameters."""
+    """Context that counts the bytes that an autograd graph built in it keeps alive, without the parameters."""
     if device.type == "cuda":
         before = torch.cuda.memory_allocated(device)
         yield lambda: torch.cuda.memory_allocated(device) - before

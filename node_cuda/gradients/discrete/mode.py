@@ -1,10 +1,10 @@
-"""Exact gradients of the computed solution: the discrete adjoint, one state kept for every accepted step.
+"""The discrete adjoint: exact gradients of the computed solution, from the states that the accepted steps began with.
 
-The forward solve runs without a tape. The backward pass takes each accepted step again from the state it began with,
-and its cotangents through it (`step_adjoint`): what autograd through the same steps would give, in the memory of one
-step's graph. The step sizes are held fixed, as the exact flow does not depend on them; of an adaptive solve
-dL/dt_m = dL/dy(t_m) . f(t_m, y_m) and dL/dt_0 = -dL/dy_0 . f(t_0, y_0), of a fixed grid dL/dt is exact as well.
-Zhuang et al. 2020, arXiv:2006.02493; Matsubara, Miyatake and Yaguchi 2021, arXiv:2102.09750.
+Autograd does not record the forward solve. The backward pass recomputes each accepted step from the state it began
+with, and propagates the cotangents back through it (`step_adjoint`). The result is that of autograd through the same
+steps, with the memory of one step's graph. The step sizes are constants, because the exact flow does not depend on
+them. For an adaptive solve dL/dt_m = dL/dy(t_m) . f(t_m, y_m) and dL/dt_0 = -dL/dy_0 . f(t_0, y_0). For a fixed grid
+dL/dt is exact too. Zhuang et al. 2020, arXiv:2006.02493; Matsubara, Miyatake and Yaguchi 2021, arXiv:2102.09750.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ from node_cuda.status import Status, Unsupported
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
-    """y at the problem's times; its gradient by the discrete adjoint."""
+    """Return y at the problem's times and the status of the solve. The gradient of y is by the discrete adjoint."""
     options = request.method.options
     points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
     task = _DiscreteSolve(request, None, points, taped_grid=grid is not None)
@@ -62,17 +62,17 @@ def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
 
 
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
-    """The event's time (no gradient), and y0 and y there; their gradient by the discrete adjoint."""
+    """Return the time of the event, without a gradient, and [y0, y at the event], with the discrete adjoint."""
     refuse_transforms("An event")
     ys, at = _DiscreteSolve(request, event_fn, None)()
     return at.to(request.problem.t), ys
 
 
 class _DiscreteSolve(DifferentiableSolve):
-    """A solve that records its steps, and the walk back over them.
+    """A solve that records its steps, and the reverse pass over them.
 
-    points: the grid that the steps lie on, in solver time, where it is known before. times: those of the outputs, in
-    solver time, the first is the start.
+    points: the grid of the steps in solver time, if it is known before the solve. times: the output times in solver
+    time; the first one is the start.
     """
 
     what = 'gradient="discrete"'
@@ -91,7 +91,7 @@ class _DiscreteSolve(DifferentiableSolve):
         self.taped_grid = taped_grid
 
     def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """See `DifferentiableSolve`."""
+        """Solve, record the steps, and return (y at the outputs, the user's time of the last output)."""
         problem, method, stats = request.problem, request.method, request.stats
         endless = self.event_fn is not None
         if method.options.cuda_graph:
@@ -120,7 +120,7 @@ class _DiscreteSolve(DifferentiableSolve):
         return self.replaced(problem) or why_not_recorded(problem, request.method, self.parameters.wanted)
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        """See `DifferentiableSolve`."""
+        """Return the gradients, by a captured reverse pass or by the host."""
         stats = self.stats
         if self.record is not None:
             trial = Trial("backward pass", stats.loop, saved.ys)
@@ -144,7 +144,7 @@ class _DiscreteSolve(DifferentiableSolve):
         return self._walked(problem, saved, grad_ys, wants_t, wants_grid, self.reached(problem), stats)
 
     def _looked_at(self, record: SavedTrajectory) -> bool:
-        """Wait for the end of a deferred solve. False: its steps are not all recorded."""
+        """Wait for the end of a deferred solve. Return False if not all its steps are recorded."""
         if record.count is None and self.stats.pending[0].end(self.stats) is None:
             count = self.stats.accepted
             record.count = count if count <= record.owner.capacity else None
@@ -160,7 +160,7 @@ class _DiscreteSolve(DifferentiableSolve):
         reached: UsedParameters,
         stats: Stats,
     ) -> Gradients:
-        """By the host."""
+        """Return the gradients by a reverse pass of the host."""
         if self.record is not None:
             self.trajectory = self.record.trajectory(arithmetic_of(problem))
             stats.host_reads += 1
@@ -182,7 +182,7 @@ class _DiscreteSolve(DifferentiableSolve):
         wants_t: bool,
         reached: UsedParameters,
     ) -> Gradients | None:
-        """By a captured walk; None: by the host."""
+        """Return the gradients by a captured reverse pass, or None if the host must do it."""
         why = self.replaced(problem)
         if self.status not in (Status.SUCCESS, Status.PENDING):
             why = "the solve did not reach its end"
@@ -215,14 +215,14 @@ def by_the_flow(
     lam0: Tensor,
     real_dot: Callable[[Tensor, Tensor], Tensor],
 ) -> None:
-    """dL/dt of the exact flow into the places that are asked for; one evaluation each."""
+    """Write dL/dt of the exact flow into the entries `asked` of adj_t. One evaluation of the field for each entry."""
     for m in asked:
         f = problem.field(problem.t[m].to(ys.device, problem.time_dtype), ys[m])
         adj_t[m] = real_dot(-lam0 if m == 0 else grad_ys[m], f)
 
 
 def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajectory:
-    """The trajectory that the loop will fill. steps: how many, where that is known."""
+    """Return the trajectory that the loop will fill. steps: the number of steps, if it is known."""
     assert isinstance(loop.stepper, ExplicitRK)
     y0, slots, tableau = request.problem.y0, request.checkpoints, loop.stepper.tableau
     if isinstance(slots, str):  # "auto"
@@ -233,7 +233,7 @@ def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajecto
 
 
 def _form(request: SolveSpec) -> StageTable:
-    """The method's stages as the backward pass sees them. Raises Unsupported for what is no Runge-Kutta method."""
+    """Return the method's stages for the backward pass. Raises Unsupported for a method that is not Runge-Kutta."""
     method, options = request.method, request.method.options
     if method.tableau is None:
         raise Unsupported(
@@ -247,7 +247,7 @@ def _form(request: SolveSpec) -> StageTable:
 
 
 class _Backwards:
-    """The walk over the steps from the last one to the first."""
+    """The reverse pass over the steps, from the last one to the first, controlled by the host."""
 
     def __init__(
         self,
@@ -259,7 +259,7 @@ class _Backwards:
         reached: UsedParameters,
     ) -> None:
         ys, self.params = saved.ys, saved.params
-        # A view of ys itself would hold the graph that holds the trajectory.
+        # A view of ys itself would keep the graph alive, and the graph keeps the trajectory alive.
         problem = replace(problem, y0=ys.detach()[0], times=task.times)
         self.problem, self.ys, self.grid = problem, ys, saved.grid if wants_grid else None
         self.trajectory, self.times, self.at_event = task.trajectory, task.times, task.event_fn is not None
@@ -267,11 +267,11 @@ class _Backwards:
         self.arithmetic = arithmetic_of(problem)
         self.sums = self.arithmetic.sums(self.params, with_error=False)
         self.recomputed_steps = 0
-        # Small cotangents would vanish in the sum of many in half precision.
+        # In half precision, small cotangents would be lost in a sum of many.
         wide = torch.promote_types(ys.dtype, torch.float32)
         self.cotangents = self.arithmetic
         if wide != ys.dtype:
-            # In plain PyTorch, which takes operands of both widths.
+            # Plain PyTorch, because it accepts operands of both dtypes.
             self.cotangents = Arithmetic(problem.y0.to(wide), problem.direction, ErrorNorm(0.0, 0.0), problem.times)
         self.adjoint = StepAdjoint(
             problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
@@ -281,17 +281,17 @@ class _Backwards:
             self.adjoint.first = self._compare
         assert isinstance(problem.field, VectorField)
         problem.field.watch_again()
-        # What a failed solve did not reach is NaN, and nothing flows back from it.
+        # A failed solve gives NaN for the outputs it did not reach. Their gradients are not used.
         failed = task.status not in (Status.SUCCESS, Status.PENDING)
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
         self.reached = len(ys) if finite is None else max(int(finite.sum()), 1)
         self.grad_ys = self.cotangents.as_contiguous(grad_ys[: self.reached].to(wide))
 
     def run(self, t: Tensor, wants_t: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
-        """(dL/dy0, dL/dt or None, dL/dgrid or None)."""
+        """Do the reverse pass, and return (dL/dy0, dL/dt or None, dL/dgrid or None)."""
         steps, times = self.trajectory.steps, self.times[: self.reached]
         exact = self.grid is not None
-        # On the state's device, wherever t is: a step waits for nothing.
+        # On the state's device, even if t is on another one, so that no step waits for a copy.
         dtype = of_times(self.ys.dtype)
         adj_t = self.ys.new_zeros(len(t), dtype=dtype) if wants_t else None
         adj_grid = None if self.grid is None else self.ys.new_zeros(len(self.grid), dtype=dtype)
@@ -331,18 +331,21 @@ class _Backwards:
         )
 
     def _compare(self, stage: Evaluation) -> None:
-        """The first evaluation is one of the last step, at a point that was kept: is it what it was?"""
+        """Compare the first evaluation with the forward solve's, to find out whether func has changed.
+
+        The first evaluation is a stage of the last step, and the forward solve kept its value.
+        """
         before, at = self.trajectory.replayed, self.trajectory.steps[-1].at
         comparison = Comparison(self.problem, self.members, self.what, self.adjoint.plain)
         if before is not None and stage.k is not None and comparison.differ(stage.k, before, stage.z.detach(), at):
             comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
 
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
-        """The time of an event is not where the user put t[1], so only t[0] moves it."""
+        """Write dL/dt by the exact flow. The time of an event does not depend on t[1], so it needs dL/dt_0 only."""
         asked = range(1 if self.at_event else self.reached) if len(self.times) > 1 else ()
         self.adjoint.nfe += len(asked)
         by_the_flow(adj_t, asked, self.problem, self.ys, self.grad_ys, lam0, self.cotangents.real_dot)
 
     def of_params(self) -> list[Tensor]:
-        """dL/dtheta in the parameters' own dtypes."""
+        """Return dL/dtheta, each in the dtype of its parameter."""
         return [g.to(p.dtype) for g, p in zip(self.sums.total, self.params, strict=True)]

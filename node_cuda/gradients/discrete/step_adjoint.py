@@ -1,11 +1,12 @@
-"""The exact adjoint of one explicit Runge-Kutta step with its outputs, the step size held fixed.
+"""The exact adjoint of one explicit Runge-Kutta step and its outputs, for a constant step size.
 
 kappa_i is the cotangent of the stage k_i, mu_i that of its argument z_i, lam that of y1:
 
     kappa_i = h b_i lam + h sum_{j>i} a_ji mu_j + G_i,   mu_i = (df/dz)^T kappa_i,   lam_n = lam + sum_i mu_i + G_0
 
-with G from the outputs in the step. A stage that the next step carries on gets that step's kappa_1 as well, and its one
-vjp serves both (for FSAL methods at the same point). Hager 2000; Matsubara et al. 2021, arXiv:2102.09750, section 4.
+G comes from the outputs in the step. If the last stage is also the first stage of the next step, the kappa_1 of that
+step is added to it, and one vjp is enough for both (for FSAL methods, at the same point). Hager 2000; Matsubara et al.
+2021, arXiv:2102.09750, section 4.
 """
 
 from __future__ import annotations
@@ -31,11 +32,12 @@ from node_cuda.problem.problem import Problem
 
 @dataclass(frozen=True)
 class StageTable:
-    """A method with its interpolant as one list of stages.
+    """A method and its interpolant as one list of stages.
 
-    rows, nodes, sides: of every stage, first the method's own, then those that only outputs need. b: of y1. own: the
-    number of the method's stages. fsal: the last of them is the field at y1, with which the next step begins.
-    dense: (stage, weights of x, x^2, ...) of the interpolant, and end: those of y1 - y0.
+    rows, nodes, sides: one entry for each stage; first the stages of the method, then those that only outputs need.
+    b: the weights of y1. own: the number of the method's stages. fsal: the last of them is the field at y1, which is
+    the first stage of the next step. dense: (stage, weights of x, x^2, ...) of the interpolant. end: its weights of
+    y1 - y0.
     """
 
     rows: tuple[SparseRow, ...]
@@ -49,11 +51,11 @@ class StageTable:
 
     @property
     def stages(self) -> int:
-        """Of the method and of its interpolant."""
+        """The number of stages of the method and of its interpolant."""
         return len(self.rows)
 
     def columns(self) -> list[list[tuple[int, float]]]:
-        """For each stage i the (j, a_ji) of the later stages j that read it."""
+        """Return, for each stage i, the (j, a_ji) of the later stages j that read it."""
         columns: list[list[tuple[int, float]]] = [[] for _ in self.rows]
         for j, row in enumerate(self.rows):
             for i, a in row:
@@ -62,7 +64,7 @@ class StageTable:
 
 
 def adaptive_form(tableau: Tableau, dense: DenseOutput) -> StageTable:
-    """An adaptive method with its polynomial outputs."""
+    """Return the stage table of an adaptive method and its interpolant."""
     count, extra = tableau.stages, dense.extra
     return StageTable(
         rows=(*tableau.rows, *dense.rows),
@@ -76,7 +78,10 @@ def adaptive_form(tableau: Tableau, dense: DenseOutput) -> StageTable:
 
 
 def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> StageTable:
-    """A method on a fixed grid: outputs on the chord, or on the cubic, which has the field at y1 as a further stage."""
+    """Return the stage table of a method on a fixed grid.
+
+    The interpolant is linear, or a cubic polynomial; the cubic has the field at y1 as a further stage.
+    """
     count = tableau.stages
     slopes = ((0, HERMITE[0][1]), (count, HERMITE[1][1])) if cubic else ()
     return StageTable(
@@ -92,7 +97,7 @@ def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> StageTable:
 
 
 class Evaluation(NamedTuple):
-    """The field at (t, z): f with its graph, where that is kept, and k without, where a later stage reads it."""
+    """The field at (t, z): f with its autograd graph, if that is kept, and k without it, if a later stage reads k."""
 
     t: Tensor
     z: Tensor
@@ -101,8 +106,11 @@ class Evaluation(NamedTuple):
 
 
 class Outputs(NamedTuple):
-    """Outputs in a step. first: the index of the first one; gradients: theirs, the rows of one tensor; places: their x,
-    0 < x <= 1, None where only the device knows which of the rows lie in the step."""
+    """The outputs in a step.
+
+    first: the index of the first output. gradients: the gradients of the outputs, as rows of one tensor. places: the x
+    of each output, 0 < x <= 1; None if only the device knows which of the rows lie in the step.
+    """
 
     first: int
     gradients: Tensor
@@ -111,10 +119,10 @@ class Outputs(NamedTuple):
 
 @dataclass
 class Cotangent:
-    """What flows back into a step from those behind it.
+    """The cotangents that a step gets from the later steps.
 
-    lam: of y1. kappa: of its last stage, from the next step, which carried it on. stage: that stage, if it was
-    evaluated there.
+    lam: the cotangent of y1. kappa: the cotangent of the last stage, if it is also the first stage of the next step.
+    stage: that stage, if the next step evaluated it.
     """
 
     lam: Tensor
@@ -124,7 +132,10 @@ class Cotangent:
 
 @dataclass
 class TimeCotangent:
-    """For exact gradients of a fixed grid: of the step's size, of its start at a fixed size, and of its outputs' x."""
+    """Cotangents for exact gradients of a fixed grid.
+
+    size: of the step size. start: of the step's start, at a constant size. places: of the x of each output.
+    """
 
     size: Tensor
     start: Tensor
@@ -132,18 +143,19 @@ class TimeCotangent:
 
 
 class Back(NamedTuple):
-    """What a step gives back: the cotangents in front of it, and those of the grid where they were asked for."""
+    """The result of the reversal of a step: the cotangents before it, and those of the grid if they are needed."""
 
     cotangent: Cotangent
     timed: TimeCotangent | None
 
 
 class StepAdjoint:
-    """Takes cotangents back over single steps; the parameters' go to `sums`. timed: also those of the grid.
+    """Propagates cotangents back over single steps, and adds those of the parameters to `sums`.
 
-    arithmetic: of states; cotangents: of lam, kappa and mu, which are float32 where states are half precision.
-    at_once: the graphs of a step's stages are held all at once; else one at a time, and the stages that others read are
-    evaluated twice. None until the first graph is there to be measured. first: told of the first evaluation.
+    timed: compute the cotangents of the grid too. arithmetic: for states. cotangents: the arithmetic for lam, kappa and
+    mu, which are float32 if the states are half precision. at_once: the graphs of all stages of a step are held at
+    once. If it is False, one graph is held at a time, and stages that others read are evaluated twice. It is None until
+    the first graph has been measured. first: a function that is called with the first evaluation.
     """
 
     def __init__(
@@ -178,7 +190,7 @@ class StepAdjoint:
         self._polynomials = cotangents.polynomials(form.dense, form.end)
 
     def advance(self, taken: StepRecord, state: State, then: StepRecord) -> State:
-        """The state behind a step, with which the step `then` begins."""
+        """Return the state after a step, with which the step `then` begins."""
         k = [self.plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
         for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
             k.append(self.plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
@@ -186,7 +198,7 @@ class StepAdjoint:
         return State(y1, k[-1] if then.carried and not self.form.fsal else None)
 
     def back(self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
-        """The cotangents in front of a step, from those behind it and from its outputs."""
+        """Return the cotangents before a step, from those after it and from those of its outputs."""
         form, at, y0 = self.form, taken.at, state.y0
         self.sums.begin()
         dense = outputs is not None and (outputs.places is None or self.timed or any(x < 1.0 for x in outputs.places))
@@ -207,7 +219,7 @@ class StepAdjoint:
                 continue
             kappas[i] = kappa
             if stage is None or (i == 0 and taken.carried):
-                continue  # its vjp is the step's before
+                continue  # the step before computes its vjp
             mu_i, tau = self._vjp(stage, kappa)
             if mu_i is not None:
                 mu[i] = mu_i
@@ -222,7 +234,7 @@ class StepAdjoint:
     def _replay(
         self, taken: StepRecord, state: State, outgoing: Cotangent, *, dense: bool
     ) -> tuple[list[Evaluation | None], list[Tensor]]:
-        """The step's stages again, each with its graph; those that nobody asks for are left out at the end."""
+        """Recompute the step's stages, each with its graph. Stages at the end that are not needed are left out."""
         form, arithmetic, at = self.form, self.arithmetic, taken.at
         known = form.own - form.fsal
         wanted = form.stages if dense else form.own if outgoing.kappa is not None else known
@@ -234,7 +246,7 @@ class StepAdjoint:
 
         def add(stage: Evaluation) -> None:
             stages.append(stage)
-            k.append(stage.z if stage.k is None else stage.k)  # z: nobody reads it
+            k.append(stage.z if stage.k is None else stage.k)  # z is a placeholder: no stage reads it
 
         if state.k1 is None:
             add(self._evaluate(*self.first_stage(taken, state), 0 in read or taken.carried))
@@ -242,7 +254,7 @@ class StepAdjoint:
             stages.append(None)
             k.append(state.k1)
         for i, t in self._slots(at, wanted):
-            if i == known and form.fsal:  # the field at y1, which the next step has as its first stage
+            if i == known and form.fsal:  # the field at y1, which is the first stage of the next step
                 stage = outgoing.stage
                 if stage is None:
                     (t,) = arithmetic.times(at, (1.0,), form.sides[i])
@@ -253,23 +265,23 @@ class StepAdjoint:
         return stages, k
 
     def first_stage(self, taken: StepRecord, state: State) -> tuple[Tensor, Tensor]:
-        """(t, z) of the first stage."""
+        """Return (t, z) of the first stage."""
         return self.arithmetic.times(taken.start, (taken.node,), taken.side)[0], state.y0
 
     def _slots(self, at: Interval, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """(i, t) for the stages from the second one up to `stop`, each t to be filled by its stage."""
+        """Yield (i, t) for the stages from the second one up to `stop`. The computation of the stage fills t."""
         for side, stages in groupby(range(1, stop), key=self.form.sides.__getitem__):
             indices = list(stages)
             yield from zip(indices, self.arithmetic.slots(at, [self.form.nodes[i] for i in indices], side), strict=True)
 
     def _end(self, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> Tensor:
-        """y1, as the forward solve had it."""
+        """Return y1, with the bits of the forward solve."""
         return self.arithmetic.rk_finish(self._finish, at, y0, k, None)[0]
 
     def _into_stages(
         self, at: Interval, lam: Tensor, outputs: Outputs | None
     ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
-        """The outputs' part in lam, in the state at the start, and in each stage."""
+        """Return lam with the outputs' part, and the outputs' cotangents of y0 and of each stage."""
         if outputs is None:
             return lam, [], {}
         first, gradients, places = outputs
@@ -279,7 +291,7 @@ class StepAdjoint:
         return found.lam, [found.start], {j: x for (j, _), x in zip(self.form.dense, found.extra, strict=True)}
 
     def _kappa(self, i: int, at: Interval, lam: Tensor, mu: dict[int, Tensor], extra: Tensor | None) -> Tensor | None:
-        """The cotangent of stage i; None if nothing depends on it."""
+        """Return the cotangent of stage i, or None if nothing depends on that stage."""
         terms = [(lam, self.form.b[i])] if self.form.b[i] else []
         terms += [(mu[j], a) for j, a in self._columns[i] if j in mu]
         if not terms:
@@ -287,21 +299,24 @@ class StepAdjoint:
         return self.cotangents.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at)
 
     def plain(self, t: Tensor, z: Tensor) -> Tensor:
-        """The field at (t, z), without a graph."""
+        """Return the field at (t, z), without a graph."""
         self.nfe += 1
         return self.arithmetic.as_contiguous(self.field(t, z))
 
     def _evaluate(self, t: Tensor, z: Tensor, read: bool) -> Evaluation:
-        """The field at (t, z), for its vjp and, if it is read, for later stages."""
+        """Evaluate the field at (t, z) for its vjp, and for later stages if they read it."""
         if self.at_once is False:
             return Evaluation(t, z, None, self.plain(t, z) if read else None)
         stage = self._measured(t, z) if self.at_once is None else self._taped(t, z)
         if self.field.copies_output:
-            self.at_once = False  # what func overwrites may be in its graph as well
+            self.at_once = False  # func overwrites its output, which its graph may have saved
         return stage if self.at_once else stage._replace(f=None)
 
     def _measured(self, t: Tensor, z: Tensor) -> Evaluation:
-        """The first evaluation with a graph: its size decides whether a step's graphs are held at once."""
+        """Evaluate the field with a graph for the first time.
+
+        The size of the graph decides whether all graphs of a step are held at once.
+        """
         try:
             with graph_size(z.device, self.params) as size:
                 stage = self._taped(t, z)
@@ -321,7 +336,7 @@ class StepAdjoint:
         return Evaluation(t, z, f, self.arithmetic.as_contiguous(f.detach()))
 
     def _vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
-        """(mu, tau): kappa pulled back to the argument and to the time; its part in the parameters is added up."""
+        """Return (mu, tau), the vjp of kappa for the argument and the time. Add that for the parameters to `sums`."""
         if stage.f is None or not self.at_once:
             stage = self._taped(stage.t, stage.z)
         f = stage.f
@@ -339,7 +354,7 @@ class StepAdjoint:
         return mu, tau
 
     def commit_sums(self) -> None:
-        """Add what the step gave the parameters to what the steps after it gave."""
+        """Add the step's gradients of the parameters to those of the later steps."""
         self.sums.commit()
 
     def _of_time(
@@ -351,7 +366,10 @@ class StepAdjoint:
         y0: Tensor,
         outputs: Outputs | None,
     ) -> TimeCotangent:
-        """Every kappa_i is h times what multiplies k_i, and every stage's time is t0 + c_i h."""
+        """Return the cotangents of the grid.
+
+        They follow from two facts: kappa_i is h times the factor of k_i, and the time of a stage is t0 + c_i h.
+        """
         dot, form = self.cotangents.real_dot, self.form
         zero = torch.zeros((), dtype=of_times(y0.dtype), device=y0.device)
         size = sum((dot(kappa, k[i]).to(zero) / at.signed for i, kappa in kappas.items()), zero)
@@ -369,10 +387,13 @@ class StepAdjoint:
 
 
 def of_times(dtype: torch.dtype) -> torch.dtype:
-    """Of dL/dt while it is added up: as wide as the state, and at least float32. Not every device has doubles."""
+    """Return the dtype in which dL/dt is summed: that of the state, and at least float32.
+
+    It is not always float64, because some devices have no doubles.
+    """
     return torch.promote_types(dtype.to_real(), torch.float32)
 
 
 def _derivative(weights: Sequence[float], x: float) -> float:
-    """Of sum_d weights[d] x^(d + 1)."""
+    """Return the derivative of sum_d weights[d] x^(d + 1) at x."""
     return sum((d + 1) * weight * x**d for d, weight in enumerate(weights))

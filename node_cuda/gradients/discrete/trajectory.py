@@ -1,4 +1,4 @@
-"""What the discrete adjoint keeps of a forward solve: all intervals of its accepted steps, and some of their states."""
+"""The record of a forward solve for the discrete adjoint: the intervals of all accepted steps, and some states."""
 
 from __future__ import annotations
 
@@ -15,17 +15,20 @@ from node_cuda.methods.step import Step
 
 
 class State(NamedTuple):
-    """What a step begins with: y0, and its first stage where that was carried on and is not the field at y0."""
+    """The beginning of a step: y0, and its first stage k1.
+
+    k1 is None unless the step before passed it on and it is not the field at y0.
+    """
 
     y0: Tensor
     k1: Tensor | None
 
 
 class StepRecord(NamedTuple):
-    """An accepted step: its interval, and how its first stage comes about.
+    """An accepted step: its interval, and the origin of its first stage.
 
-    carried: it was the last stage of the step before. start, node, side: the time at which the field at y0 gives it, as
-    a node of an interval (see `kernels.clock`).
+    carried: the first stage is the last stage of the step before. start, node, side: the time of the first stage, as a
+    node of the interval `start` (see `kernels.stage_times`).
     """
 
     at: Interval
@@ -36,9 +39,9 @@ class StepRecord(NamedTuple):
 
 
 class Trajectory:
-    """The accepted steps of a solve in order. Nothing is copied: no step writes what an earlier one made.
+    """The accepted steps of a solve in order. No tensor is copied: no step writes into the tensors of an earlier one.
 
-    replayed: the first stage of the last step that its replay evaluates, where the host took the steps.
+    replayed: of the last step, the first stage that its replay evaluates again. None after a captured solve.
     """
 
     def __init__(self, steps: list[StepRecord], checkpoints: Checkpoints[State]) -> None:
@@ -50,8 +53,10 @@ class Trajectory:
 
     @classmethod
     def of(cls, loop: HostLoop, stepper: ExplicitRK, slots: int | None, count: int | None) -> Trajectory:
-        """That of the solve that this loop will do. slots: the states that may be kept. count: the steps that there
-        will be, where that is known."""
+        """Return the trajectory that this loop will fill.
+
+        slots: the number of states that may be kept. count: the number of steps that there will be, if it is known.
+        """
         self = cls([], Checkpoints(slots, count))
         self._jump = loop.selector.starts_at_jump
         loop.accepted = lambda step: self._record(step, stepper)
@@ -64,22 +69,25 @@ class Trajectory:
             k1 = None if tableau.fsal else step.k[0]
             taken = StepRecord(step.at, True, before, 1.0, JUST_BEFORE)
         else:
-            # Adaptive methods begin where the solve does, and beyond a jump on its far side.
+            # Adaptive methods evaluate the first stage at t0, or just after t0 if a jump is there.
             inside = self._jump if tableau.adaptive else stepper.inside
             taken = StepRecord(step.at, False, step.at, 0.0, JUST_AFTER if inside else HERE)
-        # The first state is the user's, who may write it: `begin` gets it again, from the outputs.
+        # The first state is the user's tensor, and the user may write into it: `begin` gets it from the outputs.
         self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
         self.steps.append(taken)
         self.replayed = step.k[0 if k1 is None else 1]
         self._jump = step.jump
 
     def begin(self, y0: Tensor) -> None:
-        """The state that the first step began with."""
+        """Set the state that the first step began with."""
         self._first = State(y0, None)
         self.checkpoints.replace_first(self._first)
 
     def reverse(self, advance: Callable[[int, State], State], back: Callable[[int, State], None]) -> None:
-        """See `Checkpoints.reverse`, which gives the states up as it goes: a second time they are made once more."""
+        """Call back(i, state) for every step i, the last one first (see `Checkpoints.reverse`).
+
+        The first call drops the states. Another call recomputes them from the first state.
+        """
         if self.checkpoints.spent and self._first is not None:
             count, state = len(self.steps), self._first
             self.checkpoints = Checkpoints(self.checkpoints.slots, count)

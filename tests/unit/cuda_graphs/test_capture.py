@@ -1,4 +1,4 @@
-"""What is known before a capture, without a GPU: which fields cannot be recorded. The rest: gpu/test_gpu_graphs.py."""
+"""The checks before a capture, without a GPU: which fields cannot be captured. gpu/test_gpu_graphs.py has the rest."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_field_that_waits_for_the_device_or_draws_is_refused_before_its_captur
 
 
 @pytest.mark.parametrize("field", FINE)
-def test_other_fields_are_not(field):
+def test_other_fields_are_not_refused(field):
     y = Y.clone().requires_grad_()
     expected = FINE[field](y)
     with Watch(Y.device):
@@ -54,7 +54,7 @@ def test_other_fields_are_not(field):
     "copy", [lambda x: x.to(META), lambda x: torch.empty_like(x, device=META).copy_(x)], ids=["to", "copy_"]
 )
 def test_copies_between_host_and_device_are_refused(copy):
-    """A graph would copy from where the numbers were, and not those of its time."""
+    """Each replay would copy from the address of the numbers at the capture."""
     with pytest.raises(Uncapturable, match="between the host and the device"), Watch(META):
         copy(Y)
     with Watch(META):
@@ -62,7 +62,7 @@ def test_copies_between_host_and_device_are_refused(copy):
 
 
 def warm_up(work) -> None:
-    """`GraphCapture.warm_up` of a recorder that has no device."""
+    """Call `GraphCapture.warm_up` for a recorder without a device."""
     recorder = SimpleNamespace(
         device=Y.device,
         _random_states=lambda: [torch.get_rng_state().numpy().tobytes(), random.getstate()],
@@ -71,14 +71,14 @@ def warm_up(work) -> None:
     GraphCapture.warm_up(recorder, work)  # pyright: ignore[reportArgumentType]
 
 
-def test_random_numbers_that_torch_does_not_see_are_found_by_their_state():
+def test_random_numbers_of_python_are_found_by_the_state_of_the_generator():
     with pytest.raises(Uncapturable, match="draws random numbers"):
         warm_up(lambda: Y * random.random())
     warm_up(lambda: Y.sin())
 
 
-def test_what_cannot_be_watched_is_left_to_the_capture():
-    """The watching itself may be what fails."""
+def test_a_field_that_the_check_cannot_run_is_left_to_the_capture():
+    """The check itself may fail."""
     runs = []
 
     def work():
@@ -90,7 +90,7 @@ def test_what_cannot_be_watched_is_left_to_the_capture():
     assert runs == [False, False, True, False]
 
 
-def test_the_streams_of_leaves_are_overridden_as_long_as_a_capture_takes(monkeypatch):
+def test_the_streams_of_leaves_are_overridden_during_a_capture(monkeypatch):
     names = (torch.autograd.graph, "set_override_stale_capture_stream"), (torch._C, "_override_stale_capture_stream")
     assert hasattr(*names[0]) is hasattr(*names[1])
     now = []
@@ -103,7 +103,7 @@ def test_the_streams_of_leaves_are_overridden_as_long_as_a_capture_takes(monkeyp
         assert now == [before, True, before]
 
 
-def test_the_reason_is_the_error_that_came_first_and_not_one_that_was_handled_before():
+def test_the_reason_is_the_first_error_and_not_one_that_was_handled_before():
     def fail() -> None:
         try:
             raise ValueError("not permitted when stream is capturing.\nMore.")

@@ -1,7 +1,7 @@
-"""A fingerprint changes with all that a field computes with, and with nothing else.
+"""A fingerprint changes with everything that a field computes with, and with nothing else.
 
-Each row of CHANGES makes a field and changes something; that the change is one, the field's own values show. Work that
-was captured before it would go on with the old values. Each row of UNSEEN is a field that cannot be looked into.
+Each row of CHANGES makes a field and changes something. The values of the field show that it has changed. Work that was
+captured before would continue with the old values. Each row of UNSEEN is a value that cannot be inspected.
 """
 
 from __future__ import annotations
@@ -99,7 +99,7 @@ class Field(nn.Module):
 
 
 def attribute(value, use, change):
-    """A field with an attribute that `use` makes a number of, and what changes it."""
+    """Return a function that makes a field with an attribute, from which `use` gets a number, and what changes it."""
 
     class Holder(Field):
         def forward(self, t, y):
@@ -157,7 +157,7 @@ def by_a_table(t, y):
 
 
 class Called:
-    """Is no module."""
+    """A callable that is no module."""
 
     def __call__(self, t, y):
         return self.rhs(y)
@@ -172,7 +172,7 @@ class Child(Field):
 
 
 class Routed(nn.Module):
-    """One of two modules does it."""
+    """Uses one of two modules."""
 
     def __init__(self):
         super().__init__()
@@ -204,7 +204,7 @@ def reweighted(make):
 
 
 def replaced(name, value):
-    """A global of this file is another one."""
+    """Replace a global of this file."""
     return lambda func, patch: patch.setitem(globals(), name, value)
 
 
@@ -270,7 +270,7 @@ def decorated(scale):
 
 
 class Scaled:
-    """Works by operators, and makes another one of itself."""
+    """Implements operators. An operator returns a new object of the class."""
 
     def __init__(self, y):
         self.y = y * SCALE
@@ -304,7 +304,7 @@ class Squared(torch.autograd.Function):
 
 
 def chain(length):
-    """A list of links, so deep that no recursion reaches its end."""
+    """A list of links that is too deep for a recursive search."""
     last = types.SimpleNamespace(scale=1.0)
     first = functools.reduce(lambda link, _: types.SimpleNamespace(link=link), range(length), last)
     return attribute(lambda: (first, last), lambda x: x[1].scale, lambda f: setattr(last, "scale", 2.0))
@@ -412,7 +412,7 @@ CHANGES = {
     "the end of a long chain": chain(2000),
     "what an operator and a constructor name": (lambda: lambda t, y: (Scaled(y) @ y).y, replaced("SCALE", 2.0)),
     "an attribute of a base class that has the same name": (child_of_the_same_name, patched(Field, "rate", 2.0)),
-    # ---------------------------------------------------------- what is made in C
+    # ---------------------------------------------------------- objects of classes written in C
     "an element of an array of Python's": attribute(
         lambda: array.array("d", [1.0]), lambda x: x[0], lambda f: f.x.__setitem__(0, 2.0)
     ),
@@ -511,7 +511,7 @@ CHANGES = {
 
 
 def values(func):
-    """What the field computes, at a state and, where it is a layer, without a time."""
+    """Return the values of the field at a state; a layer gets no time."""
     with torch.no_grad():
         try:
             return torch.as_tensor(func(T, Y))
@@ -519,7 +519,7 @@ def values(func):
             return torch.as_tensor(func(Y))
 
 
-# Of these the structure stays the same: only where the numbers lie is another place, or a number on the host.
+# For these the structure stays the same. Only the address of the numbers, or a number on the host, changes.
 ONLY_STORAGE = {
     "a buffer replaced",
     "a parameter replaced",
@@ -535,7 +535,7 @@ ONLY_STORAGE = {
     "a module inside a closure",
     "a net that vmap wraps",
 }
-# Of these a class is made each time, which is another one.
+# For these, each call makes a new class.
 MAKE_A_CLASS = {
     "the direction of weight_norm",
     "a parametrization left away",
@@ -561,7 +561,7 @@ def test_a_fingerprint_changes_with(change, monkeypatch):
     assert now.dtype != before.dtype or not torch.equal(now, before), "the change makes no difference to the field"
 
 
-def test_structure_and_storage_are_what_a_fingerprint_consists_of():
+def test_a_fingerprint_consists_of_structure_and_storage():
     func = Field()
     whole, form, place = fingerprint(func, CPU), structure(func), storage(func, CPU)
     assert place.keys() == {name for name, _ in itertools.chain(func.named_parameters(), func.named_buffers())}
@@ -578,7 +578,7 @@ def test_an_update_of_the_weights_changes_neither_and_a_copy_of_the_field_change
 
 
 def test_numbers_on_the_host_are_constants_of_a_kernel_elsewhere():
-    """On the CPU one number is; where the kernels run on another device, all that a field reads on the host are."""
+    """On the CPU, only tensors with one number are. For kernels on another device, all host tensors of a field are."""
     func = attribute(lambda: torch.ones(3), lambda x: float(x[1]), None)[0]()
     here, there = storage(func, CPU), storage(func, torch.device("cuda"))
     func.x[1] = 2.0
@@ -590,7 +590,7 @@ def test_numbers_on_the_host_are_constants_of_a_kernel_elsewhere():
         storage(func, torch.device("cuda"))
 
 
-def test_a_user_s_file_may_have_the_name_of_one_of_python_s(monkeypatch, tmp_path):
+def test_a_users_file_may_have_the_name_of_a_python_module(monkeypatch, tmp_path):
     code = "scale = 1.0\ndef field(t, y):\n    return scale * y\n"
     (tmp_path / "colorsys.py").write_text(code)
     monkeypatch.syspath_prepend(tmp_path)
@@ -603,7 +603,7 @@ def test_a_user_s_file_may_have_the_name_of_one_of_python_s(monkeypatch, tmp_pat
     del sys.modules["colorsys"]
 
 
-def test_a_backward_pass_of_the_user_is_looked_at(monkeypatch):
+def test_a_backward_pass_of_the_user_is_searched(monkeypatch):
     def field(t, y):
         return Squared.apply(y)
 
@@ -612,7 +612,7 @@ def test_a_backward_pass_of_the_user_is_looked_at(monkeypatch):
     assert difference(before, structure(field)) is not None
 
 
-def test_of_a_change_the_place_is_told():
+def test_a_difference_is_named_by_its_place():
     func = Field()
     first = fingerprint(func, CPU)
     func.net[2].bias = nn.Parameter(torch.ones(2))
@@ -623,7 +623,7 @@ def test_of_a_change_the_place_is_told():
     assert difference(first, fingerprint(func, CPU)) == "x.a"
 
 
-# ------------------------------------------------------------------ what changes nothing
+# ------------------------------------------------------------------ actions that change nothing
 def step(func):
     optimizer = torch.optim.Adam(func.parameters(), foreach=False)
     func(T, Y).sum().backward()
@@ -673,7 +673,7 @@ def test_a_fingerprint_does_not_change_with(change, monkeypatch):
     assert difference(first, fingerprint(func, CPU)) is None
 
 
-def test_objects_that_refer_to_each_other_are_looked_at_once():
+def test_objects_that_refer_to_each_other_are_searched_once():
     func, other = Field(), types.SimpleNamespace()
     func.other, other.owner, other.itself = [other], [func], other
     first = fingerprint(func, CPU)
@@ -701,14 +701,14 @@ UNSEEN = {
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::UserWarning")  # of torch.jit and of nested tensors
 @pytest.mark.parametrize("name", UNSEEN)
-def test_what_cannot_be_looked_into_is_said(name):
+def test_a_value_that_cannot_be_inspected_is_reported(name):
     func = closure([UNSEEN[name]()])
     with pytest.raises(Unseen, match=r"^func's 'box\[0\](\.\w+)*' (is|has) "):
         structure(func)
 
 
-def test_a_function_of_an_extension_is_told_by_which_one_it_is():
-    """pybind11 binds its functions to a capsule, which cannot be looked into."""
+def test_a_function_of_an_extension_is_compared_by_identity():
+    """pybind11 binds its functions to a capsule, which cannot be inspected."""
 
     class Definition(ctypes.Structure):
         _fields_ = [
@@ -727,7 +727,7 @@ def test_a_function_of_an_extension_is_told_by_which_one_it_is():
     assert structure(closure(box)) != before
 
 
-def test_an_object_s_own_equality_is_not_asked():
+def test_the_equality_operator_of_an_object_is_not_called():
     class Odd:
         def __eq__(self, other):
             raise AssertionError("was asked")
@@ -742,8 +742,8 @@ def test_an_object_s_own_equality_is_not_asked():
     assert difference(first, fingerprint(func, CPU)) == "many[1].scale"
 
 
-def test_another_object_at_the_same_address_is_another_one():
-    """Of a function that was let go the address is given to the next one."""
+def test_a_new_object_at_the_address_of_an_old_one_is_a_change():
+    """Python gives the address of a freed function to the next one."""
     func = Field()
     seen = []
     for factor in range(1, 4):
@@ -752,7 +752,7 @@ def test_another_object_at_the_same_address_is_another_one():
     assert difference(seen[0], seen[1]) and difference(seen[1], seen[2]) and difference(seen[0], seen[2])
 
 
-def test_a_fingerprint_keeps_nothing_alive_that_may_be_large():
+def test_a_fingerprint_keeps_no_large_object_alive():
     func = Field()
     func.net[1].register_forward_hook(lambda m, x, out: out)
     func.x, func.many = Options(torch.ones(2)), {i: Slotted() for i in range(1000)}
@@ -763,7 +763,7 @@ def test_a_fingerprint_keeps_nothing_alive_that_may_be_large():
     assert found and [x() for x in gone] == [None] * len(gone)
 
 
-def test_what_func_writes_itself_is_left_out():
+def test_values_that_func_writes_itself_are_left_out():
     before = {"nfe": 1, "log.length()": 0, "gain": 2}
     after = {"nfe": 2, "log.length()": 1, "log[0]": 3, "gain": 2}
     own = written(before, after)
@@ -773,7 +773,7 @@ def test_what_func_writes_itself_is_left_out():
     assert written(after, {"gain": 2}) == own, "what is gone was written as well"
 
 
-def test_what_func_puts_into_its_list_and_its_dict_may_become_more():
+def test_a_list_and_a_dict_that_func_fills_may_grow():
     func = Field()
     func.log, func.cache = [], {}
     before = fingerprint(func, CPU)
@@ -788,7 +788,7 @@ def test_what_func_puts_into_its_list_and_its_dict_may_become_more():
     assert difference(without(after, own), without(fingerprint(func, CPU), own)) == "gain"
 
 
-# ------------------------------------------------------------------ torch's own
+# ------------------------------------------------------------------ settings of torch
 SURROUNDINGS = {
     "the default dtype": (torch.get_default_dtype, torch.set_default_dtype, torch.float64),
     "deterministic algorithms": (torch.are_deterministic_algorithms_enabled, torch.use_deterministic_algorithms, True),
@@ -816,10 +816,10 @@ SURROUNDINGS = {
 
 
 @pytest.mark.parametrize("name", SURROUNDINGS)
-def test_what_torch_is_told_is_seen(name):
+def test_a_change_of_a_setting_of_torch_is_seen(name):
     get, put, other = SURROUNDINGS[name]
     was = get()
-    put(was)  # what was not set yet has another name
+    put(was)  # a setting that was never set may have another representation
     before = surroundings("cuda")
     put(other)
     try:
@@ -829,7 +829,7 @@ def test_what_torch_is_told_is_seen(name):
     assert surroundings("cuda") == before
 
 
-def test_autocast_and_a_default_device_are_seen_where_they_are():
+def test_autocast_and_a_default_device_are_seen_while_they_are_set():
     before = surroundings("cpu")
     with torch.autocast("cpu", torch.bfloat16):
         inside = surroundings("cpu")

@@ -1,6 +1,6 @@
-"""Gradients of a solve under torch.func, functional_call and autograd's own batching: right, or refused in words.
+"""Gradients of a solve under torch.func, functional_call and autograd's batching: they are right, or an error says why.
 
-Never zeros in silence: what a transform cannot do with a solve that is one operation must be told.
+They are never silently zero: if a transform cannot handle a solve as one operation, an error must say so.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from node_cuda import (
 
 MODES = ("adjoint", "discrete")
 both = pytest.mark.parametrize("mode", MODES)
-# torch's own forward mode scripts its decompositions when it is first used, and torch tells itself not to.
+# torch's forward mode scripts its decompositions at its first use, and torch warns about that.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
 T = linspace(0.0, 1.0, 3)
 Y = torch.tensor([0.7, -0.4], dtype=F64)
 BATCH = torch.tensor([[0.7, -0.4], [-1.2, 0.1], [0.2, 2.0]], dtype=F64)
 TOLERANCES = dict(rtol=1e-7, atol=1e-8)
 
-# Two ways to the same number through one solver: some hundred roundings. The steps that the adjoint takes backwards
-# are its own, so it agrees with backpropagation to some hundred times the tolerances asked for.
+# Two computations of the same number by one solver differ by some hundred roundings. The backward solve of the adjoint
+# chooses other steps, so it agrees with backpropagation to some hundred times the tolerances.
 SAME = 1e-12
 OF_MODE = dict(adjoint=5e-5, discrete=1e-9)
 REFUSED = (RuntimeError, NotImplementedError, ValueError, TypeError)
@@ -51,7 +51,7 @@ def leaves(params):
 
 
 def listed(tree):
-    """The tensors of a result of torch.func, in order."""
+    """Return the tensors of a result of torch.func, in order."""
     return tuple(torch.utils._pytree.tree_leaves(tree))
 
 
@@ -71,13 +71,13 @@ def assert_near(ours, theirs, limit):
 
 
 def assert_says(error, *words):
-    """The error is a sentence of ours: long enough, and with these words in it."""
+    """Check that the error has a message of this package: it is long enough and contains these words."""
     text = str(error.value)
     assert len(text) > 40 and all(word in text for word in words), text
 
 
 class Net(nn.Module):
-    """A neural ODE with a layer before and after it: what people differentiate."""
+    """A neural ODE with a layer before and after it, as a typical model."""
 
     def __init__(self, mode, field=None, t=T, **solver):
         super().__init__()
@@ -94,7 +94,7 @@ def detached(net):
 
 
 def by_autograd(net, params, y0, mode=None):
-    """The value and the gradients for the parameters and y0, the parameters being put into the module itself."""
+    """Return the value and the gradients for the parameters and y0. The parameters are put into the module itself."""
     net = Net(mode or net.mode, net.field, net.t, **net.solver)
     with torch.no_grad():
         for name, p in net.named_parameters():
@@ -117,7 +117,7 @@ def shifted(params, by=0.1):
 @both
 @pytest.mark.parametrize("by", [0.0, 0.1], ids=["the same value", "another value"])
 def test_functional_call_gives_the_gradient_of_the_given_parameters(mode, by):
-    """The backward pass runs when functional_call has long put the module's own parameters back."""
+    """The backward pass runs after functional_call has restored the module's own parameters."""
     net = Net(mode)
     given = leaves(shifted(detached(net), by))
     y0 = leaf(Y)
@@ -163,7 +163,7 @@ def test_functional_call_with_some_of_the_parameters_gives_both_kinds_their_grad
 
 
 class Buffered(nn.Module):
-    """Scales by a buffer; `n` counts, as num_batches_tracked does."""
+    """Multiplies by a buffer. `n` is a counter, like num_batches_tracked."""
 
     def __init__(self, frozen=False):
         super().__init__()
@@ -245,7 +245,7 @@ def test_a_closure_that_calls_functional_call_itself_is_right(mode):
 
 @both
 def test_the_gradient_is_that_of_the_parameter_that_the_forward_pass_used(mode):
-    """Replaced in between, as by a load of another checkpoint with assign=True."""
+    """The parameter is replaced between the passes, as a load of another checkpoint with assign=True does."""
     field = nn.Linear(2, 2, dtype=F64)
 
     class Field(nn.Module):
@@ -276,7 +276,7 @@ def test_a_parameter_written_into_between_the_passes_is_refused_as_autograd_does
 
 @both
 @pytest.mark.parametrize("wrapped", ["hooks", "cpu"])
-def test_saved_tensors_may_be_kept_elsewhere(mode, wrapped):
+def test_saved_tensors_may_be_stored_elsewhere(mode, wrapped):
     net, given, y0 = Net(mode), None, leaf(Y)
     given = leaves(shifted(detached(net)))
     kept = []
@@ -299,7 +299,7 @@ def test_saved_tensors_may_be_kept_elsewhere(mode, wrapped):
 
 
 @both
-def test_saved_tensors_of_a_closure_kept_elsewhere_are_right_or_refused_in_words(mode):
+def test_saved_tensors_of_a_closure_stored_elsewhere_are_right_or_refused_with_a_message(mode):
     w = leaf(torch.tensor([0.4, -0.9], dtype=F64))
 
     def value():
@@ -337,8 +337,8 @@ def test_functional_call_of_a_parametrized_field_gives_the_originals_their_gradi
 
 
 @both
-def test_weights_made_by_a_hyper_network_are_right_also_when_the_next_ones_come_between_the_passes(mode):
-    """As FFJORD's hyper networks do: attributes, not parameters of func, named each time."""
+def test_weights_of_a_hyper_network_are_right_if_they_are_replaced_between_the_passes(mode):
+    """As in FFJORD's hyper networks, the weights are attributes and not parameters of func. Each call names them."""
 
     class Field(nn.Module):
         def forward(self, t, y):
@@ -406,7 +406,7 @@ def test_vjp_gives_a_function_that_may_be_called_more_than_once(mode):
 
 
 def jacobian_by_rows(run, *inputs):
-    """Of one output tensor, row after row, by plain autograd."""
+    """Return the Jacobian of one output tensor, row by row, by plain autograd."""
     inputs = [leaf(x) for x in inputs]
     ys = run(*inputs)
     rows = [torch.autograd.grad(y, inputs, retain_graph=True, allow_unused=True) for y in ys.flatten()]
@@ -432,8 +432,8 @@ def test_jacrev_is_the_jacobian_row_by_row(mode, chunk_size):
 
 
 @both
-def test_a_batch_of_gradients_of_the_outputs_is_refused_with_a_way_out(mode):
-    """torch's own vmap for these calls no rule of ours."""
+def test_a_batch_of_gradients_of_the_outputs_is_refused_with_an_alternative(mode):
+    """torch's vmap for these gradients does not call the vmap rule of this package."""
     net, y0 = Net(mode), leaf(Y)
     ys = net(y0)
     with pytest.raises(NotImplementedError, match=r"one gradient of the outputs at a time.*torch\.func\.jacrev"):
@@ -461,7 +461,7 @@ def test_grad_for_the_times(mode, method, options):
     theirs = torch.autograd.grad(value(y0, t, "backprop"), [y0, t])
     if mode == "discrete":
         assert_near(ours[0], theirs[0], OF_MODE[mode])
-        # (between adaptive steps backpropagation gives the slope of the interpolant, we that of the flow)
+        # (between adaptive steps backpropagation gives the slope of the interpolant, the other modes that of the flow)
         assert_near(ours[1], theirs[1], OF_MODE[mode] if method != "dopri5" else 1e-3)
     assert float(ours[1].detach().abs().min()) > 0
     rows = torch.stack([grad(value, argnums=1)(y, t.detach()) for y in BATCH])
@@ -469,7 +469,7 @@ def test_grad_for_the_times(mode, method, options):
 
 
 class Wrapped(NeuralODE):
-    """The times of these tests."""
+    """A NeuralODE with the times of these tests as its default."""
 
     def forward(self, y0, t=T):
         return super().forward(y0, t)
@@ -528,13 +528,13 @@ def test_each_sample_of_vmap_has_its_own_steps_and_the_stats_are_their_sum(mode)
     for name in ("nfe", "nfe_backward", "accepted", "rejected"):
         assert getattr(stats[0], name) == sum(getattr(s, name) for s in single), name
     # (the discrete adjoint counts a replayed stage with its vjp as one evaluation, as the plain solve does)
-    assert stats[0].nfe + stats[0].nfe_backward == field.nfe - 1  # and one look at func from outside
+    assert stats[0].nfe + stats[0].nfe_backward == field.nfe - 1  # and one evaluation of func outside the solves
 
 
 @both
 @pytest.mark.parametrize("in_dims", [(None, 0), (0, 0), (0, None)], ids=str)
 def test_per_sample_gradients_are_those_of_a_loop(mode, in_dims):
-    """Of shared parameters, of an ensemble with data each, of an ensemble on the same data."""
+    """For shared parameters, for an ensemble with separate data, and for an ensemble with the same data."""
     net = Net(mode)
     one = detached(net)
     many = {name: torch.stack([p, p + 0.1, p - 0.2]) for name, p in one.items()}
@@ -600,7 +600,7 @@ def test_jacrev_of_vmap_and_vmap_of_jacrev_are_the_samples_jacobians(mode):
 
 @both
 def test_grad_of_vmap_of_jacrev_of_parameters_is_refused(mode):
-    """A second derivative by two kinds of transform."""
+    """This is a second derivative by two kinds of transform."""
     net = Net(mode, t=linspace(0.0, 1.0, 2))
 
     def trace(params, y0):
@@ -614,7 +614,7 @@ def test_grad_of_vmap_of_jacrev_of_parameters_is_refused(mode):
 @both
 @pytest.mark.parametrize("field", ["mlp", "buffered", "frozen"])
 def test_an_ensemble_of_modules_is_a_loop_over_its_members(mode, field):
-    """Buffers and frozen parameters are each member's own, too, as stack_module_state stacks them."""
+    """Each member also has separate buffers and frozen parameters, because stack_module_state stacks them."""
     members = []
     for i in range(3):
         inner = Buffered(frozen=True) if field == "buffered" else MLP(hidden=4, seed=i)
@@ -660,7 +660,7 @@ def test_an_ensemble_trains_with_plain_autograd_around_vmap(mode):
 
 # ------------------------------------------------------------------ other states and settings under transforms
 def pendulum(func):
-    """A field of a tuple state with the parameters of an MLP."""
+    """A field of a tuple state, with the parameters of an MLP."""
 
     class Pendulum(nn.Module):
         def __init__(self):
@@ -747,7 +747,7 @@ def test_per_sample_gradients_under_other_settings(mode, solver):
 
 @both
 def test_a_sample_that_fails_without_throwing_is_nan_alone(mode):
-    """y' = y^2 blows up at 1 / y0: the others have their solutions and gradients."""
+    """y' = y^2 blows up at 1 / y0. The other samples have their solutions and gradients."""
 
     class Square(nn.Module):
         def forward(self, t, y):
@@ -769,7 +769,7 @@ def test_a_sample_that_fails_without_throwing_is_nan_alone(mode):
 
 @both
 def test_a_field_that_differentiates_inside_solves_under_vmap_and_grad(mode):
-    """A continuous normalizing flow with the exact trace, by autograd or by torch.func inside the field."""
+    """A continuous normalizing flow computes the exact trace in the field, by autograd or by torch.func."""
 
     class Trace(nn.Module):
         def __init__(self, inside):
@@ -812,9 +812,9 @@ def test_a_field_that_differentiates_inside_solves_under_vmap_and_grad(mode):
     assert_near(found[0], found[1], 1e-9)
 
 
-# ------------------------------------------------------------------ what is refused: second derivatives
+# ------------------------------------------------------------------ refused: second derivatives
 def twice(x, by, value):
-    """The gradient, and another term's, differentiated by plain autograd. by: gives the gradient for a leaf."""
+    """Differentiate the gradient and that of another term by plain autograd. by: gives the gradient for a leaf."""
     x = leaf(x)
     return torch.autograd.grad(by(value, x).sum() + x.square().sum(), x)
 
@@ -845,7 +845,7 @@ SECOND = {
 @pytest.mark.parametrize("beside", [False, True], ids=["alone", "beside another term"])
 @pytest.mark.parametrize("how", SECOND)
 def test_second_derivatives_are_refused(mode, how, beside):
-    """The loss is linear in the solution; another term of the sum has a second derivative of its own."""
+    """The loss is linear in the solution. Another term of the sum has a second derivative."""
     net = Net(mode)
 
     def value(y0):
@@ -860,7 +860,7 @@ def test_second_derivatives_are_refused(mode, how, beside):
 @both
 @pytest.mark.parametrize("how", ["create_graph", "autograd of func.grad", "grad of grad", "vmap"])
 def test_mixed_second_derivatives_for_parameters_are_refused(mode, how):
-    """The gradient for y0, differentiated by the parameters, beside a term that has a derivative for them."""
+    """The gradient for y0 is differentiated by the parameters. Another term has a derivative for them."""
     net = Net(mode)
 
     def penalty(params, y0):
@@ -891,12 +891,12 @@ def test_the_second_derivative_refused_names_the_mode(mode):
         g.sum().backward()
 
 
-# ------------------------------------------------------------------ what is refused: forward mode
+# ------------------------------------------------------------------ refused: forward mode
 @both
 @pytest.mark.parametrize("by", ["state", "parameter", "time", "closure", "named closure"])
 @pytest.mark.parametrize("how", ["jvp", "jacfwd", "dual"])
-def test_forward_mode_is_an_error_or_right(mode, how, by):
-    """Tangents of zero in silence would be neither."""
+def test_forward_mode_is_right_or_raises(mode, how, by):
+    """Silent tangents of zero would be wrong."""
     field = MLP(hidden=4, timed=True)
     t = T.clone()
 
@@ -938,15 +938,15 @@ FORWARD = torch.tensor([0.0, 0.4, 1.0], dtype=F64)
 
 
 def exact(y0, w, t):
-    """y' = (1 + t) w y in closed form."""
+    """Return the closed-form solution of y' = (1 + t) w y."""
     age = t + t.square() / 2
     return torch.stack([torch.matrix_exp(w * (a - age[0])) @ y0 for a in age])
 
 
-# One of each kind of step: on a grid of one and four stages, two stages with an error, FSAL, a stage carried, Adams.
+# One method for each kind of step: grids of one and four stages, two stages with an error, FSAL, carried stage, Adams.
 @pytest.mark.parametrize("method", ["euler", "rk4", "adaptive_heun", "dopri5", "dopri8", "explicit_adams"])
 def test_forward_mode_through_odeint_is_right_by_state_parameters_and_times(method):
-    """By y0, w and t at once, while a parameter wants a gradient, and under no_grad."""
+    """The derivative is by y0, w and t at once, with a parameter that requires a gradient, and under no_grad."""
     wanted = nn.Parameter(torch.ones((), dtype=F64))
     adaptive = method in TABLEAUS and TABLEAUS[method].adaptive
     fixed = dict(options=dict(step_size=0.05, interp="cubic"))
@@ -961,13 +961,13 @@ def test_forward_mode_through_odeint_is_right_by_state_parameters_and_times(meth
     with torch.no_grad():
         assert_near(jacfwd(run, (0, 1, 2))(Y, W, FORWARD), ours, SAME)
     assert_near(ours, jacrev(run, (0, 1, 2))(Y, W, FORWARD), SAME)
-    # The method's own error, at these steps: at most 0.12 (euler) and 0.01 were seen.
+    # The error of the method at these steps: at most 0.12 (euler) and 0.01 were seen.
     assert_near(ours, jacfwd(exact, (0, 1, 2))(Y, W, FORWARD), 0.2 if method == "euler" else 0.02)
 
 
 @pytest.mark.parametrize("recording", [True, False])
-def test_dual_tensors_go_through_odeint_and_its_kin(recording):
-    """Tuples, time that runs backwards, an integral beside y, and the solution as a function."""
+def test_dual_tensors_pass_through_odeint_and_related_functions(recording):
+    """The cases are tuples, time that runs backwards, an integral beside y, and the solution as a function."""
     wanted, v = nn.Parameter(W.clone()), torch.tensor([1.0, 0.5], dtype=F64)
     end = torch.matrix_exp(W)
     runs = {
@@ -1006,7 +1006,7 @@ def test_second_derivatives_by_forward_mode_are_right():
 
 
 @pytest.mark.parametrize("how", ["jvp", "vmap", "dual state", "dual field", "dual times"])
-def test_scipy_says_that_it_sees_no_transform(how):
+def test_scipy_refuses_transforms_with_a_message(how):
     def run(y0=Y, w=W, t=T):
         return odeint(lambda t, y: w @ y, y0, t, method="scipy_solver")
 
@@ -1021,7 +1021,7 @@ def test_scipy_says_that_it_sees_no_transform(how):
 # ------------------------------------------------------------------ vmap over odeint
 @pytest.mark.parametrize("over", ["state", "parameter"])
 @pytest.mark.parametrize("method", ["dopri5", "implicit_adams"])
-def test_vmap_over_odeint_says_what_to_take_instead(method, over):
+def test_vmap_over_odeint_says_what_to_use_instead(method, over):
     def run(y0, w):
         options = dict(step_size=0.1) if method == "implicit_adams" else None  # enough steps to iterate in
         return odeint(lambda t, y: w * y, y0, T, method=method, options=options)
@@ -1043,9 +1043,9 @@ def test_vmap_over_odeint_on_a_fixed_grid_is_a_loop_over_samples(recording):
     assert_near(vmap(jacrev(run))(BATCH).detach(), jacobians.detach(), SAME)
 
 
-# ------------------------------------------------------------------ what is refused: unnamed tensors, times, events
+# ------------------------------------------------------------------ refused: unnamed tensors, times, events
 def refused_or_told(run):
-    """Runs; True if it raised in words. A warning is an error here, so a warned of gradient raises as well."""
+    """Check that a run raises with a message, and return the error. Warnings are errors here, so they count too."""
     with pytest.raises((*REFUSED, MissingGradientWarning)) as error:
         run()
     assert len(str(error.value)) > 60, str(error.value)
@@ -1056,7 +1056,7 @@ def refused_or_told(run):
 @pytest.mark.parametrize("with_state", [False, True], ids=["y0 plain", "y0 of the transform too"])
 @pytest.mark.parametrize("how", ["grad", "vmap", "vmap of grad", "jacrev", "vjp"])
 @pytest.mark.parametrize("named", [False, True], ids=["unnamed", "named"])
-def test_a_closure_over_a_tensor_of_the_transform_is_refused_in_words(mode, how, with_state, named):
+def test_a_closure_over_a_tensor_of_the_transform_is_refused_with_a_message(mode, how, with_state, named):
     def value(w, y0):
         params = (w,) if named else ()
         ys = odeint_adjoint(lambda t, y: torch.tanh(y) * w, y0, T, gradient=mode, adjoint_params=params)
@@ -1081,7 +1081,7 @@ def test_a_closure_over_a_tensor_of_the_transform_is_refused_in_words(mode, how,
 
 
 class Holder(nn.Module):
-    """Its parameters are those of `inner`, and it uses `other`, which is neither parameter nor buffer."""
+    """Has the parameters of `inner`, and uses `other`, which is neither a parameter nor a buffer."""
 
     def __init__(self):
         super().__init__()
@@ -1094,7 +1094,7 @@ class Holder(nn.Module):
 
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap"])
-def test_an_attribute_of_the_transform_that_is_no_parameter_is_refused_in_words(mode, how):
+def test_an_attribute_of_the_transform_that_is_no_parameter_is_refused_with_a_message(mode, how):
     field = Holder()
 
     def value(x):
@@ -1110,8 +1110,8 @@ def test_an_attribute_of_the_transform_that_is_no_parameter_is_refused_in_words(
 
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap", "autograd"])
-def test_a_parameter_left_out_of_adjoint_params_is_not_zero_in_silence(mode, how):
-    """functional_call gives both; only one is named."""
+def test_a_parameter_left_out_of_adjoint_params_does_not_get_zeros_silently(mode, how):
+    """functional_call gives both parameters, and adjoint_params names only one."""
 
     class Partly(nn.Module):
         def __init__(self):
@@ -1139,8 +1139,8 @@ def test_a_parameter_left_out_of_adjoint_params_is_not_zero_in_silence(mode, how
 @both
 @pytest.mark.parametrize("kind", ["bound method", "partial", "lambda"])
 @pytest.mark.parametrize("how", ["autograd", "untouched", "grad", "vmap of grad", "vmap"])
-def test_parameters_used_by_what_is_no_module_are_right_or_refused(mode, how, kind):
-    """A bound method of the module that functional_call rebinds, a partial or a lambda of it."""
+def test_parameters_used_by_a_callable_that_is_no_module_are_right_or_refused(mode, how, kind):
+    """The callables are a bound method of the module that functional_call rebinds, a partial and a lambda of it."""
 
     class Around(nn.Module):
         def __init__(self):
@@ -1210,7 +1210,7 @@ def test_a_module_parameter_named_in_adjoint_params_is_right(mode, how):
 
 
 @both
-def test_times_batched_under_vmap_are_refused_in_words(mode):
+def test_times_batched_under_vmap_are_refused_with_a_message(mode):
     field = MLP(hidden=4)
     times = torch.stack([T, T + 0.5])
 
@@ -1224,7 +1224,7 @@ def test_times_batched_under_vmap_are_refused_in_words(mode):
 
 @both
 def test_times_batched_by_the_transform_of_a_tolerance_are_refused(mode):
-    """A tolerance of the transform: no gradient flows to it, but samples must not share the first one's."""
+    """A tolerance of the transform gets no gradient, but the samples must not share the tolerance of the first one."""
     field = MLP(hidden=4)
     rtols = torch.tensor([1e-3, 1e-9], dtype=F64)
 
@@ -1242,7 +1242,7 @@ def test_times_batched_by_the_transform_of_a_tolerance_are_refused(mode):
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap", "jvp"])
 @pytest.mark.parametrize("interface", ["solve", "odeint_event", "odeint_event by odeint"])
-def test_events_under_transforms_are_refused_in_words(mode, how, interface):
+def test_events_under_transforms_are_refused_with_a_message(mode, how, interface):
     field = MLP(hidden=4)
     field.requires_grad_(False)
 
@@ -1272,7 +1272,7 @@ def test_events_under_transforms_are_refused_in_words(mode, how, interface):
     refused_or_told(run)
 
 
-# ------------------------------------------------------------------ chance and warnings under transforms
+# ------------------------------------------------------------------ random fields and warnings under transforms
 class Dropped(nn.Module):
     def __init__(self):
         super().__init__()
@@ -1284,7 +1284,7 @@ class Dropped(nn.Module):
 
 @both
 @pytest.mark.parametrize("how", ["grad", "vmap of grad"])
-def test_a_random_field_is_told_of_under_transforms_too(mode, how):
+def test_a_random_field_is_warned_about_under_transforms_too(mode, how):
     net = Net(mode, Dropped(), method="rk4")
     params = detached(net)
     of = grad(functools.partial(loss, net))
@@ -1300,7 +1300,7 @@ def test_a_random_field_is_told_of_under_transforms_too(mode, how):
 
 
 @both
-def test_a_closure_over_an_unnamed_leaf_is_warned_of_once_under_vmap(mode):
+def test_a_closure_over_an_unnamed_leaf_gives_one_warning_under_vmap(mode):
     w = leaf(torch.tensor([0.4, -0.9], dtype=F64))
 
     def run(y0):
@@ -1328,7 +1328,7 @@ def test_grad_agrees_with_finite_differences(mode):
     net = Net(mode, rtol=1e-10, atol=1e-10)
     params = detached(net)
     grads, of_y0 = grad(functools.partial(loss, net), argnums=(0, 1))(params, Y)
-    eps = 1e-5  # (central differences of a solve to 1e-10 err by about 1e-10 / eps)
+    eps = 1e-5  # (central differences of a solve with tolerance 1e-10 have an error of about 1e-10 / eps)
     direction = {name: torch.randn_like(p) for name, p in params.items()}
     d0 = torch.randn_like(Y)
 

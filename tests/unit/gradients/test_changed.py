@@ -1,4 +1,4 @@
-"""A field that changed between the forward and the backward pass: its value decides, and never an attribute."""
+"""A field that changed between the forward and the backward pass: the check compares its values, not its attributes."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ MODES = ("adjoint", "discrete")
 both = pytest.mark.parametrize("mode", MODES)
 Y = torch.tensor([[1.0], [0.5], [0.25]], dtype=F64)
 TIGHT = dict(rtol=1e-8, atol=1e-8)
-CLOSE = 1e-5  # of gradients whose solves are asked for 1e-8
+CLOSE = 1e-5  # for gradients of solves with tolerance 1e-8
 REFUSED = "func was changed between the forward and the backward pass"
 
 
@@ -124,7 +124,7 @@ def test_a_hypernetwork_that_sets_weights_before_each_solve_is_right(mode):
 
 @both
 @pytest.mark.parametrize("method", ["rk4", "adaptive_heun"])
-def test_a_replaced_tensor_is_put_back_whatever_the_method(mode, method):
+def test_a_replaced_tensor_is_put_back_with_every_method(mode, method):
     f = Graph()
     options = dict(options=dict(step_size=0.05)) if method == "rk4" else dict(rtol=1e-6, atol=1e-6)
     z = last(f, mode, method=method, **options)
@@ -150,7 +150,7 @@ def test_the_tensor_of_a_plain_object_is_put_back_too(mode):
 
 
 @both
-def test_what_was_put_back_is_the_users_again_after_an_error(mode):
+def test_after_an_error_func_has_the_users_tensors_again(mode):
     class Failing(Graph):
         fails = False
 
@@ -245,7 +245,7 @@ def test_a_change_of_its_values_is_refused_and_named(mode, words):
 
 @both
 @pytest.mark.parametrize("arguments", SOLVES.values(), ids=SOLVES)
-def test_it_is_refused_wherever_the_last_output_lies(mode, arguments):
+def test_a_change_is_refused_for_a_last_output_at_any_time(mode, arguments):
     f = Graph()
     z = last(f, mode, **arguments)
     f.k = 2.0
@@ -278,7 +278,7 @@ def test_a_change_is_seen_in_every_precision(mode, dtype):
 
 
 @both
-def test_it_is_refused_again_in_a_second_backward_pass_and_after_an_event(mode):
+def test_a_change_is_refused_again_in_a_second_backward_pass_and_after_an_event(mode):
     f = Graph()
     z = last(f, mode)
     z.sum().backward(retain_graph=True)
@@ -296,8 +296,8 @@ def test_it_is_refused_again_in_a_second_backward_pass_and_after_an_event(mode):
 
 
 @both
-def test_a_change_inside_of_the_solves_noise_is_none(mode):
-    """Less than a hundredth of the tolerance, or less than 100 roundings."""
+def test_a_change_below_the_noise_of_the_solve_is_accepted(mode):
+    """The change is less than a hundredth of the tolerance, or less than 100 roundings."""
     for by, arguments in ((1e-7, dict(rtol=1e-3, atol=1e-3)), (1e-14, dict(rtol=1e-12, atol=1e-12))):
         f = Graph()
         z = last(f, mode, options=dict(step_t=unit()), **arguments)
@@ -368,7 +368,7 @@ def fixed(f):
 
 
 def averaged(f):
-    """An exponential moving average is put in for an evaluation, and the weights are put back."""
+    """Use an exponential moving average of the weights for an evaluation, and restore the weights."""
     saved = [p.data.clone() for p in f.parameters()]
     for p in f.parameters():
         p.data.copy_(p.data * 0.9)
@@ -380,8 +380,8 @@ def averaged(f):
 @both
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("kind", FAIR)
-def test_what_a_field_writes_itself_is_no_change(mode, method, kind):
-    """Two solves, and one backward pass of both."""
+def test_values_that_a_field_writes_itself_are_no_change(mode, method, kind):
+    """There are two solves, and one backward pass of both."""
     torch.manual_seed(1)
     f = FAIR[kind]()
     loss = sum(loss_of(silently(lambda: last(f, mode, y=BATCH, **METHODS[method]))) for _ in range(2))
@@ -396,8 +396,8 @@ def test_what_a_field_writes_itself_is_no_change(mode, method, kind):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("old", [False, True])
-def test_spectral_norm_in_training_goes_on_as_before_in_the_adjoint(method, old):
-    """Each evaluation iterates its vectors, so that it answers a little differently each time."""
+def test_spectral_norm_in_training_works_as_before_in_the_adjoint(method, old):
+    """Each evaluation iterates the vectors of the norm, so that its values change a little each time."""
     torch.manual_seed(1)
     f = Spectral(old).train()
     z = last(f, "adjoint", y=BATCH, **METHODS[method])
@@ -407,7 +407,7 @@ def test_spectral_norm_in_training_goes_on_as_before_in_the_adjoint(method, old)
 @both
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("then", [train_mode, fixed, averaged])
-def test_what_leaves_the_values_alone_is_no_change(mode, method, then):
+def test_an_action_that_keeps_the_values_is_no_change(mode, method, then):
     f = MLP(dim=3, hidden=4)
     z = last(f, mode, y=BATCH, **METHODS[method])
     then(f)
@@ -433,7 +433,7 @@ def test_a_buffer_that_was_written_and_restored_is_no_change(mode):
 
 @both
 def test_a_recurrent_cell_between_solves_is_right(mode):
-    """A GRU-ODE: the hidden state flows from one input to the next, which the cell takes in."""
+    """In a GRU-ODE, a solve moves the hidden state from one input to the next, and the cell adds the input."""
 
     class GRUODE(nn.Module):
         def __init__(self, solver, **arguments):
@@ -483,8 +483,8 @@ def test_a_checkpoint_and_a_solve_in_the_field_are_right(mode):
 
 
 @both
-def test_another_order_of_the_operations_and_autocast_pass(mode):
-    """The backward pass has a tape, and a field may then take another kernel."""
+def test_another_order_of_the_operations_and_autocast_are_no_change(mode):
+    """The backward pass records a graph, and a field may then use another kernel."""
 
     class Two(nn.Module):
         def __init__(self):
@@ -507,7 +507,7 @@ def test_another_order_of_the_operations_and_autocast_pass(mode):
 
 
 @both
-def test_functional_call_passes(mode):
+def test_functional_call_is_no_change(mode):
     net = nn.Module()
     net.field = Graph()
     net.forward = lambda: last(net.field, mode).sum()
@@ -516,7 +516,7 @@ def test_functional_call_passes(mode):
     assert close(given["field.w"].grad, math.exp(-0.75) * Y.sum().item())
 
 
-def test_a_field_of_chance_keeps_its_warning_and_costs_nothing_more():
+def test_a_random_field_keeps_its_warning_and_costs_no_more_evaluations():
     class Noisy(Graph):
         def forward(self, t, z):
             return super().forward(t, z) + 0.1 * torch.randn_like(z)
@@ -530,7 +530,7 @@ def test_a_field_of_chance_keeps_its_warning_and_costs_nothing_more():
 
 @both
 @pytest.mark.parametrize("arguments", SOLVES.values(), ids=SOLVES)
-def test_the_look_asks_func_no_more_often(mode, arguments, monkeypatch):
+def test_the_comparison_costs_no_evaluation_of_func(mode, arguments, monkeypatch):
     def evaluations():
         f = Counting(MLP(dim=3, hidden=4))
         last(f, mode, y=BATCH, **arguments).sum().backward()
@@ -557,9 +557,9 @@ def test_the_kernels_path_refuses_a_change_and_puts_a_tensor_back(mode, shim):
 
 @both
 def test_a_captured_solve_puts_a_replaced_tensor_back(mode, eager):
-    """Its steps are not compared: what else changed is a matter of the fingerprints, which record func anew."""
+    """Its steps are not compared. The fingerprint finds other changes, and func is then captured again."""
     f = Graph()
-    for _ in range(2):  # the second is repeated from what the first captured
+    for _ in range(2):  # the second solve replays the capture of the first one
         f.w.grad, f.A = None, torch.eye(3, dtype=F64)
         z = last(f, mode, options=dict(cuda_graph=True))
         f.A = 2 * f.A

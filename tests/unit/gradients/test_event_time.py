@@ -22,7 +22,7 @@ def ground(t, y):
 
 
 class Ball(nn.Module):
-    """Height and speed under a gravity to be learned, the parameter being part of the field only."""
+    """Height and speed of a ball. Its gravity is a parameter of the field only."""
 
     def __init__(self):
         super().__init__()
@@ -70,7 +70,7 @@ def test_the_time_of_an_event_in_reversed_time_has_its_gradient():
 
 
 def test_the_starting_time_of_an_event_has_its_gradient():
-    """An autonomous fall lands as much later as it begins: dT/dt0 = 1."""
+    """An autonomous fall that begins later ends later by the same time: dT/dt0 = 1."""
     for solver in (odeint, odeint_adjoint):
         t0 = torch.tensor(0.3, dtype=F64, requires_grad=True)
         event_t, _ = odeint_event(Ball(), START, t0, event_fn=ground, odeint_interface=solver, rtol=1e-9, atol=1e-9)
@@ -119,7 +119,7 @@ class Level(nn.Module):
 @pytest.mark.parametrize("state", ["one number", "a matrix", "a tuple"])
 @pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
 def test_the_time_of_an_event_of_odeint_adjoint_has_its_gradient(gradient, state):
-    """y(t*) keeps its derivative at the fixed t*, as in torchdiffeq."""
+    """y(t*) has its derivative at constant t*, as in torchdiffeq."""
     func, level = Growth(), Level()
     one = torch.ones(1, dtype=F64, requires_grad=True)
     y0 = {"one number": one, "a matrix": one.expand(2, 3), "a tuple": (one.expand(2), one.expand(1, 2))}[state]
@@ -135,7 +135,7 @@ def test_the_time_of_an_event_of_odeint_adjoint_has_its_gradient(gradient, state
 
 
 @pytest.mark.parametrize("interface", [odeint, odeint_adjoint])
-def test_the_movement_of_an_event_is_counted_once_through_odeint_event(interface):
+def test_the_shift_of_an_event_is_counted_once_through_odeint_event(interface):
     func, level = Growth(), Level()
     event_t, y = odeint_event(
         func, torch.ones(1, dtype=F64), T0, event_fn=level, odeint_interface=interface, rtol=1e-10, atol=1e-10

@@ -1,4 +1,4 @@
-"""odeint: autograd's gradient of what was computed (gradient="backprop")."""
+"""odeint: autograd's gradient of the computed steps (gradient="backprop")."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def curved(w):
 GRID, CUBIC = dict(step_size=0.3), dict(step_size=0.3, interp="cubic")
 
 
-# What lies between the steps, and a grid that is the output times, are the same for every method of one step.
+# The interpolation, and a grid made of the output times, are the same for every one-step method.
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "options"),
@@ -36,7 +36,7 @@ GRID, CUBIC = dict(step_size=0.3), dict(step_size=0.3, interp="cubic")
     ids=str,
 )
 def test_gradcheck_through_a_fixed_grid(method, options):
-    """For y0, t and the parameters; with a step size the inner grid points move with t[0], the last with t[-1]."""
+    """The inputs are y0, t and the parameters. Inner grid points move with t[0], and the last one moves with t[-1]."""
     if method in ADAMS:
         options = dict(options, max_order=4)
         if method == "implicit_adams":
@@ -44,14 +44,14 @@ def test_gradcheck_through_a_fixed_grid(method, options):
     t = torch.tensor([0.0, 0.25, 0.45, 0.8, 1.0, 1.3], dtype=F64)
 
     def run(y0, t, w):
-        # (a loose tolerance would stop the functional iteration of implicit_adams early, at another place each time)
+        # (a loose tolerance would stop the iteration of implicit_adams early, after a varying number of iterations)
         return odeint(curved(w), y0, t, rtol=1e-12, atol=1e-12, method=method, options=options)
 
     assert torch.autograd.gradcheck(run, (leaf(Y), leaf(t), leaf(W)), **GRADCHECK)
 
 
 REPLAYED = torch.tensor([0.25, 0.5, 0.8, 1.1, 1.5], dtype=F64)  # the accepted steps, frozen
-OUTPUTS = torch.tensor([0.0, 0.1, 0.4, 0.65, 0.9, 1.3], dtype=F64)  # inside of steps: interpolants have kinks between
+OUTPUTS = torch.tensor([0.0, 0.1, 0.4, 0.65, 0.9, 1.3], dtype=F64)  # inside steps: interpolants have kinks between them
 
 
 # Where an accurate interpolant costs no stage, it is the default.
@@ -63,7 +63,7 @@ INTERPOLANTS = [(name, None) for name in ADAPTIVE] + [
 @pytest.mark.slow
 @pytest.mark.parametrize(("method", "dense"), INTERPOLANTS)
 def test_gradcheck_through_an_adaptive_method_with_the_accepted_steps_replayed(method, dense):
-    """Every step ends on a `step_t`, so that no step moves with the inputs but the first, which begins at t[0]."""
+    """Every step ends at a `step_t`, so only the first step, which begins at t[0], changes with the inputs."""
     options = dict(step_t=REPLAYED, first_step=1.0) | (dict(dense=dense) if dense else {})
     times = solve(
         curved(W), Y, OUTPUTS, rtol=1e3, atol=1e3, method=method, options=dict(options, record_steps=True)
@@ -128,7 +128,7 @@ def test_second_derivatives_through_odeint(method):
 
 @pytest.mark.parametrize("method", [*ADAPTIVE, *FIXED])
 def test_the_gradient_of_an_adaptive_solve_is_that_of_the_solution(method):
-    """Nothing frozen here: steps move with the inputs, by less than the tolerance lets them matter."""
+    """No step is frozen here: the steps change with the inputs, but the effect is below the tolerance."""
     func = TimedLinear()
     y0, t = leaf(Y), leaf(linspace(0.0, 1.5, 4))
     rtol, limit = rtol_and_limit(method, 1e-6)
@@ -142,7 +142,7 @@ def test_the_gradient_of_an_adaptive_solve_is_that_of_the_solution(method):
     assert relative_difference(tuple(grads), tuple(exact)) <= max(limit, 3e-3 if method == "bosh3" else 0)
 
 
-def test_gradients_flow_to_what_the_caller_asks_for_and_to_nothing_else():
+def test_only_inputs_that_require_a_gradient_get_one():
     func = MLP()
     func.b1.requires_grad_(False)
     t = linspace(0.0, 1.0, 3)

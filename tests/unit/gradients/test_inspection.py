@@ -1,4 +1,4 @@
-"""What a solve tells of in its first evaluation: gradients that nothing would carry, fields that are no functions."""
+"""The warnings of a solve's first evaluation: gradients that would be lost, and fields that are no functions."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def weight():
 
 
 def told(run):
-    """What the run warns of, of our kind. Any other warning is an error as everywhere."""
+    """Return the MissingGradientWarnings of a run. All other warnings are errors."""
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("error")
         warnings.simplefilter("always", MissingGradientWarning)
@@ -45,9 +45,9 @@ def silent(run):
         return run()
 
 
-# ------------------------------------------------------------------ what is warned of
+# ------------------------------------------------------------------ tensors that give a warning
 class Plain:
-    """A callable that is no module."""
+    """A callable that is not a module."""
 
     def __init__(self, w):
         self.w = w
@@ -60,7 +60,7 @@ class Plain:
 
 
 class Other(nn.Module):
-    """Uses `inner`, a module that it does not own, and has a parameter of its own."""
+    """Uses `inner`, a module that it does not own, and has one parameter."""
 
     def __init__(self, inner):
         super().__init__()
@@ -72,7 +72,7 @@ class Other(nn.Module):
 
 
 class SavedIntegrands(nn.Module):
-    """Holds a tensor that is no parameter."""
+    """Holds a tensor that is not a parameter."""
 
     def __init__(self, w):
         super().__init__()
@@ -84,7 +84,7 @@ class SavedIntegrands(nn.Module):
 
 
 class Nested(nn.Module):
-    """Holds one in a list."""
+    """Holds a tensor in a list."""
 
     def __init__(self, w):
         super().__init__()
@@ -136,7 +136,7 @@ HIDDEN = {
 
 @both
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_a_tensor_that_wants_a_gradient_and_was_not_named_is_told_of_once(mode, hidden):
+def test_a_tensor_that_requires_a_gradient_and_was_not_named_gives_one_warning(mode, hidden):
     make, name = HIDDEN[hidden]
     func = make(weight())
     params = {} if isinstance(func, nn.Module) else dict(adjoint_params=())
@@ -157,7 +157,7 @@ def test_a_tensor_that_wants_a_gradient_and_was_not_named_is_told_of_once(mode, 
 
 
 @both
-def test_it_is_told_again_at_the_next_solve(mode):
+def test_the_next_solve_warns_again(mode):
     func = closure(weight())
 
     def run():
@@ -168,7 +168,7 @@ def test_it_is_told_again_at_the_next_solve(mode):
 
 
 @both
-def test_several_are_told_of_in_one_warning(mode):
+def test_several_tensors_give_one_warning(mode):
     one, two = weight(), leaf(torch.ones(2, 2, dtype=F64))
     caught = told(
         lambda: odeint_adjoint(lambda t, y: torch.tanh(y @ two) * one, Y, T, gradient=mode, adjoint_params=())
@@ -189,7 +189,7 @@ def test_y0_captured_and_named_is_right(mode):
 
 
 def of_its_start(w):
-    """Through the state its gradient flows, through the closure it does not."""
+    """The tensor has a gradient through the state, and none through the closure."""
     y0 = leaf(Y)
     return lambda t, y: y0 - y, y0, T, "y0"
 
@@ -214,7 +214,7 @@ def of_its_times(w):
     ],
     ids=["y0", "a y0 that is no leaf", "times", "one component of a tuple", "a complex field"],
 )  # fmt: skip
-def test_what_func_captures_is_told_of_whatever_the_state_is(mode, make):
+def test_captured_tensors_are_warned_about_for_every_kind_of_state(mode, make):
     func, y0, t, name = make(weight())
     (warning,) = told(lambda: odeint_adjoint(func, y0, t, gradient=mode, adjoint_params=()))
     assert name in str(warning.message)
@@ -222,7 +222,7 @@ def test_what_func_captures_is_told_of_whatever_the_state_is(mode, make):
 
 @both
 @pytest.mark.parametrize("method", ["euler", "rk4", "bosh3", "explicit_adams", "scipy_solver"])
-def test_it_is_told_for_every_kind_of_method(mode, method):
+def test_captured_tensors_are_warned_about_with_every_kind_of_method(mode, method):
     if mode == "discrete" and method in ("explicit_adams", "scipy_solver"):
         pytest.skip("of Runge-Kutta methods only")
     caught = told(
@@ -234,21 +234,21 @@ def test_it_is_told_for_every_kind_of_method(mode, method):
 
 
 @both
-def test_a_tensor_used_on_a_later_branch_only_may_be_missed_but_never_breaks(mode):
-    """The first evaluation is what is looked at: t > 0.5 comes later. The solve goes on either way."""
+def test_a_tensor_used_only_on_a_later_branch_may_be_missed_but_breaks_nothing(mode):
+    """Only the first evaluation is inspected, and t > 0.5 comes later. The solve continues in both cases."""
     w = weight()
     func = lambda t, y: -y * (w if t > 0.5 else 1.0)  # noqa: E731
     assert len(told(lambda: odeint_adjoint(func, Y, T, gradient=mode, adjoint_params=()))) <= 1
 
 
 @both
-def test_params_left_out_by_adjoint_params_are_told_of_by_name(mode):
+def test_parameters_left_out_of_adjoint_params_are_named_in_a_warning(mode):
     func = MLP(hidden=4)
     caught = told(lambda: odeint_adjoint(func, Y, T, gradient=mode, adjoint_params=(func.w1, func.b1)))
     assert len(caught) == 1 and "w2" in str(caught[0].message) and "w1" not in str(caught[0].message)
 
 
-# ------------------------------------------------------------------ where the warning points to
+# ------------------------------------------------------------------ the line of the warning
 @both
 @pytest.mark.parametrize("interface", ["odeint_adjoint", "solve", "NeuralODE", "a submodule", "event", "odeint_event"])
 def test_the_warning_points_to_the_line_of_the_caller(mode, interface):
@@ -276,9 +276,9 @@ def test_the_warning_points_to_the_line_of_the_caller(mode, interface):
     assert warning.filename == __file__ and first <= warning.lineno <= first + 2
 
 
-# ------------------------------------------------------------------ what is not warned of
+# ------------------------------------------------------------------ tensors that give no warning
 class Normed(nn.Module):
-    """A field with a parametrization, or with anything else between the parameters and their use."""
+    """A field with a parametrization, or with another operation between the parameters and their use."""
 
     def __init__(self, kind):
         super().__init__()
@@ -314,8 +314,8 @@ class Normed(nn.Module):
     "kind",
     ["weight_norm", "old weight_norm", "spectral_norm", "orthogonal", "cached", "checkpoint", "checkpoint of a lambda"],
 )
-def test_parametrizations_and_checkpoints_are_known_and_right(mode, kind):
-    """Tensors made from parameters at each evaluation are no strangers."""
+def test_parametrizations_and_checkpoints_give_no_warning_and_are_right(mode, kind):
+    """Tensors that each evaluation makes from parameters are known."""
     func = Normed(kind)
     wanted = [p for p in func.parameters() if p.requires_grad]
 
@@ -330,10 +330,10 @@ def test_parametrizations_and_checkpoints_are_known_and_right(mode, kind):
 
 @both
 @pytest.mark.parametrize("kind", ["old weight_norm"])
-def test_an_attribute_computed_from_parameters_before_the_solve_is_told_of_or_right(mode, kind):
-    """`linear.weight` of the old weight_norm is a non-leaf attribute until the hook makes it anew."""
+def test_an_attribute_computed_from_parameters_before_the_solve_is_warned_about_or_right(mode, kind):
+    """`linear.weight` of the old weight_norm is a non-leaf attribute until the hook computes it again."""
     func = Normed(kind)
-    func.linear.weight.sum()  # (made outside of the solve)
+    func.linear.weight.sum()  # (made outside the solve)
     silent(lambda: odeint_adjoint(func, leaf(Y), T, gradient=mode))
 
 
@@ -376,8 +376,8 @@ def made_inside(w):
 
 
 class Flow(nn.Module):
-    """A continuous normalizing flow: it differentiates inside, by a leaf of its own or, as in torchdiffeq's example, by
-    its argument itself."""
+    """A continuous normalizing flow, which differentiates in the field: by a new leaf or, as in torchdiffeq's example,
+    by its argument."""
 
     def __init__(self, in_place):
         super().__init__()
@@ -392,7 +392,7 @@ class Flow(nn.Module):
 
 
 class Descent(nn.Module):
-    """dy/dt = -dE/dy of a leaf made inside."""
+    """The field dy/dt = -dE/dy, for a leaf that is made in it."""
 
     def __init__(self):
         super().__init__()
@@ -406,7 +406,7 @@ class Descent(nn.Module):
 
 
 class Sharing(nn.Module):
-    """Uses a submodule that another module owns, too: by what it was given, not by its attribute."""
+    """Uses a submodule that another module owns too, by the given object and not by its attribute."""
 
     def __init__(self, inner):
         super().__init__()
@@ -443,7 +443,7 @@ SILENT = {
 
 @both
 @pytest.mark.parametrize("case", SILENT)
-def test_what_was_named_is_not_told_of_and_has_the_right_gradient(mode, case):
+def test_named_tensors_give_no_warning_and_have_the_right_gradient(mode, case):
     if case == "compiled":
         pytest.importorskip("torch._dynamo")
     w = weight()
@@ -470,7 +470,7 @@ def test_what_was_named_is_not_told_of_and_has_the_right_gradient(mode, case):
 
 @both
 def test_a_replica_of_data_parallel_has_the_gradients_of_its_parameters(mode):
-    """They are non-leaf tensors, found by the name torch gives them; the module below learns."""
+    """The parameters of a replica are non-leaf tensors with a name given by torch. The original module is trained."""
     inner = MLP(hidden=4)
     made = inner._replicate_for_data_parallel()
     made._former_parameters = {}
@@ -487,7 +487,7 @@ def test_a_replica_of_data_parallel_has_the_gradients_of_its_parameters(mode):
 
 @both
 @pytest.mark.parametrize("how", [torch.jit.script, torch.jit.trace], ids=["script", "trace"])
-def test_a_scripted_field_is_not_told_of(mode, how):
+def test_a_scripted_field_gives_no_warning(mode, how):
     class Field(nn.Module):
         def __init__(self):
             super().__init__()
@@ -501,7 +501,7 @@ def test_a_scripted_field_is_not_told_of(mode, how):
         warnings.simplefilter("ignore")
         func = how(plain) if how is torch.jit.script else how(plain, (T[0], Y))
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", DeprecationWarning)  # (torch of its own old functions)
+        warnings.simplefilter("ignore", DeprecationWarning)  # (torch's own deprecated functions)
         loss_of(odeint_adjoint(func, Y, T, gradient=mode)).backward()
     ours = [p.grad.clone() for p in plain.parameters()]
     plain.zero_grad()
@@ -512,7 +512,7 @@ def test_a_scripted_field_is_not_told_of(mode, how):
 @both
 @pytest.mark.parametrize("mute", [torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("hidden", ["closure", "attribute", "product"])
-def test_without_gradients_nothing_is_said(mode, mute, hidden):
+def test_without_gradients_there_is_no_warning(mode, mute, hidden):
     func = HIDDEN[hidden][0](weight())
     params = {} if isinstance(func, nn.Module) else dict(adjoint_params=())
 
@@ -525,7 +525,7 @@ def test_without_gradients_nothing_is_said(mode, mute, hidden):
 
 
 @pytest.mark.parametrize("hidden", HIDDEN)
-def test_backprop_says_nothing_and_finds_everything(hidden):
+def test_backprop_gives_no_warning_and_has_all_gradients(hidden):
     w = weight()
     func = HIDDEN[hidden][0](w)
     silent(lambda: loss_of(odeint(func, leaf(Y), T)).backward())
@@ -535,7 +535,7 @@ def test_backprop_says_nothing_and_finds_everything(hidden):
 
 
 @both
-def test_the_warning_can_be_filtered_and_the_solve_is_the_same(mode):
+def test_the_warning_can_be_filtered_without_a_change_of_the_solve(mode):
     func, y0 = closure(weight()), leaf(Y)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", MissingGradientWarning)
@@ -544,7 +544,7 @@ def test_the_warning_can_be_filtered_and_the_solve_is_the_same(mode):
     assert torch.autograd.grad(loss_of(ys), y0)[0].isfinite().all()
 
 
-# ------------------------------------------------------------------ what the look costs
+# ------------------------------------------------------------------ the cost of the inspection
 @both
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "euler", "bosh5", "dopri8"])
 @pytest.mark.parametrize("hidden", [False, True], ids=["named", "told of"])
@@ -567,8 +567,8 @@ def test_the_inspection_costs_no_evaluation_and_changes_no_bit(mode, method, hid
 
 
 @both
-def test_the_state_that_the_field_sees_may_be_written_into_as_ever(mode):
-    """law 9: what the field gets is a fresh or untaped tensor; writing into it must not be what the tape notices."""
+def test_a_field_may_write_into_its_state_as_before(mode):
+    """Law 9: the field gets a new tensor, or one without a graph, so that autograd does not notice a write into it."""
 
     class Writing(MLP):
         def forward(self, t, y):
@@ -582,7 +582,7 @@ def test_the_state_that_the_field_sees_may_be_written_into_as_ever(mode):
     assert relative_difference(ours, theirs) < 1e-5
 
 
-# ------------------------------------------------------------------ chance
+# ------------------------------------------------------------------ random fields
 class Dropped(nn.Module):
     def __init__(self, p=0.5):
         super().__init__()
@@ -593,7 +593,7 @@ class Dropped(nn.Module):
 
 
 class Noisy(nn.Module):
-    """Draws at each evaluation; `scale` times the draw enters."""
+    """Draws random numbers at each evaluation, and adds `scale` times them."""
 
     def __init__(self, scale):
         super().__init__()
@@ -607,8 +607,8 @@ RANDOM = {"dropout": Dropped, "noise": lambda: Noisy(0.1), "a little noise": lam
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_the_discrete_adjoint_refuses_a_field_of_chance_in_words(kind):
-    """Its backward pass takes the steps again and would find others."""
+def test_the_discrete_adjoint_refuses_a_random_field_with_a_message(kind):
+    """Its backward pass recomputes the steps, and would draw other numbers."""
     func = RANDOM[kind]()
     with pytest.raises(InvalidField) as error:
         solve(func, leaf(BATCH), T, method="rk4", gradient="discrete")
@@ -617,7 +617,7 @@ def test_the_discrete_adjoint_refuses_a_field_of_chance_in_words(kind):
 
 
 @pytest.mark.parametrize("kind", RANDOM)
-def test_the_adjoint_warns_of_a_field_of_chance_and_goes_on(kind):
+def test_the_adjoint_warns_about_a_random_field_and_continues(kind):
     func = RANDOM[kind]()
 
     def run():
@@ -634,7 +634,7 @@ def test_the_adjoint_warns_of_a_field_of_chance_and_goes_on(kind):
 @both
 @pytest.mark.parametrize("kind", RANDOM)
 @pytest.mark.parametrize("mute", [torch.no_grad, torch.inference_mode])
-def test_without_gradients_a_field_of_chance_solves_without_a_word(mode, kind, mute):
+def test_without_gradients_a_random_field_gives_no_warning(mode, kind, mute):
     func = RANDOM[kind]()
 
     def run():
@@ -648,7 +648,7 @@ def test_without_gradients_a_field_of_chance_solves_without_a_word(mode, kind, m
 @pytest.mark.parametrize(
     "make", [lambda: Dropped().eval(), lambda: Dropped(0.0), lambda: Noisy(0.0)], ids=["eval", "p = 0", "no effect"]
 )
-def test_chance_without_effect_passes(mode, make):
+def test_random_draws_without_effect_are_accepted(mode, make):
     func = make()
 
     def of(mode):
@@ -660,8 +660,8 @@ def test_chance_without_effect_passes(mode, make):
 
 
 @both
-def test_one_draw_for_the_whole_solve_is_a_function(mode):
-    """Hutchinson's estimate, the noise drawn once before: the mend that the words ask for."""
+def test_one_draw_for_the_whole_solve_is_accepted(mode):
+    """Hutchinson's estimate with noise that is drawn once before the solve, as the message recommends."""
 
     class Flow(nn.Module):
         def __init__(self):
@@ -676,8 +676,8 @@ def test_one_draw_for_the_whole_solve_is_a_function(mode):
 
 
 @both
-def test_the_generator_is_where_a_solve_without_the_look_leaves_it(mode):
-    """A reproducible training run draws the same numbers afterwards, whether gradients were asked for or not."""
+def test_the_inspection_does_not_change_the_state_of_the_generator(mode):
+    """A reproducible training run draws the same numbers after a solve with or without gradients."""
     func = MLP(hidden=4)
     torch.manual_seed(3)
     odeint_adjoint(func, leaf(Y), T, gradient=mode)
@@ -686,7 +686,7 @@ def test_the_generator_is_where_a_solve_without_the_look_leaves_it(mode):
     assert torch.equal(after, torch.rand(4))
 
 
-def test_the_draws_of_a_field_under_the_adjoint_are_those_without_the_look():
+def test_a_field_under_the_adjoint_draws_the_same_numbers_as_without_the_inspection():
     func = Noisy(0.1)
     torch.manual_seed(3)
     with warnings.catch_warnings():
@@ -709,7 +709,7 @@ class BatchNormed(nn.Module):
 
 @both
 @pytest.mark.parametrize("training", [True, False])
-def test_batch_normalization_passes_with_the_gradient_of_backprop(mode, training):
+def test_batch_normalization_is_accepted_with_the_gradient_of_backprop(mode, training):
     def of(mode):
         torch.manual_seed(1)
         func = BatchNormed().train(training)
@@ -722,7 +722,7 @@ def test_batch_normalization_passes_with_the_gradient_of_backprop(mode, training
 
 
 def test_spectral_normalization_in_training_is_refused_by_the_discrete_adjoint():
-    """Each evaluation iterates its vectors: the field of the backward pass is another one."""
+    """Each evaluation iterates the vectors of the norm, so the field of the backward pass differs."""
     func = Normed("spectral_norm").train()
     with pytest.raises(InvalidField) as error:
         ys = solve(func, leaf(BATCH), T, gradient="discrete", method="rk4").ys
@@ -730,9 +730,9 @@ def test_spectral_normalization_in_training_is_refused_by_the_discrete_adjoint()
     assert len(str(error.value)) > 80
 
 
-# ------------------------------------------------------------------ static buffers, with and without a tape
+# ------------------------------------------------------------------ static buffers, with and without a graph
 class Static(nn.Module):
-    """Returns one buffer for all evaluations that have a tape, or for all that have none, or for all."""
+    """Returns one buffer for all evaluations with a graph, for all without one, or for all evaluations."""
 
     def __init__(self, when):
         super().__init__()
@@ -746,7 +746,7 @@ class Static(nn.Module):
             kept = self.buffers_.setdefault("a", torch.empty_like(out))
             return kept.copy_(out)
         if self.when == "taped" and taped:
-            # (a tape cannot go through a static buffer but by a function of its own, as graphed callables do)
+            # (autograd cannot record a static buffer, except through a custom function, as in graphed callables)
             return _IntoStatic.apply(out, self.buffers_)
         if self.when == "always":
             return _IntoStatic.apply(out, self.buffers_)
@@ -775,7 +775,7 @@ def test_a_field_with_one_static_buffer_is_right(mode, method, when):
     def of(func, mode, inner):
         y0 = leaf(BATCH)
         options = dict(step_size=1 / 16) if method != "dopri5" else {}
-        more = dict(checkpoints=2) if mode == "discrete" else {}  # so that steps are taken again
+        more = dict(checkpoints=2) if mode == "discrete" else {}  # so that steps are recomputed
         ys = solve(func, y0, T, gradient=mode, method=method, options=options, rtol=1e-7, atol=1e-7, **more).ys
         return ys.detach(), *torch.autograd.grad(loss_of(ys), [y0, *inner.parameters()])
 

@@ -1,4 +1,4 @@
-"""What the adjoint differentiates by besides y0 and t: unused, fixed, many and foreign parameters."""
+"""The parameters of the adjoint: unused, fixed, many and foreign ones."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def test_parameters_of_many_shapes_and_of_another_precision():
     class Mixed(nn.Module):
         def __init__(self):
             super().__init__()
-            self.scalar = nn.Parameter(torch.tensor(0.5))  # float32 beside a float64 state
+            self.scalar = nn.Parameter(torch.tensor(0.5))  # float32, with a float64 state
             self.matrix = nn.Parameter(W.clone())
             self.empty = nn.Parameter(torch.zeros(0, dtype=F64))
 

@@ -40,10 +40,10 @@ T = linspace(0.0, 1.5, 4)
 
 # The discrete adjoint and backpropagation add the same float64 terms in another order.
 SAME = 1e-10
-# The adjoint solves forwards and backwards to these tolerances: errors of both, times the growth of a solve.
+# The adjoint solves both passes with these tolerances: the error is the sum of both, times the growth of a solve.
 BY_ADJOINT = dict(rtol=1e-8, atol=1e-8)
 ADJOINT_ERROR = 1e-5
-# dL/dt: backprop differentiates the interpolant, whose slope is of order 4 only; the others ask func for it.
+# dL/dt: backprop differentiates the interpolant, and its slope has only order 4. The other modes evaluate func.
 TIME_ERROR = 1e-4
 
 
@@ -64,17 +64,17 @@ def decay(t, y):
 
 
 def squared(t, y, dy):
-    """|dy|^2 of each sample."""
+    """Return |dy|^2 of each sample."""
     return dy.square().sum(-1)
 
 
 def decayed(t, y0=Y):
-    """int |dy|^2 of the decay."""
+    """Return int |dy|^2 of the decay."""
     return 0.5 * (1 - torch.exp(-2 * (t - t[0])))[:, None] * y0.square().sum(-1)
 
 
 class Weighted(nn.Module):
-    """An integrand with a parameter of its own, of t, y and dy."""
+    """An integrand of t, y and dy, with a parameter."""
 
     def __init__(self):
         super().__init__()
@@ -84,7 +84,7 @@ class Weighted(nn.Module):
         return torch.stack([(dy**2 @ self.weight).sum(), torch.cos(t) * (y @ self.weight).square().sum()])
 
 
-# ------------------------------------------------------------------ what it is
+# ------------------------------------------------------------------ the integral
 @pytest.mark.parametrize("method", METHODS)
 def test_the_integral_is_the_closed_form_with_every_method_and_costs_no_evaluation_of_func(method):
     options = dict(dense="accurate") if method in ADAPTIVE else dict(step_size=0.01)
@@ -102,7 +102,7 @@ def test_the_integral_is_the_closed_form_with_every_method_and_costs_no_evaluati
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4"])
-def test_it_is_the_state_augmented_by_hand_in_torchdiffeq(torchdiffeq, method):
+def test_the_integral_is_that_of_a_state_augmented_by_hand_in_torchdiffeq(torchdiffeq, method):
     func = MLP(dim=2, seed=1)
     by_hand = Counting(lambda t, state: (func(t, state[0]), squared(t, state[0], func(t, state[0]))))
     expected = torchdiffeq.odeint(by_hand, (Y, torch.zeros(3, dtype=F64)), T, method=method, rtol=1e-6, atol=1e-7)
@@ -122,7 +122,7 @@ def test_an_integrand_has_any_shape(shape):
 
 
 @pytest.mark.parametrize("y0", [torch.tensor(2.0, dtype=F64), torch.ones(2), torch.ones(1, 2, dtype=torch.float32)])
-def test_it_is_of_the_dtype_of_y0_whatever_the_integrand_returns(y0):
+def test_the_integral_has_the_dtype_of_y0_for_every_dtype_of_the_integrand(y0):
     solution = solve(decay, y0, T.to(y0.dtype), integral=lambda t, y, dy: y.sum().double(), rtol=1e-4, atol=1e-4)
     assert solution.integral.dtype == y0.dtype == solution.ys.dtype
     assert solution.ys.shape == (4, *y0.shape)
@@ -155,13 +155,13 @@ def test_backwards_in_time_the_integral_has_the_sign_of_dt():
     assert (solution.integral[1:] < 0).all()
 
 
-def test_a_jump_of_the_integrand_is_met_by_jump_t():
+def test_jump_t_handles_a_jump_of_the_integrand():
     solution = solve(decay, Y, T, integral=lambda t, y, dy: (t > 0.7).to(F64), options=dict(jump_t=[0.7]))
     assert torch.allclose(solution.integral, (T - 0.7).clamp(min=0.0), atol=1e-12)
 
 
 @pytest.mark.parametrize("gradient", MODES)
-def test_up_to_an_event_it_has_two_values_and_event_fn_sees_y_alone(gradient):
+def test_the_integral_up_to_an_event_has_two_values_and_event_fn_gets_only_y(gradient):
     def event(t, y):
         assert y.shape == (2,)
         return y[0] - 0.5
@@ -184,17 +184,17 @@ def test_one_time_has_the_integral_zero_without_an_evaluation():
     assert func.nfe == 0
 
 
-def test_what_was_not_reached_is_nan():
+def test_the_integral_at_a_time_that_was_not_reached_is_nan():
     solution = solve(lambda t, y: y * y, Y[0, :1], linspace(0.0, 2.0, 5), integral=squared, options=dict(throw=False))
     assert solution.status is Status.STEP_UNDERFLOW
     assert torch.equal(solution.integral.isnan(), torch.tensor([False, False, True, True, True]))
 
 
-def test_without_an_integral_there_is_none():
+def test_without_an_integrand_there_is_no_integral():
     assert solve(decay, Y, T).integral is None
 
 
-# ------------------------------------------------------------------ its part in the step control
+# ------------------------------------------------------------------ its effect on step control
 def test_a_fast_integrand_beside_a_slow_state_is_accurate():
     solution = solve(lambda t, y: 0 * y, Y, T, integral=lambda t, y, dy: torch.cos(30 * t))
     # Steps of rtol = 1e-7 over some seven periods.
@@ -202,7 +202,7 @@ def test_a_fast_integrand_beside_a_slow_state_is_accurate():
     assert solution.stats.accepted > 20
 
 
-def test_a_norm_of_the_users_sees_y_alone_and_the_integral_is_accurate_still():
+def test_a_custom_norm_gets_only_y_and_the_integral_is_still_accurate():
     seen = set()
 
     def norm(y):
@@ -219,7 +219,7 @@ def test_a_norm_of_the_users_sees_y_alone_and_the_integral_is_accurate_still():
     [(torch.tensor([1e-3, 1e-6], dtype=F64), (torch.tensor([1e-3, 1e-6], dtype=F64), 1e-6)), (1e-4, (1e-4, 1e-4))],
 )
 @pytest.mark.parametrize("name", ["rtol", "atol"])
-def test_its_tolerance_is_the_smallest_of_those_of_y(name, mine, by_hand):
+def test_the_tolerance_of_the_integral_is_the_smallest_of_those_of_y(name, mine, by_hand):
     other = dict(atol=1e-5) if name == "rtol" else dict(rtol=1e-5)
     solution = solve(decay, Y, T, integral=squared, **{name: mine}, **other)
     expected = solve(
@@ -254,8 +254,8 @@ def test_tupled_tolerances_hold_in_both_passes():
     assert relative_difference(found, torch.autograd.grad(exact.integral[-1], y0)) < 1e-5
 
 
-# ------------------------------------------------------------------ what belongs to the user sees y alone
-def test_callbacks_of_both_passes_and_norms_of_the_adjoint_see_y_alone():
+# ------------------------------------------------------------------ callables of the user get only y
+def test_callbacks_of_both_passes_and_norms_of_the_adjoint_get_only_y():
     seen = {}
 
     class Watched(MLP):
@@ -277,7 +277,7 @@ def test_callbacks_of_both_passes_and_norms_of_the_adjoint_see_y_alone():
     assert seen["norm"] == ((), Y.shape, Y.shape, *(p.shape for p in func.parameters()))
 
 
-def test_a_grid_constructor_sees_y_alone():
+def test_a_grid_constructor_gets_only_y():
     def grid(func, y0, t):
         assert y0.shape == Y.shape and func(t[0], y0).shape == Y.shape
         return linspace(0.0, 1.5, 31)
@@ -289,7 +289,7 @@ def test_a_grid_constructor_sees_y_alone():
 
 # ------------------------------------------------------------------ its gradients
 def gradients_of(gradient, method="dopri5", *, event_fn=None, reverse=False, **arguments):
-    """Of a loss of y and of its integral by y0, t and both modules' parameters."""
+    """Return the gradients of a loss of y and its integral by y0, t and both modules' parameters."""
     func, integral = MLP(dim=2, seed=1, timed=True), Weighted()
     y0, t = Y.clone().requires_grad_(), (T.flip(0) if reverse else T).clone().requires_grad_()
     if event_fn is not None:
@@ -303,19 +303,19 @@ def gradients_of(gradient, method="dopri5", *, event_fn=None, reverse=False, **a
 
 @pytest.mark.parametrize("reverse", [False, True])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_the_three_modes_have_one_gradient_by_y0_time_and_both_modules_parameters(method, reverse):
-    # On a grid the adjoint is that of the flow, from which rk4 with h = 0.1 is about h^4 away.
+def test_the_three_modes_have_the_same_gradient_for_y0_times_and_both_modules_parameters(method, reverse):
+    # On a grid the adjoint is that of the flow. rk4 with h = 0.1 differs from the flow by about h^4.
     limit = 1e-3 if method == "rk4" else ADJOINT_ERROR
     found = zip(*(gradients_of(gradient, method, reverse=reverse) for gradient in MODES), strict=True)
     for i, (backprop, adjoint, discrete) in enumerate(found):
         time = i == 1 and method == "dopri5"
         assert relative_difference(discrete, backprop) < (TIME_ERROR if time else SAME)
-        # Between the grid's points y is linear, which is what backprop differentiates by time: no match is asked for.
+        # Between the points of the grid y is linear, and backprop differentiates that by time: the modes may differ.
         assert relative_difference(adjoint, backprop) < (TIME_ERROR if time else limit) or (i == 1 and not time)
 
 
 @pytest.mark.parametrize("method", ["scipy_solver", "explicit_adams"])
-def test_the_adjoint_of_other_methods_has_that_gradient_too(method):
+def test_the_adjoint_of_other_methods_has_the_same_gradient_too(method):
     # LSODA's dense output is of lower order than its steps; Adams takes steps of 0.1, and order 4 builds up.
     rtol, limit = (1e-8, 1e-4) if method == "scipy_solver" else (1e-8, 1e-2)
     expected = gradients_of("backprop", rtol=rtol, atol=rtol)
@@ -332,7 +332,7 @@ def test_the_gradient_up_to_an_event_is_the_same_in_every_mode():
     expected = gradients_of("backprop", event_fn=event)
     for gradient in ("adjoint", "discrete"):
         found = gradients_of(gradient, event_fn=event)
-        # But for t: backprop holds the event's time relative to t[0], the others hold the time itself.
+        # Except for t: for backprop the event's time relative to t[0] is constant, for the others the time itself.
         for i, (a, b) in enumerate(zip(found, expected, strict=True)):
             assert i == 1 or relative_difference(a, b) < ADJOINT_ERROR
 
@@ -363,7 +363,7 @@ def test_gradcheck(gradient):
 
 
 def test_the_parameters_of_a_replica_are_found_beside_the_integral():
-    """DataParallel makes parameters plain tensors that hang on the original's."""
+    """DataParallel makes the parameters of a replica plain tensors, computed from the original ones."""
 
     class Replica(nn.Module):
         _is_replica = True
@@ -394,7 +394,7 @@ def test_the_layer_trains_the_integrand_too(gradient):
     assert "integral" in str(layer)
 
 
-def test_an_integrand_whose_parameters_are_in_no_module_is_told_of():
+def test_an_integrand_whose_parameters_are_in_no_module_gives_a_warning():
     weight = torch.ones(2, dtype=F64, requires_grad=True)
     with pytest.warns(UserWarning, match="requires a gradient and .* was not told of"):
         solve(MLP(dim=2), Y, T, integral=lambda t, y, dy: dy @ weight, gradient="discrete")
@@ -469,7 +469,7 @@ def writes(t, y):
         ),
     ],
 )
-def test_a_mistake_is_answered_by_a_sentence_with_the_mend(call, classes, words):
+def test_the_error_for_a_mistake_says_what_to_change(call, classes, words):
     with pytest.raises(classes, match=words):
         call()
 
@@ -484,8 +484,8 @@ def test_the_kinetic_penalty_is_the_closed_form_for_each_sample():
     assert relative_difference(solution.integral, 0.3 * decayed(T)) < 1e-6
 
 
-def test_the_jacobian_penalty_of_a_linear_field_is_the_length_of_its_transpose_times_the_noise():
-    """Exact to rounding: the integrand is constant."""
+def test_the_jacobian_penalty_of_a_linear_field_is_the_norm_of_its_transpose_times_the_noise():
+    """The integral is exact to rounding, because the integrand is constant."""
     solution = solve(regularized(linear, jacobian=0.2, noise=EPS), Y, T)
     expected = 0.2 * (EPS @ A).square().sum(-1) * T[:, None]
     assert relative_difference(solution.integral, expected) < 100 * ROUNDING[F64]
@@ -502,7 +502,7 @@ def test_backwards_in_time_penalties_are_positive():
     solution = solve(regularized(linear, 0.3, 0.2, noise=EPS), Y, T.flip(0))
     forward = solve(regularized(lambda t, y: -linear(t, y), 0.3, 0.2, noise=EPS), Y, T)
     assert (solution.integral[1:] > 0).all()
-    # The same flow, run as time goes on.
+    # The same flow, forwards in time.
     assert relative_difference(solution.integral, forward.integral) < 1e-12
 
 
@@ -526,7 +526,7 @@ def test_steps_evaluations_and_solution_are_those_of_func_alone(method, weights)
 
 
 @pytest.mark.parametrize("tolerance", [1e-5, torch.tensor([1e-4, 1e-6], dtype=F64)])
-def test_they_are_also_with_a_norm_of_the_users_and_tolerances_for_elements(tolerance):
+def test_penalties_change_no_step_with_a_custom_norm_and_per_element_tolerances(tolerance):
     arguments = dict(rtol=tolerance, atol=tolerance, options=dict(norm=lambda y: y.abs().max()))
     alone, with_penalty = (
         solve(f, Y, T, **arguments) for f in (linear, regularized(linear, kinetic=1e3, jacobian=1e3))
@@ -536,22 +536,22 @@ def test_they_are_also_with_a_norm_of_the_users_and_tolerances_for_elements(tole
 
 
 def test_the_steps_of_lsoda_are_those_of_func_alone():
-    """Its norm is the largest element, where those of scipy's other solvers are means over all of them."""
+    """The norm of lsoda is the largest element. The norms of scipy's other solvers are means over all elements."""
     alone, with_penalty = (solve(f, Y, T, method="scipy_solver") for f in (linear, regularized(linear, 1e3, 1e3)))
     assert with_penalty.stats.nfe == alone.stats.nfe
     assert relative_difference(with_penalty.ys, alone.ys) < 1e-12
 
 
-def test_an_integral_of_the_users_does_take_part():
-    """What the tests above would not see if integrals never did."""
+def test_an_integral_of_the_user_takes_part_in_step_control():
+    """Without this test, the tests above would pass if no integral took part in step control."""
     alone = solve(linear, Y, T, rtol=1e-4, atol=1e-5)
     beside = solve(linear, Y, T, rtol=1e-4, atol=1e-5, integral=lambda t, y, dy: 1e3 * torch.sin(20 * y).sum())
     assert beside.stats.nfe > alone.stats.nfe
 
 
 @pytest.mark.parametrize("given", [dict(), dict(adjoint_rtol=1e-13, adjoint_atol=1e-6)], ids=str)
-def test_the_backward_pass_takes_as_many_steps_whatever_the_size_of_s(given):
-    """A penalty a million times larger, and a loss that sees it with a millionth of the weight."""
+def test_the_backward_steps_do_not_depend_on_the_size_of_the_penalty(given):
+    """The penalty is a million times larger, and its weight in the loss is a millionth."""
     func, nfe = MLP(dim=2, seed=3), []
     for size in (1.0, 1e6):
         solution = solve(regularized(func, kinetic=size), Y, T, gradient="adjoint", **given)
@@ -581,8 +581,8 @@ def test_noise_is_drawn_once_a_solve_and_again_by_the_same_seed(noise):
     assert relative_difference(first, first[-1] * T[:, None] / T[-1]) < 1e-12
 
 
-def test_rademacher_noise_is_exact_for_a_field_of_each_element_by_itself():
-    """eps^2 = 1: the penalty is the sum of the squares of the slopes."""
+def test_rademacher_noise_is_exact_for_an_elementwise_field():
+    """eps^2 = 1, so the penalty is the sum of the squared slopes."""
     slopes = torch.tensor([2.0, -0.5], dtype=F64)
     solution = solve(regularized(lambda t, y: slopes * y, jacobian=1.0, noise="rademacher"), Y, T)
     assert relative_difference(solution.integral[-1], slopes.square().sum().expand(3) * T[-1]) < 1e-12
@@ -607,7 +607,7 @@ def test_the_penalty_is_one_number_a_sample(y0, shape, weights):
 
 
 class Flow(nn.Module):
-    """(z, logp) of a continuous normalizing flow, with a divergence of its own."""
+    """(z, logp) of a continuous normalizing flow, which computes a divergence."""
 
     def __init__(self):
         super().__init__()
@@ -619,7 +619,7 @@ class Flow(nn.Module):
 
 
 @pytest.mark.parametrize("parts", [0, -2, (0,), None], ids=str)
-def test_parts_choose_the_components_that_count(parts):
+def test_parts_selects_the_components_of_the_penalty(parts):
     state = (Y, torch.zeros(3, dtype=F64))
     noise = (EPS, torch.zeros(3, dtype=F64)) if parts is None else EPS
     solution = solve(regularized(Flow(), 0.5, 0.2, parts=parts, noise=noise), state, T)
@@ -658,7 +658,7 @@ def test_a_field_that_writes_into_its_argument_gets_a_copy():
 
 
 @pytest.mark.parametrize("context", [contextlib.nullcontext, torch.no_grad, torch.inference_mode])
-def test_where_nothing_wants_a_gradient_nothing_is_recorded(context):
+def test_nothing_is_recorded_if_nothing_requires_a_gradient(context):
     with context():
         solution = solve(regularized(lambda t, y: y * torch.cos(t), jacobian=0.1, noise=EPS), Y, T)
         assert not solution.ys.requires_grad and not solution.integral.requires_grad
@@ -667,7 +667,7 @@ def test_where_nothing_wants_a_gradient_nothing_is_recorded(context):
     assert relative_difference(solution.integral, expected) < 1e-6
 
 
-def test_calling_it_is_calling_func():
+def test_calling_a_regularized_field_calls_func():
     func = MLP(dim=2)
     wrapped = regularized(func, kinetic=0.1)
     assert torch.equal(wrapped(T[0], Y), func(T[0], Y))
@@ -677,22 +677,22 @@ def test_calling_it_is_calling_func():
 
 # ------------------------------------------------------------------ the gradients of regularized
 def penalty_gradients(gradient, weights, *, func=None, y0=Y, integral=None, method="dopri5"):
-    """Of a loss of y and of the penalty by y0, t and the parameters."""
+    """Return the gradients of a loss of y and the penalty by y0, t and the parameters."""
     func = MLP(dim=2, seed=1, timed=True) if func is None else func
     starts = [part.clone().requires_grad_() for part in ((y0,) if isinstance(y0, torch.Tensor) else y0)]
     t = T.clone().requires_grad_()
     field = func if integral is not None else regularized(func, **weights)
     state = starts[0] if isinstance(y0, torch.Tensor) else tuple(starts)
     with warnings.catch_warnings():
-        warnings.simplefilter("error")  # a leaf of our own in the graph would be told of as one of the user's
+        warnings.simplefilter("error")  # a new leaf in the graph would give the warning for a tensor of the user
         solution = solve(field, state, t, gradient=gradient, integral=integral, method=method, **BY_ADJOINT)
     loss = loss_of(solution.ys) + loss_of(solution.integral)
     return torch.autograd.grad(loss, (*starts, t, *func.parameters()))
 
 
 @pytest.mark.parametrize("gradient", MODES)
-def test_it_is_that_of_the_same_integral_written_by_hand(gradient):
-    """For a field whose Jacobian is known: tanh(y W^T), which is diag(1 - tanh^2) W."""
+def test_the_penalty_is_that_of_the_same_integral_written_by_hand(gradient):
+    """The field is tanh(y W^T). Its Jacobian is diag(1 - tanh^2) W."""
 
     class Known(nn.Module):
         def __init__(self):
@@ -709,7 +709,7 @@ def test_it_is_that_of_the_same_integral_written_by_hand(gradient):
 
     expected = penalty_gradients(gradient, {}, func=func, integral=by_hand)
     found = penalty_gradients(gradient, dict(kinetic=0.3, jacobian=0.7, noise=EPS), func=func)
-    # The steps of the former do not know of the penalty, which is of the order of y1 but of no known tolerance.
+    # The steps of the former do not depend on the penalty, which is of the size of y1 and has no known tolerance.
     assert all(relative_difference(a, b) < 1e-4 for a, b in zip(found, expected, strict=True))
 
 
@@ -744,7 +744,7 @@ def test_the_gradient_of_a_field_that_is_no_module(gradient):
 
 
 @pytest.mark.parametrize("method", ["rk4", "explicit_adams"])
-def test_fixed_grids_have_its_gradient_too(method):
+def test_the_penalty_has_the_same_gradient_on_fixed_grids(method):
     backprop = penalty_gradients("backprop", dict(kinetic=0.5, jacobian=0.5, noise=EPS), method=method)
     other = "discrete" if method == "rk4" else "adjoint"
     found = penalty_gradients(other, dict(kinetic=0.5, jacobian=0.5, noise=EPS), method=method)
@@ -780,7 +780,7 @@ def test_the_layer_returns_the_penalty_and_training_lowers_it(gradient):
     assert layer.stats.nfe_backward > 0 or gradient == "backprop"
 
 
-def test_up_to_an_event_the_penalty_is_that_of_the_way():
+def test_the_penalty_up_to_an_event_is_that_of_the_path_to_it():
     y0 = torch.ones(1, 2, dtype=F64)
     solution = solve(regularized(decay, kinetic=1.0), y0, T[:2], event_fn=lambda t, y: y[0, 0] - 0.5)
     # int_0^{log 2} 2 e^{-2t} dt
@@ -789,7 +789,7 @@ def test_up_to_an_event_the_penalty_is_that_of_the_way():
 
 
 @pytest.mark.parametrize("noise", ["gaussian", "rademacher"])
-def test_in_torch_func_noise_is_drawn_once_or_refused_for_each_sample(noise):
+def test_under_torch_func_noise_is_drawn_once_or_refused_for_each_sample(noise):
     def penalty(y0):
         return solve(regularized(MLP(dim=2, seed=1), jacobian=1.0, noise=noise), y0, T, gradient="adjoint").integral
 

@@ -1,4 +1,4 @@
-"""Tolerances and norms: what counts as a small error of a step."""
+"""Tolerances and norms: they decide whether the error of a step is small."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from timed import Y, exact, timed
 from node_cuda import odeint, solve
 
 
-def test_a_component_with_a_loose_tolerance_takes_no_part_in_the_step_control():
+def test_a_component_with_a_loose_tolerance_does_not_affect_the_step_size():
     def func(t, y):
         return torch.stack([-y[0], 30 * torch.cos(30 * t)])
 
@@ -19,7 +19,7 @@ def test_a_component_with_a_loose_tolerance_takes_no_part_in_the_step_control():
     assert first.stats.nfe < both.stats.nfe / 2
 
 
-def test_tolerances_may_be_given_by_element_by_component_and_as_tensors():
+def test_tolerances_may_be_given_for_elements_for_components_and_as_tensors():
     t = linspace(0.0, 1.0, 3)
     plain = odeint(timed, Y, t, rtol=1e-5, atol=1e-7)
     elementwise = odeint(timed, Y, t, rtol=torch.full((2,), 1e-5, dtype=F64), atol=torch.tensor(1e-7, dtype=F64))
@@ -34,7 +34,7 @@ def test_tolerances_may_be_given_by_element_by_component_and_as_tensors():
     assert relative_difference(tupled, plain) < 1e-10
 
 
-def test_rtol_of_zero_controls_by_atol_alone():
+def test_with_rtol_zero_only_atol_controls_the_step():
     t = linspace(0.0, 2.0, 3)
     ys = odeint(timed, Y, t, rtol=0.0, atol=1e-6)
     assert relative_difference(ys, exact(t)) < 1e-4
@@ -70,7 +70,7 @@ def test_a_larger_norm_takes_more_evaluations():
 
 
 def test_the_norm_of_a_tuple_is_the_largest_of_its_components():
-    """A long quiet component does not dilute the error of a short lively one."""
+    """A large component with a small error does not hide the error of a small component."""
 
     def func(t, state):
         return 30 * torch.cos(30 * t) * torch.ones_like(state[0]), torch.zeros_like(state[1])

@@ -1,6 +1,6 @@
-"""Rounding over many small steps: the error of single precision is that of adding exact increments, and no more.
+"""Rounding over many small steps: the error of single precision is only that of a sum of exact increments.
 
-The error is that of float32 against float64 by the same method on the same grid, so nothing but rounding is in it.
+The error is the difference between float32 and float64 with the same method and grid, so it contains only rounding.
 """
 
 from __future__ import annotations
@@ -17,30 +17,30 @@ from node_cuda import TABLEAUS, odeint, odeint_adjoint
 from node_cuda.kernels import reference
 
 STEPS = 1500
-MOST = 1.2  # times the error that torchdiffeq, or a sum of exact increments, has
+MOST = 1.2  # times the error of torchdiffeq, or of a sum of exact increments
 T = torch.tensor([0.0, 4.0], dtype=F64)
 Y0 = torch.linspace(2.0, 4.0, 64, dtype=F64)
 ADAMS = ("explicit_adams", "implicit_adams")
 
 
 def slow(t, y):
-    """Increments that are small beside y, and not whole numbers of units in its last place."""
+    """A field whose increments are small compared with y, and are no whole numbers of units in its last place."""
     return 0.2 + 0.05 * torch.sin(y)
 
 
 def steps_of(method):
-    return STEPS if method != "dopri8" else STEPS // 3  # which has three times as many stages
+    return STEPS if method != "dopri8" else STEPS // 3  # this method has three times as many stages
 
 
 def settings(method):
-    """The same small steps in either precision: loose tolerances, so that none is rejected."""
+    """Return settings for the same small steps in both precisions. The tolerances are loose, so no step is rejected."""
     name = "max_step" if method in TABLEAUS and TABLEAUS[method].adaptive else "step_size"
     order = dict(max_order=4) if method in ADAMS else {}
     return dict(method=method, options={name: 4.0 / steps_of(method), **order}, rtol=1e-3, atol=1e-3)
 
 
 def error_of(solve, method):
-    """Root mean square over the state."""
+    """Return the root mean square of the error over the state."""
     wide = odeint(slow, Y0, T, **settings(method))[-1]
     narrow = solve(slow, Y0.float(), T.float(), **settings(method))[-1]
     return float((narrow.double() - wide).square().mean().sqrt())
@@ -48,7 +48,7 @@ def error_of(solve, method):
 
 @functools.lru_cache
 def error_of_a_sum(steps):
-    """Of float32 that adds the exact increments of the steps, rounded: the least that steps can do."""
+    """Return the error of a float32 sum of the exact, rounded increments: the smallest possible error of steps."""
     path = odeint(slow, Y0, torch.linspace(0.0, 4.0, steps + 1, dtype=F64), method="rk4").numpy()
     y = path[0].astype(np.float32)
     for increment in np.diff(path, axis=0):
@@ -56,8 +56,8 @@ def error_of_a_sum(steps):
     return float(np.sqrt(np.mean((y - path[-1]) ** 2)))
 
 
-# Methods whose steps end by the same sum cannot round differently: one of each kind. What is left out has more than two
-# stages, and the end of one of its steps is looked at below.
+# Methods with the same last sum in a step cannot round differently, so there is one method of each kind. The methods
+# that are left out have more than two stages, and a test below checks the end of one of their steps.
 KINDS = [name for name, tableau in TABLEAUS.items() if tableau.stages <= 2] + ["rk4", "dopri5", "dopri8", *ADAMS]
 
 
@@ -67,7 +67,7 @@ def test_many_small_steps_round_as_a_sum_of_their_increments_and_as_torchdiffeqs
     error = error_of(odeint, method)
     assert error <= MOST * error_of_a_sum(steps_of(method))
     theirs = pytest.importorskip("torchdiffeq._impl.odeint").SOLVERS
-    if method in theirs and method != "tsit5":  # whose steps are wrong there
+    if method in theirs and method != "tsit5":  # its steps are wrong there
         assert error <= MOST * error_of(torchdiffeq.odeint, method)
 
 
@@ -112,7 +112,7 @@ def test_the_gradient_of_a_parameter_rounds_once_a_step(gradient):
 
 
 @pytest.mark.parametrize("method", ["euler", "midpoint", "heun3", "rk4"])
-def test_an_event_on_a_grid_of_single_precision_is_where_torchdiffeq_finds_it(method, torchdiffeq):
+def test_an_event_on_a_grid_of_single_precision_is_that_of_torchdiffeq(method, torchdiffeq):
     """torchdiffeq's own test: y = 0.2 t + 3 reaches its value of t = 2.5556 by steps of 0.01."""
 
     def constant(t, y):

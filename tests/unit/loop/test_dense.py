@@ -1,4 +1,4 @@
-"""Dense output: the solution at any time of its interval, with every method."""
+"""Dense output: the solution at any time in its interval, with every method."""
 
 from __future__ import annotations
 
@@ -96,7 +96,7 @@ def test_dense_output_of_a_complex_state():
     assert relative_difference(y(T0 + 0.5), y0 * torch.exp(torch.tensor(1j, dtype=torch.complex128))) < 1e-5
 
 
-def test_dense_output_of_dopri8_is_its_accurate_one():
+def test_dense_output_of_dopri8_uses_its_accurate_interpolant():
     """A method of order 8 with outputs of a quartic loses two digits there."""
     t = linspace(0.25, 2.0, 57)
     arguments = precise("dopri8")
@@ -109,8 +109,8 @@ def test_dense_output_of_dopri8_is_its_accurate_one():
 
 @pytest.mark.parametrize("method", ["bosh3", "adaptive_heun", "fehlberg2"])
 def test_an_accurate_interpolant_that_costs_nothing_is_the_default(method):
-    """The outputs of bosh3 are as good as its steps, and torchdiffeq's are 10,000 times worse; those of the methods of
-    order 2 are not far from their steps here (but see the parabola above)."""
+    """The outputs of bosh3 are as accurate as its steps; torchdiffeq's are 10,000 times worse. The outputs of the
+    methods of order 2 are almost as accurate as their steps here (but see the parabola above)."""
     t = linspace(0.25, 2.0, 57)
     errors, nfe = {}, {}
     for choice in ("default", "accurate", "torchdiffeq"):

@@ -1,4 +1,4 @@
-"""Events end a solve where a function of time and state is zero."""
+"""Events: a solve ends when a function of time and state is zero."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def test_the_second_time_gives_the_direction_only():
 
 
 def test_an_event_in_the_past_is_found_by_running_backwards():
-    """The ball was at height 5 on its way up."""
+    """The ball was at height 5 when it went up."""
     past = (2.0 - math.sqrt(4.0 + 2 * G * 5.0)) / G
     event_t, ys = odeint_event(
         fall, START, T0, event_fn=lambda t, y: y[0] - 5.0, reverse_time=True, rtol=1e-8, atol=1e-8
@@ -106,7 +106,7 @@ def test_the_event_of_a_tuple_state_sees_a_tuple():
         assert float(event_t) == pytest.approx(LANDING, abs=1e-6)
 
 
-def test_the_event_is_as_exact_as_atol_says():
+def test_the_event_is_located_to_atol():
     for atol in (1e-3, 1e-9):
         event_t, _ = odeint(fall, START, torch.stack([T0, T0 + 1]), event_fn=ground, rtol=1e-9, atol=atol)
         assert abs(float(event_t) - LANDING) <= atol
@@ -118,7 +118,7 @@ def test_per_element_tolerances_do_not_break_the_search_of_an_event():
     assert float(event_t) == pytest.approx(LANDING, abs=1e-6)
 
 
-def test_a_solution_carries_the_time_of_its_event():
+def test_a_solution_has_the_time_of_its_event():
     func = Counting(fall)
     solution = solve(func, START, torch.stack([T0, T0 + 1]), event_fn=ground)
     assert float(solution.event_t) == pytest.approx(LANDING, abs=1e-6)
@@ -139,10 +139,10 @@ def test_the_event_is_that_of_torchdiffeq(torchdiffeq):
         assert relative_difference(ys, zs) < 1e-8
 
 
-# Time that runs backwards is turned round before any method sees it: one method shows it.
+# Time that runs backwards is reversed before a method gets it, so one method is enough.
 @pytest.mark.parametrize(("method", "reverse"), [*((name, False) for name in ADAPTIVE), ("dopri5", True)])
-def test_the_event_of_a_parabola_is_where_it_is_by_every_adaptive_method(method, reverse):
-    """Steps of a parabola are exact and grow, so that the interpolant alone decides (torchdiffeq issue 199)."""
+def test_the_event_of_a_parabola_is_exact_with_every_adaptive_method(method, reverse):
+    """The steps of a parabola are exact and large, so the error is that of the interpolant (torchdiffeq issue 199)."""
     sign = -1.0 if reverse else 1.0
 
     def parabola(t, y):
@@ -165,13 +165,13 @@ def event_of_a_wave(**options):
     return float(solution.event_t), func.nfe
 
 
-def test_two_crossings_in_one_step_are_found_where_points_inside_are_looked_at():
+def test_two_crossings_in_one_step_are_found_if_points_inside_are_checked():
     loose = dict(first_step=1.3, min_step=1.3)
     right = math.pi + math.asin(0.9)
     missed, _ = event_of_a_wave(**loose)
     found, nfe = event_of_a_wave(**loose, event_checks=8)
-    assert missed > right + 1.0 and found == pytest.approx(right, abs=0.02)  # as good as such steps are
-    assert nfe == 1 + 6 * 4  # four steps, the points inside of them cost nothing
+    assert missed > right + 1.0 and found == pytest.approx(right, abs=0.02)  # the accuracy of such steps
+    assert nfe == 1 + 6 * 4  # four steps; the points inside them cost nothing
 
 
 def test_only_the_step_of_an_event_pays_for_the_accurate_interpolant_of_dopri8():
@@ -183,7 +183,7 @@ def test_only_the_step_of_an_event_pays_for_the_accurate_interpolant_of_dopri8()
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint", "discrete"])
-def test_points_inside_a_step_are_looked_at_in_every_gradient_mode(gradient):
+def test_points_inside_a_step_are_checked_in_every_gradient_mode(gradient):
     options = dict(first_step=1.3, min_step=1.3, event_checks=8)
     y0 = torch.tensor([0.0, 1.0], dtype=F64, requires_grad=True)
     solution = solve(

@@ -1,4 +1,4 @@
-"""Fixed grids: where the steps are, what lies between them, and the methods that live on them only."""
+"""Fixed grids: their steps, the interpolation between them, and the methods that need them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def exact(t, y0=Y):
 
 def step_times(method="rk4", t=None, **options) -> list[float]:
     t = linspace(0.0, 1.0, 3) if t is None else t
-    # (tolerances: of the functional iteration of implicit_adams, nothing else)
+    # (only the functional iteration of implicit_adams uses the tolerances)
     options = dict(options, record_steps=True)
     return solve(timed, Y, t, rtol=1e-2, atol=1e-2, method=method, options=options).stats.step_times
 
@@ -43,7 +43,7 @@ def test_step_size_gives_equal_steps_and_the_last_one_ends_at_the_last_output(me
     assert step_times(method, step_size=0.3) == pytest.approx([0.0, 0.3, 0.6, 0.9, 1.0], abs=1e-15)
 
 
-def test_a_step_size_that_divides_the_interval_gives_no_sliver_at_the_end():
+def test_a_step_size_that_divides_the_interval_gives_no_tiny_last_step():
     assert step_times(step_size=0.1) == pytest.approx([i / 10 for i in range(11)], abs=1e-12)
 
 
@@ -55,7 +55,7 @@ def test_a_step_size_longer_than_the_interval_gives_one_step():
     assert step_times(step_size=5.0) == [0.0, 1.0]
 
 
-def test_the_grid_constructor_says_where_the_steps_are():
+def test_the_grid_constructor_gives_the_ends_of_the_steps():
     seen = []
 
     def grid(func, y0, t):
@@ -81,7 +81,7 @@ def test_the_grid_constructor_gets_and_gives_the_users_times_when_time_runs_back
     assert torch.equal(seen[0], t)
 
 
-def test_the_grid_constructor_of_a_tuple_state_sees_it_flat():
+def test_the_grid_constructor_of_a_tuple_state_gets_the_flat_state():
     problem, seen = BY_NAME["tuple"], []
 
     def grid(func, y0, t):
@@ -94,7 +94,7 @@ def test_the_grid_constructor_of_a_tuple_state_sees_it_flat():
 
 # ------------------------------------------------------------------ between the steps
 @pytest.mark.parametrize(("interp", "order"), [("linear", 2), ("cubic", 4)])
-def test_interpolation_is_of_its_order(interp, order):
+def test_every_interpolation_has_its_order(interp, order):
     t = linspace(0.0, 1.0, 38)
     errors = []
     for h in (1 / 8, 1 / 16):
@@ -128,7 +128,7 @@ def test_interpolation_agrees_with_torchdiffeq(method, torchdiffeq):
 
 # ------------------------------------------------------------------ discontinuities
 def jump(t, y):
-    """y' = 1 up to and including... neither: the value at t = 1/2 itself is far off."""
+    """A field with a jump at t = 1/2. Its value at t = 1/2 itself is far from both sides."""
     slope = torch.where(t < 0.5, 1.0, 3.0)
     return torch.where(t == 0.5, 1000.0, slope) * torch.ones_like(y)
 
@@ -146,7 +146,7 @@ def test_without_perturb_the_grid_point_itself_is_evaluated():
     assert float(ys[-1]) > 100
 
 
-def test_perturb_points_into_the_step_when_time_runs_backwards():
+def test_perturb_shifts_into_the_step_when_time_runs_backwards():
     t = torch.tensor([1.0, 0.5, 0.0], dtype=F64)
     ys = odeint(jump, torch.zeros(1, dtype=F64), t, method="heun2", options=dict(perturb=True))
     assert ys[:, 0].tolist() == pytest.approx([0.0, -1.5, -2.0], abs=1e-12)
@@ -162,7 +162,7 @@ def test_every_fixed_method_solves_every_kind_of_problem(method, name):
     ys = odeint(problem.make(), problem.y0, problem.t, method=method, options=options)
     truth = torch.stack([problem.exact(t) for t in problem.t])
     # the local error constant of these problems is below 100 for every method, as their rates are below 3
-    # (linear interpolation between the steps adds one of second order)
+    # (linear interpolation between the steps adds an error of second order)
     assert relative_difference(ys, truth) <= 100 * max((1 / 64) ** order, (1 / 64) ** 2 / 20)
 
 
@@ -184,8 +184,8 @@ def test_steps_are_counted_and_none_is_rejected(method):
 
 
 @pytest.mark.parametrize("method", FIXED)
-def test_a_fixed_method_reads_nothing_back_step_by_step(method):
-    """The grid is known beforehand: the host reads of a solve do not grow with its steps."""
+def test_a_fixed_method_needs_no_host_read_for_each_step(method):
+    """The grid is known before the solve, so the number of host reads does not grow with the steps."""
     if method == "implicit_adams":
         pytest.skip("its functional iteration tests for convergence")
     reads = [

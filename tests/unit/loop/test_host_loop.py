@@ -1,4 +1,4 @@
-"""What a step costs: tensor operations, host reads and saved memory, counted where torch dispatches them."""
+"""The cost of a step: tensor operations, host reads and saved memory, counted in torch's dispatcher."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ EVERYTHING = dict(rtol=1e3, atol=1e3)  # every step is accepted
 
 
 def is_view(op) -> bool:
-    """Whether an operation returns an alias of an input that it does not write to: no data moves."""
+    """Return whether an operation returns an alias of an input that it does not write to, so that no data moves."""
     return any(r.alias_info is not None and not r.alias_info.is_write for r in op._schema.returns)
 
 
 class OpCounter(TorchDispatchMode):
-    """Counts tensor operations that are no views, host reads, and the elements that the operations write."""
+    """Counts tensor operations except views, host reads, and the elements that the operations write."""
 
     def __init__(self):
         super().__init__()
@@ -53,7 +53,7 @@ class OpCounter(TorchDispatchMode):
 
 
 class Silent(torch.autograd.Function):
-    """y' = -sum(p) y cos t and its derivatives, with the counter paused in both directions."""
+    """The field y' = -sum(p) y cos t and its derivatives, with the counter paused in both passes."""
 
     @staticmethod
     def forward(ctx, counter, t, y, *params):
@@ -74,7 +74,7 @@ class Silent(torch.autograd.Function):
 
 
 class SilentField(nn.Module):
-    """A field whose own operations are not counted; `count` parameter tensors of different shapes."""
+    """A field whose operations are not counted, with `count` parameter tensors of different shapes."""
 
     def __init__(self, counter: OpCounter, count: int):
         super().__init__()
@@ -97,7 +97,7 @@ def forward_cost(odeint, steps, *, grad=False, outputs=2, **options):
 
 
 def slope(cost, few=8, many=24):
-    """(operations, host reads) that one more step costs: constant costs of a solve drop out."""
+    """Return (operations, host reads) of one more step, without the constant costs of a solve."""
     (a, steps_a), (b, steps_b) = cost(few), cost(many)
     steps = steps_b - steps_a
     assert steps >= (many - few) * 0.9
@@ -117,14 +117,14 @@ def test_a_step_of_the_forward_pass_of_the_adjoint_costs_no_more():
     assert reads <= 1
 
 
-def test_the_count_is_that_of_torchdiffeq_where_torchdiffeq_was_counted(torchdiffeq):
-    """The same measurement finds about torchdiffeq's 142 operations and its 18 reads: it counts what is meant."""
+def test_the_counter_finds_the_known_counts_of_torchdiffeq(torchdiffeq):
+    """The same measurement finds about 142 operations and 18 reads for torchdiffeq, so the counter is right."""
     ops, reads = slope(lambda steps: forward_cost(torchdiffeq.odeint, steps))
     assert 130 <= ops <= 160
     assert 15 <= reads <= 20
 
 
-def test_a_step_that_holds_no_output_pays_nothing_for_dense_output():
+def test_a_step_without_an_output_pays_nothing_for_dense_output():
     few, _ = forward_cost(odeint, 60, outputs=2)
     for dense in ({}, dict(dense="accurate")):
         more, _ = forward_cost(odeint, 60, outputs=2, **dense)
@@ -146,7 +146,7 @@ def test_the_host_reads_that_are_reported_are_those_that_happen():
 
 
 def test_rejected_steps_cost_no_more_than_accepted_ones():
-    """One more rejected step is six evaluations and no outputs."""
+    """One more rejected step costs six evaluations and no outputs."""
     counter = OpCounter()
     func = SilentField(counter, 1)
     with counter, torch.no_grad():
@@ -176,7 +176,7 @@ def backward_cost(steps, count=3, *, time=False, odeint_adjoint=odeint_adjoint, 
 
 @pytest.mark.parametrize("time", [False, True], ids=["", "with dL/dt"])
 @pytest.mark.parametrize("options", [dict(), dict(norm="seminorm")], ids=["default", "seminorm"])
-def test_a_step_of_the_adjoint_costs_at_most_80_operations_whatever_the_number_of_parameters(options, time):
+def test_a_step_of_the_adjoint_costs_at_most_80_operations_for_any_number_of_parameters(options, time):
     ops, reads = slope(lambda steps: backward_cost(steps, 24, time=time, **options))
     assert ops <= BACKWARD_STEP_OPS
     assert reads <= 1
@@ -188,7 +188,7 @@ def test_the_number_of_parameter_tensors_does_not_matter():
     assert many <= few + 1
 
 
-def test_the_backward_count_is_that_of_torchdiffeq_where_torchdiffeq_was_counted(torchdiffeq):
+def test_the_counter_finds_the_known_backward_counts_of_torchdiffeq(torchdiffeq):
     ops, reads = slope(lambda steps: backward_cost(steps, 4, odeint_adjoint=torchdiffeq.odeint_adjoint))
     assert 170 <= ops <= 260
     assert 18 <= reads <= 30
@@ -197,7 +197,7 @@ def test_the_backward_count_is_that_of_torchdiffeq_where_torchdiffeq_was_counted
 # ------------------------------------------------------------------ memory and length
 @contextlib.contextmanager
 def saved_elements():
-    """The elements that autograd keeps for the backward pass, each storage once."""
+    """Return the elements that autograd saves for the backward pass. Each storage counts once."""
     storages: dict[int, int] = {}
 
     def pack(tensor):
@@ -230,8 +230,8 @@ def test_backprop_saves_in_proportion_to_the_steps():
 
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
 def test_backprop_through_many_outputs_costs_in_proportion_to_their_number(method):
-    """Elements written in both passes. torchdiffeq copies the whole solution for each output: four times the outputs,
-    sixteen times the work."""
+    """The test counts elements written in both passes. torchdiffeq copies the whole solution for each output: four
+    times the outputs cost sixteen times the work."""
 
     def elements(outputs):
         y0 = torch.ones(256, dtype=F64, requires_grad=True)

@@ -1,4 +1,4 @@
-"""scipy_solver: the solver that was named, with the dtype, the shape and the times of the caller."""
+"""scipy_solver: the named solver of scipy, with the dtype, the shape and the times of the caller."""
 
 from __future__ import annotations
 

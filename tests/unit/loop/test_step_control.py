@@ -1,4 +1,4 @@
-"""Steps: the first, the longest, the shortest, those that must end somewhere, and those that are rejected."""
+"""Steps: the first, the longest, the shortest, those with a given end, and rejected ones."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def test_no_step_is_longer_than_max_step():
     assert max(b - a for a, b in itertools.pairwise(times)) <= 0.125 * (1 + 1e-12)
 
 
-def test_a_step_of_min_step_is_accepted_whatever_its_error():
+def test_a_step_of_size_min_step_is_accepted_with_any_error():
     times, solution = steps(lambda t, y: -1e3 * y, t=linspace(0.0, 0.01, 2), min_step=1e-3, rtol=1e-12, atol=1e-12)
     assert min(b - a for a, b in itertools.pairwise(times)) >= 1e-3 * (1 - 1e-9)
     assert solution.status is Status.SUCCESS
@@ -48,15 +48,15 @@ def test_step_t_may_be_unsorted_a_list_and_reach_beyond_the_interval():
 
 
 @pytest.mark.parametrize("key", ["step_t", "jump_t"])
-def test_a_step_that_is_rounded_up_to_max_step_is_not_rejected_for_ever(key):
-    """1/2 - (1/6 + 1/6) is an ulp more than 1/6: the third step, cut to end on 1/2, exceeds max_step by rounding."""
+def test_a_step_that_is_rounded_above_max_step_is_not_rejected_forever(key):
+    """1/2 - (1/6 + 1/6) is one ulp more than 1/6: the third step must end at 1/2, and exceeds max_step by rounding."""
     options = {key: torch.tensor([0.5, 1.0, 1.5], dtype=F64)}
     times, solution = steps(first_step=1 / 6, max_step=1 / 6, max_num_steps=40, **options, **LOOSE)
     assert {0.5, 1.0, 1.5} <= set(times)
     assert solution.stats.accepted <= 13
 
 
-def test_a_jump_is_hit_and_the_field_is_evaluated_anew_behind_it():
+def test_a_step_ends_at_a_jump_and_the_field_is_evaluated_again_after_it():
     seen = []
 
     def func(t, y):
@@ -109,11 +109,11 @@ def test_the_recorded_steps_start_at_t0_and_cover_the_interval():
     assert all(b > a for a, b in itertools.pairwise(times))
 
 
-def test_steps_are_recorded_on_request_only():
+def test_steps_are_recorded_only_on_request():
     assert solve(timed, Y, linspace(0.0, 1.0, 2)).stats.step_times is None
 
 
-def test_a_jump_that_is_not_told_costs_rejected_steps():
+def test_a_jump_without_jump_t_costs_more_evaluations():
     def func(t, y):
         return torch.where(t < 0.5, 1.0, -3.0) * torch.ones_like(y)
 

@@ -44,8 +44,8 @@ def test_an_explicit_adams_step_costs_one_evaluation_after_the_start():
     assert counts[1] - counts[0] == 40
 
 
-def test_adams_methods_follow_a_grid_of_uneven_steps():
-    """The coefficients belong to equal steps: uneven ones must start afresh or be of lower order, not be wrong."""
+def test_adams_methods_are_right_on_a_grid_of_uneven_steps():
+    """The coefficients are for equal steps. Uneven steps must restart or have a lower order, and not be wrong."""
     t = torch.tensor([0.0, 0.01, 0.02, 0.03, 0.04, 0.05, 0.06, 0.07, 0.1, 0.13, 0.16, 0.2, 0.24, 0.28, 0.32], dtype=F64)
     for method in ("explicit_adams", "implicit_adams"):
         assert max_difference(odeint(timed, Y, t, method=method, options=dict(max_order=4)), exact(t)) < 1e-3

@@ -1,4 +1,4 @@
-"""Every method converges with its order, on a problem that depends on t (a wrong node shows)."""
+"""Every method converges with its order, on a problem that depends on t, so that a wrong node is found."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ TIMES = linspace(0.0, 3.0, 7)  # the largest error of several times: at a single
 EXACT = torch.exp(torch.sin(TIMES))
 
 # The coarsest number of steps in each half unit of time, by order: the finest must still be above rounding.
-# (Powers of two: their sums are exact and meet TIMES without a sliver of a step.)
+# (Powers of two: their sums are exact, so the steps end at TIMES without a tiny last step.)
 COARSEST = {1: 16, 2: 16, 3: 16, 4: 8, 5: 16, 6: 2, 7: 2, 8: 1}
 
 
@@ -24,7 +24,7 @@ def timed(t, y):
 
 
 def largest_error(method: str, steps: int, **options) -> float:
-    """max |y - exact| over TIMES, of a solve in `steps` equal steps from each of them to the next."""
+    """Return max |y - exact| over TIMES, for `steps` equal steps from each of them to the next."""
     h = 0.5 / steps
     if method in TABLEAUS and TABLEAUS[method].adaptive:  # a tolerance that accepts every step
         options |= dict(first_step=h, max_step=h, step_t=TIMES[1:])
@@ -43,14 +43,14 @@ def slope(method: str, coarsest: int, count: int = 4, **options) -> float:
 @pytest.mark.parametrize("name", TABLEAUS)
 def test_halving_the_step_divides_the_error_by_two_to_the_order(name):
     order = TABLEAUS[name].order
-    # Of order 5 the two finest: tsit5 comes down to its order from 5.4, as it rounds less than it did.
+    # For order 5 the two finest grids: the order of tsit5 decreases from 5.4 to 5, because its rounding is smaller now.
     count = 4 if order < 5 else 2 if order == 5 else 3
     assert slope(name, COARSEST[order], count) == pytest.approx(order, abs=SLOPE)
 
 
 @pytest.mark.parametrize("max_order", [4, 5])
 @pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "fixed_adams"])
-def test_adams_methods_have_the_order_that_was_asked_for(method, max_order):
+def test_adams_methods_have_the_requested_order(method, max_order):
     """k past derivatives give order k, and k + 1 with the implicit one; the predictor of order `max_order` uses
     max_order - 1 of them. The leading error terms of the start and of the formula cancel in part at fifth order."""
     order = max_order - 1 if method == "explicit_adams" else max_order
@@ -60,7 +60,7 @@ def test_adams_methods_have_the_order_that_was_asked_for(method, max_order):
 
 @pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams"])
 def test_adams_methods_keep_converging_at_their_default_order(method):
-    """torchdiffeq's explicit_adams has order 1.9 and gets worse on refinement."""
+    """torchdiffeq's explicit_adams has order 1.9, and its error grows on refinement."""
     assert slope(method, 8) >= 4 - SLOPE
 
 

@@ -23,10 +23,10 @@ def test_accurate_dense_output_has_the_order_of_the_method_between_the_steps_too
     for n in (coarse, 2 * coarse):
         options = dict(first_step=2 / n, max_step=2 / n, dense="accurate")
         errors.append(relative_difference(odeint(timed, Y, t, method=name, options=options, **LOOSE), exact(t)))
-    assert math.log2(errors[0] / errors[1]) >= order - 2 * SLOPE  # the outputs lie elsewhere in the finer steps
+    assert math.log2(errors[0] / errors[1]) >= order - 2 * SLOPE  # the outputs are at other places in the finer steps
 
 
-def test_accurate_dense_output_costs_evaluations_only_in_steps_that_hold_an_output():
+def test_accurate_dense_output_costs_evaluations_only_in_steps_with_an_output():
     def nfe(t, **options):
         return steps(t=t, method="dopri8", first_step=0.1, max_step=0.1, **options, **LOOSE)[1].stats.nfe
 

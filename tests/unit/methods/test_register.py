@@ -1,4 +1,4 @@
-"""`register_method`: a tableau of the user's becomes a method, or the message says what is wrong with it."""
+"""`register_method`: a user's tableau becomes a method, or the message says what is wrong with it."""
 
 import math
 from dataclasses import replace
@@ -19,7 +19,7 @@ RALSTON = Tableau("any", order=2, c=row("0 2/3"), a=rows("", "2/3"), b=row("1/4 
 
 @pytest.fixture
 def registered():
-    """Names that are free again after the test."""
+    """Remove the registered names after the test."""
     before = set(TABLEAUS)
     yield
     for name in set(TABLEAUS) - before:
@@ -46,7 +46,7 @@ def test_a_method_that_is_not_fsal_solves_and_differentiates_in_every_mode(regis
         assert float(found) == pytest.approx(-3.0 * math.exp(-1.5), abs=1e-6)
 
 
-def test_an_accepted_step_costs_its_own_evaluations_and_a_rejected_one_one_more(registered):
+def test_accepted_and_rejected_steps_of_a_registered_method_cost_three_evaluations(registered):
     register_method("kutta3", KUTTA3)
     calls = []
 
@@ -93,13 +93,13 @@ def test_an_interpolant_of_the_users_is_kept(registered):
         (dict(carry_last_stage=True), "carry_last_stage is set, but the last stage is not"),
     ],
 )
-def test_a_tableau_that_does_not_keep_what_it_states_is_refused(change, words):
+def test_a_tableau_that_misses_its_stated_order_is_refused(change, words):
     with pytest.raises(InvalidInput, match=f"method 'mine': {words}"):
         register_method("mine", replace(KUTTA3, **change))
     assert "mine" not in TABLEAUS
 
 
-def test_a_name_that_is_taken_and_what_is_no_tableau_are_refused():
+def test_an_existing_name_and_an_object_that_is_no_tableau_are_refused():
     for name in ("dopri5", "scipy_solver", "explicit_adams", "gl4"):
         with pytest.raises(InvalidInput, match=f"the method '{name}' exists already"):
             register_method(name, KUTTA3)

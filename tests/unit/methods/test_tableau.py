@@ -1,4 +1,4 @@
-"""What a tableau refuses and derives from its coefficients."""
+"""The properties that a tableau derives from its coefficients, and the tableaus that it refuses."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from node_cuda.methods.tableau import DenseOutput, Tableau, hermite, row, rows
 from node_cuda.methods.tableaus import TABLEAUS
 
 
-def test_what_follows_from_the_coefficients_is_derived():
+def test_properties_that_follow_from_the_coefficients_are_derived():
     tableau = TABLEAUS["bosh3"]
     assert (tableau.stages, tableau.adaptive, tableau.nodes) == (4, True, (0.0, 0.5, 0.75, 1.0))
     assert tableau.b_err == row("-5/72 1/12 1/9 -1/8")
@@ -44,14 +44,14 @@ MISTAKES = {
 
 
 @pytest.mark.parametrize("mistake", MISTAKES)
-def test_a_tableau_that_cannot_be_one_says_what_is_wrong(mistake):
+def test_the_error_for_an_invalid_tableau_says_what_is_wrong(mistake):
     fields = dict(name="mine", order=3, c=row("0 1/2 1"), a=rows("", "1/2", "-1 2"), b=row("1/6 2/3 1/6"), source="")
     Tableau(**fields)
     with pytest.raises(ValueError, match=r"^tableau 'mine': .* is .*, but must be .*\.$"):
         Tableau(**fields | MISTAKES[mistake])
 
 
-def test_an_interpolant_that_cannot_be_one_says_what_is_wrong():
+def test_the_error_for_an_invalid_interpolant_says_what_is_wrong():
     with pytest.raises(ValueError, match=r"len\(weights\[1\]\) is 1, but must be 2"):
         DenseOutput(order=1, weights=(row("1 -1/2"), row("0")))
     with pytest.raises(ValueError, match=r"the sum of weights of x\^2 is 0.5, but must be 0"):

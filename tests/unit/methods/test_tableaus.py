@@ -1,6 +1,6 @@
-"""The order of every tableau and interpolant is proved by the rooted-tree conditions, in exact arithmetic.
+"""The rooted-tree conditions prove the order of every tableau and interpolant, in exact arithmetic.
 
-Slopes of real solves are measured elsewhere; here a wrong digit cannot hide behind another error.
+Other tests measure the convergence of real solves. Here no other error can hide a wrong digit.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ from tools.continuous_extension import PLANS, extension
 
 HALF = Fraction(1, 2)
 
-# How far a residual may be from zero. Rationals: not at all. Else the coefficients are published, or printed by
-# tools/continuous_extension.py, with so many digits; a residual is a sum of some ten of them.
+# The allowed size of a residual. For rational numbers it is zero. Other coefficients are published, or printed by
+# tools/continuous_extension.py, with a number of digits, and a residual is a sum of some ten of them.
 ROUNDED = {
     "tsit5": 1e-34,  # 40 digits, of which the solved mid-point loses a few
     "dopri8": 1e-17,  # fractions that approximate irrational numbers to 18 digits
 }
 ROUNDED_MID = ROUNDED | {"dopri5": 1e-18, "bosh5": 1e-18}  # printed to about 20 digits
-# Interpolants: the same times weights of up to 1e2, for dopri8 2e3.
+# Interpolants: the same, times weights of up to 1e2, and of up to 2e3 for dopri8.
 ROUNDED_DENSE = {"dopri5": 1e-16, "bosh5": 1e-16, "tsit5": 1e-16, "dopri8": 1e-13}
-# What is not zero in float64, for conditions that must fail: the smallest that does is 7e-8 (bosh5's b_mid).
+# A residual above this is not zero in float64, for conditions that must fail. The smallest of them is 7e-8 (bosh5).
 CLEARLY_NOT_ZERO = 1e-8
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
@@ -48,27 +48,27 @@ MID_POINTS = [name for name in ADAPTIVE if TABLEAUS[name].b_mid is not None]
 
 @cache
 def elementary(tableau: Tableau, dense: DenseOutput | None, order: int, dtype: type = object) -> np.ndarray:
-    """Phi_i(t) of the method's stages, then of an interpolant's extra ones."""
+    """Return Phi_i(t) of the method's stages, and then of the interpolant's extra stages."""
     return elementary_weights((*tableau.a, *(dense.a if dense else ())), order, dtype)
 
 
 def largest(misses: np.ndarray, order: int) -> list[float]:
-    """max |misses| over the trees (columns) of each order 1 ... order."""
+    """Return max |misses| over the trees (columns) of each order 1 ... order."""
     orders = np.array([tree.order for tree in trees(order)])
     sizes = np.abs(misses).max(axis=0).astype(float)
     return [float(sizes[orders == k].max()) for k in range(1, order + 1)]
 
 
 def residuals(weights: Row, phi: np.ndarray, order: int, x: Fraction = Fraction(1)) -> list[float]:
-    """|sum_i weights_i Phi_i(t) - x^|t| / gamma(t)|, the largest of each order 1 ... order."""
+    """Return the largest |sum_i weights_i Phi_i(t) - x^|t| / gamma(t)| of each order 1 ... order."""
     targets = np.array([x**tree.order / Fraction(tree.density) for tree in trees(order)], dtype=object)
     return largest((phi @ np.array(weights, dtype=phi.dtype) - targets.astype(phi.dtype))[None], order)
 
 
 def dense_residuals(tableau: Tableau, dense: DenseOutput, order: int, dtype: type = object) -> list[float]:
-    """The same for an interpolant and all x at once: the coefficients of sum_i B_i(x) Phi_i(t) - x^|t| / gamma(t)."""
+    """Return the same for an interpolant and all x: the coefficients of sum_i B_i(x) Phi_i(t) - x^|t| / gamma(t)."""
     phi = elementary(tableau, dense, order, dtype)
-    misses = np.zeros((max(order, dense.degree), len(phi)), dtype=dtype)  # a row a power of x, a column a tree
+    misses = np.zeros((max(order, dense.degree), len(phi)), dtype=dtype)  # rows: powers of x, columns: trees
     misses[: dense.degree] = np.array(dense.weights, dtype=dtype).T @ phi.T
     for k, tree in enumerate(trees(order)):
         misses[tree.order - 1, k] -= Fraction(1, tree.density)
@@ -76,17 +76,17 @@ def dense_residuals(tableau: Tableau, dense: DenseOutput, order: int, dtype: typ
 
 
 def values_at(dense: DenseOutput, x: Fraction) -> Row:
-    """B_i(x) of every stage."""
+    """Return B_i(x) of every stage."""
     return tuple(sum(weight * x**d for d, weight in enumerate(weights, 1)) for weights in dense.weights)
 
 
 def attained(worst: list[float], bound: float) -> int:
-    """The order up to which no residual is above the bound."""
+    """Return the order up to which no residual is above the bound."""
     return next((i for i, residual in enumerate(worst) if residual > bound), len(worst))
 
 
 def check_order(tableau: Tableau, weights: Row, order: int, bound: float, x: Fraction = Fraction(1)) -> None:
-    """Weights are of this order and of no higher one."""
+    """Check that weights have this order and no higher one."""
     worst = residuals(weights, elementary(tableau, None, order), order, x)
     assert attained(worst, bound) == order, worst
     beyond = residuals(weights, elementary(tableau, None, order + 1, float), order + 1, x)
@@ -155,8 +155,8 @@ def test_every_interpolant_joins_the_ends_of_its_step_smoothly(name, kind):
 
 @pytest.mark.parametrize("name", ["adaptive_heun", "fehlberg2"])
 @pytest.mark.parametrize("x", [Fraction(1, 3), Fraction(1)])
-def test_the_second_order_survives_when_a_first_stage_is_the_last_of_the_step_before(name, x):
-    """Two steps seen as one method of 2 s - 1 stages: the second starts with the last stage of the first."""
+def test_the_order_is_two_if_a_first_stage_is_the_last_stage_of_the_step_before(name, x):
+    """Two steps are one method of 2 s - 1 stages: the second step starts with the last stage of the first one."""
     tableau = TABLEAUS[name]
     s = tableau.stages
 
@@ -205,10 +205,10 @@ def test_adaptive_rows_are_torchdiffeqs_to_the_last_bit(name):
     for ours, numbers in zip(tableau.a[1:], theirs.tableau.beta, strict=True):
         assert close(ours, numbers)
     assert close(tableau.b, theirs.tableau.c_sol)
-    # They subtract in floating point, we exactly: their difference has the rounding of the larger term.
+    # torchdiffeq subtracts in floating point, this package exactly: the difference is a rounding of the larger term.
     larger = np.maximum(np.abs(np.array(tableau.b, float)), np.abs(np.array(tableau.b_hat, float)))
     assert close(tableau.b_err, theirs.tableau.c_error, scale=larger)
-    # dopri8's are polynomials that they evaluate in floating point, with terms of up to 20.
+    # For dopri8, torchdiffeq evaluates polynomials in floating point, with terms of up to 20.
     assert close(tableau.b_mid, theirs.mid, scale=np.full(tableau.stages, 20.0) if name == "dopri8" else None)
 
 
@@ -227,7 +227,7 @@ def test_a_step_on_a_fixed_grid_is_torchdiffeqs(name, torchdiffeq):
 
 
 def altered(numbers: Row, i: int, by: Fraction, j: int | None = None) -> Row:
-    """numbers_i + by, and numbers_j - by."""
+    """Return the numbers with numbers_i + by and numbers_j - by."""
     changed = list(numbers)
     changed[i] += by
     if j is not None:
@@ -237,7 +237,7 @@ def altered(numbers: Row, i: int, by: Fraction, j: int | None = None) -> Row:
 
 @pytest.mark.parametrize("name", TABLEAUS)
 def test_a_misprint_in_any_coefficient_is_refused(name):
-    """The ninth digit of one number: its sum is no longer what it must be."""
+    """The ninth digit of one number is changed, so that its sum is wrong."""
     tableau, slip = TABLEAUS[name], Fraction(1, 10**9)
     for field in ("c", "b", "b_hat", "b_mid"):
         numbers = getattr(tableau, field) or ()
@@ -253,7 +253,7 @@ def test_a_misprint_in_any_coefficient_is_refused(name):
 
 
 def underived(tableau: Tableau) -> dict[str, None]:
-    """What must be left out when a tableau is made anew: its derived interpolant."""
+    """Return the arguments without the derived interpolant, for a new tableau."""
     return {} if tableau.b_mid is None else {"dense": None}
 
 
@@ -323,7 +323,7 @@ def test_adding_a_method_is_one_entry():
 
 
 def test_every_row_and_interpolant_fits_what_the_kernels_can_take_at_once():
-    """MAX_TERMS and MAX_DEGREE of csrc/launchers.h: beyond them a solve would leave the kernels."""
+    """The limits are MAX_TERMS and MAX_DEGREE of csrc/launchers.h. Above them a solve would not use the kernels."""
     text = (Path(__file__).parents[3] / "csrc" / "launchers.h").read_text()
     terms, degree = (int(re.search(rf"{name} = (\d+)", text)[1]) for name in ("MAX_TERMS", "MAX_DEGREE"))
     for tableau in TABLEAUS.values():

@@ -1,4 +1,4 @@
-"""What the user holds is never rewritten; what a field returns may be a view, a parameter, a static buffer."""
+"""The solver never writes into tensors of the user. A field may return a view, a parameter or a static buffer."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def fresh():
 
 
 def settings(method):
-    """Steps short enough for every method to be right to three digits, and its rtol."""
+    """Return steps that are short enough for every method to be right to three digits, and the rtol for them."""
     if method in TABLEAUS and TABLEAUS[method].adaptive:
         rtol = 1e-4 if TABLEAUS[method].order < 3 else 1e-6
         return dict(method=method, rtol=rtol, atol=rtol, options=dict(step_t=T[-1:]))
@@ -32,7 +32,7 @@ def settings(method):
 
 # ------------------------------------------------------------------ fields, and y(1) of each for the state above
 class Static(nn.Module):
-    """Returns the same memory every time, as a captured graph does."""
+    """Returns the same memory each time, like a captured graph."""
 
     def __init__(self):
         super().__init__()
@@ -43,7 +43,7 @@ class Static(nn.Module):
 
 
 class OffsetStatic(Static):
-    """The same, as a slice of a larger buffer."""
+    """Returns the same slice of a larger buffer each time."""
 
     def __init__(self):
         super().__init__()
@@ -52,7 +52,7 @@ class OffsetStatic(Static):
 
 
 class TwoStatic(nn.Module):
-    """Two buffers in turn: a repetition that the first two evaluations do not show."""
+    """Returns two buffers in turn, so that the first two evaluations do not show the reuse."""
 
     def __init__(self):
         super().__init__()
@@ -64,7 +64,7 @@ class TwoStatic(nn.Module):
 
 
 class LateStatic(nn.Module):
-    """Fresh tensors at first, one buffer from the sixth call on: compilation that starts late."""
+    """Returns new tensors at first, and one buffer from the sixth call on, like a late compilation."""
 
     def __init__(self):
         super().__init__()
@@ -76,7 +76,7 @@ class LateStatic(nn.Module):
 
 
 class Parameter(nn.Module):
-    """Returns its parameter itself."""
+    """Returns its parameter."""
 
     def __init__(self):
         super().__init__()
@@ -98,7 +98,7 @@ class Constant(nn.Module):
 
 
 class Keeping(nn.Module):
-    """Keeps everything that it is given and everything that it returns."""
+    """Keeps all its arguments and all its results."""
 
     def __init__(self):
         super().__init__()
@@ -144,7 +144,7 @@ FIELDS = {
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("name", FIELDS)
-def test_what_a_field_returns_may_be_anything(name, method):
+def test_a_field_may_return_any_tensor(name, method):
     make, exact = FIELDS[name]
     y0 = fresh()
     func = make()
@@ -160,8 +160,8 @@ def test_what_a_field_returns_may_be_anything(name, method):
 
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4", "explicit_adams"])
 @pytest.mark.parametrize("make", [TwoStatic, LateStatic])
-def test_a_static_buffer_that_shows_itself_late_is_copied_or_refused_but_never_believed(make, method):
-    """It has overwritten an earlier stage by the time it can be seen: a clear error is the only other right answer."""
+def test_a_static_buffer_that_appears_late_is_copied_or_refused(make, method):
+    """The buffer has overwritten an earlier stage before it can be noticed, so a clear error is also right."""
     try:
         with torch.no_grad():
             ys = odeint(make(), fresh(), T, **settings(method))
@@ -172,8 +172,8 @@ def test_a_static_buffer_that_shows_itself_late_is_copied_or_refused_but_never_b
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_field_that_writes_minus_y_in_place_is_right_or_told_so(method):
-    """y.neg_() overwrites the state that it was lent: what it returns is y' = -y all the same."""
+def test_a_field_that_writes_minus_y_in_place_is_right_or_refused(method):
+    """y.neg_() overwrites the given state. Its result is y' = -y nevertheless."""
     y0 = fresh()
     try:
         with torch.no_grad():
@@ -190,12 +190,12 @@ def test_a_field_that_writes_minus_y_in_place_is_right_or_told_so(method):
     [odeint, lambda *args, **kw: odeint_adjoint(*args, adjoint_params=(), **kw)],
     ids=["odeint", "odeint_adjoint"],
 )
-def test_a_field_that_writes_in_place_has_the_right_gradient_or_is_told_so(solver):
+def test_a_field_that_writes_in_place_has_the_right_gradient_or_is_refused(solver):
     y0 = fresh().requires_grad_()
     try:
         (grad,) = torch.autograd.grad(solver(lambda t, y: y.neg_(), y0, T)[-1].sum(), y0)
     except (RuntimeError, ValueError):
-        pass  # autograd refuses to write to a leaf; so may we
+        pass  # autograd refuses to write to a leaf, so an error is right too
     else:
         assert torch.allclose(grad, torch.full((3,), 1 / math.e, dtype=F64), rtol=1e-5)
     assert torch.equal(y0.detach(), fresh())
@@ -307,7 +307,7 @@ def test_the_caller_may_change_y0_after_the_solve():
     assert torch.equal(ys.detach(), copy)
 
 
-# ------------------------------------------------------------------ gradients of the odd fields
+# ------------------------------------------------------------------ gradients of the unusual fields
 @pytest.mark.parametrize("method", ["dopri5", "rk4", "adaptive_heun"])
 @pytest.mark.parametrize(
     "solver",

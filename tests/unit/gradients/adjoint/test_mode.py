@@ -1,4 +1,4 @@
-"""odeint_adjoint: the gradient of the solution, by the continuous adjoint method."""
+"""odeint_adjoint: the gradient of the solution by the continuous adjoint method."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def leaf(tensor):
 
 # ------------------------------------------------------------------ odeint_adjoint: the gradient of the solution
 def adjoint_gradients(rtol, method=None, t=None, options=None, **arguments):
-    """Gradients for (y0, t, A) of a loss of the whole solution, and the exact ones."""
+    """Return the gradients for (y0, t, A) of a loss of the whole solution, and the exact ones."""
     func = TimedLinear()
     y0, t = leaf(torch.stack([Y, 2 * Y + 1])), leaf(linspace(0.0, 1.5, 4) if t is None else t)
     ys = odeint_adjoint(func, y0, t, rtol=rtol, atol=rtol * 1e-2, method=method, options=options, **arguments)
@@ -37,7 +37,7 @@ def adjoint_gradients(rtol, method=None, t=None, options=None, **arguments):
 @pytest.mark.parametrize("method", ADAPTIVE)
 def test_adjoint_gradients_are_exact_to_the_tolerance(method):
     rtol, limit = rtol_and_limit(method, 1e-6)
-    # the solution itself is right at the ends of steps; between them only as good as the default interpolant
+    # the solution is accurate at the ends of steps; between them it has the error of the default interpolant
     t = linspace(0.0, 1.5, 4)
     computed, exact = adjoint_gradients(rtol, method, t, options=dict(step_t=t[1:]))
     for name, ours, truth in zip(("y0", "t", "A"), computed, exact, strict=True):
@@ -62,7 +62,7 @@ def test_adjoint_gradients_on_a_fixed_grid_have_the_order_of_the_method(method):
     assert errors[1] < 0.1
 
 
-def test_scipy_solver_has_gradients_by_the_adjoint_only():
+def test_scipy_solver_has_gradients_only_by_the_adjoint():
     pytest.importorskip("scipy")
     computed, exact = adjoint_gradients(1e-7, "scipy_solver")
     assert relative_difference(computed, exact) <= GLOBAL_ERROR_OVER_RTOL * 1e-7
@@ -99,7 +99,7 @@ def test_time_gradients_are_right_when_time_runs_backwards():
     assert relative_difference(computed, exact) <= GLOBAL_ERROR_OVER_RTOL * 1e-7
 
 
-def test_the_gradient_of_time_costs_nothing_unless_it_is_wanted():
+def test_the_gradient_of_time_costs_nothing_unless_it_is_required():
     nfe = []
     for wanted in (False, True):
         func = Counting(TimedLinear())
@@ -112,7 +112,7 @@ def test_the_gradient_of_time_costs_nothing_unless_it_is_wanted():
 
 
 def test_the_gradient_of_some_outputs_only():
-    """The cotangent of the others is zero; also where autograd sends no gradient at all."""
+    """The cotangent of the other outputs is zero, even if autograd sends no gradient at all."""
     func, y0 = TimedLinear(), leaf(Y)
     t = linspace(0.0, 1.5, 4)
     ys = odeint_adjoint(func, y0, t, rtol=1e-8, atol=1e-8)
@@ -127,7 +127,7 @@ def test_the_gradient_of_some_outputs_only():
 
 
 @pytest.mark.filterwarnings("ignore:t holds one time")
-def test_one_output_time_passes_the_gradient_through():
+def test_with_one_output_time_the_gradient_of_y0_is_that_of_the_output():
     for solver in (odeint, lambda *args: odeint_adjoint(*args, adjoint_params=())):
         y0 = leaf(Y)
         (grad,) = torch.autograd.grad(solver(lambda t, y: -y, y0, linspace(0.0, 0.0, 1)).sum(), y0)
@@ -212,7 +212,7 @@ def test_per_element_tolerances_hold_for_the_adjoint_too():
     assert relative_difference(grads, truth) < 1e-6
 
 
-def test_the_backward_pass_has_tolerances_and_a_method_of_its_own():
+def test_the_backward_pass_has_separate_tolerances_and_a_separate_method():
     def backward_nfe(**arguments):
         func = Counting(TimedLinear())
         ys = odeint_adjoint(func, leaf(Y), linspace(0.0, 2.0, 2), rtol=1e-6, atol=1e-6, **arguments)
@@ -229,8 +229,8 @@ def test_the_backward_pass_has_tolerances_and_a_method_of_its_own():
     assert 16 <= backward_nfe(**grid) <= 18
 
 
-def test_jumps_are_met_backwards_when_time_runs_backwards():
-    """torchdiffeq takes jump_t of the backward pass with the wrong sign there and pays with 248 instead of 75 calls."""
+def test_backward_steps_end_at_jumps_when_time_runs_backwards():
+    """torchdiffeq uses jump_t of the backward pass with the wrong sign there, and needs 248 instead of 75 calls."""
 
     class Jumping(nn.Module):
         def __init__(self):
@@ -292,7 +292,7 @@ class Reporting(TimedLinear):
 
 
 @pytest.mark.parametrize("backwards", [False, True])
-def test_adjoint_callbacks_tell_of_every_backward_step_in_the_users_time(backwards):
+def test_adjoint_callbacks_get_every_backward_step_in_the_users_time(backwards):
     func = Reporting()
     t = linspace(1.0, 0.25, 4) if backwards else linspace(0.25, 1.0, 4)
     ys = odeint_adjoint(func, leaf(Y), t)

@@ -135,7 +135,7 @@ def test_the_norm_of_the_backward_pass_can_be_replaced_after_the_forward_pass(sh
         assert float(value) == pytest.approx(float(expected), rel=1e-6, abs=1e-6)
 
 
-def test_the_dictionary_of_a_tuple_state_lies_two_views_below_its_first_component():
+def test_the_adjoint_options_of_a_tuple_state_are_two_views_below_its_first_component():
     x0 = torch.tensor(1.0), torch.tensor([[0.5, 0.5], [0.1, 0.1]])
     params = (torch.rand(7, requires_grad=True),)
     ys = odeint_adjoint(lambda t, y: y, x0, torch.tensor([0.0, 1.0]), adjoint_params=params)

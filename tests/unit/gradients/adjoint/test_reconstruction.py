@@ -1,4 +1,4 @@
-"""The state that the adjoint rebuilds on its way back: where it is wrong, a warning."""
+"""The state that the backward solve of the adjoint reconstructs: if it is wrong, a warning is issued."""
 
 from __future__ import annotations
 
@@ -34,15 +34,15 @@ CHECKED = dict(check_reconstruction=True)
 
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "bosh3", "scipy_solver"])
-def test_a_field_that_contracts_is_told_of_where_its_way_back_is_unstable(method):
+def test_a_field_that_contracts_is_warned_about_if_its_backward_solve_is_unstable(method):
     y0, t = leaf(Y), linspace(0.0, 5.0, 2)
     ys = odeint_adjoint(Contracting(4.0), y0, t, rtol=1e-5, atol=1e-7, method=method, options=CHECKED)
-    with pytest.warns(ReconstructionWarning, match=r'rebuilt backwards at t = 0, .* tolerances.*gradient="discrete"'):
+    with pytest.warns(ReconstructionWarning, match=r'reconstructed z at t = 0, .* tolerances.*gradient="discrete"'):
         ys.sum().backward()
 
 
 @pytest.mark.parametrize("name", ["forward", "backward"])
-def test_the_warning_is_for_the_one_who_asked_in_either_options(name):
+def test_the_warning_needs_the_option_in_either_dict_of_options(name):
     t = linspace(0.0, 5.0, 2)
     where = dict(options=CHECKED) if name == "forward" else dict(adjoint_options=CHECKED)
     quiet = odeint_adjoint(Contracting(4.0), leaf(Y), t, rtol=1e-5, atol=1e-7)
@@ -53,7 +53,7 @@ def test_the_warning_is_for_the_one_who_asked_in_either_options(name):
 
 
 @pytest.mark.parametrize("gradient", ["backprop", "discrete"])
-def test_a_check_of_what_is_not_rebuilt_is_refused(gradient):
+def test_the_check_is_refused_for_gradients_that_reconstruct_no_state(gradient):
     with pytest.raises(InvalidInput, match=r'check_reconstruction"\] belongs to gradient="adjoint".*Drop the option'):
         solve(MLP(), leaf(Y), linspace(0.0, 1.0, 2), gradient=gradient, options=CHECKED)
 
@@ -62,7 +62,7 @@ def test_a_check_of_what_is_not_rebuilt_is_refused(gradient):
 @pytest.mark.parametrize("n", [2, 20])
 @pytest.mark.parametrize("tolerance", [1e-3, 1e-5, 1e-7])
 @pytest.mark.parametrize("make", [MLP, TimedLinear])
-def test_a_field_whose_way_back_is_fair_is_not_warned_of(make, tolerance, n, direction):
+def test_a_field_with_a_stable_backward_solve_gives_no_warning(make, tolerance, n, direction):
     solution = solve(
         make(), leaf(Y), direction * linspace(0.0, 2.0, n), rtol=tolerance, atol=tolerance, gradient="adjoint",
         options=CHECKED,
@@ -71,16 +71,16 @@ def test_a_field_whose_way_back_is_fair_is_not_warned_of(make, tolerance, n, dir
     assert 0 < solution.stats.reconstruction_error < 100
 
 
-def test_outputs_on_the_way_set_the_state_right_again():
-    """With twenty outputs each stretch back is a twentieth, and the errors stay what the steps make."""
+def test_outputs_between_the_ends_reset_the_state():
+    """With twenty outputs each backward interval is a twentieth of the solve, so that the errors stay small."""
     t = linspace(0.0, 5.0, 20)
     solution = solve(Contracting(4.0), leaf(Y), t, rtol=1e-5, atol=1e-7, gradient="adjoint", options=CHECKED)
     loss_of(solution.ys).backward()
     assert solution.stats.reconstruction_error < 100
 
 
-def test_the_error_is_that_of_the_rebuilt_state_in_tolerances():
-    """y' = -8 y from an output that is off by one part in 1e4, as the forward tolerance let it be, back over T = 1."""
+def test_the_error_is_that_of_the_reconstructed_state_in_tolerances():
+    """Solve y' = -8 y back over T = 1, from an output with a relative error of 1e-4, which the tolerance allows."""
     y0, t = leaf(torch.ones(1, dtype=F64)), linspace(0.0, 1.0, 2)
     solution = solve(
         lambda t, y: -8 * y, y0, t, rtol=1e-4, atol=0.0, gradient="adjoint", adjoint_params=(), adjoint_rtol=1e-10,

@@ -1,4 +1,4 @@
-"""gradient="discrete": the exact gradient of the computed steps, from the states that they began with."""
+"""gradient="discrete": the exact gradient of the computed steps, recomputed from the states that they began with."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ W = torch.tensor([[0.3, -1.1], [0.8, 0.2]], dtype=F64)
 
 # Two orders of summation of the same hundred or so float64 terms, each of the size of the result: 1e-14 was measured.
 SAME = 1e-10
-# The same replay from a state that was computed again by the same arithmetic, whose parameter sums may be split anew.
+# The same replay from a state that was recomputed with the same arithmetic. Only the parameter sums may be split anew.
 AGAIN = 1e-13
-# Complex-step differentiation has no truncation error: what is left are the roundings of some hundred stages.
+# Complex-step differentiation has no truncation error: only the roundings of some hundred stages remain.
 COMPLEX_STEP = 1e-12
 
 
@@ -46,7 +46,7 @@ def curved(w):
 
 
 def asked(method, **options):
-    """Tolerances that cost a method some five to thirty steps on an interval of length two, or a grid of eleven."""
+    """Return settings with which a method takes some five to thirty steps on an interval of length two, or eleven."""
     if method in FIXED:
         return dict(method=method, options=dict(step_size=0.19, **options))
     rtol = {"adaptive_heun": 1e-3, "fehlberg2": 1e-4, "bosh3": 1e-4, "dopri8": 1e-9}.get(method, 1e-6)
@@ -56,7 +56,9 @@ def asked(method, **options):
 def discrete_and_backprop(
     make, starts, t, *, checkpoints=(None,), params=(W,), wants_t=False, loss=loss_of, **arguments
 ):
-    """[(gradients by "discrete", stats) for each of `checkpoints`], and those by "backprop", of a loss of all outputs.
+    """Return [(gradients by "discrete", stats) for each of `checkpoints`], and the gradients by "backprop".
+
+    The loss depends on all outputs.
 
     make(*params) gives the field; starts: one tensor, or the components of a tuple state.
     """
@@ -101,7 +103,7 @@ LAYOUTS = {
 
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("method", EVERY)
-def test_gradients_are_those_of_backprop_wherever_the_outputs_lie(method, layout):
+def test_gradients_are_those_of_backprop_for_outputs_at_any_time(method, layout):
     assert_same(curved, Y, LAYOUTS[layout], **asked(method))
 
 
@@ -142,7 +144,7 @@ JUMPS = torch.tensor([0.6, 1.3], dtype=F64)
 
 
 def jumping(w):
-    """Discontinuous at 0.6, where it is still the old field, and at 1.3, where it is the new one."""
+    """A field that is discontinuous at 0.6 and 1.3. At 0.6 it is still the old field, at 1.3 already the new one."""
     return lambda t, y: torch.tanh(y @ w.T) * torch.where(t <= 0.6, 1.0, torch.where(t < 1.3, -2.0, 3.0))
 
 
@@ -156,13 +158,13 @@ def test_gradients_are_those_of_backprop_across_jumps(method, backwards):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
-def test_gradients_are_those_of_backprop_where_the_solve_begins_at_a_jump(method):
+def test_gradients_are_those_of_backprop_if_the_solve_begins_at_a_jump(method):
     t = torch.tensor([0.6, 1.0, 1.2], dtype=F64)
     assert_same(jumping, Y, t, checkpoints=(None, 1), least_steps=1, **asked(method, jump_t=JUMPS))
 
 
 @pytest.mark.parametrize("method", FIXED)
-def test_gradients_are_those_of_backprop_where_perturb_decides_the_side_of_a_jump(method):
+def test_gradients_are_those_of_backprop_if_perturb_decides_the_side_of_a_jump(method):
     """The grid points 0.6 and 1.3 are discontinuities: without `perturb` the stages there see another field."""
     t = torch.tensor([0.0, 0.6, 0.9, 1.3, 1.9], dtype=F64)
     seen = []
@@ -189,7 +191,7 @@ def test_gradients_are_those_of_backprop_for_tuple_states(method):
 
 @pytest.mark.parametrize("method", EVERY)
 def test_gradients_are_those_of_backprop_for_complex_states(method):
-    """Not holomorphic, so that a forgotten conjugate shows."""
+    """The field is not holomorphic, so that a forgotten conjugate changes the result."""
     y0 = torch.tensor([0.5 + 0.2j, -0.3j], dtype=torch.complex128)
     w = torch.tensor([0.3 + 1j, -0.5 + 0.1j], dtype=torch.complex128)
 
@@ -201,7 +203,7 @@ def test_gradients_are_those_of_backprop_for_complex_states(method):
 
 
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun"])
-def test_gradients_are_those_of_backprop_with_per_element_tolerances_and_a_norm_of_ones_own(method):
+def test_gradients_are_those_of_backprop_with_per_element_tolerances_and_a_custom_norm(method):
     t = LAYOUTS["outputs inside of steps"]
     tolerances = dict(rtol=torch.tensor([1e-4, 1e-2], dtype=F64), atol=torch.tensor([1e-3, 1e-5], dtype=F64))
     assert_same(curved, Y, t, method=method, checkpoints=(None, 2), **tolerances)
@@ -209,7 +211,7 @@ def test_gradients_are_those_of_backprop_with_per_element_tolerances_and_a_norm_
 
 
 @pytest.mark.parametrize("method", ["dopri5", "fehlberg2"])
-def test_rejected_steps_leave_no_trace_in_the_gradient(method):
+def test_rejected_steps_do_not_affect_the_gradient(method):
     found = assert_same(
         lambda w: lambda t, y: torch.sin(8 * t) * (y @ w.T),
         Y,
@@ -224,7 +226,7 @@ def test_rejected_steps_leave_no_trace_in_the_gradient(method):
 
 
 def test_the_gradient_of_some_outputs_only():
-    """The cotangent of the others is zero, also where autograd sends none; steps behind the last one give nothing."""
+    """The cotangent of the others is zero, even if autograd sends none. Steps after the last one add nothing."""
     t = linspace(0.0, 2.0, 5)
     assert_same(curved, Y, t, loss=lambda ys: ys[2, 0], **asked("dopri5"))
     make = lambda w: lambda t, s: (torch.tanh(s[0] @ w.T), -s[1])  # noqa: E731
@@ -233,7 +235,7 @@ def test_the_gradient_of_some_outputs_only():
 
 
 @pytest.mark.filterwarnings("ignore:t holds one time")
-def test_one_output_time_passes_the_gradient_through():
+def test_with_one_output_time_the_gradient_of_y0_is_that_of_the_output():
     y0 = leaf(Y)
     ys = odeint_adjoint(lambda t, y: -y, y0, linspace(0.0, 0.0, 1), adjoint_params=(), gradient="discrete")
     assert torch.equal(torch.autograd.grad(ys.sum(), y0)[0], torch.ones_like(Y))
@@ -241,7 +243,7 @@ def test_one_output_time_passes_the_gradient_through():
 
 # ------------------------------------------------------------------ complex-step and finite differences of the solve
 def steps_of(method, h):
-    """Steps of h whatever the state is, also if it is complex."""
+    """Return settings for steps of size h that do not depend on the state, which may be complex."""
     if method in FIXED:
         return dict(method=method, options=dict(step_size=h, interp="cubic"))
     return dict(method=method, rtol=1e3, atol=1e3, options=dict(first_step=h, max_step=h, controller="I"))
@@ -322,7 +324,7 @@ def test_the_gradient_of_the_times_is_that_of_the_solution_in_adaptive_methods(m
 
 
 def test_the_gradient_of_the_times_is_the_slope_of_the_computed_outputs():
-    """By the formula itself, at a loose tolerance: g_m . f at the computed y_m, to rounding."""
+    """Check the formula at a loose tolerance: g_m . f at the computed y_m, to rounding."""
     t, y0 = leaf(linspace(0.0, 2.0, 5)), leaf(Y)
     ys = odeint_adjoint(curved(W), y0, t, rtol=1e-3, atol=1e-3, gradient="discrete", adjoint_params=())
     g = torch.linspace(0.5, 1.5, ys.numel(), dtype=F64).reshape(ys.shape)
@@ -335,7 +337,7 @@ def test_the_gradient_of_the_times_is_the_slope_of_the_computed_outputs():
 
 # ------------------------------------------------------------------ events
 class Falling(nn.Module):
-    """Falls and is braked, by a parameter each."""
+    """A fall with friction. Gravity and friction have one parameter each."""
 
     def __init__(self):
         super().__init__()
@@ -373,8 +375,8 @@ def test_the_gradient_of_an_event_is_that_of_backprop(settings, named, checkpoin
         assert relative_difference(ours, right) <= SAME
 
 
-def test_of_an_event_only_the_start_of_time_has_a_gradient_through_the_state():
-    """y' = -y: dy(t*)/dt_0 = y(t*) while t* stays; t[1] only told the direction. t* moves with t_0."""
+def test_through_the_state_of_an_event_only_the_starting_time_has_a_gradient():
+    """For y' = -y, dy(t*)/dt_0 = y(t*) at constant t*. t[1] only gives the direction. t* moves with t_0."""
     t, y0 = leaf(linspace(0.0, 1.0, 2)), leaf(Y.abs())
     event_t, ys = odeint_adjoint(
         lambda t, y: -y, y0, t, event_fn=lambda t, y: y[0] - 0.2, gradient="discrete", adjoint_params=()
@@ -387,9 +389,9 @@ def test_of_an_event_only_the_start_of_time_has_a_gradient_through_the_state():
     assert float(grad[0]) == pytest.approx(float(ys[1].detach().sum()), rel=GLOBAL_ERROR_OVER_RTOL * 1e-7)
 
 
-# ------------------------------------------------------------------ what the backward pass costs
+# ------------------------------------------------------------------ the cost of the backward pass
 class Tally(torch.autograd.Function):
-    """The identity; counts how often a cotangent passes."""
+    """The identity, which counts the cotangents that pass it."""
 
     count = 0
 
@@ -404,7 +406,7 @@ class Tally(torch.autograd.Function):
 
 
 def vjps(t, **arguments):
-    """(vjps in the backward pass, its evaluations, stats)"""
+    """Return (the vjps of the backward pass, its evaluations, stats)."""
     w, y0 = leaf(W), leaf(Y)
     func = Counting(lambda t, y: Tally.apply(curved(w)(t, y)))
     solution = solve(func, y0, t, gradient="discrete", adjoint_params=(w,), **arguments)
@@ -414,7 +416,7 @@ def vjps(t, **arguments):
     return Tally.count, func.nfe - before, solution.stats
 
 
-def test_a_step_costs_six_vjps_whatever_the_number_of_outputs():
+def test_a_step_costs_six_vjps_for_any_number_of_outputs():
     counts = set()
     for n in (2, 20, 200):
         count, nfe, stats = vjps(linspace(0.0, 2.0, n), rtol=1e-6, atol=1e-6)
@@ -444,7 +446,7 @@ def test_outputs_at_the_ends_of_steps_cost_no_evaluation(method, dense):
 
 
 @pytest.mark.parametrize("checkpoints", [1, 2, 4])
-def test_a_step_that_is_taken_again_costs_its_six_evaluations_and_no_vjp(checkpoints):
+def test_a_recomputed_step_costs_its_six_evaluations_and_no_vjp(checkpoints):
     settings = dict(rtol=1e-6, atol=1e-6)
     count, nfe, stats = vjps(linspace(0.0, 2.0, 2), checkpoints=checkpoints, **settings)
     assert stats.recomputed_steps > 0
@@ -457,7 +459,7 @@ def test_a_step_of_the_classical_method_costs_four_vjps():
     assert count == nfe == 4 * stats.accepted == 32
 
 
-def test_a_solve_without_a_backward_pass_costs_what_any_solve_costs():
+def test_a_solve_without_a_backward_pass_costs_the_same_as_any_solve():
     nfe = [
         solve(curved(W), leaf(Y), linspace(0.0, 2.0, 5), gradient=mode, adjoint_params=()).stats.nfe
         for mode in ("backprop", "discrete")
@@ -465,9 +467,9 @@ def test_a_solve_without_a_backward_pass_costs_what_any_solve_costs():
     assert nfe[0] == nfe[1]
 
 
-# ------------------------------------------------------------------ checkpoints: how many steps are taken again
+# ------------------------------------------------------------------ checkpoints: the number of recomputed steps
 def reversal(steps, slots, count=None):
-    """(steps taken again, most states held), with numbers for states; checks the order and every state."""
+    """Return (recomputed steps, largest number of states), with numbers as states. Check the order and every state."""
     checkpoints, again, seen = Checkpoints(slots, count), [], []
     for i in range(steps):
         checkpoints.offer(i, i)
@@ -496,7 +498,7 @@ def griewank(steps, slots):
 
 @cache
 def fewest(steps, slots):
-    """All steps to be taken, those of the forward solve among them, by trying every place for the next state."""
+    """Return the fewest steps, including those of the forward solve, by a search over all places of the next state."""
     if steps <= 1:
         return 0
     if slots == 1:
@@ -505,7 +507,7 @@ def fewest(steps, slots):
 
 
 @pytest.mark.parametrize("slots", range(1, 9))
-def test_of_a_known_number_of_steps_the_fewest_are_taken_again(slots):
+def test_the_fewest_steps_are_recomputed_if_their_number_is_known(slots):
     for steps in range(1, 41):
         again, peak = reversal(steps, slots, steps)
         assert again == griewank(steps, slots) == fewest(steps, slots) - (steps - 1)
@@ -513,7 +515,7 @@ def test_of_a_known_number_of_steps_the_fewest_are_taken_again(slots):
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 7, 8, 16, 31, 32])
-def test_of_an_unknown_number_of_steps_at_most_twice_the_fewest_are_taken_again(slots):
+def test_at_most_twice_the_fewest_steps_are_recomputed_if_their_number_is_unknown(slots):
     for steps in [*range(2 * slots, 8 * slots), 10 * slots, 13 * slots + 5, 40 * slots, 1000]:
         again, peak = reversal(steps, slots)
         assert again <= 2 * griewank(steps, slots), steps
@@ -521,22 +523,22 @@ def test_of_an_unknown_number_of_steps_at_most_twice_the_fewest_are_taken_again(
 
 
 @pytest.mark.parametrize("slots", [2, 3, 4, 8, 16, 31, 32])
-def test_of_an_unknown_number_of_steps_each_is_taken_again_once_while_segments_fit(slots):
-    """A segment fits if the slots that are free when its turn comes hold all its states but the first."""
+def test_each_step_is_recomputed_once_if_their_number_is_unknown_and_segments_fit(slots):
+    """A segment fits if the slots that are free before its reversal can hold all its states but the first."""
     fitted = 0
     for steps in range(1, slots * slots + 1):
         stride = 1
         while math.ceil(steps / stride) > slots:
             stride *= 2
         starts = range(0, steps, stride)
-        lengths = [min(stride, steps - 1 - start) for start in starts]  # the last state is at hand
+        lengths = [min(stride, steps - 1 - start) for start in starts]  # the last state is still available
         if all(length - 1 <= slots - kept for kept, length in enumerate(lengths, start=1)):
             fitted += 1
             assert reversal(steps, slots)[0] <= steps, steps
     assert fitted >= slots
 
 
-def test_all_states_are_kept_where_no_number_is_given_and_no_step_is_taken_again():
+def test_without_a_limit_all_states_are_kept_and_no_step_is_recomputed():
     for count in (None, 50):
         assert reversal(50, None, count) == (0, 50)
 
@@ -559,11 +561,11 @@ def test_gradients_do_not_depend_on_the_number_of_checkpoints(method, slots):
 
 
 # ------------------------------------------------------------------ memory
-SIZE = 4099  # of a state: a prime, so that nothing else is of that size
+SIZE = 4099  # the size of a state: a prime number, so that nothing else has this size
 
 
 class Alive(TorchDispatchMode):
-    """Watches every tensor that an operation makes: `states` is the memory of those alive, in states."""
+    """Tracks every tensor that an operation makes. `states` is the memory of those that are alive, in states."""
 
     def __init__(self):
         super().__init__()
@@ -586,7 +588,7 @@ class Alive(TorchDispatchMode):
 
 
 def memory(steps, method, checkpoints, gradient="discrete"):
-    """States alive between forward and backward pass beside the two outputs, and the most during the latter."""
+    """Return the states alive between the passes, besides the two outputs, and the most in the backward pass."""
     rate, y0 = leaf(torch.tensor(0.3, dtype=F64)), leaf(torch.full((SIZE,), 0.5, dtype=F64))
     params = dict(adjoint_params=(rate,), checkpoints=checkpoints) if gradient == "discrete" else {}
     with Alive() as alive:
@@ -617,11 +619,11 @@ def test_with_checkpoints_memory_does_not_grow_with_the_steps(method, slots):
     # the states, and the one that the last step began with
     assert max(between) <= slots + 1
     assert max(during) == pytest.approx(min(during), abs=slots)
-    # ... and what one step takes: of each stage its argument, two graph nodes, value, cotangents, and copies of these
+    # ... and the memory of one step: for each stage argument, two graph nodes, value, cotangents, and copies of these
     assert max(during) <= slots + 8 * TABLEAUS[method].stages
 
 
-# ------------------------------------------------------------------ as any other operation of autograd
+# ------------------------------------------------------------------ the solve as an operation of autograd
 @pytest.mark.parametrize("checkpoints", [None, 1, 3])
 @pytest.mark.parametrize("method", ["dopri5", "adaptive_heun", "rk4"])
 def test_a_second_backward_pass_gives_the_same_bits(method, checkpoints):
@@ -634,7 +636,7 @@ def test_a_second_backward_pass_gives_the_same_bits(method, checkpoints):
     assert checkpoints is None or solution.stats.peak_checkpoints <= checkpoints
 
 
-def test_a_backward_pass_without_retain_graph_ends_it():
+def test_a_second_backward_pass_without_retain_graph_raises():
     y0 = leaf(Y)
     loss = loss_of(odeint_adjoint(MLP(), y0, linspace(0.0, 1.0, 3), gradient="discrete"))
     loss.backward()
@@ -644,8 +646,8 @@ def test_a_backward_pass_without_retain_graph_ends_it():
 
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("method", ["dopri5", "rk4"])
-def test_the_state_given_may_be_overwritten_once_the_solve_is_done_or_that_raises(method, checkpoints):
-    """Either the right gradient or autograd's error, never a wrong gradient."""
+def test_overwriting_y0_after_the_solve_is_right_or_raises(method, checkpoints):
+    """The result is the right gradient or autograd's error, and never a wrong gradient."""
     func, t = MLP(), linspace(0.0, 1.0, 9)
     (truth,) = torch.autograd.grad(loss_of(odeint(func, Y, t, **asked(method))), func.w1)
     y0 = Y.clone()
@@ -686,7 +688,7 @@ def test_unused_and_frozen_parameters_get_what_the_adjoint_gives_them(method):
     assert torch.equal(grads["discrete"]["unused"], grads["adjoint"]["unused"])
 
 
-def test_a_start_that_needs_no_gradient_gets_none_and_the_parameters_theirs():
+def test_a_start_that_needs_no_gradient_gets_none_and_the_parameters_get_one():
     func, t = MLP(), linspace(0.0, 1.0, 3)
     (truth,) = torch.autograd.grad(loss_of(odeint(func, Y, t)), func.w1)
     y0 = Y.clone()
@@ -725,14 +727,14 @@ def test_adjoint_params_may_be_a_generator_and_need_not_be_leaves():
 # ------------------------------------------------------------------ graphs that are too large, and half precision
 @pytest.fixture
 def no_memory(monkeypatch):
-    """No graph of a whole step fits."""
+    """Pretend that no graph of a whole step fits in memory."""
     monkeypatch.setattr(step_adjoint, "fits", lambda size, device: False)
 
 
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("method", EVERY)
 def test_one_graph_at_a_time_gives_the_same_gradients(method, checkpoints, no_memory, monkeypatch):
-    """To the last bit: the same operations in the same order, some of them twice."""
+    """The bits are equal: the operations are the same and in the same order, and some are done twice."""
 
     def gradients():
         func, y0, t = MLP(), leaf(Y), leaf(linspace(0.0, 1.0, 5))
@@ -748,8 +750,8 @@ def test_one_graph_at_a_time_gives_the_same_gradients(method, checkpoints, no_me
 
 
 @pytest.mark.parametrize("method, stages", [("dopri5", 6), ("rk4", 4), ("bosh3", 3)])
-def test_one_graph_at_a_time_costs_an_evaluation_more_for_every_stage_that_another_reads(method, stages, no_memory):
-    """N (2s - 1) evaluations, and s N products."""
+def test_one_graph_at_a_time_costs_one_more_evaluation_for_each_stage_that_others_read(method, stages, no_memory):
+    """The backward pass has N (2s - 1) evaluations and s N products."""
     t = linspace(0.0, 2.0, 9)
     options = {} if method == "rk4" else dict(step_t=t[1:])  # outputs at the ends of steps only
     count, nfe, stats = vjps(t, method=method, options=options)
@@ -757,7 +759,7 @@ def test_one_graph_at_a_time_costs_an_evaluation_more_for_every_stage_that_anoth
     assert nfe == (2 * stages - 1) * stats.accepted
 
 
-def test_never_more_than_one_graph_is_alive_where_no_more_fit(no_memory):
+def test_at_most_one_graph_is_alive_if_no_more_fit(no_memory):
     alive, most = 0, 0
 
     class Watched(torch.autograd.Function):
@@ -784,7 +786,7 @@ def test_never_more_than_one_graph_is_alive_where_no_more_fit(no_memory):
     assert most == 1
 
 
-def test_a_graph_counts_what_it_keeps_and_not_the_parameters():
+def test_the_size_of_a_graph_excludes_the_parameters():
     w, y = leaf(torch.ones(50, 50, dtype=F64)), leaf(torch.ones(20, 50, dtype=F64))
     with graph_size(y.device, [w]) as size:
         kept = torch.tanh(torch.tanh(y @ w) @ w)
@@ -797,7 +799,7 @@ def test_a_graph_counts_what_it_keeps_and_not_the_parameters():
     [("euler", torch.bfloat16, 300), ("rk4", torch.bfloat16, 300), ("euler", torch.float16, 2100)],
 )
 def test_cotangents_of_half_states_add_up_in_single_precision(method, dtype, outputs):
-    """Many outputs of a state at rest: a sum of ones stands still at 256 in bfloat16, at 2048 in float16."""
+    """A constant state with many outputs: a sum of ones stops growing at 256 in bfloat16, and at 2048 in float16."""
     y0 = torch.ones(3, dtype=dtype, requires_grad=True)
     ys = odeint_adjoint(
         lambda t, y: 0 * y, y0, torch.linspace(0, 1, outputs), method=method, gradient="discrete", adjoint_params=()
@@ -808,14 +810,14 @@ def test_cotangents_of_half_states_add_up_in_single_precision(method, dtype, out
 
 # ------------------------------------------------------------------ errors, and solves that fail
 @pytest.mark.parametrize("method", ["explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"])
-def test_methods_that_are_no_runge_kutta_methods_are_refused_with_a_way_out(method):
+def test_methods_that_are_not_runge_kutta_are_refused_with_an_alternative(method):
     with pytest.raises(Unsupported, match=r'gradient="adjoint".*"dopri5"') as error:
         odeint_adjoint(MLP(), leaf(Y), linspace(0.0, 1.0, 3), method=method, gradient="discrete")
     assert repr(method) in str(error.value)
 
 
 @pytest.mark.parametrize("checkpoints", [0, -1, 2.5, "all", True, False])
-def test_a_number_of_checkpoints_that_is_none_is_refused(checkpoints):
+def test_an_invalid_number_of_checkpoints_is_refused(checkpoints):
     with pytest.raises(InvalidInput, match="checkpoints must be .*got " + repr(checkpoints).replace(".", r"\.")):
         odeint_adjoint(MLP(), leaf(Y), linspace(0.0, 1.0, 3), gradient="discrete", checkpoints=checkpoints)
 
@@ -826,14 +828,14 @@ def test_checkpoints_of_another_gradient_are_refused(gradient):
         solve(MLP(), leaf(Y), linspace(0.0, 1.0, 3), gradient=gradient, checkpoints=4)
 
 
-def test_a_field_whose_parameters_cannot_be_found_is_refused_with_a_way_out():
+def test_a_field_whose_parameters_cannot_be_found_is_refused_with_an_alternative():
     with pytest.raises(ValueError, match=r"nn\.Module.*adjoint_params="):
         odeint_adjoint(curved(leaf(W)), leaf(Y), linspace(0.0, 1.0, 3), gradient="discrete")
 
 
 @pytest.mark.parametrize("checkpoints", [None, 2])
 @pytest.mark.parametrize("status", [Status.STEP_UNDERFLOW, Status.MAX_STEPS], ids=lambda status: status.name)
-def test_of_a_failed_solve_the_outputs_that_were_reached_have_the_gradient_of_backprop(status, checkpoints):
+def test_the_reached_outputs_of_a_failed_solve_have_the_gradient_of_backprop(status, checkpoints):
     t = torch.tensor([0.0, 0.3, 0.6, 0.8, 2.5], dtype=F64)
     few = dict(max_num_steps=12) if status is Status.MAX_STEPS else {}
     found = []
@@ -852,7 +854,7 @@ def test_of_a_failed_solve_the_outputs_that_were_reached_have_the_gradient_of_ba
         assert relative_difference(ours, right) <= SAME
 
 
-def test_of_a_failed_solve_the_times_that_were_not_reached_have_no_gradient():
+def test_the_times_that_a_failed_solve_did_not_reach_have_no_gradient():
     y0, t = leaf(torch.tensor([0.5, 1.0], dtype=F64)), leaf(torch.tensor([0.0, 0.3, 0.6, 2.5], dtype=F64))
     options = dict(throw=False, max_num_steps=12)
     ys = solve(lambda t, y: y * y, y0, t, gradient="discrete", adjoint_params=(), options=options).ys
@@ -870,9 +872,9 @@ def test_a_failed_solve_that_reached_nothing_has_the_gradient_of_its_start():
     assert torch.equal(torch.autograd.grad(solution.ys[0].sum(), y0)[0], torch.ones_like(Y))
 
 
-# ------------------------------------------------------------------ where the continuous adjoint drifts
-def test_of_a_dissipative_field_the_discrete_gradient_is_exact_where_the_continuous_one_drifts():
-    """y' = -20 y: backwards in time the continuous adjoint runs y up by e^20 from what rounding and tolerance left."""
+# ------------------------------------------------------------------ fields for which the continuous adjoint is wrong
+def test_the_discrete_gradient_of_a_dissipative_field_is_exact_and_the_continuous_one_is_not():
+    """For y' = -20 y, the backward solve of the continuous adjoint multiplies the error of y by e^20."""
     t, rtol = linspace(0.0, 1.0, 2), 1e-6
 
     class Decay(nn.Module):
@@ -902,5 +904,5 @@ def test_gradients_are_those_of_finite_differences_in_a_random_direction(method)
     dy, dw, eps = torch.randn(2, dtype=F64), torch.randn(2, 2, dtype=F64), 1e-5
     ahead, behind = (float(loss_of(odeint(curved(W + s * dw), Y + s * dy, t, **settings))) for s in (eps, -eps))
     along = float((grads[0] * dy).sum() + (grads[1] * dw).sum())
-    # central differences err by eps^2 times a third derivative, and by 1e-16 / eps
+    # central differences have errors of eps^2 times a third derivative, and of 1e-16 / eps
     assert (ahead - behind) / (2 * eps) == pytest.approx(along, rel=1e-8)
