@@ -108,16 +108,18 @@ def _tensors(owner: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     buffers: dict[str, Tensor] = {}
     if not isinstance(owner, nn.Module):
         return params, buffers
-    kind = type(owner)
-    if all(getattr(kind, name) is getattr(nn.Module, name) for name in _OVERRIDDEN):
+    kind, plain = type(owner), nn.Module
+    if (
+        kind.named_parameters is plain.named_parameters
+        and kind.named_buffers is plain.named_buffers
+        and kind.named_modules is plain.named_modules
+        and kind.parameters is plain.parameters
+    ):
         _collect(owner, "", params, buffers)  # in a fifth of the time of the two methods
     else:
         params.update(owner.named_parameters(remove_duplicate=False))
         buffers.update(owner.named_buffers(remove_duplicate=False))
     return ({} if _is_replica(owner) else params), buffers
-
-
-_OVERRIDDEN = ("named_parameters", "named_buffers", "parameters", "named_modules")
 
 
 def _collect(module: nn.Module, prefix: str, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:

@@ -74,7 +74,8 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     if not isinstance(name, str):
         raise InvalidType(f'method must be a string; got {name!r:.60}. Use method="dopri5", say.')
     tableau = TABLEAUS.get(name)
-    if options is None and (plain := _PLAIN.get(name)) is not None and plain.tableau is tableau:
+    none = options is None or options == {}
+    if none and (plain := _PLAIN.get(name)) is not None and plain.tableau is tableau:
         return plain
     if name in IMPLICIT:
         raise ValueError(
@@ -92,7 +93,7 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     else:
         family = opt.AdaptiveOptions if tableau.adaptive else opt.FixedOptions
     method = Method(name, opt.parse(family, name, options, quiet=quiet), tableau)
-    if options is None:
+    if none:
         _PLAIN[name] = method
     return method
 
