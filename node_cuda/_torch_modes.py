@@ -19,7 +19,7 @@ def forward_mode() -> bool:
 
 def transformed() -> bool:
     """Return whether a transform of torch.func, or forward mode, is active."""
-    return _functorch.peek_interpreter_stack() is not None or forward_mode()
+    return _functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
 def in_transform(x: Tensor) -> bool:

@@ -7,7 +7,7 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -59,6 +59,9 @@ class ErrorTerm(Protocol):
         ...
 
 
+FieldCall = Callable[[Tensor, Tensor], Tensor]
+
+
 class Arithmetic:
     """The primitives for states like `y0`, in plain PyTorch.
 
@@ -75,6 +78,10 @@ class Arithmetic:
         """Return x in a form that the primitives can read."""
         return x
 
+    def contiguous(self, field: FieldCall) -> FieldCall:
+        """Return the field with its output in a form that the primitives can read."""
+        return field
+
     # ------------------------------------------------------------------ time
 
     def interval(self, t0: float, t1: float, h: float, dt: Tensor | None = None) -> Interval:
@@ -88,7 +95,7 @@ class Arithmetic:
 
     def slots(self, at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
         """Return the same tensors, but the `rk_stage` or `rk_finish` that gets a tensor may fill it in later."""
-        return self.times(at, nodes, side)
+        return self.clock.at_nodes(at, nodes, side)
 
     # ------------------------------------------------------------------ stages
 
@@ -102,7 +109,7 @@ class Arithmetic:
 
     def rk_stage(self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor) -> Tensor:
         """Return z = y0 + dt sum_j a_j k_j, and write its time into t."""
-        return reference.rk_stage(y0, k, stage.row, at.dt)
+        return reference.combine(y0, k, stage.row, at.dt)
 
     def rk_finish(
         self, stage: Stage, at: Interval, y0: Tensor, k: Sequence[Tensor], t: Tensor | None

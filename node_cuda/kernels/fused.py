@@ -17,7 +17,7 @@ from torch import Tensor
 
 from node_cuda._typing import Row
 from node_cuda._typing import Tolerance as Tol
-from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm, Polynomials, Stage
+from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm, FieldCall, Polynomials, Stage
 from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.fused_sums import FusedGradientAccumulator
 from node_cuda.kernels.memory import address, has_address, resolved
@@ -62,6 +62,9 @@ class Fused(Arithmetic):
         self._stages: dict[Any, Stage] = {}
         self._polynomials: dict[Polynomials, Polynomials] = {}
         self._dot_workspace: Tensor | None = None
+
+    def contiguous(self, field: FieldCall) -> FieldCall:
+        return lambda t, y: self.as_contiguous(field(t, y))
 
     def as_contiguous(self, x: Tensor) -> Tensor:
         """Return x on this device, contiguous and with conjugation applied; x itself if that is already true."""

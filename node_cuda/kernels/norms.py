@@ -75,6 +75,8 @@ class ErrorNorm:
             scaled, also = scaled.detach(), [x.detach() for x in also]
         if self.custom is not None:
             return abs(float(self.by_user(scaled, also)))
+        if self.sizes is None and not also and (count := scaled.numel()):
+            return _norm(scaled).item() / math.sqrt(count)
         segments = (scaled,) if self.sizes is None else scaled.split(self.sizes)
         return rms((*segments, *also))
 

@@ -63,11 +63,6 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     return acc if out is None or acc is out else out.copy_(acc)
 
 
-def rk_stage(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor) -> Tensor:
-    """Return the argument of a stage, z_i = y0 + h sum_j a_ij k_j.  Reads y0 and the k_j with a_ij != 0, writes z_i."""
-    return combine(y0, k, row, h)
-
-
 def rk_finish(
     y0: Tensor, k: Sequence[Tensor], b: Row, b_err: Row | None, h: float | Tensor
 ) -> tuple[Tensor, Tensor | None]:

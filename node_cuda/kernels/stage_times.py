@@ -59,7 +59,9 @@ class Clock:
             return ()
         start = self.after(at.t0) if side == JUST_AFTER else at.t0
         end = self.before(at.t1) if side == JUST_BEFORE else at.t1
-        return self.tensors([end if c == 1.0 else start if c == 0.0 else at.time(c) for c in nodes])
+        sign, t0, h = self.direction, at.t0, at.h
+        times = [sign * (end if c == 1.0 else start if c == 0.0 else t0 + c * h) for c in nodes]
+        return torch.tensor(times, dtype=self.dtype, device=self.device).unbind()
 
     def before(self, s: float) -> float:
         """Return the largest number of this dtype before s, in solver time: the inside of a step that ends at s."""

@@ -153,7 +153,8 @@ class AdaptiveSteps:
         now = self.now
         if now.accepted + now.rejected == LONG and now.active:
             self._tell_of_length(t, y)
-        self._notify("callback_step", t, y, now.proposal)
+        if self.problem.callbacks:
+            self._notify("callback_step", t, y, now.proposal)
         if now.status:
             status, detail = Status(now.status), f"The step was {now.proposal:.3g}."
             if status is Status.MAX_STEPS:
@@ -169,13 +170,15 @@ class AdaptiveSteps:
         self.arithmetic.control_step(self.control, step.at, step.error, step.last, step.y0, step.y1, self.errors)
         now = self._read(self.control)
         if now.accept:
-            self._notify("callback_accept_step", step.t0, step.y0, step.at.h)
+            if self.problem.callbacks:
+                self._notify("callback_accept_step", step.t0, step.y0, step.at.h)
             step.jump = bool(now.jump)
             self.stats.accepted += 1
             return True
         if now.rejected == rejected:
             self._fail(Status.NON_FINITE, step.t0, f"The step was min_step = {step.at.h:.3g}.")
-        self._notify("callback_reject_step", step.t0, step.y0, step.at.h)
+        if self.problem.callbacks:
+            self._notify("callback_reject_step", step.t0, step.y0, step.at.h)
         self.stats.rejected += 1
         return False
 
@@ -241,8 +244,7 @@ class AdaptiveSteps:
             )
 
     def _notify(self, name: str, t: float, y: Tensor, h: float) -> None:
-        if self.problem.callbacks:
-            self.problem.callback(name, t, y, h, self.options.dtype)
+        self.problem.callback(name, t, y, h, self.options.dtype)
 
     def _fail(self, status: Status, t: float, detail: str) -> None:
         self.stats.nfe = self.problem.field.nfe

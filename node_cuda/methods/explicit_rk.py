@@ -36,6 +36,7 @@ class ExplicitRK:
         quadrature: Quadrature | None = None,
     ) -> None:
         self.field = problem.field
+        self._f = arithmetic.contiguous(problem.field)
         self.arithmetic = arithmetic
         self.tableau = tableau
         self.quadrature = quadrature
@@ -72,7 +73,7 @@ class ExplicitRK:
 
     def attempt_at(self, at: Interval, y0: Tensor, k1: Tensor, span: Span | None = None) -> Step:
         """Take a step over this interval. The host need not know its times."""
-        arithmetic, fsal = self.arithmetic, self.tableau.fsal
+        arithmetic, fsal, summed = self.arithmetic, self.tableau.fsal, self.quadrature is not None
         if self.quadrature is not None:
             self.quadrature.begin()
             self.integrands = self.first_integrands
@@ -81,13 +82,12 @@ class ExplicitRK:
         times = self._slots(at, self._nodes, span)
         for i, stage in enumerate(self._stages, start=1):
             t = times[i - 1]
-            k.append(self._evaluate(i, t, arithmetic.rk_stage(stage, at, y0, k, t)))
-            self._add(i, at)
+            z = arithmetic.rk_stage(stage, at, y0, k, t)
+            k.append(self._summed(i, t, z, at) if summed else self._f(t, z))
         y1, error = arithmetic.rk_finish(self._last, at, y0, k, times[-1] if fsal else None)
         last = None
         if fsal:
-            k.append(self._evaluate(self._known, times[-1], y1))
-            self._add(self._known, at)
+            k.append(self._summed(self._known, times[-1], y1, at) if summed else self._f(times[-1], y1))
             last = (k[-1], self._e[-1]) if self._e[-1] else None
         return Step(at, y0, y1, k, error, last, span)
 
@@ -144,9 +144,6 @@ class ExplicitRK:
             k.append(self._f(t, self.arithmetic.rk_stage(stage, step.at, step.y0, k, t)))
         return k
 
-    def _f(self, t: Tensor, z: Tensor) -> Tensor:
-        return self.arithmetic.as_contiguous(self.field(t, z))
-
     def _evaluate(self, i: int, t: Tensor, z: Tensor) -> Tensor:
         """Evaluate stage i, and fetch its integrands."""
         if self.quadrature is None:
@@ -157,6 +154,12 @@ class ExplicitRK:
         self.integrands = self.quadrature.take()
         if i == 0:
             self.first_integrands = self.integrands
+        return k
+
+    def _summed(self, i: int, t: Tensor, z: Tensor, at: Interval) -> Tensor:
+        """Stage i, whose integrands are added to the quadrature."""
+        k = self._evaluate(i, t, z)
+        self._add(i, at)
         return k
 
     def _add(self, i: int, at: Interval) -> None:

@@ -33,7 +33,7 @@ class Primitive(NamedTuple):
 
 def _stage(terms: int) -> Primitive:
     prepare = partial(steps.rk_stage, terms=terms)
-    return Primitive(f"rk_stage, {terms} terms", "rk_stage", terms + 2, prepare, reference.rk_stage)
+    return Primitive(f"rk_stage, {terms} terms", "rk_stage", terms + 2, prepare, reference.combine)
 
 
 def _dense_eval(outputs: int) -> Primitive:
