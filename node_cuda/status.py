@@ -8,13 +8,14 @@ from __future__ import annotations
 import difflib
 import sys
 from collections.abc import Iterable
-from enum import Enum
+from enum import Enum, unique
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+@unique
 class Status(Enum):
     """How a solve ended. The value is the code that kernels write; the sentence is for the user."""
 

@@ -33,35 +33,33 @@ struct ControllerParams {
   StepLog* tape;            // records the accepted steps; null: no tape
 };
 
-// The state of a solve, in device memory. start_control sets all members, most of them to zero. The numbers are the
-// offsets in bytes.
+// The state of a solve, in device memory. start_control sets all members, most of them to zero. Python reads a copy
+// through bind/bind_structs.cpp.
 struct ControllerState {
-  Interval next;         //   0  the step to attempt: rk_stage, rk_finish, error_ratio and accumulate read it
-  Interval last;         //  32  the last judged step: dense_eval reads it
-  double h;              //  64  the next step before it was cut (callback_step gets it)
-  double carried;        //  72  the proposal before `next` was cut at a stop
-  double ratio;          //  80  the error ratio of `last`
-  double history[2];     //  88  the ratios of the last accepted steps
-  double direction;      // 104  +1 or -1
-  double norms[2];       // 112  d0 and d1 of the starting step
-  int64_t attempts;      // 128  since the last output
-  int64_t accepted;      // 136
-  int64_t rejected;      // 144
-  int64_t next_tstop;    // 152  the first element of each list that the solve has not passed
-  int64_t next_stop;     // 160
-  int64_t first_output;  // 168  outputs [first_output, next_output) lie in `last`
-  int64_t next_output;   // 176
-  int32_t accept;        // 184  `last` was accepted
-  int32_t jump;          // 188  the field is discontinuous at last.t1
-  int32_t status;        // 192
-  int32_t active;        // 196  0: the solve has ended, or pauses, and every kernel returns at once
-  int32_t finite;        // 200  `ratio` was finite
-  int32_t paused;        // 204  the solve waits for `resume`
+  Interval next;         // the step to attempt: rk_stage, rk_finish, error_ratio and accumulate read it
+  Interval last;         // the last judged step: dense_eval reads it
+  double h;              // the next step before it was cut (callback_step gets it)
+  double carried;        // the proposal before `next` was cut at a stop
+  double ratio;          // the error ratio of `last`
+  double history[2];     // the ratios of the last accepted steps
+  double direction;      // +1 or -1
+  double norms[2];       // d0 and d1 of the starting step
+  int64_t attempts;      // since the last output
+  int64_t accepted;
+  int64_t rejected;
+  int64_t next_tstop;    // the first element of each list that the solve has not passed
+  int64_t next_stop;
+  int64_t first_output;  // outputs [first_output, next_output) lie in `last`
+  int64_t next_output;
+  int32_t accept;        // `last` was accepted
+  int32_t jump;          // the field is discontinuous at last.t1
+  int32_t status;
+  int32_t active;        // 0: the solve has ended, or pauses, and every kernel returns at once
+  int32_t finite;        // `ratio` was finite
+  int32_t paused;        // the solve waits for `resume`
 };
-static_assert(sizeof(Interval) == 32 && sizeof(ControllerParams) == 152 && sizeof(ControllerState) == 208, "the layout that Python reads");
-static_assert(offsetof(ControllerParams, tstops) == 80 && offsetof(ControllerParams, tape) == 144, "the layout that Python writes");
-static_assert(offsetof(ControllerState, last) == 32 && offsetof(ControllerState, h) == 64 && offsetof(ControllerState, history) == 88, "as above");
-static_assert(offsetof(ControllerState, attempts) == 128 && offsetof(ControllerState, accept) == 184 && offsetof(ControllerState, active) == 196, "too");
+static_assert(sizeof(Interval) == 32 && sizeof(ControllerParams) == 152, "the layout that bench/ writes");
+static_assert(offsetof(ControllerParams, tstops) == 80 && offsetof(ControllerParams, tape) == 144, "as above");
 
 NODE_CUDA_HD inline double mul(double a, double b) {
 #ifdef __CUDA_ARCH__

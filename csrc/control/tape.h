@@ -3,7 +3,6 @@
 // This is plain C++, like control.h, which writes the tape. The states that the steps begin with are rows of a tensor:
 // `capacity` rows, and one more row for states that are not kept. The code here only computes the number of the row.
 #pragma once
-#include <cstddef>
 #include <cstdint>
 
 #include "control/interval.h"
@@ -18,22 +17,20 @@ struct Recorded {
   int32_t begins, unused;
 };
 
-// The numbers are the offsets in bytes.
+// Python makes it through bind/bind_structs.cpp, and uses `slot` and `row` as tensors.
 struct StepLog {
-  Recorded* steps;   //   0  the first `capacity` steps; the state that step i began with is in row i
-  int64_t capacity;  //   8
-  int32_t first;     //  16  `begins` of the very first step
-  int32_t carries;   //  20  1: the first stage of later steps is the last one of the step before, except after jumps;
-                     //      0: `first` holds for all steps
+  Recorded* steps;   // the first `capacity` steps; the state that step i began with is in row i
+  int64_t capacity;
+  int32_t first;     // `begins` of the very first step
+  int32_t carries;   // 1: the first stage of later steps is the last one of the step before, except after jumps;
+                     // 0: `first` holds for all steps
   // The state, which start_control resets.
-  int64_t count;     //  24  accepted steps, including those that are not recorded
-  int64_t slot;      //  32  the row for the state that the last judged step began with; `capacity`: it is not kept
-  int64_t row;       //  40  in a reverse pass: the last reversed step, and the row of its state
-  int32_t jumped;    //  48  the last accepted step ended at a discontinuity
-  int32_t unused;    //  52
+  int64_t count;     // accepted steps, including those that are not recorded
+  int64_t slot;      // the row for the state that the last judged step began with; `capacity`: it is not kept
+  int64_t row;       // in a reverse pass: the last reversed step, and the row of its state
+  int32_t jumped;    // the last accepted step ended at a discontinuity
+  int32_t unused;
 };
-static_assert(sizeof(Recorded) == 56 && sizeof(StepLog) == 56, "the layout that Python reads and writes");
-static_assert(offsetof(StepLog, slot) == 32 && offsetof(StepLog, row) == 40 && offsetof(StepLog, jumped) == 48, "as above");
 
 NODE_CUDA_HD inline void start_step_log(StepLog* tape) {
   if (tape == nullptr) return;

@@ -1,9 +1,10 @@
-"""The only loop over steps on the host.
+"""The loop over steps on the host.
 
     propose, attempt, judge, move
 
 A step selector (step_control.py, grids.py) proposes and judges a step, a stepper (methods/) attempts it, and the loop
-moves to its end.
+moves to its end. Two kinds of solve do not need it: grids that are the output times (plain_grid.py, the same steps
+without an object for each), and SciPy's solvers, which choose their steps themselves (scipy_solver.py).
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, SolveError, Status
 
 LONG = 10_000
-"""Attempts after which a solve is told of, once, as one that may not end."""
+"""Number of attempts after which a solve is logged, once, because it may not end."""
 
 ROUNDING = 100.0
 """In eps of the largest element: two answers of one field may differ so much, as sums on a GPU may."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -419,3 +420,11 @@ def test_a_nan_on_a_fixed_grid_is_never_hidden():
         assert error.status is Status.NON_FINITE
     else:
         assert ys[-1].isnan().all()
+
+
+def test_the_codes_that_the_device_writes_are_those_of_the_members():
+    header = (Path(__file__).resolve().parents[2] / "csrc" / "control" / "control.h").read_text()
+    written = re.search(r"enum Status : int32_t \{(.*?)\}", header, re.DOTALL)
+    assert written is not None
+    codes = dict(re.findall(r"(\w+) = (\d+)", written[1]))
+    assert codes and all(Status[name].value == int(code) for name, code in codes.items())
