@@ -452,7 +452,7 @@ def writes(t, y):
         (
             lambda: solve(regularized(decay, 1.0), Y, T, integral=squared),
             InvalidInput,
-            "integral was given beside regularized",
+            "integral was given together with regularized",
         ),
         (
             lambda: solve(regularized(decay, 1.0), Y, T, gradient="discrete"),
