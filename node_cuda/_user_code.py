@@ -99,8 +99,8 @@ def _outside(t: float, ends: tuple[float, float]) -> str:
 def _clip(ends: tuple[float, float]) -> str:
     low, high = sorted(ends)
     return (
-        f"If func is known between {low:.6g} and {high:.6g} only, use options=dict(clip=True), with which "
-        "it is called at no other time."
+        f"If func is defined only between {low:.6g} and {high:.6g}, use options=dict(clip=True): then it is "
+        "called at no other time."
     )
 
 

@@ -226,7 +226,7 @@ def _solve(
     if event_fn is not None and chosen.options.clip:
         raise InvalidInput(
             'options["clip"] keeps func within [t[0], t[-1]], and with an event_fn t[1] only gives the direction of '
-            "time. Drop clip, and take options=dict(max_step=...) for a func that is not known everywhere."
+            "time. Drop clip, and use options=dict(max_step=...) for a func that is not defined everywhere."
         )
     endless, of_y = event_fn is not None, func.func if isinstance(func, Regularized) else func
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=chosen.clips, endless=endless)

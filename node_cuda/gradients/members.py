@@ -72,7 +72,7 @@ class Members:
                         self._hold(buffers, name, x, attribute=False)
 
     def settle(self) -> None:
-        """Forget the tensors that func wrote in the solve. It has ended. A captured solve may not have called func."""
+        """Forget the tensors that func wrote in the solve, at its end. A captured solve may not have called func."""
         if not self._looked:
             self.look()
         elif self.tensors:

@@ -20,7 +20,7 @@ from node_cuda.status import Status
 
 
 class Rule(Protocol):
-    """A rule for judging steps in the place of `ControllerParams`."""
+    """A rule for judging steps, in place of `ControllerParams`."""
 
     def start(self) -> None:
         """Start a solve."""
@@ -37,7 +37,7 @@ class ControlSpec(NamedTuple):
     order: the order of the method, for the starting step. max_num_steps: attempts allowed since the last output.
     tstops: times that a step must end at; those in `jumps` are discontinuities. stops: times that a step must end at,
     approached without a very small step before them. ends: the solve ends at the last of the output times. limit: the
-    Euler step that probes the first step size does not go past it. rule: a Python rule in the place of the parameters.
+    Euler step that probes the first step size does not go past it. rule: a Python rule in place of the parameters.
     """
 
     law: ControllerParams

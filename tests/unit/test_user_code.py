@@ -106,7 +106,7 @@ MENDS = {
         "y is torch.float32, and func computes with another dtype. Use `func.to(torch.float32)` for its parameters, or "
         "start from a y0 of their dtype, e.g. `y0.double()`",
     ),
-    "beyond the end": (lambda: odeint(ends_at(1.0), Y, T), "to t[-1] = 1. If func is known between 0 and 1 only, use"),
+    "beyond the end": (lambda: odeint(ends_at(1.0), Y, T), "to t[-1] = 1. If func is defined only between 0 and 1, use"),
 }
 
 
@@ -163,7 +163,7 @@ def test_the_note_names_what_was_called_with_the_users_state(case):
     note = told(USERS[case], IndexError)
     assert note.startswith(f"node_cuda: {case.split()[0].rstrip(',')}(")
     assert "shape (3, 2), torch.float32, cpu" in note
-    assert "y[1]" not in note, "an integral is no part of the user's state"
+    assert "y[1]" not in note, "an integral is not part of the user's state"
 
 
 @needs_notes
@@ -225,7 +225,7 @@ def test_the_note_reports_a_step_past_the_end_if_the_time_of_the_call_is_not_kno
     _user_code.tell(error, "func", decay, (0.0, 1.0), t=torch.ones((), device="meta"), y=Y.to("meta"))
     _user_code.tell_step(error, "t = 0.9.", beyond=(0.0, 1.0))
     (note,) = error.__notes__
-    assert "The step passes the last time. If func is known between 0 and 1 only, use options=dict(clip=True)" in note
+    assert "The step passes the last time. If func is defined only between 0 and 1, use options=dict(clip=True)" in note
 
 
 # ------------------------------------------------------------------ before Python 3.11

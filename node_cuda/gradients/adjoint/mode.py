@@ -69,7 +69,7 @@ class _AdjointSolve(DifferentiableSolve):
         ys, self.status = forward.outputs(request, self.replaced(request.problem), last)
         if self.status is Status.SUCCESS:
             self.kept = last.evaluated(request.problem.times[-1], self.members)
-        # With throw=False, the outputs that were reached have a gradient. Without it, a NaN gives NaN gradients.
+        # A partial solution has gradients where it was reached. If the status is not known yet, NaN stays NaN.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
         return ys, request.problem.direction * request.problem.times[-1]
 
