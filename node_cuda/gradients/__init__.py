@@ -1,1 +1,1 @@
-"""The gradient modes. Each has a file or a folder, and one line in `registry`."""
+"""The gradient modes: each has one file or folder, and one line in `registry`."""

@@ -106,7 +106,10 @@ MENDS = {
         "y is torch.float32, and func computes with another dtype. Use `func.to(torch.float32)` for its parameters, or "
         "start from a y0 of their dtype, e.g. `y0.double()`",
     ),
-    "beyond the end": (lambda: odeint(ends_at(1.0), Y, T), "to t[-1] = 1. If func is defined only between 0 and 1, use"),
+    "beyond the end": (
+        lambda: odeint(ends_at(1.0), Y, T),
+        "to t[-1] = 1. If func is defined only between 0 and 1, use",
+    ),
 }
 
 
