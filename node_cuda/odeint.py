@@ -172,7 +172,7 @@ def solve(
     computed steps, from one state a step; of explicit Runge-Kutta methods, and of these arguments only adjoint_params).
     checkpoints, of "discrete": at most so many states are held, and others computed again; "auto": as many as fit a
     quarter of the free memory; None: all. With options=dict(throw=False) a solve that
-    fails returns its status, and NaN at the times that it did not reach, instead of raising SolveError.
+    fails returns its status, and NaN in what was not reached, instead of raising SolveError.
 
     integral: a function g(t, y, dy) of y and dy = func(t, y), both in y0's structure. It returns a tensor of any shape,
     the same one at each call. `Solution.integral` is its integral from t[0] to each t, of shape (len(t), *g.shape) and

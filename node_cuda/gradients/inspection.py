@@ -87,7 +87,7 @@ class Inspection:
         words = "func is non-deterministic: a second call at the same t and y differs (dropout, spectral norm, noise?)"
         if self.replays:
             raise InvalidField(
-                f"{words}. {self.what} computes every step again to differentiate it. Put func in evaluation mode, "
+                f"{words}, and {self.what} takes every step again to differentiate it. Put func in evaluation mode, "
                 'draw the noise once before the solve, or use gradient="backprop".'
             )
         self.by_chance = True
