@@ -1,8 +1,8 @@
-"""The note that an exception out of user code gets: how it was called, where the solve stood, and what to type.
+"""The note for an exception from user code: how the code was called, where the solve stood, and what to type.
 
-Every call of func, event_fn, an integral or a norm stands in a `try`, and its `except` calls `tell`. Nothing here runs
-on the path without an exception. The note is made of what the host knows already: it reads nothing from a device,
-which after a CUDA error would raise another one.
+Every call of func, event_fn, an integral or a norm is in a `try`, and its `except` calls `tell`. Without an exception
+no code of this file runs. The note contains only what the host already knows. It reads nothing from a device, because
+such a read would raise another exception after a CUDA error.
 """
 
 from __future__ import annotations
@@ -22,14 +22,15 @@ STEP = "\nThe solve stood at "
 
 _HAS_NOTES = hasattr(BaseException, "add_note")  # Python 3.11
 _REWRITTEN = (TypeError, ValueError, IndexError, AttributeError, RuntimeError)
-"""Before Python 3.11 the note follows the message of these, if that is all that they hold."""
+"""Before Python 3.11 the note follows the message of these exceptions, if the message is their only argument."""
 
 
 def tell(error: Exception, name: str, code: Any, ends: tuple[float, float] | None = None, /, **arguments: Any) -> None:
-    """Add the note to an exception that user code raised, unless it has one from a solve inside of that code.
+    """Add the note to an exception from user code, unless a solve inside that code has added one.
 
-    name: what the user calls it. code: what was called. ends: the user's times between which func has to be known.
-    arguments: what it was called with, by name. An InvalidField says itself what func did.
+    name: the user's name for the code. code: the function that was called. ends: the user's first and last time; func
+    must be defined between them. arguments: the arguments of the call, by name. An InvalidField gets no note, because
+    its message already says what func did.
     """
     if isinstance(error, InvalidField) or _note_of(error) is not None:
         return
@@ -42,7 +43,7 @@ def tell(error: Exception, name: str, code: Any, ends: tuple[float, float] | Non
 
 
 def tell_step(error: BaseException, where: str, *, beyond: tuple[float, float] | None = None) -> None:
-    """Add where the solve stood, to the note of `tell`; to KeyboardInterrupt also without one.
+    """Add where the solve stood to the note of `tell`. A KeyboardInterrupt gets a new note if it has none.
 
     beyond: the ends of t, if the step passes the last one and the host does not know the time of the call.
     """
@@ -60,7 +61,7 @@ def in_step(t: float, h: float, accepted: int, rejected: int) -> str:
 
 
 def number(t: Any) -> float | None:
-    """A time as a number, if the host has it."""
+    """Return a time as a number, or None if the host does not have it."""
     if isinstance(t, Tensor) and t.device.type == "cpu":
         with contextlib.suppress(Exception):  # a tensor of a transform, or one without data
             return float(t.detach())
@@ -68,7 +69,7 @@ def number(t: Any) -> float | None:
 
 
 def order_mend(func: Any) -> str:
-    """What to type for a func of (y, t), by the names of its arguments; "" for any other func."""
+    """Return what to type if func takes (y, t), to judge by the names of its arguments; "" for any other func."""
     names = _names(func)
     times = ("t", "time", "times", "tau")
     if len(names) < 2 or names[1] not in times or names[0] in times:
@@ -98,13 +99,13 @@ def _outside(t: float, ends: tuple[float, float]) -> str:
 def _clip(ends: tuple[float, float]) -> str:
     low, high = sorted(ends)
     return (
-        f"If func is known between {low:.6g} and {high:.6g} only, use options=dict(clip=True), with which "
-        "it is called at no other time."
+        f"If func is defined only between {low:.6g} and {high:.6g}, use options=dict(clip=True): then it is "
+        "called at no other time."
     )
 
 
 def _mend(error: Exception, func: Any, y: Any) -> str:
-    """What to type, for the commonest mistakes."""
+    """Return what to type, for the most common mistakes; "" for others."""
     words = str(error)
     if mend := order_mend(func):
         return mend
@@ -139,7 +140,7 @@ def _names_two_dtypes(words: str) -> bool:
 
 
 def _signature(func: Any) -> inspect.Signature | None:
-    with contextlib.suppress(TypeError, ValueError):  # of a builtin
+    with contextlib.suppress(TypeError, ValueError):  # raised for a builtin
         return inspect.signature(func.forward if isinstance(func, torch.nn.Module) else func)
     return None
 
@@ -163,7 +164,7 @@ def _takes_y_alone(func: Any) -> bool:
 
 
 def _note_of(error: BaseException) -> str | None:
-    """The note that was made here."""
+    """Return the note that this file added, or None."""
     for note in getattr(error, "__notes__", ()) if _HAS_NOTES else error.args[:1]:
         if isinstance(note, str) and BEGINNING in note:
             return note[note.index(BEGINNING) :]

@@ -33,18 +33,19 @@ def odeint_event(
 ) -> tuple[Tensor, S]:
     """Solve from t0 until an element of event_fn(t, y) changes its sign; the event's time is differentiable.
 
-    As torchdiffeq's `odeint_event`. t0: a tensor with one element. odeint_interface: `odeint` or `odeint_adjoint`,
-    which also gets **kwargs. Returns (event_t, y) with y of shape (2, *y0.shape): y0 and y(event_t), or tuples of such.
+    Equivalent to torchdiffeq's `odeint_event`. t0: a tensor with one element. odeint_interface: `odeint` or
+    `odeint_adjoint`, which also gets **kwargs. Returns (event_t, y). y has the shape (2, *y0.shape) and holds y0 and
+    y(event_t); for a tuple y0 it is a tuple of such.
 
-    Gradients flow to y0, t0 and the parameters of func, and to those of event_fn if it is an nn.Module. By the implicit
-    function theorem: c(t*, y(t*)) = 0, so dt* = -(dc/dy . dy + dc/dphi . dphi) / (dc/dt + dc/dy . f)
-    (Chen, Amos and Nickel 2021, arXiv:2011.03902).
+    Gradients flow to y0, t0 and the parameters of func, and to those of event_fn if it is an nn.Module. They follow
+    from the implicit function theorem: c(t*, y(t*)) = 0, so dt* = -(dc/dy . dy + dc/dphi . dphi) / (dc/dt + dc/dy . f).
+    Source: Chen, Amos and Nickel 2021, arXiv:2011.03902.
     """
     refuse_transforms("odeint_event")
     if not isinstance(t0, Tensor):
         raise InvalidType(f"t0 must be a torch.Tensor; got a {type(t0).__name__}. Use `torch.tensor({t0!r})`.")
     if t0.numel() != 1:
-        raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve for each start by itself.")
+        raise InvalidInput(f"t0 must have one element; got shape {tuple(t0.shape)}. Solve once for each start.")
     check_event_fn(event_fn)
     start = t0.reshape(-1)
     step = -1.0 if reverse_time else 1.0
@@ -52,7 +53,7 @@ def odeint_event(
     if not isinstance(found, tuple) or len(found) != 2:
         raise InvalidInput(
             "odeint_interface must return (event_t, y), as odeint and odeint_adjoint do; got a "
-            f"{type(found).__name__}. Use `odeint_interface=odeint_adjoint`, or `solve(..., event_fn=event_fn)` itself."
+            f"{type(found).__name__}. Use `odeint_interface=odeint_adjoint`, or call `solve(..., event_fn=event_fn)`."
         )
     solution: Any
     event_t, ys = found

@@ -86,13 +86,15 @@ class NeuralODE(nn.Module):
 
     @eager
     def forward(self, y0: Any, t: Tensor | None = None) -> Any:
-        """y at the times t, of shape (len(t), *y0.shape), or with last_only of y0's shape; or a tuple of such. With an
-        integral, or a func made by `regularized`: (y, `Solution.integral`)."""
+        """Return y at the times t, of shape (len(t), *y0.shape), or of y0's shape with last_only; or a tuple of such.
+
+        With an integral, or with a func made by `regularized`, return (y, `Solution.integral`).
+        """
         t = self.t if t is None else t
         if t is None:
             raise InvalidInput(
                 "NeuralODE needs the times t, at the call or before; got none. Use `NeuralODE(func, t)` or `layer(y0, "
-                "t)`, with `t = torch.tensor([0.0, 1.0])`, say."
+                "t)`, for example with `t = torch.tensor([0.0, 1.0])`."
             )
         solution = solve(self.func, y0, t, gradient=self.gradient, integral=self.integral, **self.solver)
         self.stats = solution.stats

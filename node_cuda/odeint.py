@@ -1,4 +1,4 @@
-"""The public solvers: torchdiffeq's `odeint`, `odeint_adjoint` and `odeint_dense`, and `solve`, which they rest on."""
+"""The public solvers: torchdiffeq's `odeint`, `odeint_adjoint` and `odeint_dense`, and `solve`, the full interface."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ if TYPE_CHECKING:
     from typing_extensions import Unpack
 
 RTOL, ATOL = 1e-7, 1e-9
-"""torchdiffeq's defaults; what a fixed grid, which reads neither, has in the place of None."""
+"""torchdiffeq's defaults. A fixed grid, which reads neither, takes them in place of None."""
 
 
 AS_FORWARD = AdjointSpec()
@@ -125,13 +125,13 @@ def odeint_adjoint(
     checkpoints: int | Literal["auto"] | None = None,
     **unknown: Any,
 ) -> Any:
-    """As `odeint`, with gradients for y0, t and the parameters by the continuous adjoint method, in constant memory.
+    """Solve as `odeint` does; the continuous adjoint method gives gradients of y0, t and parameters in constant memory.
 
     Equivalent to torchdiffeq's `odeint_adjoint`. gradient, checkpoints: as those of `solve`; "discrete" is exact for
     the computed steps. adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options: those of
     the backward solve, by default the forward ones (but for options["norm"]). adjoint_options["norm"]: "seminorm"
     leaves the parameters' gradients out of the error norm; a callable gets (t, y, adj_y, *adj_params).
-    adjoint_params: what to differentiate by, by default func.parameters(); needed if func is no nn.Module.
+    adjoint_params: the tensors to differentiate by, by default func.parameters(); needed if func is not an nn.Module.
 
     Returns and raises as `odeint` does, and ValueError if the parameters cannot be found. Differentiable once.
     Source: Chen et al. 2018, arXiv:1806.07366; seminorm: Kidger, Chen and Lyons 2021, arXiv:2009.09457.
@@ -174,12 +174,12 @@ def solve(
     quarter of the free memory; None: all. With options=dict(throw=False) a solve that
     fails returns its status, and NaN in what was not reached, instead of raising SolveError.
 
-    integral: g(t, y, dy), a tensor of any shape that is the same at each call, of y and dy = func(t, y) in y0's
-    structure. Its integral from t[0] to each t, which counts in the step control as one more component of y, with the
-    smallest of rtol and of atol, is `Solution.integral`, of shape (len(t), *g.shape) and zero at t[0]. It is
-    differentiable as y is; default parameters are those of func, and of integral if it is an nn.Module. func is
-    evaluated once for both; integral once more, with a dy of zeros, for its shape. Callbacks, event_fn and norms see y
-    alone. func may be one made by `regularized`, with an integral of its own.
+    integral: a function g(t, y, dy) of y and dy = func(t, y), both in y0's structure. It returns a tensor of any shape,
+    the same one at each call. `Solution.integral` is its integral from t[0] to each t, of shape (len(t), *g.shape) and
+    zero at t[0]. The step control counts it as one more component of y, with the smallest of rtol and of atol. It is
+    differentiable as y is. The default parameters are those of func, and those of integral if it is an nn.Module. func
+    is evaluated once for both. integral is evaluated once more, with a dy of zeros, for its shape. Callbacks, event_fn
+    and norms see y alone. A func that `regularized` made has an integral already.
 
     Returns Solution(ts, ys, stats, status, event_t, integral); ys of shape (len(t), *y0.shape) in y0's dtype, or a
     tuple of such; the integral in the dtype of y0, in its real one if g is real. Raises as `odeint` does.
@@ -206,7 +206,7 @@ def _solve(
     *,
     wants_status: bool = True,
 ) -> Solution[Any]:
-    """`solve`. wants_status: the caller reads `Solution.status`, which costs a fixed grid a host read."""
+    """Solve, for every public solver. wants_status: the caller reads `Solution.status`: one host read on a grid."""
     if gradient not in GRADIENTS or checkpoints is not None:
         check_gradient(gradient, checkpoints)
     refuse_in_capture(y0)
@@ -218,15 +218,15 @@ def _solve(
         chosen = for_one_output(chosen)
     if chosen.options.check_reconstruction and gradient != "adjoint":
         raise InvalidInput(
-            'options["check_reconstruction"] belongs to gradient="adjoint", which rebuilds y backwards; got '
-            f"gradient={gradient!r}, which keeps it. Drop the option."
+            'options["check_reconstruction"] belongs to gradient="adjoint", which reconstructs y backwards; got '
+            f"gradient={gradient!r}, which stores it. Drop the option."
         )
     if not (given.method or chosen.reads_tolerances or chosen.options.check_reconstruction):
         rtol, atol = _of_a_fixed_grid(rtol, atol, event_fn)
     if event_fn is not None and chosen.options.clip:
         raise InvalidInput(
             'options["clip"] keeps func within [t[0], t[-1]], and with an event_fn t[1] only gives the direction of '
-            "time. Drop clip, and take options=dict(max_step=...) for a func that is not known everywhere."
+            "time. Drop clip, and use options=dict(max_step=...) for a func that is not defined everywhere."
         )
     endless, of_y = event_fn is not None, func.func if isinstance(func, Regularized) else func
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=chosen.clips, endless=endless)
@@ -237,7 +237,7 @@ def _solve(
         _warn_of_callbacks(problem, chosen)
         _refuse_callbacks(problem, chosen)
     if isinstance(given.params, Tensor):
-        given = with_fields(given, params=(given.params,))  # its rows are no parameters
+        given = with_fields(given, params=(given.params,))  # its rows are not parameters
     if given.options is not None:
         given = with_fields(given, options=_with_graphs(given.options, func, "adjoint_options"))
     beside = None
@@ -289,8 +289,8 @@ def odeint_dense(
 ) -> DenseSolution[S]:
     """Solve from t0 to t1 and return y as a function of time, callable with times of any shape between them.
 
-    As torchdiffeq's `odeint_dense`, but for every method, tuple states and both directions. t0, t1: 0-d tensors or
-    numbers. dopri8, whose default interpolant is far below its order, takes its accurate one.
+    Equivalent to torchdiffeq's `odeint_dense`, and also takes every method, tuple states and both directions of time.
+    t0, t1: 0-d tensors or numbers. dopri8 uses its accurate interpolant: the order of its default one is much lower.
     Raises as `odeint` does, also with options=dict(throw=False): a partial dense solution is never returned.
     """
     if unknown:
@@ -309,11 +309,11 @@ def odeint_dense(
 
 
 def check_event_fn(event_fn: Any) -> None:
-    """Raise InvalidType if this is no function."""
+    """Raise InvalidType if event_fn is not callable."""
     if not callable(event_fn):
         raise InvalidType(
-            f"event_fn must be callable as event_fn(t, y); got a {type(event_fn).__name__}. Use "
-            "`lambda t, y: y[0] - 1.0`, say."
+            f"event_fn must be callable as event_fn(t, y); got a {type(event_fn).__name__}. Use for "
+            "example `lambda t, y: y[0] - 1.0`."
         )
 
 
@@ -330,22 +330,22 @@ def refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
 
 
 def _of_a_fixed_grid(rtol: Any, atol: Any, event_fn: EventFunc | None) -> tuple[Any, Any]:
-    """rtol and atol, either of which may be None as far as nothing reads it."""
+    """Return rtol and atol for a fixed grid, where each may be None if no code reads it. An event reads atol."""
     if atol is None and event_fn is not None:
         raise InvalidType(
             "atol must be a number where there is an event_fn: the event's time is found to within atol. Got None. Use "
-            "atol=1e-6, say."
+            "for example atol=1e-6."
         )
     return RTOL if rtol is None else rtol, ATOL if atol is None else atol
 
 
 def _beside(func: Func, problem: Problem, integral: Any) -> AugmentedField:
-    """The field of y and of its integral."""
+    """Return the field of y and of its integral."""
     if not isinstance(func, Regularized):
         return Integral(func, problem, integral)
     if integral is not None:
         raise InvalidInput(
-            "integral was given beside regularized(...), which is an integral itself, and a solve has one. Use "
+            "integral was given together with regularized(...), which is an integral itself; a solve has only one. Use "
             "`solve(func, ..., integral=...)` with both in a tensor, e.g. 0.01 * dy.square().sum(), or drop one."
         )
     return func.beside(problem)
@@ -375,7 +375,7 @@ def _solution(
 
 
 def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
-    """Raise InvalidInput if there is no such gradient, or none with these checkpoints."""
+    """Raise InvalidInput if this gradient mode does not exist, or does not take these checkpoints."""
     if gradient not in GRADIENTS:
         known = ", ".join(map(repr, GRADIENTS))
         raise InvalidInput(f"gradient must be one of {known}; got {gradient!r}.{did_you_mean(gradient, GRADIENTS)}")
@@ -389,12 +389,12 @@ def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
     whole = isinstance(checkpoints, int) and not isinstance(checkpoints, bool) and checkpoints >= 1
     if not whole and checkpoints != "auto":
         raise InvalidInput(
-            f'checkpoints must be a number of states, at least 1, "auto" or None; got {checkpoints!r}. Use 64, say.'
+            f'checkpoints must be a number of states, at least 1, "auto" or None; got {checkpoints!r}. E.g. 64.'
         )
 
 
 def _warn_of_tolerances(problem: Problem, method: Method, stats: Stats) -> None:
-    """Warn if y0's dtype cannot hold what rtol and atol ask for: no error can be that small. Reads y0 only then."""
+    """Warn if rtol and atol are below the rounding errors of y0's dtype. Reads y0 only if rtol is below them."""
     y0, eps = problem.y0, torch.finfo(problem.time_dtype).eps
     rtol, atol = (
         float(tol.max()) if isinstance(tol, Tensor) else tol for tol in (problem.norm.rtol, problem.norm.atol)
@@ -437,7 +437,7 @@ def _warn_of_callbacks(problem: Problem, method: Method) -> None:
 
 
 def _with_graphs(options: Mapping[str, Any] | None, func: Any, name: str = "options") -> Mapping[str, Any] | None:
-    """The options, with a place for what is captured: it lives as long as func."""
+    """Return the options with a cache for the captured graphs, which exists as long as func."""
     check_mapping(options, name)
     wanted = None if options is None else options.get("cuda_graph")
     if options is None or not wanted or isinstance(wanted, GraphCache):
@@ -445,7 +445,7 @@ def _with_graphs(options: Mapping[str, Any] | None, func: Any, name: str = "opti
     if wanted is not True:
         raise InvalidType(
             'options["cuda_graph"] must be True, False, or a `node_cuda.cuda_graphs.cache.GraphCache`, which keeps '
-            f"what is captured; got {wanted!r:.60}."
+            f"the captured graphs; got {wanted!r:.60}."
         )
     return {**options, "cuda_graph": graphs_of(func)}
 
@@ -455,5 +455,5 @@ def _refuse_callbacks(problem: Problem, method: Method) -> None:
     if method.options.cuda_graph and called:
         raise Unsupported(
             f"func has callbacks, {', '.join(called)}, and the Python of a callback does not run in a captured solve. "
-            "Drop cuda_graph=True, or solve with a func that has none."
+            "Drop cuda_graph=True, or solve with a func without callbacks."
         )

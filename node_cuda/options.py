@@ -39,7 +39,7 @@ class Common:
 
     @property
     def raises(self) -> bool:
-        """The solve itself raises a failure."""
+        """Whether the solve itself raises SolveError if it fails."""
         return bool(self.throw) and self.throw != "deferred"
 
 
@@ -76,7 +76,7 @@ class AdaptiveOptions(Common):
 class FixedOptions(Common):
     """Options of the fixed-grid methods. Without step_size and grid_constructor the grid is t itself: each interval
     between two output times is one step, however long it is. interp: "linear" or "cubic"; perturb: evaluate at grid
-    points on the side of the step's inside. event_checks: as of the adaptive methods, on the chord of the step."""
+    points on the side of the step's inside. event_checks: as in the adaptive methods, on the chord of the step."""
 
     step_size: float | None = None
     grid_constructor: Callable[[Any, Tensor, Tensor], Tensor] | None = None
@@ -132,11 +132,11 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
 
 
 def check_mapping(options: Any, name: str = "options") -> None:
-    """Raise InvalidType if these options are no dict. name: what the user calls them."""
+    """Raise InvalidType if these options are not a dict. name: the name of the argument."""
     if options is not None and not isinstance(options, Mapping):
         raise InvalidType(
-            f"{name} must be a dict; got {options!r:.60}, a {type(options).__name__}. Use `{name}=dict(clip=True)`, "
-            "say."
+            f"{name} must be a dict; got {options!r:.60}, a {type(options).__name__}. Use for example "
+            f"`{name}=dict(clip=True)`."
         )
 
 
@@ -159,19 +159,19 @@ def _as_times(name: str, values: Any) -> Tensor:
         return torch.as_tensor(values, dtype=torch.float64)
     except (TypeError, ValueError, RuntimeError):
         raise InvalidType(
-            f'options["{name}"] must be a tensor or a list of times; got {values!r:.60}. Use `{name}=[0.5]`, say.'
+            f'options["{name}"] must be a tensor or a list of times; got {values!r:.60}. E.g. `{name}=[0.5]`.'
         ) from None
 
 
 ARGUMENTS = ("rtol", "atol", "method", "options", "event_fn", "gradient", "checkpoints", "integral", "adjoint_rtol")
 ARGUMENTS += ("adjoint_atol", "adjoint_method", "adjoint_options", "adjoint_params")
-"""What a solver takes beside func, y0 and t, and not in options."""
+"""The names of the arguments of a solver, without func, y0 and t."""
 
 
 def _hint(name: Any, known: set[str]) -> str:
-    """What to do with an unknown option, with a space before it."""
+    """Return a hint for an unknown option, with a space before it."""
     if name in ARGUMENTS:
-        return f" {name} is an argument and no option: write `{name}=...` outside of options."
+        return f" {name} is an argument and not an option: write `{name}=...` outside of options."
     for family, words in (
         (FixedOptions, 'the fixed grids, e.g. method="rk4"'),
         (AdaptiveOptions, 'the adaptive methods, e.g. method="dopri5"'),
@@ -184,7 +184,7 @@ def _hint(name: Any, known: set[str]) -> str:
 
 
 def option_names() -> set[str]:
-    """The options of all methods."""
+    """Return the names of the options of all methods."""
     families = (AdaptiveOptions, AdamsOptions, ScipyOptions)
     return {f.name for family in families for f in dataclasses.fields(family)}
 
@@ -206,7 +206,7 @@ def _check(options: Common) -> None:
         )
     for name, what in (
         ("record_steps", "True keeps the accepted times in `stats.step_times`"),
-        ("check_reconstruction", "True compares what the adjoint method rebuilds"),
+        ("check_reconstruction", "True compares the y that the adjoint method reconstructs"),
         ("perturb", "True evaluates at grid points on the side of the step's inside"),
     ):
         value = getattr(options, name, False)
@@ -250,7 +250,7 @@ def _check(options: Common) -> None:
         if options.grid_constructor is not None and not callable(options.grid_constructor):
             raise InvalidType(
                 f'options["grid_constructor"] must be callable as grid_constructor(func, y0, t); got '
-                f"{options.grid_constructor!r:.60}. Use `lambda func, y0, t: torch.linspace(...)`, say."
+                f"{options.grid_constructor!r:.60}. Use for example `lambda func, y0, t: torch.linspace(...)`."
             )
         if options.interp not in ("linear", "cubic"):
             raise ValueError(f'Unknown interpolation method {options.interp!r}; use interp="linear" or "cubic".')

@@ -1,1 +1,1 @@
-"""How gradients flow through a solve: one mode a file or folder, and one line in `registry`."""
+"""The gradient modes: each has one file or folder, and one line in `registry`."""

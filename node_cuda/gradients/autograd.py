@@ -1,8 +1,8 @@
-"""A solve as one operation of the user's graph: what autograd, the transforms of torch.func and vmap see of it.
+"""A solve as one operation for autograd, for the transforms of torch.func, and for vmap.
 
-A `DifferentiableSolve`, a class for each mode, is the solve and its backward pass. vmap solves for one sample after
-another, each with other steps, and so gives what a loop over the samples gives. Samples that share their steps are one
-state.
+A `DifferentiableSolve` is a solve with its backward pass; each gradient mode has a subclass. vmap solves for one sample
+after another. Each sample has its own steps, so the result is that of a loop over the samples. Samples that must share
+their steps are one state.
 """
 
 from __future__ import annotations
@@ -33,8 +33,11 @@ from node_cuda.status import InvalidInput, Status, Unsupported
 
 
 class Saved(NamedTuple):
-    """What the backward pass gets of the forward pass: t and the grid that the steps lie on, if that is on the tape, y
-    at the outputs, the time of the event or of the last output, and the parameters."""
+    """The tensors that the forward pass saves for the backward pass.
+
+    grid: the grid of the steps, if it is on the tape. ys: y at the outputs. at: the time of the event or of the last
+    output.
+    """
 
     t: Tensor
     grid: Tensor | None
@@ -44,7 +47,7 @@ class Saved(NamedTuple):
 
 
 class Gradients(NamedTuple):
-    """Of t and of the grid, where they were asked for, of y0 and of the parameters."""
+    """The gradients of t and of the grid (None if they are not wanted), of y0 and of the parameters."""
 
     t: Tensor | None
     grid: Tensor | None
@@ -53,9 +56,10 @@ class Gradients(NamedTuple):
 
 
 class DifferentiableSolve(ABC):
-    """A solve that can be differentiated once. Its tensors are plain: wrappers of torch.func stay outside.
+    """A solve that can be differentiated once. It computes with plain tensors, without the wrappers of torch.func.
 
-    samples: under vmap, the tasks that did the work. status: how the solve ended.
+    what: the gradient mode as the user writes it. replays: the backward pass computes the steps again. samples: under
+    vmap, the solves of the samples. status: how the solve ended.
     """
 
     what: ClassVar[str]
@@ -72,19 +76,19 @@ class DifferentiableSolve(ABC):
 
     @abstractmethod
     def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """(y at the outputs, the user's time of the last one)."""
+        """Return y at the outputs, and the user's time of the last one."""
 
     @abstractmethod
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        """The backward pass; problem.y0 has a shape and a dtype, and no values."""
+        """Return the gradients: the backward pass. problem.y0 has a shape and a dtype, but no values."""
 
     @property
     def shown(self) -> dict[str, Any]:
-        """What the user may see of it in `ys.grad_fn`."""
+        """The attributes that the user finds in `ys.grad_fn`."""
         return {}
 
     def __call__(self, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """(y at the outputs, the time of the last one, which has no gradient), on the tape."""
+        """Return y at the outputs, on the tape, and the time of the last one, which has no gradient."""
         problem = self._request.problem
         given = (*self.parameters.wanted, *self.parameters.carried)
         if transformed():
@@ -93,7 +97,7 @@ class DifferentiableSolve(ABC):
         return _Solve.apply(self, problem.t, grid, problem.y0, *given)
 
     def forward(self, t: Tensor, y0: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
-        """The solve from these tensors, which are the request's own but for transforms."""
+        """Solve from these tensors. Without transforms they are those of the request."""
         problem = _computing_with(self.parameters.bound(params, unchanged=True), self._request.problem)
         problem = with_fields(problem, y0=y0, t=t)
         self.autocast = autocast_state(y0.device.type)
@@ -113,9 +117,9 @@ class DifferentiableSolve(ABC):
         return ys, torch.tensor(at, dtype=torch.float64, device="cpu")
 
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        """The gradients from those of the outputs."""
+        """Return the gradients of the inputs from those of the outputs."""
         refuse_in_capture(grad_ys)
-        # What a transform hands down need not want a gradient; func is then bound to leaves of our own.
+        # A transform may pass parameters that require no gradient. func is then bound to new leaves.
         count = len(self.parameters.wanted)
         params = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count])
         with torch.no_grad(), contextlib.ExitStack() as stack:
@@ -127,24 +131,24 @@ class DifferentiableSolve(ABC):
 
     @property
     def by_chance(self) -> bool:
-        """func is known to answer differently when it is asked again."""
+        """Whether func is known to be non-deterministic."""
         return self._inspection is not None and self._inspection.by_chance
 
     def replaced(self, problem: Problem) -> str | None:
-        """Why this problem is the host's, if its func is one that computes with other tensors than its own."""
+        """Return the reason to solve on the host if func computes with other tensors than its own, else None."""
         if problem.func is self.parameters.func:
             return None
         return "func computes with tensors in the place of its own (functional_call, a transform, or hooks)"
 
     def reached(self, problem: Problem) -> UsedParameters:
-        """What the backward pass is to find a gradient of, as far as the forward pass knows."""
+        """Return the parameters that func used in the forward pass, as far as known. Each must get a gradient."""
         used = self._inspection.used(self.parameters.wanted) if self._inspection is not None else ()
         return UsedParameters(used if problem is self._request.problem else ())
 
     def per_sample(self, count: int) -> list[DifferentiableSolve]:
-        """As many tasks like this one, not yet run. The first of them looks at func for all."""
+        """Return `count` solves like this one, not yet run. The first one inspects func for all of them."""
         if count == 0:
-            raise InvalidInput("torch.func.vmap over no samples: got a batch of size 0. Skip the solve.")
+            raise InvalidInput("torch.func.vmap needs at least one sample; got a batch of size 0. Skip the solve.")
         problem = self._request.problem
         for i in range(count):
             sample = copy.copy(self)
@@ -157,7 +161,7 @@ class DifferentiableSolve(ABC):
         return self.samples
 
     def gather(self) -> None:
-        """What the samples cost, and how the first one that failed ended."""
+        """Add up the statistics of the samples, and take the status of the first one that failed."""
         if self.samples:
             for name in ("nfe", "nfe_backward", "accepted", "rejected", "host_reads", "recomputed_steps"):
                 setattr(self.stats, name, sum(getattr(sample.stats, name) for sample in self.samples))
@@ -167,24 +171,24 @@ class DifferentiableSolve(ABC):
             self._request = with_fields(self.samples[0]._request, stats=self.stats)
 
     def _let_go(self, problem: Problem) -> None:
-        """Keep the problem without its tensors: they hold the user's graph, and the user may want to be rid of y0."""
+        """Keep the problem without its tensors, which would keep the user's graph and the memory of y0 alive."""
         blank = problem.y0.new_empty(()).expand(problem.y0.shape)
         self._request = with_fields(self._request, problem=with_fields(problem, y0=blank, t=problem.t.detach()))
 
 
 def refuse_transforms(what: str) -> None:
-    """Raises Unsupported inside a transform of torch.func."""
+    """Raise Unsupported inside a transform of torch.func."""
     if transformed():
         raise Unsupported(f"{what} cannot be transformed by torch.func. Solve outside the transform.")
 
 
 def _computing_with(func: Any, problem: Problem) -> Problem:
-    """The problem with this func."""
+    """Return the problem with this func."""
     return problem if func is problem.func else with_fields(problem, func=func, field=problem.field_of(func))
 
 
 class _Solve(torch.autograd.Function):
-    """(t, grid, y0, parameters) -> (y at the outputs, the time of the last one)."""
+    """The operation from (t, grid, y0, parameters) to (y at the outputs, the time of the last one)."""
 
     @staticmethod
     def forward(ctx, task, t, grid, y0, *params):
@@ -202,7 +206,7 @@ class _Solve(torch.autograd.Function):
             )
         _, wants_t, wants_grid, *_ = ctx.needs_input_grad
         given = ctx.task, wants_t, wants_grid, grad_ys, *ctx.saved_tensors
-        # A derivative of the gradient is an error, which the Function raises; without a graph there is none.
+        # `_Gradient` raises an error if the gradient is differentiated. Without a graph that cannot happen.
         recorded = torch.is_grad_enabled() or transformed()
         found = iter(_Gradient.apply(*given) if recorded else _Gradient.forward(*given))
         adj_t = next(found) if wants_t else None
@@ -222,7 +226,7 @@ def _remember(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
 
 
 class _TransformedSolve(torch.autograd.Function):
-    """The same inside a transform of torch.func, which asks for `setup_context`; to bind its arguments takes longer."""
+    """`_Solve` for the transforms of torch.func, which need `setup_context`. Its calls take longer."""
 
     @staticmethod
     def forward(task, t, grid, y0, *params):
@@ -241,7 +245,7 @@ class _TransformedSolve(torch.autograd.Function):
 
 
 class _Gradient(torch.autograd.Function):
-    """The backward pass of a solve as an operation: it is not differentiable, and says so."""
+    """The backward pass of a solve as an operation. To differentiate it raises an error."""
 
     @staticmethod
     def forward(task, wants_t, wants_grid, grad_ys, t, grid, ys, at, *params):
@@ -258,7 +262,7 @@ class _Gradient(torch.autograd.Function):
 
     @staticmethod
     def vmap(info, in_dims, task, wants_t, wants_grid, *tensors):  # pyright: ignore[reportIncompatibleMethodOverride]
-        # Where ys is one sample after another, each was solved by a task of its own; else only grad_ys is many.
+        # If ys is batched, each sample has its own task. Else only grad_ys is batched, and the task is the same.
         many = in_dims[6] is not None
         tasks = task.samples if many else [task] * info.batch_size
         each = _samples(info, in_dims[3:], tensors)
@@ -269,13 +273,13 @@ class _Gradient(torch.autograd.Function):
 
 
 def _samples(info: Any, in_dims: Sequence[int | None], tensors: Sequence[Any]) -> list[Iterator[Any]]:
-    """One sequence of samples a tensor; what is not batched is the same for all."""
+    """Return an iterator over the samples for each tensor. A tensor that is not batched is repeated."""
     return [
         iter([x] * info.batch_size if dim is None else x.unbind(dim)) for x, dim in zip(tensors, in_dims, strict=True)
     ]
 
 
 def _stacked(done: list[tuple[Tensor, ...]]) -> tuple[tuple[Tensor, ...], tuple[int, ...]]:
-    """What vmap wants of its rule: each result with the samples in front, and where they are."""
+    """Return what a vmap rule must return: each result, stacked in dimension 0, and the batch dimensions."""
     results = tuple(torch.stack(each) for each in zip(*done, strict=True))
     return results, (0,) * len(results)

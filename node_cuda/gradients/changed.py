@@ -1,7 +1,8 @@
-"""Is func in the backward pass what it was in the forward pass? Its value decides, never an attribute.
+"""Check that func has not changed between the forward and the backward pass. Its values decide, not its attributes.
 
-A gradient by hand asks func again, later. Meanwhile the user may have given it another graph, new noise, or the next
-input. One evaluation of the forward pass is kept, and compared with one that the backward pass makes anyway.
+The adjoint and the discrete adjoint evaluate func again later. Meanwhile the user may have given it another graph, new
+noise, or the next input. One evaluation of the forward pass is kept, and compared with one that the backward pass makes
+anyway.
 """
 
 from __future__ import annotations
@@ -26,15 +27,15 @@ from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidField
 
 ROUNDING = 100.0
-"""In eps of the state's dtype, of the largest element: what another order of the same operations may change."""
+"""The rounding error that another order of the same operations may cause: in eps, relative to the largest element."""
 FEWER_BITS = 0.02
-"""Of the largest element: the same, where products may be taken in TF32 or under autocast."""
+"""The same, relative to the largest element, if products may be computed in TF32 or under autocast."""
 UNNOTICED = 0.01
-"""Of the tolerance: a change of a step that the error control does not see."""
+"""The part of the tolerance by which a step may change without notice by the error control."""
 STEADY = 1e-4
-"""Of a difference: how far two answers of a field that was changed once may lie apart."""
+"""The part of the change by which two new evaluations may differ, if the field was changed once."""
 GUESSED, INTERPOLATION = 0.05, 30.0
-"""How far the slope of an interpolant may lie from the field: of the largest slope, and in tolerances."""
+"""The difference allowed between an interpolant's slope and the field: relative to the slope, and in tolerances."""
 
 Ask = Callable[[Tensor, Tensor], Tensor]
 
@@ -42,8 +43,8 @@ Ask = Callable[[Tensor, Tensor], Tensor]
 class Evaluated(NamedTuple):
     """One evaluation in the last step of a solve: f at a node of the step, and at z.
 
-    slope: of y at the last output, where the backward solve begins; exact: that is f itself, else it is the slope of
-    the interpolant. None: nothing is expected there.
+    slope: dy/dt at the last output, where the backward solve begins; None if it is not known. exact: the slope is f
+    itself; else it is that of the interpolant.
     """
 
     at: Interval
@@ -56,7 +57,7 @@ class Evaluated(NamedTuple):
 
 
 class LastStep:
-    """Told of every accepted step, and keeps the last one."""
+    """Receives every accepted step, and keeps the last one."""
 
     def __init__(self) -> None:
         self._step: Step | None = None
@@ -68,7 +69,7 @@ class LastStep:
         return self._take
 
     def evaluated(self, end: float, members: Members) -> Evaluated | None:
-        """What to keep of the step, in which the last output lies at the solver time `end`; the step is let go."""
+        """Return what to keep of the last step, and drop it. The last output lies in it, at solver time `end`."""
         step, stepper = self._step, self._stepper
         self._step = self._stepper = None
         if step is None:
@@ -77,14 +78,14 @@ class LastStep:
             exact = end == step.t1
             slope = step.k[-1] if exact else _slope(step, stepper, end)
             return Evaluated(step.at, 1.0, JUST_BEFORE, step.y1, step.k[-1], slope, exact)
-        # No evaluation of the backward pass is known beforehand: only a tensor that was written asks for one.
+        # The first evaluation of the backward pass is not known here. func is checked only if its tensors were written.
         if not members.tensors:
             return None
         if stepper is None:
             return Evaluated(step.at, 0.0, HERE, step.y0, step.k[0])
         if not isinstance(stepper, (ExplicitRK, Adams)):
             return None
-        if isinstance(stepper, ExplicitRK) and stepper.tableau.carry_last_stage:  # the first stage is no f at y0
+        if isinstance(stepper, ExplicitRK) and stepper.tableau.carry_last_stage:  # the first stage is not f at y0
             z = stepper.arithmetic.combine(step.y0, step.k, stepper.tableau.rows[1], step.at.dt)
             return Evaluated(step.at, stepper.tableau.nodes[1], JUST_BEFORE, z, step.k[1])
         return Evaluated(step.at, 0.0, JUST_AFTER if stepper.inside else HERE, step.y0, step.k[0])
@@ -94,9 +95,9 @@ class LastStep:
 
 
 class Comparison:
-    """Compares what func answers in the backward pass with what it answered in the forward pass.
+    """Compares the values of func in the backward pass with those in the forward pass.
 
-    what: the gradient mode, as the user calls it. ask: evaluates func.
+    what: the gradient mode as the user writes it. ask: evaluates func.
     """
 
     def __init__(self, problem: Problem, members: Members, what: str, ask: Ask) -> None:
@@ -110,7 +111,7 @@ class Comparison:
         self._rounding = max(ROUNDING * torch.finfo(problem.time_dtype).eps, FEWER_BITS if fewer else 0.0)
 
     def begin(self, kept: Evaluated, f: Tensor, z: Tensor) -> None:
-        """f at z is the first evaluation of a backward solve; asks func again only if it looks changed."""
+        """Check f at z, the first evaluation of a backward solve. Evaluate func again only if it seems changed."""
         suspect = self.members.rewritten()
         if kept.slope is not None and not suspect:
             suspect = self.differ(f, kept.slope, z, kept.at) if kept.exact else self._off(f, kept.slope, z, kept.at)
@@ -119,24 +120,27 @@ class Comparison:
             self.judge(t, kept.z, kept.f, kept.at)
 
     def judge(self, t: Tensor, z: Tensor, f: Tensor, at: Interval) -> None:
-        """Raise if func, which answered f at (t, z), has another answer by now."""
+        """Raise InvalidField if func, which returned f at (t, z), now returns another value."""
         again = self.ask(t, z)
         if not self.differ(again, f, z, at):
             return
         change = (again - f).abs().max()
         if not bool((self.ask(t, z) - again).abs().max() <= STEADY * change):
-            return  # by chance, or by what func itself writes in each evaluation
+            return  # func is non-deterministic, or changes its own state in each evaluation
         found = self.members.changes()
         raise InvalidField(
-            f"func was changed between the forward and the backward pass: at t = {float(t):.6g} its dy/dt is off by "
+            f"func was changed between the forward and the backward pass: at t = {float(t):.6g} its dy/dt differs by "
             f"{float(change):.3g}, of {float(f.abs().max()):.3g}, for the same y. "
-            f"{found or 'No attribute tells why (a list, a closure, the data of a parameter?)'}. {self.what} asks func "
-            "again, and needs the same answers. Call backward() before the change, take a func for each setting, make "
-            'what changes a tensor attribute that is replaced (`func.A = new`), or use gradient="backprop".'
+            f"{found or 'No attribute tells why (a list, a closure, the data of a parameter?)'}. {self.what} evaluates "
+            "func again, and needs the same values. Call backward() before the change, use one func for each setting, "
+            'keep what changes in a tensor attribute and replace it (`func.A = new`), or use gradient="backprop".'
         )
 
     def differ(self, a: Tensor, b: Tensor, z: Tensor, at: Interval) -> bool:
-        """By more than rounding, and by more than a step at z would notice. One host read, two if not the same bits."""
+        """Return whether a and b differ by more than rounding, and by more than a step at z would notice.
+
+        One host read; two if the bits differ.
+        """
         if torch.equal(a, b):
             return False
         off = (a - b).abs()
@@ -144,7 +148,7 @@ class Comparison:
         return bool(counts.any())
 
     def _off(self, f: Tensor, slope: Tensor, z: Tensor, at: Interval) -> bool:
-        """f is not what the slope of the interpolant says, by more than it may be off. Mostly one host read."""
+        """Return whether f differs from the interpolant's slope by more than is allowed. Usually one host read."""
         off = f - slope
         largest, size = torch.stack([torch.linalg.vector_norm(x, math.inf) for x in (off, slope)]).tolist()
         if not largest > GUESSED * size:
@@ -153,7 +157,7 @@ class Comparison:
 
 
 def _slope(step: Step, stepper: ExplicitRK, s: float) -> Tensor | None:
-    """dy/dt at the solver time s in a step, of the interpolant that needs no stages beyond the method's."""
+    """Return dy/dt of the interpolant at the solver time s in a step; None if it needs stages beyond the method's."""
     dense = dense_of(stepper.tableau, "default")
     if dense.extra:
         return None
@@ -162,5 +166,5 @@ def _slope(step: Step, stepper: ExplicitRK, s: float) -> Tensor | None:
         value = 0.0
         for weight in weights:
             value = value * x + weight
-        row.append((j, value if j else value - 1.0))  # the first slope is what the others are added to
+        row.append((j, value if j else value - 1.0))  # the sum starts with the first slope
     return stepper.arithmetic.combine(step.k[0], step.k, row, 1.0)

@@ -1,4 +1,4 @@
-"""What the backward passes by hand share: autocast as it was, and no second derivative in silence."""
+"""Functions of both adjoint methods: they restore autocast, and raise an error for a second derivative."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from torch import Tensor
 
 
 def autocast_state(device_type: str) -> Callable[[], list[Any]]:
-    """Return a function that gives the contexts that restore the autocast of now, for this device and the CPU.
+    """Return a function that returns the contexts that restore the present autocast, for this device and the CPU.
 
-    There are none where the state is the same then.
+    It returns no contexts if autocast has not changed by then.
     """
     kinds = [name for name in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(name)]
     before = _autocast(kinds)
@@ -27,19 +27,22 @@ def autocast_state(device_type: str) -> Callable[[], list[Any]]:
 
 
 def _autocast(kinds: Sequence[str]) -> tuple[list[tuple[str, bool, torch.dtype]], bool]:
-    """The state of autocast for these kinds of device, and of its cache."""
+    """Return the state of autocast for these kinds of device, and whether its cache is enabled."""
     states = [(name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in kinds]
     return states, torch.is_autocast_cache_enabled()
 
 
 def autocasts(device_type: str) -> bool:
-    """Autocast is on for this device."""
+    """Return whether autocast is on for this device."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
 
 
 def first_derivatives(gradients: Sequence[Tensor | None], what: str, *of: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, which depend on the tensors `of` in a way that is not on the tape: whoever differentiates them
-    again gets an error. torch's once_differentiable loses that dependence where another term has a gradient."""
+    """Return the gradients, which depend on the tensors `of` in a way that is not on the tape.
+
+    To differentiate them again raises an error. torch's once_differentiable would lose that dependence if another term
+    has a gradient.
+    """
     given = [g for g in gradients if g is not None]
     if not (torch.is_grad_enabled() and given):
         return tuple(gradients)
@@ -59,7 +62,7 @@ class _First(torch.autograd.Function):
 
 
 def refuse_second_derivative(what: str) -> NoReturn:
-    """A sentence, where torch would lose the derivative without one."""
+    """Raise NotImplementedError. Without it, torch would drop this derivative silently."""
     raise NotImplementedError(
-        f'{what} gives first derivatives only, and a second one was asked for. Use gradient="backprop", as odeint does.'
+        f'{what} gives first derivatives only, and this needs a second one. Use gradient="backprop", as odeint does.'
     )

@@ -18,14 +18,17 @@ from node_cuda.problem.field import Layout
 
 
 def moving(crossing: Crossing, event_t: Tensor, y: Tensor, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
-    """event_t with its gradient, and y(event_t) with the one that it has as the event moves. y: flat, with the gradient
-    that it has at a fixed time. event_fn: whose parameters get a gradient, if it is an nn.Module."""
+    """Return event_t with its gradient, and y(event_t) with the gradient that it has when the event moves.
+
+    y: flat, with the gradient that it has at a fixed time. event_fn: if it is an nn.Module, its parameters get a
+    gradient.
+    """
     phi = tuple(p for p in event_fn.parameters() if p.requires_grad) if isinstance(event_fn, nn.Module) else ()
     return _EventGradient.apply(crossing, event_t, y, *phi)
 
 
 class Crossing:
-    """The field and the event function at an event, of a flat state. t0, y0: where the solve began, y0 flat."""
+    """The field and the event function, as functions of a flat state. t0, y0: the start of the solve; y0 is flat."""
 
     def __init__(self, func: Func, event_fn: EventFunc, layout: Layout, t0: Tensor, y0: Tensor) -> None:
         self.func = func
@@ -35,7 +38,7 @@ class Crossing:
             self._signs = torch.sign(self._values(t0.detach().to(y0.dtype.to_real()), y0.detach()))
 
     def field(self, t: Tensor, y: Tensor) -> Tensor:
-        """f(t, y), flat; the state is a copy, which func may write into."""
+        """Return f(t, y), flat. func gets a copy of the state, and may write into it."""
         state = self.layout.unflatten(y.clone())
         try:
             out = self.func(t, state)
@@ -45,7 +48,10 @@ class Crossing:
         return self.layout.flatten(out).to(y.dtype)
 
     def condition(self, t: Tensor, y: Tensor) -> Tensor:
-        """The element of event_fn that crosses zero here: the least of those that all began positive."""
+        """Return the element of event_fn that crosses zero here.
+
+        It is the smallest one, after each got the sign that makes it positive at the start of the solve.
+        """
         values = self._values(t, y)
         return values[(values.detach() * self._signs).argmin()]
 
@@ -60,7 +66,7 @@ class Crossing:
 
 
 class _EventGradient(torch.autograd.Function):
-    """The identity on (t*, y(t*)); backwards it adds what moves the event's time."""
+    """The identity on (t*, y(t*)). Its backward pass adds the gradients by which the event's time moves."""
 
     @staticmethod
     def forward(ctx, crossing, event_t, y, *phi):
@@ -78,7 +84,7 @@ class _EventGradient(torch.autograd.Function):
 
     @staticmethod
     def moved(ctx, grad_t, grad_y):
-        """The gradients of t*, y(t*) and phi."""
+        """Return the gradients of t*, y(t*) and phi."""
         event_t, y, *phi = ctx.saved_tensors
         t, y = event_t.detach().to(y.dtype.to_real()), y.detach()
         f = ctx.crossing.field(t, y)

@@ -1,7 +1,7 @@
-"""The forward solve of every gradient mode; where autograd records it, that is gradient="backprop".
+"""The forward solve of every gradient mode. If autograd records it, it is gradient="backprop".
 
-Backprop is exact for the computed steps, in memory that grows with their number. Only accepted steps stay in the graph:
-that of a rejected one is freed with its tensors.
+Backprop is exact for the computed steps. Its memory grows with their number. Only accepted steps stay in the graph; the
+graph of a rejected step is freed with its tensors.
 """
 
 from __future__ import annotations
@@ -24,8 +24,10 @@ from node_cuda.status import Status, Unsupported
 
 
 def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = None) -> tuple[Tensor, Status]:
-    """y at the problem's times, on the tape where autograd records (scipy's steps are not on any tape). why: what
-    stands in the way of graphs. last: told of the steps that the host takes."""
+    """Return y at the problem's times, and the status. y is on the tape if autograd records, except for scipy's steps.
+
+    why: the reason not to capture the solve, if there is one. last: receives the steps that the host takes.
+    """
     problem, method = request.problem, request.method
     if isinstance(method.options, ScipyOptions):
         request.stats.why = fallback_reason(problem, method) if method.options.cuda_graph else None
@@ -44,7 +46,10 @@ def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = 
 
 
 def event(request: SolveSpec, event_fn: EventFunc, last: LastStep | None = None) -> tuple[Tensor, Tensor]:
-    """The event's time (no gradient), and y0 and y there, on the tape where autograd records. last: as of `outputs`."""
+    """Return the event's time (no gradient), and y0 and y there, on the tape if autograd records.
+
+    last: receives the steps.
+    """
     problem, method = request.problem, request.method
     if method.name == SCIPY:
         raise Unsupported('method="scipy_solver" finds no events. Use "dopri5", or a fixed grid with a step_size.')

@@ -1,7 +1,7 @@
-"""What a gradient by hand must know of func before it can be trusted, found in the first evaluation of a solve.
+"""Checks of func for the adjoint and the discrete adjoint, in the first evaluation of a solve.
 
-autograd sees every tensor that func uses; a backward pass by hand only those that it was told of. And it asks func
-again at points where it was asked before: the answers must be the same.
+Autograd sees every tensor that func uses. The adjoint methods know only the tensors that they were given. They also
+evaluate func again at points where it was evaluated before, and need the same values.
 """
 
 from __future__ import annotations
@@ -28,11 +28,11 @@ functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIss
 
 
 class Inspection:
-    """Stands in for func in one evaluation of a field: on the tape, and watching.
+    """Replaces func in one evaluation of a field. It records the evaluation on a tape, and checks it.
 
-    func: as the user gave it. named: the tensors that the gradient mode was told of. what: that mode, as the user calls
-    it. replays: it takes steps again, and refuses a func that answers differently; else such a func is a warning.
-    members: looked at when func was evaluated. by_chance: func answers differently.
+    func: the user's function. named: the tensors that the gradient mode differentiates by. what: that mode as the user
+    writes it. replays: the mode computes steps again, and refuses a non-deterministic func; the other mode only warns.
+    members: noted after the evaluation of func. by_chance: func is non-deterministic.
     """
 
     def __init__(
@@ -49,13 +49,13 @@ class Inspection:
         self._reached: set[int] = set()
 
     def leave(self) -> None:
-        """Make room for func; a captured solve does not evaluate it."""
+        """Put func back into the field. It is called after each solve: a captured one may not evaluate the field."""
         if self.field.func is self:
             self.field.func = self.called
 
     def __call__(self, t: Tensor, y: State) -> Any:
         self.leave()
-        self.field.probes += 1  # with a tape, what func does with memory may be another thing
+        self.field.probes += 1  # func may treat memory differently when autograd records
         before = _copied(y)
         states = self._states(t.device)
         with torch.enable_grad():
@@ -67,22 +67,24 @@ class Inspection:
         return detached if isinstance(out, (tuple, list)) else detached[0]
 
     def used(self, tensors: Sequence[Tensor]) -> list[int]:
-        """The places of those tensors that func used."""
+        """Return the indices of those tensors that func used."""
         return [i for i, x in enumerate(tensors) if id(x) in self._reached]
 
     def _refuse_chance(self, t: Tensor, y: State, out: Any, states: list[Any]) -> None:
-        """Raise, or warn, if func answers by chance: something changed as it was evaluated, and a second time its
-        answer is another one."""
+        """Raise or warn if func is non-deterministic.
+
+        func is evaluated a second time only if its first evaluation changed one of `_states`.
+        """
         after = self._states(t.device)
         if all(map(_same, states, after)):
             return
         self.field.nfe += 1
         with torch.no_grad():
             again = self.called(t, y)
-        _restore_random(after, t.device)  # so that this look moves nothing
+        _restore_random(after, t.device)  # so that this check changes no random state
         if all(map(_equal, _parts(out), _parts(again))):
             return
-        words = "func answers differently when it is asked again at the same t and y (dropout, spectral norm, noise?)"
+        words = "func is non-deterministic: a second call at the same t and y differs (dropout, spectral norm, noise?)"
         if self.replays:
             raise InvalidField(
                 f"{words}, and {self.what} takes every step again to differentiate it. Put func in evaluation mode, "
@@ -90,14 +92,16 @@ class Inspection:
             )
         self.by_chance = True
         warnings.warn(
-            f"{words}: the backward pass of {self.what} solves with other random numbers, and its gradient is that of "
-            'no solve. Put func in evaluation mode, draw the noise once before the solve, or use gradient="backprop".',
+            f"{words}. The backward pass of {self.what} uses other random numbers than the solve, so its gradient is "
+            'wrong. Put func in evaluation mode, draw the noise once before the solve, or use gradient="backprop".',
             stacklevel=users_level(),
         )
 
     def _states(self, device: torch.device) -> list[Any]:
-        """What an evaluation changes if it depends on chance, or on earlier ones: random generators, and func's buffers
-        where steps are taken again."""
+        """Return the states that an evaluation changes if it is random, or if it depends on earlier evaluations.
+
+        These are random generators and, if steps are computed again, the versions of func's buffers.
+        """
         states: list[Any] = _random_states(device)
         if self.replays and isinstance(self.func, nn.Module):
             states += [x._version for x in self.func.buffers() if not x.is_inference()]
@@ -108,8 +112,8 @@ class Inspection:
         self._reached, *missing = sources(out, named, {})
         if not any(missing):
             return
-        del missing  # it holds them
-        # Again, and no further than to what has a name: a product of a named tensor is known by it.
+        del missing  # it holds references to the leaves
+        # Search again, and stop at each tensor that has a name: a product with a name is reported by that name.
         known = {id(x): (name, x) for name, x in _names(self.func)}
         _, held, _ = sources(out, named, known)
         if not held:
@@ -118,21 +122,22 @@ class Inspection:
             f"{known[id(x)][0] if id(x) in known else 'a tensor'} of shape {tuple(x.shape)}" for x in held
         )
         warnings.warn(
-            f"func uses what requires a gradient and {self.what} was not told of: {words}. No gradient will reach it. "
-            "Add it to `adjoint_params=(...)`, make it a parameter of func, or use its `.detach()`.",
+            f"func uses a tensor that requires a gradient and is not among the parameters of {self.what}: {words}. It "
+            "will get no gradient. Add it to `adjoint_params=(...)`, make it a parameter of func, or use `.detach()`.",
             MissingGradientWarning,
             stacklevel=users_level(),
         )
 
 
 def refuse_hidden(problem: Problem, given: Sequence[Tensor], what: str) -> None:
-    """Raise Unsupported if func depends, through tensors that are not given, on a transform of torch.func that is at
-    work, or on forward mode. A solve is one operation, and sees of a transform what it is given. Evaluates func once.
+    """Raise Unsupported if func depends on an active torch.func transform, or on forward mode, by a tensor not given.
+
+    A solve is one operation, and a transform sees only the tensors that the operation is given. Evaluates func once.
     """
     t, y0 = problem.t[0].to(problem.y0.device, problem.time_dtype), problem.y0
     try:
         out = problem.func(t, problem.layout.unflatten(y0.clone()))
-    except RuntimeError:  # func does what can be done to plain tensors only, such as y.requires_grad_()
+    except RuntimeError:  # func has an operation for plain tensors only, such as y.requires_grad_()
         ids = {id(n) for n in given}
         if any(is_wrapped(x) and id(x) not in ids for _, x in _names(problem.func)):
             raise
@@ -149,8 +154,8 @@ def refuse_hidden(problem: Problem, given: Sequence[Tensor], what: str) -> None:
             batched = functorch.is_batchedtensor(x)
             if not here if batched else any(sources(x, named, {})[1:]):
                 raise Unsupported(
-                    f"func uses a tensor of a torch.func transform that {what} was not told of, and its gradient would "
-                    "be lost. Make func an nn.Module and the tensor one of its parameters, or part of the state y0."
+                    f"func uses a tensor of a torch.func transform that is not among the parameters of {what}: its "
+                    "gradient would be lost. Make it part of y0, or make func an nn.Module and it a parameter."
                 )
             named = [functorch.get_unwrapped(n) if functorch.maybe_get_level(n) == level else n for n in named]
             x = functorch.get_unwrapped(x)
@@ -159,8 +164,11 @@ def refuse_hidden(problem: Problem, given: Sequence[Tensor], what: str) -> None:
 def sources(
     out: Any, named: Sequence[Tensor], known: dict[int, tuple[str, Tensor]]
 ) -> tuple[set[int], list[Tensor], list[Tensor]]:
-    """What `out` was computed from, as far as it has a gradient: (the ids of the named tensors; others that someone
-    holds, who could ask for their gradient: leaves, and those that are known by a name; leaves that nobody holds)."""
+    """Return the tensors with a gradient that `out` was computed from, in three groups.
+
+    They are the ids of the named tensors; other leaves with a reference outside of the graph, and tensors in `known`;
+    and leaves that only the graph holds.
+    """
     stop = {id(x) for x in named}
     # The nodes are kept alive here, or another could get the same id.
     ends = {x.grad_fn: x for _, x in known.values() if x.grad_fn is not None}
@@ -210,7 +218,7 @@ def _restore_random(states: list[Any], device: torch.device) -> None:
 
 
 def _names(func: Func) -> Iterator[tuple[str, Tensor]]:
-    """The tensors that func can see by name: its own, its attributes', and those of its closure."""
+    """Yield the tensors that func can see, with their names: its parameters, attributes, and those of its closure."""
     seen: dict[str, Any] = {}
     while isinstance(func, functools.partial):
         seen |= func.keywords
@@ -227,7 +235,7 @@ def _names(func: Func) -> Iterator[tuple[str, Tensor]]:
     seen |= getattr(owner, "__dict__", {})
     func = getattr(func, "__func__", func)
     if inspect.isfunction(func):
-        with contextlib.suppress(ValueError):  # of a closure that is not filled yet
+        with contextlib.suppress(ValueError):  # raised for a closure that is not filled yet
             inside = inspect.getclosurevars(func)
             seen |= {**inside.globals, **inside.nonlocals}
     for name, value in seen.items():
@@ -244,7 +252,7 @@ def _same(a: Any, b: Any) -> bool:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Alike, NaN for NaN; what is no tensor is left to others to complain of."""
+    """Return whether a and b are equal, where NaN equals NaN. Values that are not tensors are checked elsewhere."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
         return True
     return a.shape == b.shape and torch.equal(torch.nan_to_num(a.detach()), torch.nan_to_num(b))
@@ -259,7 +267,7 @@ def _copied(state: State) -> State:
 
 
 def _references_of_a_leaf() -> int:
-    """Of a tensor that only a graph holds, when it is looked at as `sources` does."""
+    """Return the reference count that `sources` finds for a tensor that only a graph holds."""
     with torch.enable_grad():
         made: Any = torch.ones((), requires_grad=True, device="cpu") * 1
     leaf = made.grad_fn.next_functions[0][0].variable

@@ -1,11 +1,11 @@
-"""func for a backward pass that is captured: it computes with leaves that share the parameters' memory.
+"""Replicas of func for a captured backward pass. Their leaves share the memory of the parameters.
 
-Autograd keeps one node for each leaf, and with it the stream in which the leaf was first used, as long as a graph with
-that node lives; the user's graph does. Through such a node a capture would make that stream wait for it, and CUDA
-refuses this of the default stream (pytorch pull 180090). Leaves of our own have nodes of our own.
+Autograd keeps one node for each leaf as long as a graph with that node exists, such as the user's graph. The node keeps
+the stream in which the leaf was first used. Through such a node a capture would make that stream wait for it, and CUDA
+refuses this for the default stream (pytorch pull 180090). New leaves have new nodes.
 
-They are the parameters of a replica of the module, which shares all else with it, as those of nn.DataParallel do.
-`torch.func.functional_call` would put them into the module itself, where other threads meet them.
+The leaves are the parameters of a replica of the module. It shares everything else with the module, as a replica of
+nn.DataParallel does. `torch.func.functional_call` would put them into the module itself, where other threads see them.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from node_cuda.problem.problem import Problem
 
 
 def with_leaves(problem: Problem, params: Sequence[Tensor], y: Tensor) -> tuple[Problem, Sequence[Tensor]]:
-    """The problem and the tensors to differentiate it by, for a capture. y: a state of its kind, at which func is
-    evaluated once.
+    """Return the problem and the tensors to differentiate it by, for a capture.
 
-    Raises Uncapturable where func finds its parameters by itself and this torch minds their streams.
+    y: a state of this problem, at which func is evaluated once. Raises Uncapturable if the parameters cannot be
+    replaced in func and this torch makes a capture wait for their streams.
     """
     if not params:
         return problem, params
@@ -38,8 +38,8 @@ def with_leaves(problem: Problem, params: Sequence[Tensor], y: Tensor) -> tuple[
         return replace(problem, func=func, field=problem.field_of(func)), leaves
     if capture.override_of_streams() is None:
         raise capture.Uncapturable(
-            "func computes with a tensor that it does not have as a parameter of an nn.Module, or not only so, and "
-            "this torch cannot capture the gradient of one that was used before; torch 2.13 can"
+            "func computes with a tensor that is not, or not only, a parameter of an nn.Module, and this torch cannot "
+            "capture the gradient of a tensor that was used before; torch 2.13 can"
         )
     return problem, params
 
@@ -47,8 +47,10 @@ def with_leaves(problem: Problem, params: Sequence[Tensor], y: Tensor) -> tuple[
 def _computing_with(
     leaves: Sequence[nn.Parameter], problem: Problem, params: Sequence[Tensor], y: Tensor
 ) -> Func | None:
-    """func with the leaves in the parameters' place; None where it goes on computing with one of these: it is no
-    module, or keeps them in another place as well."""
+    """Return func with the leaves in place of the parameters; None if it still computes with one of the parameters.
+
+    It does if it is not a module, or if it also keeps the parameter in another place.
+    """
     places = {id(p): leaf for p, leaf in zip(params, leaves, strict=True)}
     func = problem.func
     t = problem.t[0].detach().to(y.device, problem.time_dtype)
@@ -59,14 +61,14 @@ def _computing_with(
             func = _replica(func, places, {})
         with torch.enable_grad():
             out = problem.field_of(func)(t, y.detach().clone())
-    except Exception:  # no module, or one that has no replicas
+    except Exception:  # func is not a module, or cannot be replicated
         return None
     reached, *_ = sources(out, params, {})
     return None if reached else func
 
 
 def _replica(module: Any, places: Mapping[int, nn.Parameter], made: dict[nn.Module, nn.Module]) -> nn.Module:
-    """The module with leaves in the place of its parameters, and its submodules likewise."""
+    """Return a replica of the module, and of its submodules, with leaves in place of the parameters."""
     if module not in made:
         replica = made[module] = module._replicate_for_data_parallel()
         for name, p in module._parameters.items():

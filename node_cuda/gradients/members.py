@@ -1,4 +1,4 @@
-"""The tensor attributes and buffers that func holds: as they were in a solve, and what became of them since."""
+"""The attributes and buffers of func: as they were in a solve, and how they have changed since."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ from node_cuda.problem.field import version_of
 
 
 class Held(NamedTuple):
-    """A tensor: where it is, which it was, and as what it can be put back. A tensor of the user's graph is not kept,
-    but for those that the solve is differentiated by."""
+    """A tensor that func holds: its place, a reference to it, and the value that can be put back.
+
+    value: the tensor without its graph, except for a tensor that the solve is differentiated by.
+    """
 
     place: dict[str, Any]
     name: str
@@ -27,17 +29,17 @@ class Held(NamedTuple):
     attribute: bool
 
     def there(self) -> bool:
-        """It was not replaced."""
+        """Return whether the tensor was not replaced."""
         return self.place.get(self.name) is self.was()
 
     def written(self) -> bool:
-        """It was not replaced, but written into."""
+        """Return whether the tensor was written into, and not replaced."""
         x = self.was()
         return x is not None and self.place.get(self.name) is x and version_of(x) != self.version
 
 
 class Members:
-    """What the object that func computes with, and its modules, hold after the first evaluation of a solve.
+    """The members of the object that func computes with, and of its modules, after the first evaluation of a solve.
 
     tensors: attributes and buffers, without those that func writes. others: attributes, by value or by identity.
     """
@@ -50,7 +52,7 @@ class Members:
         self.others: list[tuple[dict[str, Any], str, Any]] = []
 
     def look(self) -> None:
-        """Note what is there."""
+        """Note the attributes and buffers."""
         self._looked = True
         if isinstance(self._holder, nn.Module):
             self.others.append((self._holder.__dict__, "training", self._holder.training))
@@ -70,19 +72,19 @@ class Members:
                         self._hold(buffers, name, x, attribute=False)
 
     def settle(self) -> None:
-        """The solve is over: forget what func wrote in it. A captured solve may have evaluated no func."""
+        """Forget the tensors that func wrote in the solve, at its end. A captured solve may not have called func."""
         if not self._looked:
             self.look()
         elif self.tensors:
             self.tensors = [x for x in self.tensors if x.there() and not x.written()]
 
     def rewritten(self) -> bool:
-        """A tensor was written into since the solve."""
+        """Return whether a tensor was written into since the solve."""
         return any(x.written() for x in self.tensors)
 
     @contextlib.contextmanager
     def put_back(self) -> Iterator[None]:
-        """Tensor attributes that were replaced since the solve are put back for a while."""
+        """Put back the tensor attributes that were replaced since the solve, while this context lasts."""
         replaced = [x for x in self.tensors if x.attribute and not x.there()]
         if not replaced:
             yield
@@ -103,7 +105,7 @@ class Members:
                         x.place[x.name] = current
 
     def changes(self) -> str:
-        """What is another thing since the solve, in words; empty if nothing was found."""
+        """Return in words what has changed since the solve; "" if no change was found."""
         names = self._names()
         words = []
         for x in self.tensors:
@@ -129,7 +131,7 @@ class Members:
         if not isinstance(holder, nn.Module):
             plain = hasattr(holder, "__dict__") and not isinstance(holder, (ModuleType, type, Tensor))
             return [holder] if plain else []
-        found: list[Any] = [holder]  # those of holder.modules(), in a third of its time
+        found: list[Any] = [holder]  # as holder.modules() does, in a third of its time
         seen = {holder, None}
         for one in found:
             for child in one._modules.values():
@@ -139,7 +141,7 @@ class Members:
         return found
 
     def _names(self) -> dict[int, str]:
-        """What stands before the name of a member, by the id of its place."""
+        """Return the prefix of the members' names, by the id of their place."""
         holder = self._holder
         if not isinstance(holder, nn.Module):
             return {id(one.__dict__): "func." for one in self._objects()}
@@ -148,12 +150,12 @@ class Members:
 
 
 def _known(x: Any) -> Any:
-    """A plain value itself; of another object, which must not be kept, its identity."""
+    """Return a plain value itself, and the identity of another object, which must not be kept."""
     return x if type(x) in _PLAIN else (id(x),)
 
 
 def _lock_of(holder: Any) -> Any:
-    """One lock for all backward passes of this object; two objects never wait for each other."""
+    """Return the lock of this object, for all its backward passes. Two objects never wait for each other."""
     with _GUARD:
         lock = _LOCKS.get(id(holder))
         if lock is None:

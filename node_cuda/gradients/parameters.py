@@ -1,4 +1,4 @@
-"""What a solve is differentiated by, besides y0 and t: the tensors, and func computing with others in their place."""
+"""The parameters that a solve is differentiated by, and func with other tensors in their place."""
 
 from __future__ import annotations
 
@@ -14,11 +14,13 @@ from node_cuda.status import Unsupported
 
 
 class Parameters:
-    """The tensors to differentiate func by, each once. every: those that the caller named, or the module's parameters;
-    wanted: those of them that have a gradient; carried: func's buffers that belong to a torch.func transform. owner:
-    the module, or the object whose method func is.
+    """The tensors to differentiate func by, each once.
 
-    Raises ValueError if there is neither, for this method of differentiation.
+    every: the tensors that the caller named, or else the module's parameters. wanted: those of them that require a
+    gradient. carried: func's buffers that belong to a torch.func transform. owner: the module, or the object that func
+    is a method of.
+
+    Raises ValueError if the caller named no tensors and func is not a module. method: for the message.
     """
 
     def __init__(self, func: Func, named: Iterable[Tensor] | None, method: str) -> None:
@@ -41,12 +43,12 @@ class Parameters:
         self.carried = tuple(x for x in buffers.values() if is_wrapped(x) and id(x) not in known)
 
     def bound(self, given: Sequence[Tensor], *, unchanged: bool = False) -> Func:
-        """func as it was when this was made, with the tensors `given` in the place of `wanted` and `carried`.
+        """Return func as it was when this object was made, with `given` in place of `wanted` and `carried`.
 
-        unchanged: this was made a moment ago, and func has the same tensors still.
-        It is func itself unless someone replaced tensors since: `torch.func.functional_call`, whose parameters are gone
-        when the backward pass runs, a transform of torch.func, or saved-tensor hooks. Raises Unsupported where a tensor
-        was replaced that is no parameter of func.
+        This is func itself unless tensors were replaced since then: by a transform of torch.func, by saved-tensor
+        hooks, or by `torch.func.functional_call`, which takes its parameters away before the backward pass runs.
+        unchanged: func has the same tensors as when this object was made. Raises Unsupported if a tensor was replaced
+        that is not a parameter of func.
         """
         members: dict[str, Tensor] = {}
         if not unchanged:
@@ -86,24 +88,24 @@ class _Method(nn.Module):
 
 
 def is_wrapped(x: Any) -> bool:
-    """x belongs to a torch.func transform that is at work."""
+    """Return whether x belongs to an active torch.func transform."""
     known: Any = torch._C
     return isinstance(x, Tensor) and known._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _of_replica(func: nn.Module) -> Iterable[Tensor]:
-    """The parameters of a replica of DataParallel: plain tensor attributes, which parameters() does not find."""
+    """Return the parameters of a DataParallel replica: plain tensor attributes, which parameters() does not find."""
     members = (vars(module).values() for module in func.modules())
     return (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
 
 
 def _owner(func: Func) -> Any:
-    """The module whose parameters func computes with: itself, or the one that it is a method of."""
+    """Return the module with the parameters of func: func itself, or the object that it is a method of."""
     return func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
 
 
 def _tensors(owner: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Parameters and buffers by all of their names in the module, in its own order."""
+    """Return the parameters and the buffers under all their names in the module, in its order."""
     params: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     if not isinstance(owner, nn.Module):
@@ -115,7 +117,7 @@ def _tensors(owner: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         and kind.named_modules is plain.named_modules
         and kind.parameters is plain.parameters
     ):
-        _collect(owner, "", params, buffers)  # in a fifth of the time of the two methods
+        _collect(owner, "", params, buffers)  # takes a fifth of the time of the two methods
     else:
         params.update(owner.named_parameters(remove_duplicate=False))
         buffers.update(owner.named_buffers(remove_duplicate=False))

@@ -1,4 +1,4 @@
-"""How gradients flow through a solve: one file a mode, and one line in this registry."""
+"""The registry of the gradient modes, one line for each."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -14,7 +14,7 @@ from node_cuda.status import Status
 
 
 class Mode(NamedTuple):
-    """A way to differentiate. outputs: (y at the problem's times, status). event: (event_t, y0 and y there)."""
+    """A gradient mode. outputs returns (y at the problem's times, status), event returns (event_t, y0 and y there)."""
 
     outputs: Callable[[SolveSpec], tuple[Tensor, Status]]
     event: Callable[[SolveSpec, EventFunc], tuple[Tensor, Tensor]]

@@ -66,7 +66,7 @@ class AugmentedField(nn.Module):
         return self.users(state), s.real if self.real and s.is_complex() else s
 
     def asked(self, t: Tensor, y: State) -> State:
-        """What func returns, if it is a dy/dt; raises InvalidField as it would without an integral."""
+        """Return func(t, y). Raises InvalidField if it is not a dy/dt, as a solve without an integral does."""
         try:
             dy = self.func(t, y)
         except Exception as error:
@@ -237,7 +237,7 @@ def _grid_constructor(shape: torch.Size, constructor: Callable[..., Tensor]) -> 
 
 
 def _rate(integral: Callable[[Tensor, Any, Any], Tensor], t: Tensor, y: State, dy: State) -> Tensor:
-    """What an integral returns, if a state of y's dtype can hold it."""
+    """Return the value of integral. Raises InvalidField if a state of y's dtype cannot hold it."""
     try:
         rate: Any = integral(t, y, dy)
     except Exception as error:

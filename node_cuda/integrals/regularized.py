@@ -99,7 +99,7 @@ def regularized(
     any case be differentiable once. func is evaluated once for each stage.
 
     func: a function of (t, y), also an nn.Module. kinetic, jacobian: the weights; a part with weight 0 is not computed.
-    parts: for a tuple state, the index or indices of the components that count, as 0 for z of (z, logp); by default
+    parts: for a tuple state, the index or indices of the components that count, e.g. 0 for z of (z, logp); by default
     all. The others are constant in df/dy. noise: the distribution of eps, "gaussian" or "rademacher" (repeatable with
     torch.manual_seed); or eps itself, with the shape of y0, or a tuple for those parts. It is drawn once for each
     solve.
@@ -172,7 +172,7 @@ class Penalty(AugmentedField):
             t, *plain = (x.clone() if x.is_inference() else x for x in (t, *as_tuple(y)))
             roots = [_root(plain[i], taped) for i in self.parts]
             for i, root in zip(self.parts, roots, strict=True):
-                plain[i] = root.clone()  # which func may write into
+                plain[i] = root.clone()  # func may write into the copy
             dy = as_tuple(self.asked(t, plain[0] if isinstance(y, Tensor) else tuple(plain)))
             taped = taped and (not all(x.is_leaf for x in roots) or _reaches_others(dy, roots))
             chosen = [dy[i].to(root.dtype) for i, root in zip(self.parts, roots, strict=True)]

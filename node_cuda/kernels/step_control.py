@@ -20,7 +20,7 @@ from node_cuda.status import Status
 
 
 class Rule(Protocol):
-    """A rule for judging steps in the place of `ControllerParams`."""
+    """A rule for judging steps, in place of `ControllerParams`."""
 
     def start(self) -> None:
         """Start a solve."""
@@ -37,7 +37,7 @@ class ControlSpec(NamedTuple):
     order: the order of the method, for the starting step. max_num_steps: attempts allowed since the last output.
     tstops: times that a step must end at; those in `jumps` are discontinuities. stops: times that a step must end at,
     approached without a very small step before them. ends: the solve ends at the last of the output times. limit: the
-    Euler step that probes the first step size does not go past it. rule: a Python rule in the place of the parameters.
+    Euler step that probes the first step size does not go past it. rule: a Python rule in place of the parameters.
     """
 
     law: ControllerParams
@@ -52,11 +52,11 @@ class ControlSpec(NamedTuple):
 
 
 class ControllerSnapshot(Protocol):
-    """Where a solve stands: `StepControl` itself, or a copy of struct ControllerState of csrc/control/control.h.
+    """The state of the step-size control: `StepControl` itself, or a copy of ControllerState in csrc/control/control.h.
 
     t0, t1, h: the step to be tried. last_*: the step judged last. proposal: the step before it was cut. status: a value
-    of `Status`. paused, gave_up, never_began: of a solve on the device; it waits at an output; its last attempt was
-    neither accepted nor rejected; it found no first step.
+    of `Status`. Only a solve on the device sets the last three. paused: it waits at an output. gave_up: its last
+    attempt was neither accepted nor rejected. never_began: it found no first step.
     """
 
     t0: float
@@ -89,7 +89,7 @@ class ControllerSnapshot(Protocol):
 
 
 class StepControl:
-    """Where a solve stands, as `ControllerSnapshot`, and what moves it.
+    """The step-size control of a solve: its state, as `ControllerSnapshot`, and the functions that change it.
 
     outputs: ascending, the start not among them. reads: host reads since they were last counted. measures: it can
     choose the first step.
@@ -108,7 +108,7 @@ class StepControl:
         self.start(0.0, None)
 
     def read(self) -> ControllerSnapshot:
-        """Where the solve stands."""
+        """Return the state of the solve."""
         return self
 
     # ------------------------------------------------------------------ the start

@@ -1,7 +1,8 @@
-"""A fixed grid that is t itself, in plain PyTorch: the same steps as those of `HostLoop`, without an object for each.
+"""Solves on a fixed grid that is t itself: plain PyTorch, without an object for each step.
 
-Short solves by euler, midpoint or rk4 are common (flow matching, one-step generators), and there the bookkeeping of a
-step would take longer than the step. Everything unusual is for `HostLoop`: see `applies`. A test compares the bits.
+The steps are those of `HostLoop`; a test compares the bits. Short solves by euler, midpoint or rk4 are common (flow
+matching, one-step generators). In these solves the bookkeeping of a step would take longer than the step. `HostLoop`
+does every solve for which `applies` is False.
 """
 
 from __future__ import annotations
@@ -26,12 +27,15 @@ from node_cuda.problem.problem import Field, Problem
 from node_cuda.solution import Stats
 
 LARGE = 2**20
-"""Elements of all outputs from which on they are written into one tensor, outside of autograd."""
+"""If the outputs have at least this many elements, they are written into one tensor, unless autograd records."""
 
 
 def applies(problem: Problem, method: Method) -> bool:
-    """A fixed-grid Runge-Kutta method steps from output to output, no callback or option watches its steps, no
-    derivative by t is recorded, and no kernel computes them."""
+    """Return whether this file can solve the problem.
+
+    It can if a fixed-grid Runge-Kutta method steps from output to output, no callback or option needs the single steps,
+    autograd records no derivative by t, and no kernel computes the steps.
+    """
     options, tableau = method.options, method.tableau
     return (
         isinstance(options, FixedOptions)
@@ -86,7 +90,7 @@ def solve_grid(
 
 
 def _stages(field: Field, t: Sequence[Tensor], y: Tensor, rows: Sequence[SparseRow], h: float) -> list[Tensor]:
-    """k_i = f(t + c_i h, y + h sum_j a_ij k_j)."""
+    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j)."""
     k: list[Tensor] = []
     for t_i, row in zip(t, rows, strict=True):
         k.append(field(t_i, combine(y, k, row, h) if row else y))
@@ -94,7 +98,7 @@ def _stages(field: Field, t: Sequence[Tensor], y: Tensor, rows: Sequence[SparseR
 
 
 def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
-    """The times of all stages of all steps, as views of one tensor."""
+    """Return the times of all stages of all steps, as views of one tensor."""
     values: list[float] = []
     for t0, t1 in itertools.pairwise(problem.times):
         values += [problem.direction * (t1 if c == 1.0 else t0 + c * (t1 - t0)) for c in nodes]
@@ -102,7 +106,10 @@ def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
 
 
 def _slab(y0: Tensor, count: int) -> Tensor | None:
-    """Memory for all outputs where they are many, as a list of them and its stack take twice as much; None: a list."""
+    """Return memory for all outputs if they are many, because a list of them and its stack take twice as much.
+
+    None: use a list.
+    """
     if torch.is_grad_enabled() or y0.numel() * count < LARGE:
         return None
     ys = y0.new_empty((count, *y0.shape))

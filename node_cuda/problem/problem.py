@@ -144,7 +144,7 @@ def make_problem(
 
 
 def check_func(func: Any, call: str, *, swapped: bool = False) -> None:
-    """Raise InvalidType if func is no function. call: what to type; swapped: y0 is one."""
+    """Raise InvalidType if func is not callable. call: the call to type. swapped: y0 is callable."""
     if not callable(func):
         words = "func and y0 are swapped: use" if swapped else "Use"
         raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}. {words} `{call}`.")
@@ -169,7 +169,7 @@ def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> t
 
 
 def _times_of(t: Any, y0: State) -> tuple[tuple[float, ...], float]:
-    """As `check_times`; if y0 would do as t, which is none, the message says that they are swapped."""
+    """Return the result of `check_times`. If t is invalid and y0 would be valid times, the message says so."""
     try:
         return check_times(t)
     except (InvalidInput, InvalidType) as error:
@@ -185,7 +185,7 @@ def _times_of(t: Any, y0: State) -> tuple[tuple[float, ...], float]:
 def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
     """Return the user's times as ascending floats, and the direction: t = direction * s."""
     if not isinstance(t, Tensor):
-        words = "`torch.as_tensor(t)`" if hasattr(t, "__array__") else "`torch.tensor([0.0, 1.0])`, say"
+        words = "`torch.as_tensor(t)`" if hasattr(t, "__array__") else "for example `torch.tensor([0.0, 1.0])`"
         raise InvalidType(f"t must be a torch.Tensor; got a {type(t).__name__}. Use {words}.")
     if not t.is_floating_point():
         raise TypeError(f"`t` must be a floating point Tensor; got {t.dtype}. Use `t.float()` or `t.double()`.")
@@ -209,7 +209,7 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
                 f"t must be strictly increasing or decreasing; got t[{i}] = {values[i]:g} after t[{i - 1}] = "
                 f"{values[i - 1]:g}. Sort it and drop repeats with `torch.unique(t)`; `.flip(0)` that to go backwards."
             )
-    if not (abs(values[0]) < math.inf and abs(values[-1]) < math.inf):  # those between are, as they are in order
+    if not (abs(values[0]) < math.inf and abs(values[-1]) < math.inf):  # those between are finite: they ascend
         raise InvalidInput(f"t must be finite; got {values}.")
     return times, direction
 
@@ -234,28 +234,28 @@ def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, T
 
 
 def _event_value(value: Any) -> Tensor:
-    """What event_fn returned, if it has signs."""
+    """Return the value of event_fn as a tensor. Raises InvalidType or InvalidInput if it has no sign."""
     try:
         value = torch.as_tensor(value)
     except (TypeError, ValueError, RuntimeError):
         hint = " Did it forget `return`?" if value is None else ""
         raise InvalidType(
-            f"event_fn must return a tensor or a number; got a {type(value).__name__}.{hint} Return `y[0] - 1.0`, say, "
-            "or `torch.stack([...])` of several such."
+            f"event_fn must return a tensor or a number; got a {type(value).__name__}.{hint} Return for example "
+            "`y[0] - 1.0`, or `torch.stack([...])` of several such."
         ) from None
     if value.dtype is torch.bool:
         raise InvalidType(
             "event_fn must return numbers that change their sign at the event; got torch.bool. Return "
-            "`y[0] - 1.0`, say, in the place of `y[0] > 1.0`."
+            "for example `y[0] - 1.0` in place of `y[0] > 1.0`."
         )
     if value.is_complex():
         raise InvalidType(
-            f"event_fn must return real numbers, which have a sign; got {value.dtype}. Return `y[0].real`, say, or "
-            "`y[0].abs() - 1.0`."
+            f"event_fn must return real numbers, which have a sign; got {value.dtype}. Return for example "
+            "`y[0].real` or `y[0].abs() - 1.0`."
         )
     if value.numel() == 0:
         raise InvalidInput(
-            f"event_fn must return at least one number; got shape {tuple(value.shape)}. Return `y[0] - 1.0`, say."
+            f"event_fn must return at least one number; got shape {tuple(value.shape)}. E.g. `y[0] - 1.0`."
         )
     return value
 
@@ -264,7 +264,7 @@ def _shapes(y0: Any) -> tuple[torch.Size, ...] | None:
     if isinstance(y0, Tensor):
         return None
     if not isinstance(y0, tuple):
-        words = "`torch.as_tensor(y0)`" if hasattr(y0, "__array__") else "`torch.tensor([1.0])`, say"
+        words = "`torch.as_tensor(y0)`" if hasattr(y0, "__array__") else "for example `torch.tensor([1.0])`"
         if isinstance(y0, list):
             words = "`tuple(y0)` for a list of tensors, `torch.tensor(y0)` for one of numbers"
         raise InvalidType(f"y0 must be a torch.Tensor or a tuple of them; got a {type(y0).__name__}. Use {words}.")
@@ -336,7 +336,7 @@ def _callbacks(func: Func) -> tuple[dict[str, Callback], dict[str, Callback]]:
     """Return the callbacks of func for the forward solve, and those for the backward solve."""
     found: tuple[dict[str, Callback], dict[str, Callback]] = {}, {}
     kind = type(func)
-    # Module.__getattr__ takes long to find that there is none.
+    # Module.__getattr__ is slow for a name that does not exist.
     looks_up = getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
     for i, suffix in enumerate(("", "_adjoint")):
         for name in CALLBACKS:

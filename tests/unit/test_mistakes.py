@@ -211,7 +211,7 @@ def test_the_tolerances_are_compared_with_y0_only_where_they_are_small():
     assert reads[1] - steps[1] == reads[0] - steps[0] + 1
 
 
-def test_callbacks_that_are_never_called_are_told_of_at_the_line_of_the_user():
+def test_callbacks_that_are_never_called_warn_at_the_line_of_the_user():
     class Field(nn.Module):
         def forward(self, t, y):
             return -y
@@ -225,7 +225,7 @@ def test_callbacks_that_are_never_called_are_told_of_at_the_line_of_the_user():
         assert heard[0].filename == __file__
 
 
-def test_on_a_cpu_the_device_is_why_nothing_is_captured_also_where_autograd_records():
+def test_on_a_cpu_the_device_is_the_reason_for_no_capture_also_if_autograd_records():
     stats = solve(f, Y.clone().requires_grad_(), T, options=dict(cuda_graph=True)).stats
     assert stats.why == "the state is on cpu, and the kernels run on CUDA devices"
 

@@ -17,7 +17,7 @@ T = linspace(0.0, 1.0, 3)
 
 
 # ------------------------------------------------------------------ the times
-def test_the_times_of_the_layer_are_as_good_as_those_of_the_call():
+def test_the_times_may_be_given_to_the_layer_or_to_the_call():
     func = MLP(dim=2)
     expected = odeint_adjoint(func, Y, T)
     assert torch.equal(NeuralODE(func, T)(Y), expected)
@@ -25,7 +25,7 @@ def test_the_times_of_the_layer_are_as_good_as_those_of_the_call():
     assert torch.equal(NeuralODE(func, T + 5)(Y, T), expected), "those of the call come first"
 
 
-def test_no_times_at_all_are_answered_by_a_sentence():
+def test_a_call_without_any_times_says_how_to_give_them():
     with pytest.raises(InvalidInput, match=r"needs the times t.*`NeuralODE\(func, t\)`"):
         NeuralODE(MLP(dim=2))(Y)
 
@@ -87,7 +87,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize("case", WRONG)
-def test_a_wrong_argument_is_told_of_when_the_layer_is_made(case):
+def test_a_wrong_argument_raises_when_the_layer_is_made(case):
     given, error, words = WRONG[case]
     with pytest.raises(error, match=words):
         NeuralODE(MLP(dim=2), **given)
@@ -99,12 +99,12 @@ def test_an_unknown_option_warns_when_the_layer_is_made():
     assert heard[0].filename == __file__
 
 
-def test_a_func_that_is_no_function_is_told_of_when_the_layer_is_made():
+def test_a_func_that_is_not_callable_raises_when_the_layer_is_made():
     with pytest.raises(InvalidType, match="func must be callable"):
         NeuralODE(T, MLP(dim=2))  # pyright: ignore
 
 
-def test_adjoint_params_may_be_what_can_be_read_once():
+def test_adjoint_params_may_be_an_iterator():
     func = MLP(dim=2)
     layer = NeuralODE(func, T, adjoint_params=func.parameters())
     for _ in range(2):

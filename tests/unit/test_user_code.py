@@ -1,4 +1,4 @@
-"""An exception out of user code gets one note: how the code was called, where the solve stood, and what to type."""
+"""An exception from user code gets one note: how the code was called, where the solve stood, and what to type."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def decay(t, y):
 
 
 def ends_at(limit, error=ValueError):
-    """A field that is not known beyond this time."""
+    """Return a field that is not defined after this time."""
 
     def func(t, y):
         if t > limit:
@@ -34,7 +34,7 @@ def ends_at(limit, error=ValueError):
 
 
 def raised(call, error=Exception):
-    """(the exception, its note)"""
+    """Return the exception and its note."""
     with pytest.raises(error) as caught:
         call()
     notes = getattr(caught.value, "__notes__", [])
@@ -106,7 +106,10 @@ MENDS = {
         "y is torch.float32, and func computes with another dtype. Use `func.to(torch.float32)` for its parameters, or "
         "start from a y0 of their dtype, e.g. `y0.double()`",
     ),
-    "beyond the end": (lambda: odeint(ends_at(1.0), Y, T), "to t[-1] = 1. If func is known between 0 and 1 only, use"),
+    "beyond the end": (
+        lambda: odeint(ends_at(1.0), Y, T),
+        "to t[-1] = 1. If func is defined only between 0 and 1, use",
+    ),
 }
 
 
@@ -119,13 +122,13 @@ def test_a_common_mistake_is_answered_by_what_to_type(case):
     assert sum(words in note for _, words in MENDS.values()) == 1, "the mend of one mistake alone"
 
 
-def test_a_func_of_y_and_t_that_raises_nothing_is_told_its_order():
+def test_a_func_of_y_and_t_gets_the_advice_to_swap_also_without_an_exception():
     with pytest.raises(InvalidField, match=r"got \(\)\. func takes \(y, t\), and is called as func\(t, y\)\. Swap"):
         odeint(lambda y, t: -y, Y, T)
 
 
 @needs_notes
-def test_the_advice_to_clip_is_given_outside_of_the_interval_only_and_never_of_an_event():
+def test_the_advice_to_clip_is_given_only_outside_of_the_interval_and_never_with_an_event():
     assert "clip=True" in told(lambda: odeint(ends_at(1.0), Y, T))
     assert "clip" not in told(lambda: odeint(ends_at(0.5), Y, T))
     assert "clip" not in told(lambda: odeint(ends_at(1.0), Y, T, event_fn=lambda t, y: y.sum() - 1.0))
@@ -141,7 +144,7 @@ def test_the_interval_of_a_solve_backwards_in_time_is_the_same_one():
     assert "lies outside of the interval from t[0] = 1 to t[-1] = 0" in told(lambda: odeint(func, Y, T.flip(0)))
 
 
-# ------------------------------------------------------------------ whose exceptions
+# ------------------------------------------------------------------ exceptions of all user code
 USERS = {
     "event_fn": lambda: odeint(decay, Y, T, event_fn=lambda t, y: y[7]),
     "event_fn beside an integral": lambda: solve(
@@ -163,11 +166,11 @@ def test_the_note_names_what_was_called_with_the_users_state(case):
     note = told(USERS[case], IndexError)
     assert note.startswith(f"node_cuda: {case.split()[0].rstrip(',')}(")
     assert "shape (3, 2), torch.float32, cpu" in note
-    assert "y[1]" not in note, "an integral is no part of the user's state"
+    assert "y[1]" not in note, "an integral is not part of the user's state"
 
 
 @needs_notes
-def test_the_backward_pass_tells_as_well():
+def test_an_exception_in_the_backward_pass_gets_a_note_too():
     func = Net()
     func.broken = False
     func.register_forward_pre_hook(lambda module, _: 1 / 0 if module.broken else None)
@@ -178,7 +181,7 @@ def test_the_backward_pass_tells_as_well():
 
 
 @needs_notes
-def test_a_solve_inside_of_a_solve_tells_once_of_the_inner_one():
+def test_a_solve_inside_of_a_solve_gives_one_note_about_the_inner_one():
     def outer(t, y):
         return odeint(ends_at(5.3), y, T + 5)[-1]
 
@@ -186,8 +189,8 @@ def test_a_solve_inside_of_a_solve_tells_once_of_the_inner_one():
     assert note.count("func(t, y)") == 1 and note.count("The solve stood at t = 5.2") == 1
 
 
-def test_what_the_solver_itself_says_of_func_gets_no_note():
-    """The second one is raised by what stands in for func, in its first evaluation."""
+def test_an_exception_of_the_solver_about_func_gets_no_note():
+    """The inspection, which replaces func in its first evaluation, raises the second one."""
     for func, gradient in ((lambda t, y: None, "backprop"), (lambda t, y: nn.functional.dropout(y), "discrete")):
         with pytest.raises(InvalidField) as caught:
             solve(func, Y, T, adjoint_params=(), gradient=gradient)
@@ -196,7 +199,7 @@ def test_what_the_solver_itself_says_of_func_gets_no_note():
 
 # ------------------------------------------------------------------ what it costs, and what it reads
 class OnGpu(torch.Tensor):
-    """Says that it is on a GPU, and keeps what it was asked for beside shape, dtype and device."""
+    """A tensor that claims to be on a GPU. It records every operation except to read shape, dtype and device."""
 
     asked: ClassVar[list[Any]] = []
 
@@ -220,12 +223,12 @@ def test_a_note_reads_nothing_from_a_device(name):
 
 
 @needs_notes
-def test_a_step_beyond_the_end_is_told_of_where_the_time_of_the_call_is_not_known():
+def test_the_note_reports_a_step_past_the_end_if_the_time_of_the_call_is_not_known():
     error = ValueError("x")
     _user_code.tell(error, "func", decay, (0.0, 1.0), t=torch.ones((), device="meta"), y=Y.to("meta"))
     _user_code.tell_step(error, "t = 0.9.", beyond=(0.0, 1.0))
     (note,) = error.__notes__
-    assert "The step passes the last time. If func is known between 0 and 1 only, use options=dict(clip=True)" in note
+    assert "The step passes the last time. If func is defined only between 0 and 1, use options=dict(clip=True)" in note
 
 
 # ------------------------------------------------------------------ before Python 3.11

@@ -1,4 +1,4 @@
-"""The backward solve of the adjoint method: (y, a) from the last time back to the first, and dL/dtheta beside them."""
+"""The backward solve of the adjoint method: (y, a) from the last time back to the first, together with dL/dtheta."""
 
 from __future__ import annotations
 
@@ -32,9 +32,12 @@ from node_cuda.solution import Stats
 
 @dataclass
 class BackwardSettings:
-    """How the backward solve is done: its tolerances (of the flat state), its method from the options, and the options
-    as the user sees them in `grad_fn.adjoint_options`, read when it runs. checks: compare what it rebuilds. jumps: the
-    field has discontinuities in time."""
+    """The settings of the backward solve.
+
+    rtol, atol: the tolerances of the flat state. method: returns the method from the options. options: the dict that
+    the user sees in `grad_fn.adjoint_options`; the backward solve reads it when it runs. checks: compare the
+    reconstructed y with the outputs. jumps: the field has discontinuities in time.
+    """
 
     rtol: Tolerance
     atol: Tolerance
@@ -49,10 +52,10 @@ Found = tuple[Tensor | None, Tensor, Sequence[Tensor]]
 
 
 class Backward:
-    """What is to be solved backwards, before anything is made for it.
+    """The problem of the backward solve, before any memory or field is made for it.
 
-    forward: the forward problem, whose y0 has a shape and a dtype and no values. t, times: the outputs, the latter in
-    the forward solve's time. problem: that of the flat state [y, a]; its field is still to come.
+    forward: the forward problem; its y0 has a shape and a dtype, but no values. t, times: the output times; `times` are
+    in the solver time of the forward solve. problem: the problem of the flat state [y, a]; its field is set later.
     """
 
     def __init__(
@@ -86,24 +89,24 @@ class Backward:
         )
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
-        """y and a of z = [y, a], as views of the state's shape."""
+        """Return y and a of z = [y, a], as views of the state's shape."""
         y, a = z.chunk(2)
         return y.view(self.ys.shape[1:]), a.view(self.ys.shape[1:])
 
     def apart(self, forward: Problem, params: Sequence[Tensor]) -> Backward:
-        """The same with memory for [y, a] of its own, of a forward problem with a field and parameters of its own."""
+        """Return a copy with separate memory for [y, a], for this forward problem and these parameters."""
         other = copy.copy(self)
         other.forward, other.params = forward, params
         other.problem = with_fields(self.problem, y0=self.problem.y0.clone())
         return other
 
     def interval(self, i: int, z: Tensor) -> Problem:
-        """The problem of the i-th interval, backwards: fixed grids are laid anew in each, as torchdiffeq does."""
+        """Return the problem of the i-th interval, backwards. A fixed grid starts anew in each, as in torchdiffeq."""
         return with_fields(self.problem, y0=z, t=self.problem.t[i : i + 2], times=self.problem.times[i : i + 2])
 
 
 class BackwardSolve:
-    """The solve of (y, a) from the last time back to the first, its steps chosen by the host."""
+    """The solve of (y, a) from the last time back to the first. The host chooses the steps."""
 
     def __init__(self, backward: Backward, reached: UsedParameters) -> None:
         self.backward = backward
@@ -120,7 +123,7 @@ class BackwardSolve:
         self.reconstruction = Reconstruction(own) if settings.checks else None
 
     def run(self, wants_t: bool) -> Found:
-        """The gradients."""
+        """Return the gradients."""
         if self.reconstruction is None and plain_grid.applies(self.problem, self.method):
             return self._run_grid(wants_t)
         last = len(self.problem.times) - 1
@@ -142,7 +145,7 @@ class BackwardSolve:
         return adj_t, self.backward.parts(z)[1], self.gradient.gradients()
 
     def _run_grid(self, wants_t: bool) -> Found:
-        """The gradients, on a grid that is the output times."""
+        """Return the gradients, if the grid is the output times."""
         assert self.method.tableau is not None
         found, adj_y0 = run_grid(
             self.problem,
@@ -161,13 +164,16 @@ class BackwardSolve:
         return adj_t, adj_y0, self.gradient.gradients()
 
     def _interval(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
-        """What takes z over the i-th interval, backwards: (z at its end, f at its start if that was evaluated)."""
+        """Return the function that solves over the i-th interval, backwards, from z at its start.
+
+        It returns z at the end, and f at the start if that was evaluated.
+        """
         if len(self.problem.times) > 1 and self.method.adaptive:
             return self._adaptive_intervals()
         return self._scipy_interval if self.method.name == SCIPY else self._grid_interval
 
     def _adaptive_intervals(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
-        """One solve that lands on every output time; the step size goes on from one interval to the next."""
+        """Return such a function for one solve with a step end at every output time. It keeps its step size."""
         loop, _ = make_loop(
             self.problem,
             self.method,
@@ -186,13 +192,13 @@ class BackwardSolve:
         return interval
 
     def _grid_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """By a grid of its own."""
+        """Solve over the i-th interval, by a separate grid."""
         problem = with_fields(self.backward.interval(i, z), field=self.field, callbacks=self.problem.callbacks)
         loop, _ = make_loop(problem, self.method, self.stats, quadrature=self.gradient, arithmetic=self.arithmetic)
         return self._follow(loop.steps(), problem.times[1])
 
     def _follow(self, steps: Iterator[Step], end: float) -> tuple[Tensor, Tensor | None]:
-        """Take accepted steps up to `end`: (z there, f at the first step's start)."""
+        """Take accepted steps up to `end`. Return z there, and f at the start of the first step."""
         f = None
         for step in steps:
             self.gradient.commit()
@@ -204,7 +210,7 @@ class BackwardSolve:
         raise AssertionError("the steps ended before the interval did")
 
     def _scipy_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """scipy steps (y, a); the parameters' gradient is a Gauss rule over each of its steps' dense output."""
+        """Solve for (y, a) by scipy. The parameters' gradient is a Gauss rule over the dense output of each step."""
         problem = with_fields(self.problem, y0=z, times=self.problem.times[i : i + 2])
         assert isinstance(self.method.options, ScipyOptions)
         self.field.wants(False)
@@ -226,13 +232,13 @@ class BackwardSolve:
         return solve.at(problem.times[1]), None
 
     def _f(self, m: int) -> Tensor:
-        """f at the m-th output."""
+        """Return f at the m-th output."""
         return self.field.f_alone(self.t[m].to(self.ys.device, self.forward.time_dtype), self.ys[m])
 
     def _callbacks(self) -> dict[str, Callable[[Tensor, Any, Tensor], Any]]:
-        """The user's adjoint callbacks: y0 reaches them as torchdiffeq's tuple (vjp_t, y, vjp_y, *vjp_params)."""
+        """Return the user's adjoint callbacks. Their y0 is torchdiffeq's tuple (vjp_t, y, vjp_y, *vjp_params)."""
 
-        shape, gradient = self.ys.shape[1:], self.gradient  # and not self, which would be a cycle
+        shape, gradient = self.ys.shape[1:], self.gradient  # a reference to self would be a cycle
 
         def wrap(callback: Callable[[Tensor, Any, Tensor], Any]) -> Callable[[Tensor, Any, Tensor], Any]:
             def call(t0: Tensor, z: Tensor, dt: Tensor) -> Any:

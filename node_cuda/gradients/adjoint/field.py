@@ -1,4 +1,4 @@
-"""What the backward solve integrates: the field of (y, a), and the parameters' gradient beside it."""
+"""The field of (y, a) in the backward solve, and the quadrature of the parameters' gradient."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from node_cuda.problem.problem import Problem
 class AdjointField:
     """The field of the flat state z = [y, a]: (f, -a^T df/dy), and a^T df/dtheta as the quadrature's integrands.
 
-    problem: the forward one. arithmetic: the backward solve's. first: told of f and y of the first evaluation.
+    problem: the forward problem. arithmetic: that of the backward solve. first: called with the first f and y.
     """
 
     def __init__(
@@ -36,22 +36,22 @@ class AdjointField:
         self._with_params = True
 
     def wants(self, needed: bool) -> None:
-        """Does the next evaluation need the parameters' vjp?"""
+        """Set whether the next evaluation needs the parameters' vjp."""
         self._with_params = needed and bool(self.params)
 
     def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        """dz/dt at z; one evaluation of f and one vjp."""
+        """Return dz/dt at z, from one evaluation of f and one vjp."""
         y, a = (part.view(self.shape) for part in z.chunk(2))
         f, vjp_y = self._vjp(t, y, a)
         return self.arithmetic.pack_adjoint(f, vjp_y)
 
     def rates(self, t: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """dy/dt and da/dt, apart. f is what func returned, without a copy."""
+        """Return dy/dt and da/dt as two tensors. dy/dt is the tensor that func returned, and no copy."""
         f, vjp_y = self._vjp(t, y, a)
         return f, torch.zeros_like(f) if vjp_y is None else vjp_y.neg()
 
     def _vjp(self, t: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """f(t, y) and a^T df/dy (None: f does not depend on y); sets `integrands`."""
+        """Return f(t, y) and a^T df/dy, which is None if f does not depend on y. Sets `integrands`."""
         self.nfe += 1
         params = self.params if self._with_params else ()
         with torch.enable_grad():
@@ -69,15 +69,15 @@ class AdjointField:
         return f.detach(), vjp_y
 
     def f_alone(self, t: Tensor, y: Tensor) -> Tensor:
-        """f(t, y) without a vjp."""
+        """Return f(t, y), without a vjp."""
         self.nfe += 1
         return self.field(t, y)
 
 
 class ParameterGradient:
-    """dL/dtheta = int a^T df/dtheta dt by the weights of the method that steps (y, a): it never enters a stage.
+    """dL/dtheta = int a^T df/dtheta dt, by the weights of the method that steps (y, a). No stage depends on it.
 
-    norm: that of the parameters' errors; in_norm: they take part in the error norm.
+    norm: the norm of the parameters' errors. in_norm: these errors take part in the error norm.
     """
 
     def __init__(self, field: AdjointField, norm: ErrorNorm, *, in_norm: bool) -> None:
@@ -87,7 +87,7 @@ class ParameterGradient:
 
     @property
     def total(self) -> list[Tensor]:
-        """What accepted steps gave."""
+        """The sums over the accepted steps."""
         return self.sums.total
 
     def begin(self) -> None:
@@ -102,7 +102,10 @@ class ParameterGradient:
     def add(
         self, integrands: Sequence[Tensor | None], weight: float, error_weight: float, at: Interval | None = None
     ) -> None:
-        """See `Quadrature`. The minus turns the integral from t1 down to t0 into the one from t0 up to t1."""
+        """Add weighted integrands to the sums of this step.
+
+        The minus turns the integral from t1 down to t0 into the one from t0 up to t1.
+        """
         if self.field.params:
             self.sums.add(integrands, -weight, -error_weight, at)
 
@@ -113,7 +116,7 @@ class ParameterGradient:
         return self.sums.device_ratio(self.norm)
 
     def commit(self) -> None:
-        """The step was accepted."""
+        """Add the sums of the accepted step to the total."""
         self.sums.commit()
 
     def restart(self) -> None:
@@ -137,5 +140,8 @@ class ParameterGradient:
         return self.sums
 
     def gradients(self, *, copies: bool = False) -> list[Tensor]:
-        """In the parameters' own dtypes; copies: for the caller to keep, as the next solve writes the sums again."""
+        """Return the gradients, in the parameters' dtypes.
+
+        copies: return copies, which the caller may keep. Without them the next solve writes into the same memory.
+        """
         return [g.to(p.dtype, copy=copies) for g, p in zip(self.total, self.field.params, strict=True)]

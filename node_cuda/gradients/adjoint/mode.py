@@ -1,8 +1,9 @@
 """Gradients by the continuous adjoint method, in memory that does not depend on the number of steps.
 
-Backwards from the last time, da/dt = -a^T df/dy beside dy/dt = f, with a += dL/dy(t_m) and y reset to the stored one
-at every output time; dL/dtheta = int a^T df/dtheta dt as a quadrature over the steps; dL/dt_m = dL/dy(t_m) . f(t_m,
-y_m) and dL/dt_0 = -a(t_0) . f(t_0, y_0). Chen et al. 2018, arXiv:1806.07366; derived in docs/adjoint.md.
+The backward solve goes from the last time to the first and solves da/dt = -a^T df/dy together with dy/dt = f. At every
+output time it adds dL/dy(t_m) to a, and resets y to the stored output. dL/dtheta = int a^T df/dtheta dt is a quadrature
+over the steps; dL/dt_m = dL/dy(t_m) . f(t_m, y_m), and dL/dt_0 = -a(t_0) . f(t_0, y_0). Source: Chen et al. 2018,
+arXiv:1806.07366; docs/adjoint.md has the derivation.
 """
 
 from __future__ import annotations
@@ -31,20 +32,20 @@ from node_cuda.status import SolveError, Status, users_level
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
-    """y at the problem's times; its gradient by the adjoint method."""
+    """Return y at the problem's times, with its gradient by the adjoint method, and the status."""
     task = _AdjointSolve(request, None)
     return task()[0], task.status
 
 
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
-    """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
+    """Return the event's time (no gradient), and y0 and y there, with their gradient by the adjoint method."""
     refuse_transforms("An event")
     ys, at = _AdjointSolve(request, event_fn)()
     return at.to(request.problem.t), ys
 
 
 class _AdjointSolve(DifferentiableSolve):
-    """A solve and its backward solve."""
+    """A solve with its backward solve."""
 
     what = 'gradient="adjoint"'
     replays = False
@@ -68,7 +69,7 @@ class _AdjointSolve(DifferentiableSolve):
         ys, self.status = forward.outputs(request, self.replaced(request.problem), last)
         if self.status is Status.SUCCESS:
             self.kept = last.evaluated(request.problem.times[-1], self.members)
-        # Who asked for a partial solution wants its gradient; a NaN that nobody asked for stays one.
+        # A partial solution has gradients where it was reached. If the status is not known yet, NaN stays NaN.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
         return ys, request.problem.direction * request.problem.times[-1]
 
@@ -76,7 +77,7 @@ class _AdjointSolve(DifferentiableSolve):
         t, _, ys, at, params = saved
         event_mode = self.event_fn is not None
         times = torch.stack([t[0], at.to(t)]) if event_mode else t
-        # What a failed solve did not reach is NaN, and nothing flows back from it.
+        # The outputs that a failed solve did not reach are NaN. They give no gradient.
         failed = not event_mode and self.failed
         count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
         solver_times = [problem.direction * s for s in times.cpu().double().tolist()] if event_mode else problem.times
@@ -93,13 +94,13 @@ class _AdjointSolve(DifferentiableSolve):
         if adj_t is not None and self._is_autonomous(backward):
             adj_t = torch.cat([-adj_t[1:].sum().reshape(1), adj_t[1:]])
         if adj_t is not None and (event_mode or count < len(t)):
-            # The event's time is not where the user put t[1], so only t[0] moves the solution.
+            # With an event, t[1] is not the event's time, so only t[0] has a gradient.
             kept = 1 if event_mode else count
             adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
         return Gradients(adj_t, None, adj_y0, adj_params)
 
     def _is_autonomous(self, backward: Backward) -> bool:
-        """dL/dt0 follows from the other times. Evaluates func, and reads from the device."""
+        """Return whether dL/dt0 follows from the other times. Evaluates func, and reads from the device."""
         if self.settings.jumps or self.status is Status.PENDING or len(backward.t) < 2:
             return False
         before = backward.forward.field.nfe
@@ -126,14 +127,14 @@ class _AdjointSolve(DifferentiableSolve):
 
 
 def _of_the_loss(failure: SolveError, grad_ys: Tensor) -> SolveError:
-    """How the backward solve failed: if dL/dy is not finite, for that reason, and not for one of the field's."""
+    """Return the failure of the backward solve. If dL/dy is not finite, that is the cause, and not the field."""
     if failure.status is not Status.NON_FINITE or bool(torch.isfinite(grad_ys).all()):
         return failure
     return SolveError(Status.NON_FINITE_GRADIENT, failure.t, failure.stats)
 
 
 def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
-    """The backward solve's arguments, each by default the forward one, checked before anything is solved."""
+    """Return the backward solve's settings, by default the forward ones. They are checked before the forward solve."""
     problem, given = request.problem, request.adjoint
     method = request.method_name if given.method is None else given.method
     if method != request.method_name and request.options is not None and given.options is None:
@@ -144,7 +145,7 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
     options = inherited if given.options is None else dict(given.options)
     if inherited.get("cuda_graph") and options.get("cuda_graph", True):
-        # Who repeats the steps is no matter of the method: options of the backward solve's own leave that as it is.
+        # These two options do not depend on the method, so adjoint_options keep the forward values by default.
         options = {**{name: inherited[name] for name in ("cuda_graph", "throw") if name in inherited}, **options}
     norm = options.pop("norm", None)
     if callable(norm) and len(parameters.wanted) < len(parameters.every):

@@ -1,7 +1,7 @@
-"""The backward solve on a fixed grid that is t itself, in plain PyTorch: y and a apart, no object for each step.
+"""The backward solve if the fixed grid is t itself: plain PyTorch, without an object for each step.
 
-The same numbers as those of `BackwardSolve`, which steps [y, a] as one state: the stages are sums by element. y at the
-end of an interval is not computed, as the stored output takes its place there.
+It steps y and a as two tensors. `BackwardSolve` steps [y, a] as one state and gives the same numbers, because the
+stages are sums by element. y at the end of an interval is not computed, because the stored output replaces it.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ def run_grid(
 ) -> tuple[dict[int, Tensor], Tensor]:
     """Return dL/dt by the index of the output, and dL/dy0; the parameters' gradients are in `gradient`.
 
-    problem: that of [y, a], backwards. ys, grad_ys: the outputs and their gradients, in the order of the forward solve.
-    f_at: evaluates func at an output, where dL/dt is wanted.
+    problem: the problem of [y, a], backwards. ys, grad_ys: the outputs and their gradients, in the order of the forward
+    solve. f_at: evaluates func at an output; None if dL/dt is not wanted.
     """
     times, sign, stages = problem.times, problem.direction, tableau.stages
     weights = [float(b) for b in tableau.b]

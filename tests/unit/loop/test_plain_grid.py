@@ -1,5 +1,4 @@
-"""Grids that are the output times: the same bits and messages as the loop that has an object for each step, by fewer
-calls."""
+"""Grids that are the output times: the same bits and messages as in the general loop, with fewer calls."""
 
 from __future__ import annotations
 
@@ -41,7 +40,7 @@ def state(dtype=F32):
 
 @pytest.fixture
 def general(monkeypatch):
-    """Calls a function with the loop that has an object for each step."""
+    """Return a function that calls another function with the general loop."""
 
     def call(function):
         with monkeypatch.context() as m:
@@ -52,7 +51,7 @@ def general(monkeypatch):
 
 
 def outcome(gradient, method, dtype=F32, steps=4, *, backwards=False, wants_t=False, split=False):
-    """y, all gradients, and the statistics."""
+    """Return y, all gradients, and the statistics."""
     func, y0, t = Net(dtype), state(dtype).requires_grad_(), grid(steps, backwards=backwards).requires_grad_(wants_t)
     field = (lambda t, y: (func(t, y[0]), -y[1])) if split else func
     given = (y0, y0.detach()[:2].clone().requires_grad_()) if split else y0
@@ -81,7 +80,7 @@ def test_outputs_gradients_and_statistics_are_those_of_the_general_loop(general,
 
 @pytest.mark.parametrize("case", [dict(backwards=True), dict(wants_t=True), dict(split=True), dict(steps=1)], ids=str)
 @pytest.mark.parametrize("gradient", ["backprop", "adjoint"])
-def test_so_they_are_backwards_with_gradients_of_time_for_tuples_and_for_one_step(general, gradient, case):
+def test_they_also_are_backwards_with_gradients_of_time_for_tuples_and_for_one_step(general, gradient, case):
     assert_same(outcome(gradient, "rk4", **case), general(lambda: outcome(gradient, "rk4", **case)))
 
 
@@ -117,7 +116,7 @@ def test_a_field_that_begins_to_return_one_buffer_is_found_in_the_step_where_it_
 
 
 def late(wrong):
-    """A field that is wrong from its fourth evaluation on."""
+    """Return a field that is wrong from its fourth evaluation on."""
     calls = []
 
     def func(t, y):
@@ -136,7 +135,7 @@ def late(wrong):
         (lambda y: y @ y, RuntimeError),
     ],
 )
-def test_a_mistake_of_the_field_is_told_in_the_same_words(general, wrong, error):
+def test_a_mistake_of_the_field_gives_the_same_message(general, wrong, error):
     def words():
         with pytest.raises(error) as caught:
             odeint(late(wrong), state(), grid(4), method="midpoint")
@@ -145,7 +144,7 @@ def test_a_mistake_of_the_field_is_told_in_the_same_words(general, wrong, error)
     assert words() == general(words)
 
 
-def test_nothing_is_remembered_of_a_call_but_what_its_arguments_say():
+def test_a_call_depends_on_its_arguments_alone_and_not_on_earlier_calls():
     func, y0, t = Net(), state(), grid(4)
     options = {}
     plain = odeint(func, y0, t, method="euler", options=options)
@@ -170,7 +169,7 @@ def test_training_mode_is_that_of_the_call():
         assert not torch.equal(odeint(func, state(), grid(4), method="euler"), first)
 
 
-def test_a_function_at_the_address_of_one_that_is_gone_is_another_one():
+def test_a_function_at_the_address_of_a_freed_one_is_not_taken_for_it():
     def solved(rate):
         return odeint(lambda t, y: rate * y, state(), grid(1), method="euler")
 
@@ -183,7 +182,7 @@ def test_a_function_at_the_address_of_one_that_is_gone_is_another_one():
 
 # ------------------------------------------------------------------ what it costs
 def python_calls(function):
-    """Calls of Python functions, those of the field and of torch included."""
+    """Count the calls of Python functions, including those of the field and of torch."""
     for _ in range(3):
         function()
     calls = Counter()
@@ -210,7 +209,7 @@ def by_euler(steps):
 
 
 def test_python_calls_of_a_step_of_euler_without_gradients():
-    """18 of a step are the field's and 8 of the first are those of no_grad. The count is the one of Python 3.11."""
+    """In Python 3.11, 18 calls of a step are the field's, and 8 calls of the first step are those of no_grad."""
     first, twentieth = by_euler(1), by_euler(20)
     assert first <= 80
     assert (twentieth - first) / 19 <= 30
