@@ -35,7 +35,8 @@ class Stats:
     the same for the backward pass. nfe of a captured solve counts the evaluations on the device. With throw="deferred"
     the statistics are complete only after `Solution.check()`.
 
-    With gradient="discrete": checkpoint_slots: the number of states that may be kept, None for one for each step.
+    why_gradient: with gradient="auto" the reason why "adjoint" was taken; None where "discrete" was, or where the user
+    chose. With gradient="discrete": checkpoint_slots: the number of states that may be kept, None for one for each step.
     peak_checkpoints: the largest number that were kept. recomputed_steps: steps that the backward pass repeated to get
     states that were not kept, without the one repeat of each step. graph_of: the unit of the autograd graph in the
     backward pass, a whole "step", or a "stage" if a step would take too much memory. With gradient="adjoint" and
@@ -53,6 +54,7 @@ class Stats:
     why: str | None = None
     loop_backward: str = "host"
     why_backward: str | None = None
+    why_gradient: str | None = None
     checkpoint_slots: int | None = None
     peak_checkpoints: int = 0
     recomputed_steps: int = 0

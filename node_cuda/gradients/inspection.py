@@ -27,6 +27,11 @@ from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, 
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class AnswersByChance(InvalidField):
+    """func answers differently when it is asked again. It was evaluated twice, and the random generators are as they
+    were before."""
+
+
 class Inspection:
     """Stands in for func in one evaluation of a field: on the tape, and watching.
 
@@ -84,7 +89,8 @@ class Inspection:
             return
         words = "func answers differently when it is asked again at the same t and y (dropout, spectral norm, noise?)"
         if self.replays:
-            raise InvalidField(
+            _restore_random(states, t.device)
+            raise AnswersByChance(
                 f"{words}, and {self.what} takes every step again to differentiate it. Put func in evaluation mode, "
                 'draw the noise once before the solve, or use gradient="backprop".'
             )

@@ -13,6 +13,9 @@ from torch import Tensor
 SHARE = 0.25
 """The part of the free memory that kept states, and the graphs of a step, may each fill."""
 
+UNKNOWN = 2**32
+"""Bytes that are taken to be free on the host where the system does not say."""
+
 SMALL = 2**26
 """Bytes that are given without a look at what is free, which costs a call of the driver."""
 
@@ -20,7 +23,10 @@ SMALL = 2**26
 def free_memory(device: torch.device) -> int:
     """Bytes that are free on the device, those included that torch holds and does not use."""
     if device.type != "cuda":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # Windows, macOS
+            return UNKNOWN
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + idle
 
