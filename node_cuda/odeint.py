@@ -368,8 +368,8 @@ def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
         return
     if gradient not in ("discrete", "auto"):
         raise InvalidInput(
-            f'checkpoints={checkpoints!r} belongs to gradient="discrete" or "auto"; got gradient={gradient!r}. Drop it, '
-            'or take gradient="discrete".'
+            f'checkpoints={checkpoints!r} belongs to gradient="discrete" and "auto"; got gradient={gradient!r}. Drop '
+            'it, or take gradient="discrete".'
         )
     whole = isinstance(checkpoints, int) and not isinstance(checkpoints, bool) and checkpoints >= 1
     if not whole and checkpoints != "auto":
