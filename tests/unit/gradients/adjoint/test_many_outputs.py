@@ -80,9 +80,9 @@ def test_nothing_is_told_where_the_outputs_cost_nothing(case):
 
 
 def test_samples_of_a_vmap_count_together():
-    def ys(y0):
-        return odeint_adjoint(func, y0, MANY, **LOOSE)
+    def loss(y0):
+        return odeint_adjoint(func, y0, MANY, **LOOSE).sum()
 
     func, batch = MLP(), torch.stack([Y, -Y, 2 * Y])
-    (text,) = told(lambda: torch.func.vmap(ys)(batch))
+    (text,) = told(lambda: torch.func.vmap(torch.func.grad(loss))(batch))
     assert f"{3 * (len(MANY) - 1)} of them" in text
