@@ -835,7 +835,9 @@ def test_a_number_of_checkpoints_that_is_none_is_refused(checkpoints):
 
 @pytest.mark.parametrize("gradient", ["adjoint", "backprop"])
 def test_checkpoints_of_another_gradient_are_refused(gradient):
-    with pytest.raises(InvalidInput, match=f'checkpoints=4 belongs to gradient="discrete"; got gradient=.{gradient}'):
+    with pytest.raises(
+        InvalidInput, match=f'checkpoints=4 belongs to gradient="discrete" and "auto"; got gradient=.{gradient}'
+    ):
         solve(MLP(), leaf(Y), linspace(0.0, 1.0, 3), gradient=gradient, checkpoints=4)
 
 
