@@ -46,7 +46,7 @@ MethodName: TypeAlias = Literal[
 ]
 """The names in `node_cuda.METHODS`."""
 
-GradientName: TypeAlias = Literal["backprop", "adjoint", "discrete"]
+GradientName: TypeAlias = Literal["auto", "backprop", "adjoint", "discrete"]
 """How gradients flow through a solve."""
 
 S = TypeVar("S", Tensor, tuple[Tensor, ...])

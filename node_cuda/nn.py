@@ -26,7 +26,7 @@ class NeuralODE(nn.Module):
 
     func: an nn.Module of (t, y). t: the times, if the call gives none. They are kept in double, outside of parameters
     and buffers, so that `.half()` and `.to(dtype)` do not change them; a t that requires a gradient is kept as it is.
-    last_only: return the state at the last time alone. gradient: "adjoint" (constant memory), "discrete" or "backprop".
+    last_only: return the state at the last time alone. gradient, checkpoints: as those of `solve`, by default "auto".
     integral: as that of `solve`; its parameters are the layer's, if it is an nn.Module. The other arguments are those
     of `odeint_adjoint`. With options=dict(cuda_graph=True) the layer keeps the captured graphs. stats: the statistics
     of the last call; nfe_backward is filled in when the gradient is computed. Wrong arguments raise here, before the
@@ -48,7 +48,7 @@ class NeuralODE(nn.Module):
         adjoint_method: MethodName | None = None,
         adjoint_options: Mapping[str, Any] | None = None,
         adjoint_params: Iterable[Tensor] | None = None,
-        gradient: GradientName = "adjoint",
+        gradient: GradientName = "auto",
         checkpoints: int | Literal["auto"] | None = None,
         integral: Callable[[Tensor, Any, Any], Tensor] | None = None,
         **unknown: Unpack[NoArguments],

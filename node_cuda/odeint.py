@@ -168,11 +168,13 @@ def solve(
     """Solve dy/dt = func(t, y), y(t[0]) = y0: the full interface, with statistics and status.
 
     Arguments as those of `odeint` and `odeint_adjoint`. gradient: "backprop" (autograd through the solver), "adjoint"
-    (the continuous adjoint method; only it reads the adjoint_* arguments) or "discrete" (the exact gradient of the
-    computed steps, from one state a step; of explicit Runge-Kutta methods, and of these arguments only adjoint_params).
-    checkpoints, of "discrete": at most so many states are held, and others computed again; "auto": as many as fit a
-    quarter of the free memory; None: all. With options=dict(throw=False) a solve that
-    fails returns its status, and NaN in what was not reached, instead of raising SolveError.
+    (the continuous adjoint method; only it reads the adjoint_* arguments), "discrete" (the exact gradient of the
+    computed steps, from one state a step; of explicit Runge-Kutta methods, and of these arguments only adjoint_params)
+    or "auto" ("discrete" where method, field and arguments allow it, else "adjoint", for the reason in
+    `stats.why_gradient`). checkpoints, of "discrete": at most so many states are held, and others computed again;
+    "auto": as many as fit a quarter of the free memory; None: all, with gradient="auto" as "auto". With
+    options=dict(throw=False) a solve that fails returns its status, and NaN in what was not reached, instead of raising
+    SolveError.
 
     integral: a function g(t, y, dy) of y and dy = func(t, y), both in y0's structure. It returns a tensor of any shape,
     the same one at each call. `Solution.integral` is its integral from t[0] to each t, of shape (len(t), *g.shape) and
@@ -216,7 +218,7 @@ def _solve(
     if event_fn is not None:
         check_event_fn(event_fn)
         chosen = for_one_output(chosen)
-    if chosen.options.check_reconstruction and gradient != "adjoint":
+    if chosen.options.check_reconstruction and gradient not in ("adjoint", "auto"):
         raise InvalidInput(
             'options["check_reconstruction"] belongs to gradient="adjoint", which reconstructs y backwards; got '
             f"gradient={gradient!r}, which stores it. Drop the option."
@@ -381,10 +383,10 @@ def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
         raise InvalidInput(f"gradient must be one of {known}; got {gradient!r}.{did_you_mean(gradient, GRADIENTS)}")
     if checkpoints is None:
         return
-    if gradient != "discrete":
+    if gradient not in ("discrete", "auto"):
         raise InvalidInput(
-            f'checkpoints={checkpoints!r} belongs to gradient="discrete"; got gradient={gradient!r}. Drop it, or take '
-            'gradient="discrete".'
+            f'checkpoints={checkpoints!r} belongs to gradient="discrete" and "auto"; got gradient={gradient!r}. Drop '
+            'it, or take gradient="discrete".'
         )
     whole = isinstance(checkpoints, int) and not isinstance(checkpoints, bool) and checkpoints >= 1
     if not whole and checkpoints != "auto":

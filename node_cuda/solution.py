@@ -35,6 +35,8 @@ class Stats:
     the same for the backward pass. nfe of a captured solve counts the evaluations on the device. With throw="deferred"
     the statistics are complete only after `Solution.check()`.
 
+    why_gradient: with gradient="auto" the reason why "adjoint" was taken; None where "discrete" was.
+
     With gradient="discrete": checkpoint_slots: the number of states that may be kept, None for one for each step.
     peak_checkpoints: the largest number that were kept. recomputed_steps: steps that the backward pass repeated to get
     states that were not kept, without the one repeat of each step. graph_of: the unit of the autograd graph in the
@@ -53,6 +55,7 @@ class Stats:
     why: str | None = None
     loop_backward: str = "host"
     why_backward: str | None = None
+    why_gradient: str | None = None
     checkpoint_slots: int | None = None
     peak_checkpoints: int = 0
     recomputed_steps: int = 0

@@ -103,6 +103,10 @@ class ReconstructionWarning(UserWarning):
     """The backward solve of the adjoint followed another trajectory than the forward solve."""
 
 
+class PerformanceWarning(UserWarning):
+    """A gradient will cost far more than it needs to."""
+
+
 class SolveError(RuntimeError, AssertionError):
     """The solve failed. `status` says how, `t` is the time that it reached, `stats` are the statistics up to there.
 

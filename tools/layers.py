@@ -94,6 +94,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.adjoint.plain_grid",
         "gradients.adjoint.backward_solve",
         "gradients.adjoint.cuda_graph",
+        "gradients.adjoint.many_outputs",
         "gradients.adjoint.mode",
         "gradients.adjoint",
     ),
@@ -107,7 +108,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.discrete.mode",
         "gradients.discrete",
     ),
-    ("gradients.registry", "gradients"),
+    ("gradients.auto", "gradients.registry", "gradients"),
     ("integrals.integral", "integrals.regularized", "integrals"),
     ("odeint", "event", "compiled", "nn", "", "__main__"),
 )

@@ -27,6 +27,11 @@ from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, 
 functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
 
+class AnswersByChance(InvalidField):
+    """func answers differently when it is asked again. It was evaluated twice, and the random generators are as they
+    were before."""
+
+
 class Inspection:
     """Replaces func in one evaluation of a field. It records the evaluation on a tape, and checks it.
 
@@ -86,7 +91,8 @@ class Inspection:
             return
         words = "func is non-deterministic: a second call at the same t and y differs (dropout, spectral norm, noise?)"
         if self.replays:
-            raise InvalidField(
+            _restore_random(states, t.device)
+            raise AnswersByChance(
                 f"{words}, and {self.what} takes every step again to differentiate it. Put func in evaluation mode, "
                 'draw the noise once before the solve, or use gradient="backprop".'
             )

@@ -6,7 +6,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from node_cuda._typing import EventFunc
-from node_cuda.gradients import forward
+from node_cuda.gradients import auto, forward
 from node_cuda.gradients.adjoint import mode as adjoint
 from node_cuda.gradients.discrete import mode as discrete
 from node_cuda.loop.request import SolveSpec
@@ -21,6 +21,7 @@ class Mode(NamedTuple):
 
 
 GRADIENTS = {
+    "auto": Mode(auto.outputs, auto.event),
     "backprop": Mode(forward.outputs, forward.event),
     "adjoint": Mode(adjoint.outputs, adjoint.event),
     "discrete": Mode(discrete.outputs, discrete.event),

@@ -324,7 +324,7 @@ def test_each_of_several_deferred_solves_reports_its_status(tier):
 
 def test_a_deferred_solve_and_its_backward_pass_never_synchronise():
     """torch's own mode finds no synchronisation; one of the last tests asks the profiler."""
-    net = NeuralODE(Wave(), options=dict(cuda_graph=True, throw="deferred"), **LOOSE).to(CUDA)
+    net = NeuralODE(Wave(), gradient="adjoint", options=dict(cuda_graph=True, throw="deferred"), **LOOSE).to(CUDA)
     y0 = state().to(CUDA).requires_grad_()
 
     def step():
@@ -516,7 +516,7 @@ def test_solves_on_two_streams_one_after_another_do_not_disturb_each_other(tier)
 
 
 def test_a_training_step_on_another_stream_has_the_gradients_of_the_default_one():
-    net, y0 = NeuralODE(Wave(), options=dict(cuda_graph=True), **LOOSE).to(CUDA), state().to(CUDA)
+    net, y0 = NeuralODE(Wave(), gradient="adjoint", options=dict(cuda_graph=True), **LOOSE).to(CUDA), state().to(CUDA)
 
     def gradient() -> Tensor:
         net.zero_grad()
@@ -719,7 +719,7 @@ def test_distributed_data_parallel_gives_the_gradients_of_the_layer_alone(backen
         pytest.skip(f"torch was built without {backend}")
 
     def gradients(options: Any, wrap: Callable[[nn.Module], nn.Module]) -> list[Tensor]:
-        net = wrap(NeuralODE(Wave(), options=options, **LOOSE).to(CUDA))
+        net = wrap(NeuralODE(Wave(), gradient="adjoint", options=options, **LOOSE).to(CUDA))
         found = []
         for scale in (1.0, 0.5, 0.25):
             net.zero_grad()
@@ -805,7 +805,7 @@ def calls_of_a_deferred_step() -> dict[str, Any]:
     """
     if ProfilerActivity.CUDA not in torch.profiler.supported_activities():
         return {"skip": "torch.profiler cannot observe the GPU here"}
-    net = NeuralODE(Wave(), options=dict(cuda_graph=True, throw="deferred"), **LOOSE).to(CUDA)
+    net = NeuralODE(Wave(), gradient="adjoint", options=dict(cuda_graph=True, throw="deferred"), **LOOSE).to(CUDA)
     y0 = state().to(CUDA).requires_grad_()
 
     def step() -> None:

@@ -436,6 +436,22 @@ def test_a_copy_of_a_layer_has_separate_graphs(way, throw):
     assert copy.deepcopy(net).solver["options"]["cuda_graph"].tier == "batches"
 
 
+def test_a_layer_that_trains_records_its_steps_and_one_that_is_evaluated_does_not():
+    func, kept = Weighted(), GraphCache()
+    net = NeuralODE(func, options=dict(cuda_graph=kept), **LOOSE)
+    for count in (1, 2):
+        ys = net(Y, T)
+        ys.square().sum().backward()
+        assert (net.stats.loop, net.stats.loop_backward, net.stats.why_gradient) == ("eager", "eager", None)
+        with torch.no_grad():
+            assert torch.equal(net(Y, T), ys)
+        assert net.stats.loop == "eager" and "autograd is off" in net.stats.why_gradient
+        assert kept.count == 3, f"recorded, reversed, and without a record, in round {count}"
+    deferred = NeuralODE(func, options=dict(cuda_graph=kept, throw="deferred"), **LOOSE)
+    deferred(Y, T)
+    assert "deferred" in deferred.stats.why_gradient and deferred.stats.loop == "eager"
+
+
 @torch.no_grad()
 def test_two_layers_with_the_same_func_do_not_share_graphs():
     func = Scaled().eval()

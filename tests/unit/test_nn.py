@@ -76,7 +76,7 @@ WRONG = {
     "method": (dict(method="dopr5"), ValueError, "Did you mean 'dopri5'"),
     "adjoint_method": (dict(adjoint_method="dopr5", adjoint_options={}), ValueError, "Did you mean 'dopri5'"),
     "gradient": (dict(gradient="adjont"), InvalidInput, "Did you mean 'adjoint'"),
-    "checkpoints": (dict(checkpoints=4), InvalidInput, 'belongs to gradient="discrete"'),
+    "checkpoints": (dict(checkpoints=4, gradient="adjoint"), InvalidInput, 'belongs to gradient="discrete"'),
     "options": (dict(options=["clip"]), InvalidType, "options must be a dict"),
     "the value of an option": (dict(options=dict(safety="x")), InvalidType, r'options\["safety"\] must be a number'),
     "an option as an argument": (dict(clip=True), InvalidType, r"use `options=dict\(clip=...\)`"),
@@ -115,5 +115,5 @@ def test_adjoint_params_may_be_an_iterator():
 
 def test_the_layer_shows_how_it_is_solved():
     layer = NeuralODE(MLP(dim=2), T, last_only=True, method="rk4")
-    assert layer.extra_repr() == "3 times t from 0 to 1, last_only=True, gradient='adjoint', method='rk4'"
-    assert NeuralODE(MLP(dim=2)).extra_repr() == "gradient='adjoint'"
+    assert layer.extra_repr() == "3 times t from 0 to 1, last_only=True, gradient='auto', method='rk4'"
+    assert NeuralODE(MLP(dim=2)).extra_repr() == "gradient='auto'"

@@ -20,6 +20,7 @@ from node_cuda.gradients import forward
 from node_cuda.gradients.adjoint.autonomy import ignores_time
 from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSettings, BackwardSolve, Found
 from node_cuda.gradients.adjoint.cuda_graph import try_captured
+from node_cuda.gradients.adjoint.many_outputs import warn_of_many_outputs
 from node_cuda.gradients.adjoint.norm import chosen_norm
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison, Evaluated, LastStep
@@ -34,7 +35,10 @@ from node_cuda.status import SolveError, Status, users_level
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """Return y at the problem's times, with its gradient by the adjoint method, and the status."""
     task = _AdjointSolve(request, None)
-    return task()[0], task.status
+    ys, _ = task()
+    if ys.requires_grad and task.status is Status.SUCCESS and not task.by_chance:
+        warn_of_many_outputs(request, task.settings, max(len(task.samples), 1))
+    return ys, task.status
 
 
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:

@@ -13,6 +13,9 @@ from torch import Tensor
 SHARE = 0.25
 """The share of the free memory that the kept states may use. The autograd graphs of a step may use the same share."""
 
+UNKNOWN = 2**32
+"""Bytes that are taken to be free on the host where the system does not say."""
+
 SMALL = 2**26
 """Up to this number of bytes the free memory is not read, because that costs a call of the driver."""
 
@@ -20,7 +23,10 @@ SMALL = 2**26
 def free_memory(device: torch.device) -> int:
     """Return the free bytes on the device, including those that torch has reserved and does not use."""
     if device.type != "cuda":
-        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        try:
+            return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        except (AttributeError, ValueError, OSError):  # Windows, macOS
+            return UNKNOWN
     idle = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
     return torch.cuda.mem_get_info(device)[0] + idle
 

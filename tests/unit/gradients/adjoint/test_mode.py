@@ -326,7 +326,7 @@ def test_a_nan_in_the_gradient_of_the_loss_is_not_blamed_on_the_field(m, value):
 def test_a_neural_ode_module_is_the_adjoint_of_its_field():
     func = MLP()
     y0 = leaf(Y)
-    module = node_cuda.NeuralODE(func)
+    module = node_cuda.NeuralODE(func, gradient="adjoint")
     assert set(dict(module.named_parameters()).values()) == set(func.parameters())
     assert len(list(as_tuple(y0))) == 1
 
