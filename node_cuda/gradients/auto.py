@@ -66,7 +66,7 @@ def _by_one_of(by_discrete: Callable[[SolveSpec], R], by_adjoint: Callable[[Solv
             return by_discrete(with_fields(request, checkpoints=checkpoints))
         except AnswersByChance:
             # Found in the first evaluation, so that no step is lost. It was a warning before this was the default.
-            why = "func answers differently when it is asked again at the same t and y"
+            why = "func is non-deterministic: a second call at the same t and y differs"
         request.stats.checkpoint_slots = None
         assert isinstance(request.problem.field, VectorField)
         request.problem.field.watch_again()

@@ -28,7 +28,7 @@ functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIss
 
 
 class AnswersByChance(InvalidField):
-    """func answers differently when it is asked again. It was evaluated twice, and the random generators are as they
+    """func is non-deterministic: a second call differs. It was evaluated twice, and the random generators are as they
     were before."""
 
 

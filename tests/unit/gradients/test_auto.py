@@ -111,7 +111,7 @@ CHANCE = "func is non-deterministic: a second call at the same t and y differs"
 
 def test_dropout_is_the_adjoint_with_its_warning_and_its_draws():
     """An error of a default would stop a training that ran; the gradient is no worse than by "adjoint"."""
-    with pytest.warns(UserWarning, match='asked again.*or use gradient="backprop"') as heard:
+    with pytest.warns(UserWarning, match='a second call.*or use gradient="backprop"') as heard:
         auto = run(Dropped(hidden=4), method="rk4")
     assert len(heard) == 1 and heard[0].filename == __file__
     with warnings.catch_warnings():
@@ -134,7 +134,7 @@ def test_a_spectral_norm_in_training_is_no_error():
 
 def test_a_field_of_chance_up_to_an_event_is_no_error():
     y0 = Y.clone().requires_grad_()
-    with pytest.warns(UserWarning, match="asked again"):
+    with pytest.warns(UserWarning, match="a second call"):
         solution = solve(
             Dropped(hidden=4),
             y0,
