@@ -79,6 +79,16 @@ def test_nothing_is_told_where_the_outputs_cost_nothing(case):
     assert told(QUIET[case]) == []
 
 
+def test_a_field_of_chance_is_not_sent_to_discrete_which_refuses_it():
+    class Noisy(MLP):
+        def forward(self, t, y):
+            return super().forward(t, y) + 1e-6 * torch.randn_like(y)
+
+    with pytest.warns(UserWarning, match="asked again") as heard:
+        odeint_adjoint(Noisy(), Y, MANY, **LOOSE)
+    assert len(heard) == 1
+
+
 def test_samples_of_a_vmap_count_together():
     def loss(y0):
         return odeint_adjoint(func, y0, MANY, **LOOSE).sum()
