@@ -84,7 +84,7 @@ def test_a_field_of_chance_is_not_sent_to_discrete_which_refuses_it():
         def forward(self, t, y):
             return super().forward(t, y) + 1e-6 * torch.randn_like(y)
 
-    with pytest.warns(UserWarning, match="asked again") as heard:
+    with pytest.warns(UserWarning, match="non-deterministic") as heard:
         odeint_adjoint(Noisy(), Y, MANY, **LOOSE)
     assert len(heard) == 1
 
