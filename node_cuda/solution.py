@@ -32,6 +32,10 @@ class Stats:
     the backward pass. Of a captured solve nfe counts what the device evaluated. With throw="deferred" what it cost is
     not known before `Solution.check()`.
 
+    Of implicit methods: jacobians: how often df/dy was computed, each with one of the nfe; factorisations of the
+    matrix; linear_solves with it; newton_iterations, each with one of the nfe; rejected_by_newton: those of the
+    rejected steps whose equations could not be solved.
+
     Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
     most that were; recomputed_steps: steps that the backward pass took again to get states that were not kept, besides
     the replay of each; graph_of: what the backward pass holds a graph of, a whole "step" or, where that would take too
@@ -54,6 +58,11 @@ class Stats:
     recomputed_steps: int = 0
     graph_of: str | None = None
     reconstruction_error: float | None = None
+    jacobians: int = 0
+    factorisations: int = 0
+    linear_solves: int = 0
+    newton_iterations: int = 0
+    rejected_by_newton: int = 0
     pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
     reached: tuple[float, Tensor] | None = field(default=None, repr=False, compare=False)
     """Of a solve that failed: the time and the flat state, without a gradient, after its last accepted step."""

@@ -23,7 +23,7 @@ class Status(Enum):
         1,
         "The step size shrank until t + h == t: the field is too stiff for an explicit method here, or its solution "
         "blows up. Loosen rtol and atol, end the interval earlier, set `options=dict(min_step=...)`, or use "
-        'method="scipy_solver", options=dict(solver="Radau") for a stiff field.',
+        'method="rodas5p" for a stiff field.',
     )
     NON_FINITE = (
         2,
@@ -33,7 +33,7 @@ class Status(Enum):
     MAX_STEPS = (
         3,
         "max_num_steps was used up before the next output time. Raise `options=dict(max_num_steps=...)`, loosen rtol "
-        'and atol, or use method="scipy_solver", options=dict(solver="Radau") if the field is stiff.',
+        'and atol, or use method="rodas5p" if the field is stiff.',
     )
     NO_EVENT = (
         4,
@@ -45,6 +45,13 @@ class Status(Enum):
         6,
         "The solve took more steps than there was room to record, so that the backward pass of a deferred solve cannot "
         "take them back. Solve once with `options=dict(throw=True)`: the next solves then have room.",
+    )
+
+    NOT_SOLVED = (
+        7,
+        "The equations of an implicit step could not be solved at any step size: Newton's iterations do not converge. "
+        "Check that func is smooth there and, if it was given, that options['jac'] is its derivative; pass "
+        '`options=dict(jump_t=...)` if func is discontinuous; or use method="rodas5p", which does not iterate.',
     )
 
     def __new__(cls, code: int, sentence: str) -> Self:

@@ -177,6 +177,8 @@ def fallback_reason(problem: Problem, method: Method) -> str | None:
     options = method.options
     if method.name == SCIPY or method.name in ADAMS:
         return f"{method.name} takes no Runge-Kutta steps"
+    if method.implicit is not None:
+        return f"{method.name} solves systems, and the host looks at each"
     if problem.bounds is not None:
         return "clip=True bounds the times that func sees by numbers of one solve"
     if options.record_steps:

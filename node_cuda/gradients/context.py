@@ -1,12 +1,11 @@
-"""What the backward passes by hand share: autocast as it was, and no second derivative in silence."""
+"""What the backward passes by hand share: autocast as it was."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from collections.abc import Callable
+from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def autocast_state(device_type: str) -> Callable[[], list[Any]]:
@@ -23,31 +22,3 @@ def autocast_state(device_type: str) -> Callable[[], list[Any]]:
 def autocasts(device_type: str) -> bool:
     """Autocast is on for this device."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def first_derivatives(gradients: Sequence[Tensor | None], what: str, *of: Tensor) -> tuple[Tensor | None, ...]:
-    """The gradients, which depend on the tensors `of` in a way that is not on the tape: whoever differentiates them
-    again gets an error. torch's once_differentiable loses that dependence where another term has a gradient."""
-    given = [g for g in gradients if g is not None]
-    if not (torch.is_grad_enabled() and given):
-        return tuple(gradients)
-    marked = iter(_First.apply(what, len(given), *given, *of))
-    return tuple(None if g is None else next(marked) for g in gradients)
-
-
-class _First(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, what, count, *tensors):
-        ctx.what = what
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *_):
-        refuse_second_derivative(ctx.what)
-
-
-def refuse_second_derivative(what: str) -> NoReturn:
-    """A sentence, where torch would lose the derivative without one."""
-    raise NotImplementedError(
-        f'{what} gives first derivatives only, and a second one was asked for. Use gradient="backprop", as odeint does.'
-    )

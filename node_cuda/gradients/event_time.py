@@ -10,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._eager import eager
+from node_cuda._second_derivatives import first_derivatives
 from node_cuda._typing import EventFunc, Func
-from node_cuda.gradients.context import first_derivatives
 from node_cuda.kernels.reference import real_dot
 from node_cuda.problem.field import Layout
 

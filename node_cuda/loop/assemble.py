@@ -17,7 +17,9 @@ from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.step_control import AdaptiveSteps, StepSelector
 from node_cuda.methods.adams import Adams
 from node_cuda.methods.explicit_rk import ExplicitRK
-from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_method
+from node_cuda.methods.implicit.steps import ImplicitSteps, implicit_steps
+from node_cuda.methods.implicit.tableau import order_of_error
+from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_implicit, of_method
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Quadrature, Stepper
 from node_cuda.problem.problem import Problem
@@ -38,6 +40,7 @@ def make_loop(
     stats: Stats,
     *,
     endless: bool = False,
+    anywhere: bool = False,
     stops: Sequence[float] = (),
     pauses: bool = False,
     quadrature: Quadrature | None = None,
@@ -47,8 +50,9 @@ def make_loop(
 ) -> tuple[HostLoop, Interpolant]:
     """A solve that is ready to run, and how its outputs are interpolated.
 
-    endless: it goes on beyond the last time, for events. stops: times to land on. pauses: the device, where it controls
-    the steps, waits at every output. quadrature: what is integrated beside the state; its error takes part in the norm.
+    endless: it goes on beyond the last time, for events. anywhere: outputs are asked for later, at any times. stops:
+    times to land on. pauses: the device, where it controls the steps, waits at every output. quadrature: what is
+    integrated beside the state; its error takes part in the norm.
     arithmetic: that of an earlier solve of the same state and norm, which is over, if this one evaluates no outputs.
     points: those of `grid_of`, where they are known. tape: where the device, if it controls the steps, records them.
     """
@@ -72,6 +76,12 @@ def make_loop(
             tape=tape,
         )
         interpolant = of_method(stepper, tableau, options.dense)
+    elif isinstance(options, opt.ImplicitOptions) and method.implicit is not None:
+        assert quadrature is None
+        stepper = implicit_steps(problem, arithmetic, method.implicit, options, stats, everywhere=endless or anywhere)
+        order = order_of_error(method.implicit)
+        selector = AdaptiveSteps(problem, arithmetic, order, options, stats, stops, endless=endless, pauses=pauses)
+        interpolant = of_implicit(stepper)
     else:
         assert isinstance(options, opt.FixedOptions)
         if tableau is not None:
@@ -95,9 +105,12 @@ def find_event(
 ) -> tuple[float, Tensor]:
     """The time and state of an event; loop, interpolant: those of `make_loop`, endless."""
     stepper, options = loop.stepper, method.options
-    assert isinstance(stepper, (ExplicitRK, Adams)) and isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
-    if method.adaptive and isinstance(stepper, ExplicitRK):
+    assert isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
+    if isinstance(stepper, ImplicitSteps):
+        most, search = None, interpolant  # which costs nothing
+    elif method.adaptive and isinstance(stepper, ExplicitRK):
         most, search = None, of_method(stepper, stepper.tableau, "default")
     else:
+        assert isinstance(stepper, (ExplicitRK, Adams))
         most, search = MAX_EVENT_STEPS, linear(stepper.arithmetic)
     return solve_event(loop, interpolant, event_fn, most, search, options.event_checks)

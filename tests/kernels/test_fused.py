@@ -20,7 +20,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import torch
-from problems import F64, MLP, as_tuple, linspace
+from problems import F64, MLP, as_tuple, is_adaptive, linspace, order_of
 from shim.pretend_gpu import CUDA
 from torch import Tensor, nn
 from torch.utils import _pytree
@@ -236,8 +236,8 @@ NETWORK = Case(network, normal(5, 3), linspace(0.0, 1.0, 4), LOOSE)
 
 def settings(method: str) -> dict[str, Any]:
     """A few steps, some of them with several outputs and some with none."""
-    if method in TABLEAUS and TABLEAUS[method].adaptive:
-        rtol = 1e-2 if TABLEAUS[method].order < 3 else 1e-3
+    if is_adaptive(method):
+        rtol = 1e-2 if order_of(method) < 3 else 1e-3
         return dict(method=method, rtol=rtol, atol=rtol, options=dict(first_step=0.3))
     return dict(method=method, rtol=1e-4, atol=1e-4, options=dict(step_size=0.15))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda import TABLEAUS
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.methods.tableau import Tableau, row, rows
 
 F64 = torch.float64
@@ -229,10 +230,20 @@ KUTTA3 = Tableau(
 """Three stages of third order, with an embedded row; not FSAL, and without an interpolant."""
 
 
+def is_adaptive(method: str) -> bool:
+    """The method chooses its steps by an error estimate."""
+    return method in IMPLICIT_TABLEAUS or (method in TABLEAUS and TABLEAUS[method].adaptive)
+
+
+def order_of(method: str) -> int:
+    """Of a method with a tableau."""
+    return (IMPLICIT_TABLEAUS if method in IMPLICIT_TABLEAUS else TABLEAUS)[method].order
+
+
 def precise(method: str) -> dict:
     """The arguments by which a method solves as exactly as tests of events and of dense output ask."""
-    if method in TABLEAUS and TABLEAUS[method].adaptive:
-        rtol = 1e-5 if TABLEAUS[method].order < 3 else 1e-8
+    if is_adaptive(method):
+        rtol = 1e-5 if order_of(method) < 3 else 1e-8
         # (the default interpolant of bosh3 is of second order only, and its steps through a parabola grow and grow)
         options = dict(max_step=0.05) if method == "bosh3" else {}
         return dict(method=method, rtol=rtol, atol=rtol, options=options)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from problems import is_adaptive
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -69,8 +70,7 @@ def field(t, y):
 
 
 def settings(method):
-    adaptive = method in TABLEAUS and TABLEAUS[method].adaptive
-    return dict(method=method, rtol=1e-3, atol=1e-3, options={} if adaptive else dict(step_size=0.1))
+    return dict(method=method, rtol=1e-3, atol=1e-3, options={} if is_adaptive(method) else dict(step_size=0.1))
 
 
 def inputs(wants_t, dtype=torch.float32):
