@@ -115,6 +115,7 @@ class AdaptiveSteps:
         self.control = arithmetic.control(self.spec, pauses=pauses, tape=tape)
         # Only the first step moves with t[0]; the ends of later ones are the solver's choice, and stay.
         self._taped = recorded(problem.t)
+        self._unsolved = False  # the equations of the last step
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
         """The first step size: the user's, or by Hairer's rule at the cost of one evaluation."""
@@ -138,6 +139,8 @@ class AdaptiveSteps:
         self._notify("callback_step", t, y, now.proposal)
         if now.status:
             status, detail = Status(now.status), f"The step was {now.proposal:.3g}."
+            if self._unsolved and status in (Status.STEP_UNDERFLOW, Status.NON_FINITE):
+                status = Status.NOT_SOLVED
             if status is Status.MAX_STEPS:
                 detail = f"max_num_steps = {self.options.max_num_steps}, the step {now.proposal:.3g}."
             self._fail(status, t, detail)
@@ -147,6 +150,7 @@ class AdaptiveSteps:
         """Accept or reject, and choose the next step size. One host read."""
         assert step.error is not None
         rejected = self.now.rejected
+        self._unsolved = step.unsolved
         self.arithmetic.control_step(self.control, step.at, step.error, step.last, step.y0, step.y1, self.errors)
         now = self._read(self.control)
         if now.accept:

@@ -32,6 +32,7 @@ class Step:
 
     k: the stages, k[0] at the start. error: the partial error, and last: the stage and its b - b_hat that complete it
     (see `Arithmetic.error_ratio`); None for methods without an estimate. jump: the field is discontinuous at t1.
+    unsolved: the equations of an implicit step were not solved; its error is one that rejects it.
     """
 
     at: Interval
@@ -42,6 +43,7 @@ class Step:
     last: tuple[Tensor, float] | None = None
     span: Span | None = None
     jump: bool = False
+    unsolved: bool = False
 
     @property
     def t0(self) -> float:

@@ -68,7 +68,7 @@ class EsdirkSteps(Evaluations):
         if k1 is None:
             k1 = self.f(self.start_time(t0, move.span, False), y0)
         step = self._attempt_at(self.interval(t0, move), y0, k1, move.span)
-        if len(step.k) == self.tableau.stages:
+        if not step.unsolved:
             assert step.error is not None
             step.error = self._judged(step, step.error)
         return step
@@ -93,7 +93,7 @@ class EsdirkSteps(Evaluations):
         where the field is k1 if that was not carried on."""
         self._derivative = None
         step = self._attempt_at(at, y0, self.f(t, y0) if k1 is None else k1)
-        return step if len(step.k) == self.tableau.stages else None
+        return None if step.unsolved else step
 
     def carry(self, step: Step) -> Tensor | None:
         """The last stage, which is f(t1, y1), or the field beyond a jump."""
@@ -171,9 +171,11 @@ class EsdirkSteps(Evaluations):
     def _unsolved(self, at: Interval, y0: Tensor, k1: Tensor, span: Span | None) -> Step:
         """A step that is to be rejected."""
         self.stats.rejected_by_newton += 1
+        assert self._derivative is not None
+        self.jacobian.check(self._derivative, at.t0)
         with torch.no_grad():
             error = (UNSOLVED * self.norm.scale(y0.abs())).to(y0.dtype)
-        return Step(at, y0, y0, [k1], error, None, span)
+        return Step(at, y0, y0, [k1], error, None, span, unsolved=True)
 
 
 class _Solved(torch.autograd.Function):

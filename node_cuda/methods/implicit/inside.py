@@ -44,7 +44,7 @@ class InsideError:
             (t,) = arithmetic.times(at, (PLACE,), self.stepper.end)
             y = arithmetic.dense_eval(self._polynomials, at, step.y0, step.y1, step.k, PLACE)
             inside = matrix.solve(arithmetic.combine(self.stepper.f(t, y), step.k, self._slopes, -1.0))
-            return torch.maximum(error.abs(), inside.abs_().mul_(abs(weight))).to(error.dtype)
+            return torch.maximum(error.abs(), inside.abs().mul_(abs(weight))).to(error.dtype)
 
     def _holds_output(self, at: Interval) -> bool:
         """An output lies between the ends of the step, which are no outputs inside."""

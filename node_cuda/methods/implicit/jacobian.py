@@ -7,8 +7,8 @@ By vector-Jacobian products, all rows in one batched call. Forward mode was slow
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
-from typing import NamedTuple
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,8 +17,12 @@ from node_cuda._torch_modes import transformed
 from node_cuda.methods.implicit.blocks import Blocks
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import InvalidField, InvalidInput, UnsupportedTransform, users_level
+from node_cuda.status import InvalidField, InvalidInput, SolveError, Status, UnsupportedTransform, users_level
 
+_TWICE = (
+    "{} differentiates func {}, and torch says: {} Pass options=dict(jac=...), take method=\"kvaerno5\", which needs "
+    'first derivatives only, or an explicit method, "dopri5".'
+)
 COUPLED = 1e-3
 """Of the largest entry: how far one product with the blocks may be off, where samples do not see each other."""
 
@@ -38,6 +42,7 @@ class Jacobian:
         self, problem: Problem, blocks: Blocks, jac: Callable[..., Tensor] | None, stats: Stats, *, timed: bool
     ) -> None:
         self.field = problem.field
+        self.direction = problem.direction
         self.layout = problem.layout
         self.blocks = blocks
         self.jac = jac
@@ -46,6 +51,7 @@ class Jacobian:
         self._by_rows = False
         self._looked = False
         self._has_parameters: bool | None = None
+        self._differentiable_twice = False
 
     def at(self, t: Tensor, y: Tensor, *, twice: bool = False) -> Linearised:
         """The field and its derivatives at (t, y). While autograd records f is on the tape, and with `twice` the
@@ -72,6 +78,21 @@ class Jacobian:
         df_dt = None if df_dt is None else df_dt.detach()
         return Linearised(f if on_tape else f.detach(), jacobian.detach(), df_dt)
 
+    def check(self, jacobian: Tensor, s: float) -> None:
+        """Raise SolveError where a step fails because its Jacobian, at the solver time s, is not finite."""
+        self.stats.host_reads += 1
+        if bool(torch.isfinite(jacobian).all()):
+            return
+        self.stats.nfe = self.field.nfe
+        source = "autograd's" if self.jac is None else "options['jac']'s"
+        raise SolveError(
+            Status.NON_FINITE,
+            self.direction * s,
+            self.stats,
+            f"The Jacobian df/dy, {source}, holds NaN or infinity, as that of sqrt or of a norm does at 0. Pass "
+            "options=dict(jac=...) with the right one.",
+        )
+
     # ------------------------------------------------------------------ by autograd
     def _by_autograd(self, rows: Tensor, u: Tensor, t: Tensor, y: Tensor, taped: bool) -> tuple[Tensor, Tensor | None]:
         size, count = self.blocks.size, self.blocks.count
@@ -80,6 +101,9 @@ class Jacobian:
             return rows.new_zeros(count, size, size), None
         unit = torch.eye(size, dtype=rows.dtype, device=rows.device)
         units = unit[:, None, :].expand(size, count, size)
+        if taped and not self._differentiable_twice:
+            self._differentiable_twice = True
+            self._check_twice(rows, u)
         gradient = self._rows(rows, u, units, taped)
         jacobian = rows.new_zeros(count, size, size) if gradient is None else gradient.transpose(0, 1)
         if not self._looked:
@@ -138,6 +162,14 @@ class Jacobian:
                 'that returns it, or take an explicit method, "dopri5".'
             )
 
+    def _check_twice(self, rows: Tensor, u: Tensor) -> None:
+        """Once: what torch can differentiate once only has an error in the place of its graph, but under vmap, and where
+        its cotangent is not to be differentiated by, not even that."""
+        what = "A Rosenbrock method, whose steps hold df/dy,"
+        row = _grad(rows, u, torch.ones_like(rows).requires_grad_(True), create_graph=True, what=what)
+        if row is not None and any(node.name().endswith("::Error") for node in _nodes(row)):
+            raise InvalidField(_TWICE.format(what, "twice", "an operation in it can be differentiated once only."))
+
     def _check_blocks(self, rows: Tensor, u: Tensor, jacobian: Tensor) -> None:
         """One product of the whole Jacobian with a vector is that of the blocks, if samples do not see each other."""
         generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
@@ -192,23 +224,21 @@ def _grad(of: Tensor, by: Tensor, weight: Tensor | None, *, create_graph: bool, 
         return torch.autograd.grad(of, by, weight, retain_graph=True, create_graph=create_graph, allow_unused=True)[0]
     except (RuntimeError, NotImplementedError) as failure:
         times = "twice" if create_graph else "once"
-        raise InvalidField(
-            f"{what} differentiates func {times}, and torch says: {str(failure).splitlines()[0]:.200} Pass "
-            'options=dict(jac=...), take method="kvaerno5", which needs first derivatives only, or an explicit '
-            'method, "dopri5".'
-        ) from failure
+        raise InvalidField(_TWICE.format(what, times, str(failure).splitlines()[0][:200])) from failure
 
 
 def _has_leaves(f: Tensor, known: set[Tensor]) -> bool:
     """f depends on a tensor that requires a gradient, beside those that are known."""
-    seen, pending = set(), [f.grad_fn]
+    variables = (getattr(node, "variable", None) for node in _nodes(f))
+    return any(variable is not None and variable not in known for variable in variables)
+
+
+def _nodes(x: Tensor) -> Iterator[Any]:
+    """All nodes of the graph of x."""
+    seen, pending = set(), [x.grad_fn]
     while pending:
         node = pending.pop()
-        if node is None or node in seen:
-            continue
-        seen.add(node)
-        variable = getattr(node, "variable", None)
-        if variable is not None and variable not in known:
-            return True
-        pending += [following for following, _ in node.next_functions]
-    return False
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [following for following, _ in node.next_functions]

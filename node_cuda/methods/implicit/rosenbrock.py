@@ -89,7 +89,9 @@ class RosenbrockSteps(Evaluations):
 
     def _linearised(self, t0: float, y0: Tensor, span: Span | None) -> Linearised:
         """The field at the start of a step, kept while the step is tried again."""
-        if self._start is None or self._start[0] is not y0:
-            t = self.start_time(t0, span, self._after_jump)
-            self._start = y0, self.jacobian.at(t, y0, twice=True)
+        if self._start is not None and self._start[0] is y0:
+            self.jacobian.check(self._start[1].jacobian, t0)  # the step is tried again: is it this that fails?
+            return self._start[1]
+        t = self.start_time(t0, span, self._after_jump)
+        self._start = y0, self.jacobian.at(t, y0, twice=True)
         return self._start[1]
