@@ -23,6 +23,7 @@ from node_cuda.status import (
     ReconstructionWarning,
     SolveError,
     Status,
+    StiffnessWarning,
     Unsupported,
 )
 
@@ -40,6 +41,7 @@ __all__ = [
     "SolveError",
     "Stats",
     "Status",
+    "StiffnessWarning",
     "Unsupported",
     "__version__",
     "backend",

@@ -34,7 +34,9 @@ class Stats:
 
     Of implicit methods: jacobians: how often df/dy was computed, each with one of the nfe; factorisations of the
     matrix; linear_solves with it; newton_iterations, each with one of the nfe; rejected_by_newton: those of the
-    rejected steps whose equations could not be solved.
+    rejected steps whose equations could not be solved. Of explicit methods with two stages at the end of a step:
+    stiff_steps: how many of the accepted steps that were looked at (every 50th, and each one under suspicion) were
+    limited by stability.
 
     Of gradient="discrete": checkpoint_slots: how many states may be held, None for one a step; peak_checkpoints: the
     most that were; recomputed_steps: steps that the backward pass took again to get states that were not kept, besides
@@ -63,6 +65,7 @@ class Stats:
     linear_solves: int = 0
     newton_iterations: int = 0
     rejected_by_newton: int = 0
+    stiff_steps: int = 0
     pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
     reached: tuple[float, Tensor] | None = field(default=None, repr=False, compare=False)
     """Of a solve that failed: the time and the flat state, without a gradient, after its last accepted step."""

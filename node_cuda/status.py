@@ -96,6 +96,10 @@ class ReconstructionWarning(UserWarning):
     """The adjoint method went backwards along another trajectory than forwards."""
 
 
+class StiffnessWarning(UserWarning):
+    """An explicit method is limited by stability, and not by accuracy: the field is stiff."""
+
+
 class SolveError(RuntimeError, AssertionError):
     """A solve that failed: `status` says how, `t` how far it came, `stats` what it cost until there.
 

@@ -67,6 +67,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "loop.host_loop",
         "loop.outputs",
         "loop.events",
+        "loop.stiffness",
         "loop.grids",
         "loop.assemble",
         "loop.scipy_solver",

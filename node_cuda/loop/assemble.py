@@ -15,6 +15,7 @@ from node_cuda.loop.events import solve_event
 from node_cuda.loop.grids import GridSteps, endless_grid, grid_of
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.step_control import AdaptiveSteps, StepSelector
+from node_cuda.loop.stiffness import stiffness_test
 from node_cuda.methods.adams import Adams
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.steps import ImplicitSteps, implicit_steps
@@ -97,7 +98,11 @@ def make_loop(
             points, tensors = endless_grid(problem, options) if endless else grid_of(problem, options)
         selector = GridSteps(problem, points, stats, tensors)
         interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
-    return HostLoop(problem, stepper, selector, stats, record=options.record_steps), interpolant
+    loop = HostLoop(problem, stepper, selector, stats, record=options.record_steps)
+    if isinstance(stepper, ExplicitRK) and method.adaptive and quadrature is None:
+        test = stiffness_test(stepper, stats, problem.direction)
+        loop.watch = None if test is None else test.look
+    return loop, interpolant
 
 
 def find_event(

@@ -20,7 +20,8 @@ from node_cuda.status import SolveError
 
 
 class HostLoop:
-    """Where a solve stands: (t, y) in solver time, and k1 if it is known. accepted: told of every accepted step."""
+    """Where a solve stands: (t, y) in solver time, and k1 if it is known. accepted, watch: told of every accepted
+    step."""
 
     def __init__(
         self, problem: Problem, stepper: Stepper, selector: StepSelector, stats: Stats, record: bool = False
@@ -33,6 +34,7 @@ class HostLoop:
         self.y = problem.y0
         self.k1: Tensor | None = None
         self.accepted: Callable[[Step], None] | None = None
+        self.watch: Callable[[Step], None] | None = None
         if record:
             stats.step_times = [problem.direction * self.t]
 
@@ -55,6 +57,8 @@ class HostLoop:
                 self.t, self.y, self.k1 = step.t1, step.y1, self.stepper.carry(step)
                 if self.stats.step_times is not None:
                     self.stats.step_times.append(self.problem.direction * step.t1)
+                if self.watch is not None:
+                    self.watch(step)
                 if self.accepted is not None:
                     self.accepted(step)
                 yield step

@@ -20,7 +20,7 @@ from node_cuda.solution import Stats
 from node_cuda.status import InvalidField, InvalidInput, SolveError, Status, UnsupportedTransform, users_level
 
 _TWICE = (
-    "{} differentiates func {}, and torch says: {} Pass options=dict(jac=...), take method=\"kvaerno5\", which needs "
+    '{} differentiates func {}, and torch says: {} Pass options=dict(jac=...), take method="kvaerno5", which needs '
     'first derivatives only, or an explicit method, "dopri5".'
 )
 COUPLED = 1e-3
@@ -163,8 +163,8 @@ class Jacobian:
             )
 
     def _check_twice(self, rows: Tensor, u: Tensor) -> None:
-        """Once: what torch can differentiate once only has an error in the place of its graph, but under vmap, and where
-        its cotangent is not to be differentiated by, not even that."""
+        """Once: what torch can differentiate once only has an error in the place of its graph; not even that under
+        vmap, or where its cotangent is not to be differentiated by."""
         what = "A Rosenbrock method, whose steps hold df/dy,"
         row = _grad(rows, u, torch.ones_like(rows).requires_grad_(True), create_graph=True, what=what)
         if row is not None and any(node.name().endswith("::Error") for node in _nodes(row)):
