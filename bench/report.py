@@ -4,9 +4,9 @@
     python bench/report.py --write    fills the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->`
     python bench/report.py --check    fails where a page does not show what the JSON says
 
-Blocks: `memory`, `speed`, `gradients`, `endurance`, `kernels`, `solve`, `device-loop` and `gpu` (command, machine and
-commit; sentence, table), and `memory-short` and `speed-short` for the first page; pages: README.md, bench/README.md,
-bench/results/README.md.
+Blocks: `memory`, `speed`, `gradients`, `endurance`, `stiff`, `kernels`, `solve`, `device-loop` and `gpu` (command,
+machine and commit; sentence, table), and `memory-short` and `speed-short` for the first page; pages: README.md,
+bench/README.md, bench/results/README.md, docs/stiff.md.
 """
 
 from __future__ import annotations
@@ -23,11 +23,12 @@ from report_endurance import endurance_block
 from report_gpu import gpu_block, kernels_block, solve_block
 from report_gradients import gradients_block
 from report_memory import memory_block, memory_short
+from report_stiff import stiff_block
 from tables import Result, Rows, evaluations, markdown, provenance, spread, target
 
 HERE = Path(__file__).resolve().parent
 PUBLISHED = HERE / "results"
-PAGES = (HERE.parent / "README.md", HERE / "README.md", PUBLISHED / "README.md")
+PAGES = (HERE.parent / "README.md", HERE / "README.md", PUBLISHED / "README.md", HERE.parent / "docs" / "stiff.md")
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 
@@ -84,6 +85,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "speed-short": ("speed", speed_short),
     "gradients": ("gradients", gradients_block),
     "endurance": ("endurance", endurance_block),
+    "stiff": ("stiff", stiff_block),
     "kernels": ("kernels", kernels_block),
     "solve": ("solve", solve_block),
     "device-loop": ("device_loop", device_loop_block),

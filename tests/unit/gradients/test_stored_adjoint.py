@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from problems import F64, linspace
-from stiff import Robertson
+from stiff_cases import Robertson
 from torch import nn
 
 from node_cuda import Status, odeint, odeint_adjoint, odeint_event, solve

@@ -7,7 +7,7 @@ import pytest
 import torch
 from problems import F64, linspace
 from scipy.integrate import solve_ivp
-from stiff import Frozen, Robertson
+from stiff_cases import Frozen, Robertson
 from torch import nn
 
 from node_cuda import odeint, odeint_event, solve

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from problems import F64, linspace
-from stiff import robertson
+from stiff_cases import robertson
 
 from node_cuda.loop.assemble import make_loop
 from node_cuda.methods.implicit.esdirk import EsdirkSteps

@@ -7,7 +7,7 @@ import math
 import pytest
 import torch
 from problems import F64, linspace, order_of
-from stiff import PROBLEMS, Robertson, robertson, solved
+from stiff_cases import PROBLEMS, Robertson, robertson, solved
 from tolerances import SLOPE
 
 from node_cuda import SolveError, Status, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
