@@ -151,11 +151,11 @@ def gradients(rtol: float) -> list[Row]:
             y0, t = torch.tensor([1.0, 0.0, 0.0], dtype=F64), torch.tensor([0.0, 40.0], dtype=F64)
             begun = time.perf_counter()
             with torch.set_grad_enabled(mode != "none"):
-                arguments = dict(method=method, rtol=rtol, atol=1e-6 * rtol)
+                arguments: dict[str, Any] = dict(method=method, rtol=rtol, atol=1e-6 * rtol)
                 found = solve(func, y0, t, gradient="backprop" if mode == "none" else mode, **arguments)
             middle = time.perf_counter()
             if mode != "none":
-                found.ys[-1, 0].backward()
+                found.ys[-1][0].backward()
             rows.append(say({
                 "method": method, "gradient": mode, "steps": found.stats.accepted, "nfe": found.stats.nfe,
                 "nfe_backward": found.stats.nfe_backward, "forward_ms": 1e3 * (middle - begun),

@@ -22,6 +22,7 @@ from node_cuda.gradients.discrete.mode import by_the_flow
 from node_cuda.gradients.discrete.step_adjoint import of_times
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import UsedParameters
+from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import real_dot
 from node_cuda.kernels.stage_times import Clock
@@ -30,6 +31,7 @@ from node_cuda.loop.outputs import solve_outputs
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.implicit.blocks import Blocks
 from node_cuda.methods.implicit.jacobian import Jacobian
+from node_cuda.methods.implicit.tableau import Implicit, slope_row
 from node_cuda.methods.interpolation import Interpolant, position
 from node_cuda.methods.registry import Method, lookup
 from node_cuda.methods.step import Step
@@ -74,7 +76,8 @@ class _StoredAdjoint(DifferentiableSolve):
         loop, interpolant = make_loop(
             problem, request.method, request.stats, endless=self.event_fn is not None, anywhere=True
         )
-        self.path = _Path(problem, interpolant)
+        assert request.method.implicit is not None
+        self.path = _Path(problem, interpolant, request.method.implicit)
         loop.accepted = self.path.add
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, request.method.options.raises)
@@ -94,8 +97,10 @@ class _StoredAdjoint(DifferentiableSolve):
         adj_t = None
         if wants_t:
             adj_t = ys.new_zeros(len(saved.t), dtype=of_times(ys.dtype))
-            asked = range(1 if at_event else count) if len(times) > 1 else ()
-            by_the_flow(adj_t, asked, problem, ys, grad_ys, lam, real_dot)
+            if len(times) > 1:
+                by_the_flow(adj_t, (0,), problem, ys, grad_ys, lam, real_dot)
+            for m in range(1, 1 if at_event else count):
+                adj_t[m] = real_dot(grad_ys[m], self.path.slope(times[m]))
             adj_t = adj_t.to(saved.t)
         reached.check(params)
         self.stats.nfe_backward += problem.field.nfe - before
@@ -142,8 +147,9 @@ class _StoredAdjoint(DifferentiableSolve):
 class _Path:
     """The forward solution between its ends, from its steps."""
 
-    def __init__(self, problem: Problem, interpolant: Interpolant) -> None:
+    def __init__(self, problem: Problem, interpolant: Interpolant, tableau: Implicit) -> None:
         self.direction = problem.direction
+        self._tableau = tableau
         self._interpolant = interpolant
         self._steps: list[tuple[Step, Any]] = []
         self._starts: list[float] = []
@@ -155,8 +161,17 @@ class _Path:
 
     def at(self, s: float, t: Tensor | None) -> Tensor:
         """y at a solver time; t: the same as the user's, where its gradient is wanted."""
-        step, k = self._steps[max(bisect.bisect_right(self._starts, s) - 1, 0)]
+        step, k = self._step(s)
         return self._interpolant.evaluate(step, k, position(step, s, self.direction, t))
+
+    def slope(self, s: float) -> Tensor:
+        """dy/dt at a solver time: func at an output would multiply its error by the stiffness."""
+        step, k = self._step(s)
+        row = slope_row(self._tableau, float(position(step, s, self.direction)))
+        return reference.combine(torch.zeros_like(k[0]), k, row, 1.0)
+
+    def _step(self, s: float) -> tuple[Step, Any]:
+        return self._steps[max(bisect.bisect_right(self._starts, s) - 1, 0)]
 
 
 class _AdjointField:

@@ -17,6 +17,7 @@ from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.sums import GradientAccumulator
 from node_cuda.methods.implicit.steps import implicit_steps
+from node_cuda.methods.implicit.tableau import slope_row
 from node_cuda.methods.interpolation import of_implicit
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step
@@ -29,7 +30,9 @@ from node_cuda.status import SolveError, Status
 class ImplicitStepAdjoint:
     """As `step_adjoint.StepAdjoint`; the graph of a step is held at once.
 
-    first: of no use here, as no evaluation of the forward solve is made again at the same point.
+    first: of no use here, as no evaluation of the forward solve is made again at the same point. rates: dL/dt of the
+    outputs so far, by their index: by the slope of the dense output, where func at an output would multiply its error
+    by the stiffness.
     """
 
     at_once = True
@@ -49,6 +52,8 @@ class ImplicitStepAdjoint:
         self.sums = sums
         self.reached = reached
         self.nfe = 0
+        self.rates: dict[int, Tensor] = {}
+        self.cotangents = arithmetic
         assert method.implicit is not None and isinstance(method.options, ImplicitOptions)
         self.stats = Stats()
         self.stepper = implicit_steps(
@@ -86,6 +91,8 @@ class ImplicitStepAdjoint:
             found = torch.autograd.grad(
                 [x for x, _ in given], inputs, [g.to(x.dtype) for x, g in given], allow_unused=True
             )
+        if outputs is not None and outputs.places is not None:
+            self._rate(step, outputs.first, outputs.places, outputs.gradients)
         lam = torch.zeros_like(y0) if found[0] is None else found[0]
         kappa, of_params = (None, found[1:]) if k1 is None else (found[1], found[2:])
         self.sums.begin()
@@ -94,6 +101,13 @@ class ImplicitStepAdjoint:
             self.sums.add(of_params, 1.0, 0.0)
         self.sums.commit()
         return Back(Cotangent(lam.detach(), None if kappa is None else kappa.detach()), None)
+
+    def _rate(self, step: Step, first: int, places: Sequence[float], gradients: Tensor) -> None:
+        k = [x.detach() for x in step.k]
+        for m, (x, g) in enumerate(zip(places, gradients, strict=True), start=first):
+            row = slope_row(self.stepper.tableau, x)
+            slope = self.cotangents.combine(torch.zeros_like(k[0]), k, row, 1.0)
+            self.rates[m] = self.cotangents.real_dot(g, slope)
 
     def _again(self, taken: StepRecord, y0: Tensor, k1: Tensor | None) -> Step:
         """The step, from its own Jacobian, as no other is at hand."""

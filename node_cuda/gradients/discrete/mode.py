@@ -353,6 +353,10 @@ class _Backwards:
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
         """The time of an event is not where the user put t[1], so only t[0] moves it."""
         asked = range(1 if self.at_event else self.reached) if len(self.times) > 1 else ()
+        if isinstance(self.adjoint, ImplicitStepAdjoint):
+            for m in asked[1:]:
+                adj_t[m] = self.adjoint.rates[m]
+            asked = asked[:1]
         self.adjoint.nfe += len(asked)
         by_the_flow(adj_t, asked, self.problem, self.ys, self.grad_ys, lam0, self.cotangents.real_dot)
 

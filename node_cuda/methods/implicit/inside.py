@@ -15,7 +15,7 @@ from torch import Tensor
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.evaluations import Evaluations
 from node_cuda.methods.implicit.linear import Factorised
-from node_cuda.methods.implicit.tableau import Implicit, weight_rows
+from node_cuda.methods.implicit.tableau import Implicit, slope_row, weight_rows
 from node_cuda.methods.step import Step
 
 PLACE = 0.75
@@ -29,10 +29,7 @@ class InsideError:
         self.stepper = stepper
         self.everywhere = everywhere
         self._polynomials = stepper.arithmetic.polynomials(weight_rows(tableau))
-        self._slopes = [
-            (j, sum(d * weight * PLACE ** (d - 1) for d, weight in enumerate(weights, 1)))
-            for j, weights in weight_rows(tableau)
-        ]
+        self._slopes = slope_row(tableau, PLACE)
 
     def added(self, error: Tensor, step: Step, matrix: Factorised, weight: float) -> Tensor:
         """The larger of a step's error and of that inside, for each element. weight: with it `matrix` solves for it."""

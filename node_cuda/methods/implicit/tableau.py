@@ -204,6 +204,14 @@ def weight_rows(tableau: Implicit) -> tuple[tuple[int, tuple[float, ...]], ...]:
     return tuple((i, tuple(map(float, row))) for i, row in enumerate(tableau.weights) if any(row))
 
 
+def slope_row(tableau: Implicit, x: float) -> SparseRow:
+    """(i, weight) of dy/dt = sum_i weight k_i at t_n + x h, of the dense output."""
+    return tuple(
+        (i, sum(d * weight * x ** (d - 1) for d, weight in enumerate(weights, 1)))
+        for i, weights in weight_rows(tableau)
+    )
+
+
 def order_of_error(tableau: Implicit) -> int:
     """The power of h that the error estimate of a step goes with."""
     return min(tableau.order, tableau.embedded_order) + 1

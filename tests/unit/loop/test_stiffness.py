@@ -26,7 +26,7 @@ def not_warned(monkeypatch):
 
 @pytest.mark.parametrize("method", ["dopri5", "tsit5", "dopri8"])
 def test_a_stiff_field_is_warned_of_once_with_the_method_to_take(method):
-    t = linspace(0.0, 1.5, 2)
+    t = linspace(0.0, 3.0 if method == "tsit5" else 1.0, 2)  # whose steps are at the boundary less often
     with torch.no_grad(), pytest.warns(StiffnessWarning) as caught:
         stats = solve(van_der_pol(200.0), Y, t, method=method, rtol=1e-3, atol=1e-5).stats
         odeint(van_der_pol(200.0), Y, t, method=method, rtol=1e-3, atol=1e-5)
