@@ -61,8 +61,9 @@ def main() -> None:
     begun = time.perf_counter()
     for epoch in range(arguments.epochs):
         optimizer.zero_grad()
-        ys = torch.as_tensor(solve(func, y0, t, gradient="discrete", **solver).ys[1:])
-        loss = (ys.clamp(min=1e-12).log() - data.log()).square().mean()
+        ys = solve(func, y0, t, gradient="discrete", **solver).ys
+        assert isinstance(ys, torch.Tensor)
+        loss = (ys[1:].clamp(min=1e-12).log() - data.log()).square().mean()
         loss.backward()
         optimizer.step()
         schedule.step()

@@ -58,7 +58,7 @@ class Blocks:
     def split(self, x: Tensor) -> Tensor:
         """A state as (count, size)."""
         if self._bounds:
-            x = torch.cat([x[start:stop].view(self.count, size) for start, stop, size in self._bounds], 1)
+            x = torch.cat([x[start:stop].reshape(self.count, size) for start, stop, size in self._bounds], 1)
         if self.numbers == 2:
             x = torch.view_as_real(x.resolve_conj())
         return x.reshape(self.count, self.size)
