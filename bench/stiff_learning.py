@@ -48,6 +48,7 @@ def main() -> None:
     solver = dict(method=arguments.method, rtol=1e-5, atol=1e-10)
     with torch.no_grad():
         truth = solve(Robertson(), y0, t, **solver)
+        assert isinstance(truth.ys, torch.Tensor)
         data = truth.ys[1:] * (1 + 0.01 * torch.randn(20, 3, dtype=F64))
         explicit = solve(
             Robertson(), y0, t, rtol=1e-5, atol=1e-10, options=dict(throw=False, max_num_steps=EXPLICIT_STEPS)

@@ -56,6 +56,22 @@ def test_forty_steps_do_where_an_explicit_method_has_hardly_begun_after_a_thousa
     assert stats.accepted < 40
 
 
+@pytest.mark.parametrize("method", ["rodas5p", "kvaerno5", "kvaerno3"])
+def test_van_der_pols_oscillator_is_followed_at_eps_of_1e_12_from_a_small_first_step(method):
+    """But for O(eps) the solution is that of y' = y / (1 - y^2): log y - y^2 / 2 = t + log 2 - 2."""
+
+    def field(t, y):
+        return torch.stack([y[1], ((1 - y[0] ** 2) * y[1] - y[0]) / 1e-12])
+
+    with torch.no_grad():
+        solution = solve(field, torch.tensor([2.0, 0.0], dtype=F64), linspace(0.0, 0.5, 2), method=method, rtol=1e-6,
+                         atol=1e-6, options=dict(first_step=1e-14))  # fmt: skip
+    y = float(solution.ys[-1, 0])
+    assert math.log(y) - y**2 / 2 == pytest.approx(0.5 + math.log(2.0) - 2.0, abs=2e-5)
+    assert float(solution.ys[-1, 1]) == pytest.approx(y / (1 - y**2), rel=2e-5)
+    assert solution.stats.accepted < 200
+
+
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("outputs", [2, 101])
 def test_a_non_autonomous_stiff_field_is_followed_in_few_steps_and_right_between_them(method, outputs):
