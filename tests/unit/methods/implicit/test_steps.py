@@ -207,6 +207,16 @@ def test_a_tolerance_that_single_precision_does_not_hold_is_warned_of(method):
     odeint(lambda t, y: -y, y0, T.float(), method=method, rtol=1e-4)
 
 
+@pytest.mark.filterwarnings("ignore:rtol = 1e-06 is less than torch.float32 holds")
+def test_single_precision_is_off_on_a_long_interval_and_no_error_estimate_knows():
+    problem = PROBLEMS["robertson"]
+    t = torch.tensor([0.0, problem.t])
+    with torch.no_grad():
+        solution = solve(problem.field, torch.tensor(problem.start), t, method="kvaerno5", rtol=1e-6, atol=1e-12)
+    assert solution.status is Status.SUCCESS
+    assert abs(float(solution.ys[-1, 0]) / problem.end[0] - 1) > 2e-4  # two hundred times rtol
+
+
 @pytest.mark.parametrize("method", ["rodas5p", "kvaerno5"])
 def test_transforms_of_the_steps_are_refused_and_those_of_the_solve_are_not(method):
     y0 = torch.ones(2, dtype=F64)
