@@ -49,6 +49,7 @@ class Jacobian:
         self.stats = stats
         self.timed = timed
         self._by_rows = False
+        self._units: Tensor | None = None
         self._looked = False
         self._has_parameters: bool | None = None
         self._differentiable_twice = False
@@ -99,28 +100,35 @@ class Jacobian:
         if not rows.requires_grad:
             self._check_constant(t, y, rows)
             return rows.new_zeros(count, size, size), None
-        unit = torch.eye(size, dtype=rows.dtype, device=rows.device)
-        units = unit[:, None, :].expand(size, count, size)
+        if self._units is None:
+            unit = torch.eye(size, dtype=rows.dtype, device=rows.device)
+            self._units = unit[:, None, :].expand(size, count, size)
         if taped and not self._differentiable_twice:
             self._differentiable_twice = True
             self._check_twice(rows, u)
-        gradient = self._rows(rows, u, units, taped)
+        # Of a single sample the same products give df/dt.
+        together = self.timed and count == 1
+        gradient, *of_time = self._rows(rows, (u, t) if together else (u,), self._units, taped)
+        if gradient is None:
+            self._check_constant(t, y, rows)
         jacobian = rows.new_zeros(count, size, size) if gradient is None else gradient.transpose(0, 1)
         if not self._looked:
             self._looked = True
             if count > 1:
                 self._check_blocks(rows, u, jacobian)
+        if together:
+            return jacobian, None if of_time[0] is None else of_time[0].reshape(1, size)
         return jacobian, self._of_time(rows, t, taped) if self.timed else None
 
-    def _rows(self, rows: Tensor, u: Tensor, units: Tensor, taped: bool) -> Tensor | None:
-        """The vjps of all units, (size, count, size); None: the field does not depend on y."""
+    def _rows(self, rows: Tensor, by: tuple[Tensor, ...], units: Tensor, taped: bool) -> tuple[Tensor | None, ...]:
+        """The vjps of all units, each of shape (size, *by.shape); None: the field does not depend on it."""
         if not self._by_rows:
             try:
                 return torch.autograd.grad(
-                    rows, u, units, retain_graph=True, create_graph=taped, allow_unused=True, is_grads_batched=True
-                )[0]
+                    rows, by, units, retain_graph=True, create_graph=taped, allow_unused=True, is_grads_batched=True
+                )
             except (RuntimeError, NotImplementedError) as failure:
-                single = self._one_by_one(rows, u, units, taped)
+                single = self._one_by_one(rows, by, units, taped)
                 self._by_rows = True
                 warnings.warn(
                     f"func does not go through torch's vmap, so that its Jacobian takes {self.blocks.size} backward "
@@ -129,13 +137,18 @@ class Jacobian:
                     stacklevel=users_level(),
                 )
                 return single
-        return self._one_by_one(rows, u, units, taped)
+        return self._one_by_one(rows, by, units, taped)
 
-    def _one_by_one(self, rows: Tensor, u: Tensor, units: Tensor, taped: bool) -> Tensor | None:
-        found = [_grad(rows, u, unit, create_graph=taped, what="The Jacobian of an implicit method") for unit in units]
-        if all(row is None for row in found):
-            return None
-        return torch.stack([torch.zeros_like(u) if row is None else row for row in found])
+    def _one_by_one(
+        self, rows: Tensor, by: tuple[Tensor, ...], units: Tensor, taped: bool
+    ) -> tuple[Tensor | None, ...]:
+        what = "The Jacobian of an implicit method"
+        found: list[Tensor | None] = []
+        for x in by:
+            each = [_grad(rows, x, unit, create_graph=taped, what=what) for unit in units]
+            none = all(row is None for row in each)
+            found.append(None if none else torch.stack([torch.zeros_like(x) if r is None else r for r in each]))
+        return tuple(found)
 
     def _of_time(self, rows: Tensor, t: Tensor, taped: bool) -> Tensor | None:
         """df/dt, (count, size): the vjp of a dummy cotangent, differentiated by it."""

@@ -77,6 +77,16 @@ def test_it_is_that_of_each_sample_and_costs_one_evaluation(recording):
     assert not any(x.requires_grad for x in result)  # nothing here needs a gradient
 
 
+def test_the_time_derivative_of_a_single_sample_comes_with_the_same_products():
+    found, _ = jacobian(field, Y[:1], batch_dims=0)
+    with torch.no_grad():
+        result = found.at(AT, Y[:1])
+    by_y, by_t = right(Y[:1])
+    assert torch.allclose(result.jacobian, by_y) and torch.allclose(result.df_dt, by_t)
+    autonomous, _ = jacobian(lambda t, y: -(y**3), Y[:1], batch_dims=0)
+    assert autonomous.at(AT, Y[:1]).df_dt is None
+
+
 def test_on_the_tape_it_is_differentiable_by_second_derivatives_of_the_field():
     found, _ = jacobian(field)
     y = Y.clone().requires_grad_()
@@ -117,6 +127,8 @@ def test_a_field_that_torch_cannot_differentiate_is_refused_and_a_constant_one_i
     found, _ = jacobian(torch.no_grad()(field))
     with pytest.raises(InvalidField, match=r"torch.no_grad\(\).*options=dict\(jac"):
         found.at(AT, Y)
+    with pytest.raises(InvalidField, match=r"torch.no_grad\(\)"):  # a graph by t alone, or by a parameter
+        jacobian(lambda t, y: y.detach() * t)[0].at(AT, Y)
     constant, _ = jacobian(lambda t, y: torch.ones_like(y))
     assert not constant.at(AT, Y).jacobian.any()
 
