@@ -25,6 +25,7 @@ from node_cuda.status import (
     ReconstructionWarning,
     SolveError,
     Status,
+    StiffnessWarning,
     Unsupported,
 )
 
@@ -43,6 +44,7 @@ __all__ = [
     "SolveError",
     "Stats",
     "Status",
+    "StiffnessWarning",
     "Unsupported",
     "__version__",
     "backend",

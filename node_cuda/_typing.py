@@ -42,6 +42,10 @@ MethodName: TypeAlias = Literal[
     "explicit_adams",
     "implicit_adams",
     "fixed_adams",
+    "rodas5p",
+    "kvaerno3",
+    "kvaerno5",
+    "trbdf2_adaptive",
     "scipy_solver",
 ]
 """The names in `node_cuda.METHODS`."""

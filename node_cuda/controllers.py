@@ -92,6 +92,8 @@ CONTROLLERS = {
     "PI": Controller(pcoeff=0.4, icoeff=0.3),
     # ARKODE's default (Kennedy and Carpenter 2003): exponents 0.58, -0.21 and 0.1.
     "PID": Controller(pcoeff=0.01, icoeff=0.47, dcoeff=0.1),
+    # Of the implicit methods: steps may grow fast behind a transient, and few are rejected. Exponents 1 and -0.3.
+    "stiff": Controller(pcoeff=0.3, icoeff=0.7),
 }
 
 

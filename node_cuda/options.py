@@ -73,6 +73,22 @@ class AdaptiveOptions(Common):
 
 
 @dataclass(frozen=True)
+class ImplicitOptions(AdaptiveOptions):
+    """Options of the adaptive implicit methods, beside those of the explicit ones.
+
+    jac: a function of (t, y) that returns df/dy as a tensor of (d, d), or (*batch, d, d); by default autograd's.
+    batch_dims: so many of the state's first dimensions count samples that do not see each other, each with a Jacobian
+    of its own. newton_tol: when the equations of a stage count as solved, in units of the tolerances; None: 0.01, or
+    what the dtype holds. The interpolant is one, so that `dense` has no choice. controller is "stiff" by default.
+    """
+
+    controller: Any = "stiff"
+    jac: Callable[..., Tensor] | None = None
+    batch_dims: int = 0
+    newton_tol: float | None = None
+
+
+@dataclass(frozen=True)
 class FixedOptions(Common):
     """Options of the fixed-grid methods. Without step_size and grid_constructor the grid is t itself: each interval
     between two output times is one step, however long it is. interp: "linear" or "cubic"; perturb: evaluate at grid
@@ -246,6 +262,8 @@ def _check(options: Common) -> None:
                 f"options must have 0 <= min_step <= max_step and max_step > 0; got min_step = {options.min_step}, "
                 f"max_step = {options.max_step}."
             )
+    if isinstance(options, ImplicitOptions):
+        _check_implicit(options)
     if isinstance(options, FixedOptions):
         if options.grid_constructor is not None and not callable(options.grid_constructor):
             raise InvalidType(
@@ -258,3 +276,22 @@ def _check(options: Common) -> None:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments. Drop one of them.")
         if options.step_size is not None and not 0 < options.step_size < math.inf:
             raise InvalidInput(f'options["step_size"] must be positive and finite; got {options.step_size}.')
+
+
+def _check_implicit(options: ImplicitOptions) -> None:
+    if options.jac is not None and not callable(options.jac):
+        raise InvalidType(
+            f'options["jac"] must be a function of (t, y) that returns df/dy; got {options.jac!r:.60}. Leave it out, '
+            "and autograd finds it."
+        )
+    dims = options.batch_dims
+    if isinstance(dims, bool) or not isinstance(dims, int) or dims < 0:
+        raise InvalidInput(
+            f'options["batch_dims"] must be a number of dimensions, 0 or more; got {dims!r:.60}. Use 1 for a state of '
+            "shape (samples, ...)."
+        )
+    tol = options.newton_tol
+    if tol is not None and not (isinstance(tol, (int, float)) and 0 < tol < 1):
+        raise InvalidInput(
+            f'options["newton_tol"] must be between 0 and 1, in units of the tolerances; got {tol!r:.60}. Use 0.01.'
+        )

@@ -37,6 +37,12 @@ class Stats:
 
     why_gradient: with gradient="auto" the reason why "adjoint" was taken; None where "discrete" was.
 
+    Of implicit methods: jacobians: how often df/dy was computed, each with one of the nfe; factorisations of the
+    matrix; linear_solves with it; newton_iterations, each with one of the nfe; rejected_by_newton: those of the
+    rejected steps whose equations could not be solved. Of explicit methods with two stages at the end of a step:
+    stiff_steps: how many of the accepted steps that were looked at (every 50th, and each one under suspicion) were
+    limited by stability.
+
     With gradient="discrete": checkpoint_slots: the number of states that may be kept, None for one for each step.
     peak_checkpoints: the largest number that were kept. recomputed_steps: steps that the backward pass repeated to get
     states that were not kept, without the one repeat of each step. graph_of: the unit of the autograd graph in the
@@ -61,6 +67,12 @@ class Stats:
     recomputed_steps: int = 0
     graph_of: str | None = None
     reconstruction_error: float | None = None
+    jacobians: int = 0
+    factorisations: int = 0
+    linear_solves: int = 0
+    newton_iterations: int = 0
+    rejected_by_newton: int = 0
+    stiff_steps: int = 0
     pending: list[Pending] = field(default_factory=list, repr=False, compare=False)
     reached: tuple[float, Tensor] | None = field(default=None, repr=False, compare=False)
     """For a failed solve: the time and the flat state after its last accepted step, without a gradient."""

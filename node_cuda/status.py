@@ -26,7 +26,7 @@ class Status(Enum):
         1,
         "The step size shrank until t + h == t: the field is too stiff for an explicit method here, or its solution "
         "blows up. Loosen rtol and atol, end the interval earlier, set `options=dict(min_step=...)`, or use "
-        'method="scipy_solver", options=dict(solver="Radau") for a stiff field.',
+        'method="rodas5p" for a stiff field.',
     )
     NON_FINITE = (
         2,
@@ -36,7 +36,7 @@ class Status(Enum):
     MAX_STEPS = (
         3,
         "max_num_steps was used up before the next output time. Raise `options=dict(max_num_steps=...)`, loosen rtol "
-        'and atol, or use method="scipy_solver", options=dict(solver="Radau") if the field is stiff.',
+        'and atol, or use method="rodas5p" if the field is stiff.',
     )
     NO_EVENT = (
         4,
@@ -59,6 +59,13 @@ class Status(Enum):
         8,
         "dL/dy, with which the backward pass begins, holds NaN or infinity. Look at the loss, not at func: it may "
         "divide by 0, or take the sqrt or the log of 0.",
+    )
+
+    NOT_SOLVED = (
+        7,
+        "The equations of an implicit step could not be solved at any step size: Newton's iterations do not converge. "
+        "Check that func is smooth there and, if it was given, that options['jac'] is its derivative; pass "
+        '`options=dict(jump_t=...)` if func is discontinuous; or use method="rodas5p", which does not iterate.',
     )
 
     def __new__(cls, code: int, sentence: str) -> Self:
@@ -105,6 +112,10 @@ class ReconstructionWarning(UserWarning):
 
 class PerformanceWarning(UserWarning):
     """A gradient will cost far more than it needs to."""
+
+
+class StiffnessWarning(UserWarning):
+    """An explicit method is limited by stability, and not by accuracy: the field is stiff."""
 
 
 class SolveError(RuntimeError, AssertionError):

@@ -20,8 +20,9 @@ from parts.kernels.report import kernels_block
 from parts.memory.report import memory_block, memory_short
 from parts.solve.report import solve_block
 from parts.speed.report import speed_block, speed_short
+from parts.stiff.report import stiff_block
 
-PAGES = (ROOT / "README.md", BENCH / "README.md", PUBLISHED / "README.md")
+PAGES = (ROOT / "README.md", BENCH / "README.md", PUBLISHED / "README.md", ROOT / "docs" / "stiff.md")
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
@@ -31,6 +32,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "speed-short": ("speed", speed_short),
     "gradients": ("gradients", gradients_block),
     "endurance": ("endurance", endurance_block),
+    "stiff": ("stiff", stiff_block),
     "kernels": ("kernels", kernels_block),
     "solve": ("solve", solve_block),
     "device-loop": ("device_loop", device_loop_block),

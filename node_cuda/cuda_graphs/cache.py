@@ -195,6 +195,8 @@ def fallback_reason(problem: Problem, method: Method) -> str | None:
     options = method.options
     if method.name == SCIPY or method.name in ADAMS:
         return f"{method.name} takes no Runge-Kutta steps"
+    if method.implicit is not None:
+        return f"{method.name} solves systems, and the host looks at each"
     if problem.bounds is not None:
         return "clip=True limits the times of func to the interval of one solve"
     if options.record_steps:

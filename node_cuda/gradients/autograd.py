@@ -18,9 +18,9 @@ from torch import Tensor
 
 from node_cuda._eager import eager
 from node_cuda._records import with_fields
-from node_cuda._torch_modes import transformed
+from node_cuda._torch_modes import refuse_second_derivative, transformed
 from node_cuda.cuda_graphs.cache import refuse_in_capture
-from node_cuda.gradients.context import autocast_state, refuse_second_derivative
+from node_cuda.gradients.context import autocast_state
 from node_cuda.gradients.inspection import Inspection, refuse_hidden
 from node_cuda.gradients.members import Members
 from node_cuda.gradients.parameters import Parameters

@@ -1,12 +1,11 @@
-"""Functions of both adjoint methods: they restore autocast, and raise an error for a second derivative."""
+"""Autocast as it was in the forward pass, for the backward passes of both adjoint methods."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
-from torch import Tensor
 
 
 def autocast_state(device_type: str) -> Callable[[], list[Any]]:
@@ -35,34 +34,3 @@ def _autocast(kinds: Sequence[str]) -> tuple[list[tuple[str, bool, torch.dtype]]
 def autocasts(device_type: str) -> bool:
     """Return whether autocast is on for this device."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
-
-
-def first_derivatives(gradients: Sequence[Tensor | None], what: str, *of: Tensor) -> tuple[Tensor | None, ...]:
-    """Return the gradients, which depend on the tensors `of` in a way that is not on the tape.
-
-    To differentiate them again raises an error. torch's once_differentiable would lose that dependence if another term
-    has a gradient.
-    """
-    given = [g for g in gradients if g is not None]
-    if not (torch.is_grad_enabled() and given):
-        return tuple(gradients)
-    marked = iter(_First.apply(what, len(given), *given, *of))
-    return tuple(None if g is None else next(marked) for g in gradients)
-
-
-class _First(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, what, count, *tensors):
-        ctx.what = what
-        return tuple(x.view_as(x) for x in tensors[:count])
-
-    @staticmethod
-    def backward(ctx, *_):
-        refuse_second_derivative(ctx.what)
-
-
-def refuse_second_derivative(what: str) -> NoReturn:
-    """Raise NotImplementedError. Without it, torch would drop this derivative silently."""
-    raise NotImplementedError(
-        f'{what} gives first derivatives only, and this needs a second one. Use gradient="backprop", as odeint does.'
-    )

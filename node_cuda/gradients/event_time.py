@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._eager import eager
+from node_cuda._torch_modes import first_derivatives
 from node_cuda._typing import EventFunc, Func
 from node_cuda._user_code import tell
-from node_cuda.gradients.context import first_derivatives
 from node_cuda.kernels.reference import real_dot
 from node_cuda.problem.field import Layout
 

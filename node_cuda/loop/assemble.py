@@ -15,9 +15,12 @@ from node_cuda.loop.events import solve_event
 from node_cuda.loop.grids import GridSteps, endless_grid, grid_of
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.step_control import AdaptiveSteps, StepSelector
+from node_cuda.loop.stiffness import stiffness_test
 from node_cuda.methods.adams import Adams
 from node_cuda.methods.explicit_rk import ExplicitRK
-from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_method
+from node_cuda.methods.implicit.steps import ImplicitSteps, implicit_steps
+from node_cuda.methods.implicit.tableau import order_of_error
+from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_implicit, of_method
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Quadrature, Stepper
 from node_cuda.problem.problem import Problem
@@ -38,6 +41,7 @@ def make_loop(
     stats: Stats,
     *,
     endless: bool = False,
+    anywhere: bool = False,
     stops: Sequence[float] = (),
     pauses: bool = False,
     quadrature: Quadrature | None = None,
@@ -47,11 +51,11 @@ def make_loop(
 ) -> tuple[HostLoop, Interpolant]:
     """Return a solve that is ready to run, and the interpolant of its outputs.
 
-    endless: the solve continues past the last time, for events. stops: times that a step must end at. pauses: if the
-    device controls the steps, it waits at every output. quadrature: an integral that is computed with the state; its
-    error takes part in the norm. arithmetic: reuse the arithmetic of a finished solve of the same state and norm;
-    allowed if this solve evaluates no outputs. points: the points of `grid_of`, if they are known. tape: if the device
-    controls the steps, it records them there.
+    endless: the solve continues past the last time, for events. anywhere: outputs at any times are needed later. stops:
+    times that a step must end at. pauses: if the device controls the steps, it waits at every output. quadrature: an
+    integral that is computed with the state; its error takes part in the norm. arithmetic: reuse the arithmetic of a
+    finished solve of the same state and norm; allowed if this solve evaluates no outputs. points: the points of
+    `grid_of`, if they are known. tape: if the device controls the steps, it records them there.
     """
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
@@ -74,6 +78,12 @@ def make_loop(
             tape=tape,
         )
         interpolant = of_method(stepper, tableau, options.dense)
+    elif isinstance(options, opt.ImplicitOptions) and method.implicit is not None:
+        assert quadrature is None
+        stepper = implicit_steps(problem, arithmetic, method.implicit, options, stats, everywhere=endless or anywhere)
+        order = order_of_error(method.implicit)
+        selector = AdaptiveSteps(problem, arithmetic, order, options, stats, stops, endless=endless, pauses=pauses)
+        interpolant = of_implicit(stepper)
     else:
         assert isinstance(options, opt.FixedOptions)
         if tableau is not None:
@@ -89,7 +99,11 @@ def make_loop(
             points, tensors = endless_grid(problem, options) if endless else grid_of(problem, options)
         selector = GridSteps(problem, points, stats, tensors)
         interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
-    return HostLoop(problem, stepper, selector, stats, record=options.record_steps), interpolant
+    loop = HostLoop(problem, stepper, selector, stats, record=options.record_steps)
+    if isinstance(stepper, ExplicitRK) and method.adaptive and quadrature is None:
+        test = stiffness_test(stepper, stats, problem.direction)
+        loop.watch = None if test is None else test.look
+    return loop, interpolant
 
 
 def find_event(
@@ -97,9 +111,12 @@ def find_event(
 ) -> tuple[float, Tensor]:
     """Return the time and state of an event. loop, interpolant: the results of `make_loop` with endless=True."""
     stepper, options = loop.stepper, method.options
-    assert isinstance(stepper, (ExplicitRK, Adams)) and isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
-    if method.adaptive and isinstance(stepper, ExplicitRK):
+    assert isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
+    if isinstance(stepper, ImplicitSteps):
+        most, search = None, interpolant  # which costs nothing
+    elif method.adaptive and isinstance(stepper, ExplicitRK):
         most, search = None, of_method(stepper, stepper.tableau, "default")
     else:
+        assert isinstance(stepper, (ExplicitRK, Adams))
         most, search = MAX_EVENT_STEPS, linear(stepper.arithmetic)
     return solve_event(loop, interpolant, event_fn, most, search, options.event_checks)

@@ -83,7 +83,7 @@ def solve_dense(problem: Problem, method: Method, stats: Stats) -> DenseSolution
         if solve.failure is not None:
             raise solve.failure
         return DenseSolution(problem, lambda s, _: solve.at(s), stats)
-    loop, interpolant = make_loop(problem, for_one_output(method), stats)
+    loop, interpolant = make_loop(problem, for_one_output(method), stats, anywhere=True)
     return DenseSolution(problem, _by_steps(loop, interpolant), stats)
 
 

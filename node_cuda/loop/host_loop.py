@@ -25,7 +25,7 @@ from node_cuda.status import SolveError
 class HostLoop:
     """The current point (t, y) of a solve in solver time, and k1 if it is known.
 
-    accepted: a function that is called with every accepted step.
+    accepted, watch: functions that are called with every accepted step.
     """
 
     def __init__(
@@ -40,6 +40,7 @@ class HostLoop:
         self.k1: Tensor | None = None
         self.accepted: Callable[[Step], None] | None = None
         self.move: ProposedStep | None = None
+        self.watch: Callable[[Step], None] | None = None
         if record:
             stats.step_times = [problem.direction * self.t]
 
@@ -66,6 +67,8 @@ class HostLoop:
                 self.t, self.y, self.k1 = step.t1, step.y1, self.stepper.carry(step)
                 if self.stats.step_times is not None:
                     self.stats.step_times.append(self.problem.direction * step.t1)
+                if self.watch is not None:
+                    self.watch(step)
                 if self.accepted is not None:
                     self.accepted(step)
                 yield step

@@ -131,6 +131,7 @@ class AdaptiveSteps:
         # For autograd only the start of the first step depends on t[0]; the solver chose the later points, which are
         # constants.
         self._taped = recorded(problem.t)
+        self._unsolved = False  # the equations of the last step
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
         """Choose the first step size: the user's, or by Hairer's rule, which costs one evaluation."""
@@ -157,6 +158,8 @@ class AdaptiveSteps:
             self._notify("callback_step", t, y, now.proposal)
         if now.status:
             status, detail = Status(now.status), f"The step was {now.proposal:.3g}."
+            if self._unsolved and status in (Status.STEP_UNDERFLOW, Status.NON_FINITE):
+                status = Status.NOT_SOLVED
             if status is Status.MAX_STEPS:
                 status = Status.NO_EVENT if self.endless else status
                 detail = f"max_num_steps = {self.options.max_num_steps}, the step {now.proposal:.3g}."
@@ -167,6 +170,7 @@ class AdaptiveSteps:
         """Accept or reject the step, and choose the next step size. One host read."""
         assert step.error is not None
         rejected = self.now.rejected
+        self._unsolved = step.unsolved
         self.arithmetic.control_step(self.control, step.at, step.error, step.last, step.y0, step.y1, self.errors)
         now = self._read(self.control)
         if now.accept:

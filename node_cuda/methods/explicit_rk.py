@@ -10,14 +10,15 @@ from collections.abc import Sequence
 from torch import Tensor
 
 from node_cuda.kernels.arithmetic import Arithmetic, Stage
-from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Interval
+from node_cuda.kernels.stage_times import HERE, JUST_AFTER, Interval
+from node_cuda.methods.evaluations import Evaluations
 from node_cuda.methods.step import ProposedStep, Quadrature, Span, Step
-from node_cuda.methods.tableau import SparseRow, Tableau
+from node_cuda.methods.tableau import Tableau
 from node_cuda.problem.field import share_memory
 from node_cuda.problem.problem import Problem
 
 
-class ExplicitRK:
+class ExplicitRK(Evaluations):
     """Steps of the method `tableau` for `problem`.
 
     estimate: also compute the error estimate. inside: evaluate the stages at the two ends of a step one rounding inside
@@ -35,13 +36,9 @@ class ExplicitRK:
         inside: bool = False,
         quadrature: Quadrature | None = None,
     ) -> None:
-        self.field = problem.field
-        self._f = arithmetic.contiguous(problem.field)
-        self.arithmetic = arithmetic
+        super().__init__(problem, arithmetic, inside=inside or estimate)
         self.tableau = tableau
         self.quadrature = quadrature
-        self.inside = inside or estimate
-        self._end = JUST_BEFORE if self.inside else HERE
         self._b = tuple(float(b) for b in tableau.b)
         self._e = tuple(float(e) for e in tableau.b_err) if estimate and tableau.b_err else (0.0,) * tableau.stages
         # For an FSAL method the argument of the last stage is y1 itself.
@@ -50,7 +47,7 @@ class ExplicitRK:
         self._stages = self.prepared(self._nodes[: self._known - 1], tableau.rows[1 : self._known])
         err_row = tableau.err_row if estimate else None
         partial = None if err_row is None else tuple((j, e) for j, e in err_row if j < self._known)
-        self._last = arithmetic.last_stage(tableau.b_row, partial, 1.0, self._end)
+        self._last = arithmetic.last_stage(tableau.b_row, partial, 1.0, self.end)
         self.integrands: Sequence[Tensor | None] = ()  # of the last evaluation
         self.first_integrands: Sequence[Tensor | None] = ()  # of k1, which is kept after a rejected step
 
@@ -58,7 +55,7 @@ class ExplicitRK:
         """Return f(t0, y0) for adaptive methods, else None. inside: evaluate just after t0."""
         if not self.tableau.adaptive:
             return None
-        return self._evaluate(0, self._start_time(t0, span, inside), y0)
+        return self._evaluate(0, self.start_time(t0, span, inside), y0)
 
     def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
         """Take a step from (t0, y0)."""
@@ -79,15 +76,15 @@ class ExplicitRK:
             self.integrands = self.first_integrands
             self._add(0, at)
         k = [k1]
-        times = self._slots(at, self._nodes, span)
+        times = self.slots(at, self._nodes, span)
         for i, stage in enumerate(self._stages, start=1):
             t = times[i - 1]
             z = arithmetic.rk_stage(stage, at, y0, k, t)
-            k.append(self._summed(i, t, z, at) if summed else self._f(t, z))
+            k.append(self._summed(i, t, z, at) if summed else self.f(t, z))
         y1, error = arithmetic.rk_finish(self._last, at, y0, k, times[-1] if fsal else None)
         last = None
         if fsal:
-            k.append(self._summed(self._known, times[-1], y1, at) if summed else self._f(times[-1], y1))
+            k.append(self._summed(self._known, times[-1], y1, at) if summed else self.f(times[-1], y1))
             last = (k[-1], self._e[-1]) if self._e[-1] else None
         return Step(at, y0, y1, k, error, last, span)
 
@@ -99,23 +96,15 @@ class ExplicitRK:
         if not self.tableau.adaptive:
             return None
         if step.jump:
-            return self._evaluate(0, self._start_time(step.t1, None, inside=True), step.y1)
+            return self._evaluate(0, self.start_time(step.t1, None, inside=True), step.y1)
         if self.tableau.carry_last_stage:
             self.first_integrands = self.integrands
             return step.k[-1]
         return None
 
-    def interval(self, t0: float, move: ProposedStep) -> Interval:
-        """Return the interval of the step from t0. Its size is a 0-d tensor where autograd records it."""
-        if move.span is None:
-            return self.arithmetic.interval(t0, move.t1, move.h)
-        start, stop = move.span
-        clock = self.arithmetic.clock
-        return self.arithmetic.interval(t0, move.t1, move.h, (stop - start).to(clock.device, clock.dtype))
-
     def slope_at_start(self, t0: float, span: Span | None, y0: Tensor) -> Tensor:
         """Return f(t0, y0), the first stage of a step."""
-        return self._evaluate(0, self._start_time(t0, span, self.inside), y0)
+        return self._evaluate(0, self.start_time(t0, span, self.inside), y0)
 
     def slope_at_beginning(self, at: Interval, y0: Tensor, *, inside: bool | None = None) -> Tensor:
         """Return f(t0, y0) for a step whose times the host need not know.
@@ -125,32 +114,20 @@ class ExplicitRK:
         (t,) = self.arithmetic.times(at, (0.0,), JUST_AFTER if (self.inside if inside is None else inside) else HERE)
         return self._evaluate(0, t, y0)
 
-    def slope_at(self, at: Interval, span: Span | None, y1: Tensor, inside: bool) -> Tensor:
-        """Return f(t1, y1) at the end of a step. inside: evaluate just before t1."""
-        return self._f(self._times(at, [1.0], JUST_BEFORE if inside else HERE, span)[0], y1)
-
-    def slope_at_end(self, step: Step) -> Tensor:
-        """Return f(t1, y1), for interpolation."""
-        return self.slope_at(step.at, step.span, step.y1, inside=False)
-
-    def prepared(self, nodes: Sequence[float], rows: Sequence[SparseRow]) -> list[Stage]:
-        """Prepare stages at t0 + c h, each with its row over the earlier stages."""
-        return [self.arithmetic.stage(row, c, self._end) for c, row in zip(nodes, rows, strict=True)]
-
     def extra_stages(self, step: Step, stages: Sequence[Stage]) -> list[Tensor]:
         """Return the stages of the step followed by these extra stages, which dense output needs."""
         k = list(step.k)
-        for t, stage in zip(self._slots(step.at, [s.node for s in stages], step.span), stages, strict=True):
-            k.append(self._f(t, self.arithmetic.rk_stage(stage, step.at, step.y0, k, t)))
+        for t, stage in zip(self.slots(step.at, [s.node for s in stages], step.span), stages, strict=True):
+            k.append(self.f(t, self.arithmetic.rk_stage(stage, step.at, step.y0, k, t)))
         return k
 
     def _evaluate(self, i: int, t: Tensor, z: Tensor) -> Tensor:
         """Evaluate stage i, and fetch its integrands."""
         if self.quadrature is None:
-            return self._f(t, z)
+            return self.f(t, z)
         next_k1 = self.tableau.carry_last_stage and i == self.tableau.stages - 1
         self.quadrature.wants(bool(self._b[i] or self._e[i] or (next_k1 and (self._b[0] or self._e[0]))))
-        k = self._f(t, z)
+        k = self.f(t, z)
         self.integrands = self.quadrature.take()
         if i == 0:
             self.first_integrands = self.integrands
@@ -166,28 +143,3 @@ class ExplicitRK:
         """Add stage i to the quadrature with its weights."""
         if self.quadrature is not None and (self._b[i] or self._e[i]):
             self.quadrature.add(self.integrands, self._b[i], self._e[i], at)
-
-    def _start_time(self, t0: float, span: Span | None, inside: bool) -> Tensor:
-        at = self.arithmetic.interval(t0, t0, 0.0)
-        start = self.arithmetic.times(at, [0.0], JUST_AFTER if inside else HERE)[0]
-        return start if span is None else _with_gradient_of(span[0], start)
-
-    def _slots(self, at: Interval, nodes: Sequence[float], span: Span | None) -> tuple[Tensor, ...]:
-        """Return tensors for the times of the stages. The stages fill them; where autograd records, they are filled at
-        once."""
-        if span is None:
-            return self.arithmetic.slots(at, nodes, self._end)
-        return self._times(at, nodes, self._end, span)
-
-    def _times(self, at: Interval, nodes: Sequence[float], side: int, span: Span | None) -> tuple[Tensor, ...]:
-        times = self.arithmetic.times(at, nodes, side)
-        if span is None:
-            return times
-        start, stop = span
-        return tuple(_with_gradient_of(start + c * (stop - start), t) for c, t in zip(nodes, times, strict=True))
-
-
-def _with_gradient_of(source: Tensor, value: Tensor) -> Tensor:
-    """Return the exact value of `value` with the gradient of `source`."""
-    source = source.to(value)
-    return source + (value - source).detach()

@@ -15,6 +15,8 @@ from node_cuda._torch_modes import forward_mode
 from node_cuda.kernels.arithmetic import Arithmetic, Polynomials
 from node_cuda.kernels.arithmetic import position as place
 from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.implicit.steps import ImplicitSteps
+from node_cuda.methods.implicit.tableau import weight_rows
 from node_cuda.methods.step import Step, Stepper
 from node_cuda.methods.tableau import DenseOutput, Tableau
 from node_cuda.status import InvalidInput
@@ -63,6 +65,12 @@ def of_method(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
     chosen = dense_of(tableau, dense)
     polynomials = stepper.arithmetic.polynomials(chosen.weight_rows)
     return Interpolant(stepper.arithmetic, polynomials, _slopes_of(stepper, chosen))
+
+
+def of_implicit(stepper: ImplicitSteps) -> Interpolant:
+    """By the polynomials of an implicit method, over its stages."""
+    polynomials = stepper.arithmetic.polynomials(weight_rows(stepper.tableau))
+    return Interpolant(stepper.arithmetic, polynomials, lambda step: step.k)
 
 
 def _slopes_of(stepper: ExplicitRK, dense: DenseOutput) -> Callable[[Step], list[Tensor]]:

@@ -8,6 +8,8 @@ from functools import cached_property
 from typing import Any
 
 from node_cuda import options as opt
+from node_cuda.methods.implicit.tableau import Implicit
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.tableau import Tableau
 from node_cuda.methods.tableaus import TABLEAUS
@@ -16,24 +18,21 @@ from node_cuda.status import InvalidType, did_you_mean
 DEFAULT = "dopri5"
 ADAMS = ("explicit_adams", "implicit_adams", "fixed_adams")
 SCIPY = "scipy_solver"
-METHODS = (*TABLEAUS, *ADAMS, SCIPY)
+METHODS = (*TABLEAUS, *ADAMS, *IMPLICIT_TABLEAUS, SCIPY)
 """The methods that come with the package. `register_method` adds to `TABLEAUS`."""
 
 # The repository of torchdiffeq has these methods, its release 0.2.5 does not. Each value is the method to use instead.
-IMPLICIT = dict.fromkeys(
+MISSING = dict.fromkeys(
     ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
-    'method="scipy_solver" with options=dict(solver="Radau") for stiff problems, or "implicit_adams"',
+    '"rodas5p" or "kvaerno5" for stiff problems, which choose their steps, or "implicit_adams" on a fixed grid',
 )
 
 
-_STIFF = 'method="scipy_solver" with options=dict(solver="{}") for stiff problems'
-_RADAU = ("radau5", "ode15s", "ode23s", "ode23t", "ode23tb", "rosenbrock23", "rodas4", "rodas5", "rodas5p", "trbdf2")
-_RADAU += ("kencarp3", "kencarp4", "kencarp5", "kvaerno3", "kvaerno4", "kvaerno5", "impliciteuler", "stiff", "radau")
+_RADAU = ("radau5", "ode15s", "ode23s", "ode23t", "ode23tb", "rosenbrock23", "rodas4", "rodas5", "trbdf2", "kencarp3")
+_RADAU += ("kencarp4", "kencarp5", "kvaerno4", "impliciteuler", "stiff", "radau")
 _BDF = ("bdf", "vode", "zvode", "cvode", "cvode_bdf", "qndf", "fbdf")
 ELSEWHERE = {
-    **dict.fromkeys(_RADAU, _STIFF.format("Radau")),
-    **dict.fromkeys(_BDF, _STIFF.format("BDF")),
-    "lsoda": _STIFF.format("LSODA"),
+    **dict.fromkeys((*_RADAU, *_BDF, "lsoda"), 'method="rodas5p" or "kvaerno5" for stiff problems'),
     **dict.fromkeys(("rk45", "ode45", "dp5", "dormand_prince"), 'method="dopri5"'),
     **dict.fromkeys(("rk23", "ode23", "bs3"), 'method="bosh3"'),
     **dict.fromkeys(("dop853", "dp8"), 'method="dopri8"'),
@@ -43,11 +42,15 @@ ELSEWHERE = {
 
 @dataclass(frozen=True)
 class Method:
-    """The method of a solve: its name, its parsed options, and its tableau if it has one."""
+    """The method of a solve: its name, its parsed options, and its tableau if it has one.
+
+    tableau: of an explicit method. implicit: that of an implicit one.
+    """
 
     name: str
     options: opt.Common
     tableau: Tableau | None = None
+    implicit: Implicit | None = None
 
     @cached_property
     def adaptive(self) -> bool:
@@ -72,27 +75,31 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     """
     name = DEFAULT if name is None else name
     if not isinstance(name, str):
-        raise InvalidType(f'method must be a string; got {name!r:.60}. Use method="dopri5", say.')
-    tableau = TABLEAUS.get(name)
-    none = options is None or options == {}
+        raise InvalidType(f'method must be a string; got {name!r:.60}. Use method="dopri5", for example.')
+    tableau, none = TABLEAUS.get(name), options is None or options == {}
     if none and (plain := _PLAIN.get(name)) is not None and plain.tableau is tableau:
         return plain
-    if name in IMPLICIT:
+    if name in MISSING:
         raise ValueError(
-            f'Invalid method "{name}": implicit Runge-Kutta methods are not available yet. Use {IMPLICIT[name]}.'
+            f'Invalid method "{name}": implicit Runge-Kutta methods on fixed grids are not available yet. Use '
+            f"{MISSING[name]}."
         )
-    if tableau is None and name not in (*ADAMS, SCIPY):
-        known = ", ".join(f'"{known}"' for known in (*TABLEAUS, *ADAMS, SCIPY))
-        instead = ELSEWHERE.get(name.lower())
-        hint = f" Use {instead}." if instead else did_you_mean(name, (*TABLEAUS, *ADAMS, SCIPY))
-        raise ValueError(f'Invalid method "{name}".{hint} Must be one of {{{known}}}.')
-    if name == SCIPY:
-        family = opt.ScipyOptions
-    elif tableau is None:
-        family = opt.AdamsOptions
+    others: dict[str, type[opt.Common]] = {
+        **dict.fromkeys(ADAMS, opt.AdamsOptions),
+        **dict.fromkeys(IMPLICIT_TABLEAUS, opt.ImplicitOptions),
+        SCIPY: opt.ScipyOptions,
+    }
+    if tableau is not None:
+        family: type[opt.Common] = opt.AdaptiveOptions if tableau.adaptive else opt.FixedOptions
+    elif name in others:
+        family = others[name]
     else:
-        family = opt.AdaptiveOptions if tableau.adaptive else opt.FixedOptions
-    method = Method(name, opt.parse(family, name, options, quiet=quiet), tableau)
+        names = (*TABLEAUS, *others)
+        known = ", ".join(f'"{known}"' for known in names)
+        instead = ELSEWHERE.get(name.lower())
+        hint = f" Use {instead}." if instead else did_you_mean(name, names)
+        raise ValueError(f'Invalid method "{name}".{hint} Must be one of {{{known}}}.')
+    method = Method(name, opt.parse(family, name, options, quiet=quiet), tableau, IMPLICIT_TABLEAUS.get(name))
     if none:
         _PLAIN[name] = method
     return method

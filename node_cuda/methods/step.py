@@ -32,7 +32,7 @@ class Step:
 
     k: the stages, k[0] at the start. error: the partial error. last: the stage and its b - b_hat that complete the
     error (see `Arithmetic.error_ratio`). Both are None for methods without an estimate. jump: the field is
-    discontinuous at t1.
+    discontinuous at t1. unsolved: the equations of an implicit step were not solved; its error rejects the step.
     """
 
     at: Interval
@@ -43,6 +43,7 @@ class Step:
     last: tuple[Tensor, float] | None = None
     span: Span | None = None
     jump: bool = False
+    unsolved: bool = False
 
     @property
     def t0(self) -> float:

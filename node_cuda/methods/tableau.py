@@ -54,13 +54,13 @@ class DenseOutput:
     a: tuple[Row, ...] = ()
 
     def __post_init__(self) -> None:
-        _require(self.order >= 1, "order", self.order, "at least 1")
-        _require(bool(self.weights) and bool(self.weights[0]), "weights", self.weights, "a row a stage")
+        require(self.order >= 1, "order", self.order, "at least 1")
+        require(bool(self.weights) and bool(self.weights[0]), "weights", self.weights, "a row a stage")
         for i, weights in enumerate(self.weights):
-            _require(len(weights) == self.degree, f"len(weights[{i}])", len(weights), f"{self.degree}, as in row 0")
+            require(len(weights) == self.degree, f"len(weights[{i}])", len(weights), f"{self.degree}, as in row 0")
         for d in range(self.degree):
-            _require_sum(f"weights of x^{d + 1}", (weights[d] for weights in self.weights), 1 if d == 0 else 0)
-        _require(len(self.c) == len(self.a), "len(c)", len(self.c), f"{len(self.a)}, as many as rows in a")
+            require_sum(f"weights of x^{d + 1}", (weights[d] for weights in self.weights), 1 if d == 0 else 0)
+        require(len(self.c) == len(self.a), "len(c)", len(self.c), f"{len(self.a)}, as many as rows in a")
         _check_rows(self.c, self.a, first=len(self.weights) - self.extra)
 
     @cached_property
@@ -138,27 +138,27 @@ class Tableau:
             raise ValueError(f"tableau {self.name!r}: {mistake}") from None
 
     def _check(self) -> None:
-        _require(self.order >= 1, "order", self.order, "at least 1")
-        _require(len(self.c) == len(self.a) > 0, "len(c)", len(self.c), "as many as rows in a, and at least 1")
+        require(self.order >= 1, "order", self.order, "at least 1")
+        require(len(self.c) == len(self.a) > 0, "len(c)", len(self.c), "as many as rows in a, and at least 1")
         _check_rows(self.c, self.a, first=0)
         for name, order_name, total in (("b", "order", 1), ("b_hat", "embedded_order", 1), ("b_mid", "mid_order", 0.5)):
             weights, order = getattr(self, name), getattr(self, order_name)
-            _require((weights is None) == (order is None), order_name, order, f"given exactly where {name} is")
+            require((weights is None) == (order is None), order_name, order, f"given exactly where {name} is")
             if weights is not None:
-                _require(len(weights) == self.stages, f"len({name})", len(weights), f"{self.stages}, one a stage")
-                _require_sum(name, weights, total)
-        _require(self.b_mid is None or self.dense is None, "dense", self.dense, "None: it is derived from b_mid")
+                require(len(weights) == self.stages, f"len({name})", len(weights), f"{self.stages}, one a stage")
+                require_sum(name, weights, total)
+        require(self.b_mid is None or self.dense is None, "dense", self.dense, "None: it is derived from b_mid")
         may_carry = self.c[-1] == 1 or not self.carry_last_stage
-        _require(may_carry, "carry_last_stage", True, "False, as the last node is not 1")
+        require(may_carry, "carry_last_stage", True, "False, as the last node is not 1")
 
     def _check_dense(self, dense: DenseOutput | None) -> None:
         if dense is None:
             return
         stages = len(dense.weights) - dense.extra
-        _require(stages == self.stages, "rows of an interpolant for the method's stages", stages, str(self.stages))
+        require(stages == self.stages, "rows of an interpolant for the method's stages", stages, str(self.stages))
         ends = (*self.b, *(0 for _ in range(dense.extra)))
         for i, (weights, end) in enumerate(zip(dense.weights, ends, strict=True)):
-            _require_sum(f"row {i} of an interpolant's weights", weights, end)
+            require_sum(f"row {i} of an interpolant's weights", weights, end)
 
     @cached_property
     def stages(self) -> int:
@@ -254,16 +254,18 @@ def _unit(length: int, index: int) -> Row:
 def _check_rows(c: Row, a: Sequence[Row], first: int) -> None:
     """Check that row i of a has first + i entries, and that they add up to c_i."""
     for i, (node, numbers) in enumerate(zip(c, a, strict=True)):
-        _require(len(numbers) == first + i, f"len(a[{i}])", len(numbers), f"{first + i}, one for each stage before it")
-        _require_sum(f"a[{i}]", numbers, node)
+        require(len(numbers) == first + i, f"len(a[{i}])", len(numbers), f"{first + i}, one for each stage before it")
+        require_sum(f"a[{i}]", numbers, node)
 
 
-def _require_sum(name: str, numbers: Iterable[Number], total: Number) -> None:
+def require_sum(name: str, numbers: Iterable[Number], total: Number) -> None:
+    """Raise ValueError, with a sentence, where numbers do not add up to what they must."""
     value = sum(numbers, Fraction(0))
     close = abs(value - total) <= SUM_TOLERANCE
-    _require(close, f"the sum of {name}", float(value), f"{float(total)} (to {SUM_TOLERANCE:g}); look for a misprint")
+    require(close, f"the sum of {name}", float(value), f"{float(total)} (to {SUM_TOLERANCE:g}); look for a misprint")
 
 
-def _require(holds: bool, name: str, got: object, need: str) -> None:
+def require(holds: bool, name: str, got: object, need: str) -> None:
+    """Raise ValueError, with a sentence, where a coefficient cannot be."""
     if not holds:
         raise ValueError(f"{name} is {got}, but must be {need}.")

@@ -122,6 +122,18 @@ def test_speed_compares_with_torchdiffeq_and_writes_its_results(tmp_path):
     assert backward["libraries"]["node_cuda"]["nfe_backward"] > 0
 
 
+@pytest.mark.slow
+def test_stiff_solves_beside_scipy_and_its_tables_hold_all_rows(tmp_path, bench, report):
+    result = run_quick("stiff", tmp_path)
+    methods = [row["method"] for row in result["work"]]
+    assert methods == ["rodas5p", "kvaerno5", "SciPy Radau", "SciPy LSODA"]
+    assert all(row["error"] < 5 and row["ms"] > 0 for row in result["work"])
+    assert [row["status"] for row in result["batch"]] == ["SUCCESS"] * 2
+    assert all(row["nfe_backward"] > 0 for row in result["gradients"] if row["gradient"] in ("discrete", "adjoint"))
+    shown = report.block("stiff", tmp_path)
+    assert shown.count("\n|") == sum(len(result[part]) + 2 for part in ("work", "batch", "gradients"))
+
+
 @pytest.fixture
 def report_memory(bench):
     return bench("parts.memory.report")
@@ -182,7 +194,8 @@ def test_every_page_shows_every_block_and_is_up_to_date(report):
         assert report.filled(page.read_text(), BENCH / "results") == page.read_text(), page
 
 
-PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "solve", "kernels", "device_loop", "gpu_unpack")
+PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "stiff", "solve", "kernels", "device_loop",
+            "gpu_unpack")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

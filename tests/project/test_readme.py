@@ -10,11 +10,13 @@ from typing import Any
 
 import pytest
 import torch
-from problems import F64, Counting, linspace
+from problems import F64, Counting, is_adaptive, linspace
 
 from node_cuda import METHODS, TABLEAUS, solve
 from node_cuda.gradients.registry import GRADIENTS
 from node_cuda.methods.adams import MAX_ORDER, MIN_ORDER
+from node_cuda.methods.implicit.tableau import Esdirk
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.options import AdamsOptions
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -112,13 +114,22 @@ def test_a_row_of_the_table_is_what_the_tableau_says(name):
         assert interpolant == f"order {accurate.order} (torchdiffeq's: order {tableau.dense.order})"
 
 
+@pytest.mark.parametrize("name", IMPLICIT_TABLEAUS)
+def test_a_row_of_an_implicit_method_is_what_its_tableau_says(name):
+    tableau = IMPLICIT_TABLEAUS[name]
+    order, embedded, stages, _, interpolant, kind = METHOD_ROWS[name]
+    dense_order = tableau.dense.order if isinstance(tableau, Esdirk) else tableau.dense_order
+    assert (order, embedded, stages) == (str(tableau.order), str(tableau.embedded_order), str(tableau.stages))
+    assert (interpolant, kind) == (f"order {dense_order}", "adaptive, implicit")
+
+
 def evaluations_of_one_more_step(name: str) -> int:
     """Return the evaluations of one step: the difference between two solves that differ by one step."""
 
     def nfe(steps: int) -> int:
         func = Counting(lambda t, y: -y)
         options = {"step_size": 0.125}
-        if name in TABLEAUS and TABLEAUS[name].adaptive:
+        if is_adaptive(name):
             options = {"first_step": 0.125, "min_step": 0.125, "max_step": 0.125}
         result = solve(func, torch.ones(2, dtype=F64), linspace(0.0, 0.125 * steps, 2), method=name, options=options)
         assert result.stats.accepted == steps and result.stats.rejected == 0

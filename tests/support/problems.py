@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda import TABLEAUS
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.methods.tableau import Tableau, row, rows
 
 F64 = torch.float64
@@ -230,11 +231,21 @@ KUTTA3 = Tableau(
 """Three stages of third order, with an embedded row; not FSAL, and without an interpolant."""
 
 
+def is_adaptive(method: str) -> bool:
+    """The method chooses its steps by an error estimate."""
+    return method in IMPLICIT_TABLEAUS or (method in TABLEAUS and TABLEAUS[method].adaptive)
+
+
+def order_of(method: str) -> int:
+    """Of a method with a tableau."""
+    return (IMPLICIT_TABLEAUS if method in IMPLICIT_TABLEAUS else TABLEAUS)[method].order
+
+
 def precise(method: str) -> dict:
     """Return the arguments for a method that make a solve precise enough for the tests of events and of dense
     output."""
-    if method in TABLEAUS and TABLEAUS[method].adaptive:
-        rtol = 1e-5 if TABLEAUS[method].order < 3 else 1e-8
+    if is_adaptive(method):
+        rtol = 1e-5 if order_of(method) < 3 else 1e-8
         # (the default interpolant of bosh3 has order 2 only, and its steps through a parabola keep growing)
         options = dict(max_step=0.05) if method == "bosh3" else {}
         return dict(method=method, rtol=rtol, atol=rtol, options=options)

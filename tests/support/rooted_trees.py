@@ -65,3 +65,13 @@ def elementary_weights(a: Sequence[Sequence[Any]], max_order: int, dtype: type =
             phi[k] = phi[k] * below[child]
         below[k] = square @ phi[k]
     return phi
+
+
+def rosenbrock_weights(alpha: np.ndarray, beta: np.ndarray, max_order: int) -> np.ndarray:
+    """The same of a Rosenbrock method with the exact Jacobian, beta = alpha + Gamma: below a vertex with one child
+    stands beta, below one with several alpha (Hairer & Wanner II, IV.7, theorem 7.4)."""
+    phi = np.ones((len(trees(max_order)), len(alpha)), dtype=alpha.dtype)
+    for k, tree in enumerate(trees(max_order)):
+        for child in tree.children:
+            phi[k] = phi[k] * ((beta if len(tree.children) == 1 else alpha) @ phi[child])
+    return phi

@@ -23,6 +23,7 @@ from node_cuda.gradients.changed import Comparison
 from node_cuda.gradients.discrete import cuda_graph_forward, cuda_graph_reverse
 from node_cuda.gradients.discrete.checkpoints import slots_for
 from node_cuda.gradients.discrete.cuda_graph_forward import SavedTrajectory, why_not_recorded
+from node_cuda.gradients.discrete.implicit_step import ImplicitStepAdjoint
 from node_cuda.gradients.discrete.step_adjoint import (
     Cotangent,
     Evaluation,
@@ -45,7 +46,10 @@ from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.outputs import solve_outputs
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.implicit.esdirk import EsdirkSteps
+from node_cuda.methods.implicit.rosenbrock import RosenbrockSteps
 from node_cuda.methods.interpolation import dense_of
+from node_cuda.methods.registry import Method
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.field import VectorField
 from node_cuda.problem.problem import Problem
@@ -85,10 +89,15 @@ class _DiscreteSolve(DifferentiableSolve):
         self, request: SolveSpec, event_fn: EventFunc | None, points: list[float] | None, *, taped_grid: bool = False
     ) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "discrete adjoint"))
-        self.form = _form(request)
+        self.form = None if request.method.implicit is not None else _form(request)
         self.event_fn = event_fn
         self.points = points
         self.taped_grid = taped_grid
+
+    @property
+    def method(self) -> Method:
+        """That of the solve."""
+        return self._request.method
 
     def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
         """Solve, record the steps, and return (y at the outputs, the user's time of the last output)."""
@@ -187,6 +196,7 @@ class _DiscreteSolve(DifferentiableSolve):
         if self.status not in (Status.SUCCESS, Status.PENDING):
             why = "the solve did not reach its end"
         method, params, stats = self._request.method, saved.params, self.stats
+        assert self.form is not None
         found = cuda_graph_reverse.try_captured(
             record, problem, method, self.form, grad_ys, params, reached, stats, why
         )
@@ -223,13 +233,14 @@ def by_the_flow(
 
 def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajectory:
     """Return the trajectory that the loop will fill. steps: the number of steps, if it is known."""
-    assert isinstance(loop.stepper, ExplicitRK)
-    y0, slots, tableau = request.problem.y0, request.checkpoints, loop.stepper.tableau
+    stepper = loop.stepper
+    assert isinstance(stepper, (ExplicitRK, EsdirkSteps, RosenbrockSteps))
+    y0, slots, tableau = request.problem.y0, request.checkpoints, stepper.tableau
     if isinstance(slots, str):  # "auto"
         tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
         slots = slots_for(tensors * y0.numel() * y0.itemsize, y0.device)
     request.stats.checkpoint_slots = slots
-    return Trajectory.of(loop, loop.stepper, slots, steps)
+    return Trajectory.of(loop, stepper, slots, steps)
 
 
 def _form(request: SolveSpec) -> StageTable:
@@ -237,7 +248,7 @@ def _form(request: SolveSpec) -> StageTable:
     method, options = request.method, request.method.options
     if method.tableau is None:
         raise Unsupported(
-            f'gradient="discrete" replays the steps of explicit Runge-Kutta methods; got method={method.name!r}. '
+            f'gradient="discrete" replays the steps of Runge-Kutta methods; got method={method.name!r}. '
             'Use gradient="adjoint", or method="dopri5" or "rk4".'
         )
     if isinstance(options, AdaptiveOptions):
@@ -273,9 +284,13 @@ class _Backwards:
         if wide != ys.dtype:
             # Plain PyTorch, because it accepts operands of both dtypes.
             self.cotangents = Arithmetic(problem.y0.to(wide), problem.direction, ErrorNorm(0.0, 0.0), problem.times)
-        self.adjoint = StepAdjoint(
-            problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
-        )
+        self.adjoint: StepAdjoint | ImplicitStepAdjoint
+        if task.form is None:
+            self.adjoint = ImplicitStepAdjoint(problem, self.arithmetic, task.method, self.params, self.sums, reached)
+        else:
+            self.adjoint = StepAdjoint(
+                problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
+            )
         self.members, self.what = task.members, task.what
         if self.trajectory.replayed is not None:
             self.adjoint.first = self._compare
@@ -343,6 +358,10 @@ class _Backwards:
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
         """Write dL/dt by the exact flow. The time of an event does not depend on t[1], so it needs dL/dt_0 only."""
         asked = range(1 if self.at_event else self.reached) if len(self.times) > 1 else ()
+        if isinstance(self.adjoint, ImplicitStepAdjoint):
+            for m in asked[1:]:
+                adj_t[m] = self.adjoint.rates[m]
+            asked = asked[:1]
         self.adjoint.nfe += len(asked)
         by_the_flow(adj_t, asked, self.problem, self.ys, self.grad_ys, lam0, self.cotangents.real_dot)
 

@@ -11,6 +11,7 @@ from node_cuda.gradients.discrete.checkpoints import Checkpoints
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Interval
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.methods.explicit_rk import ExplicitRK
+from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.step import Step
 
 
@@ -52,7 +53,9 @@ class Trajectory:
         self._jump = False
 
     @classmethod
-    def of(cls, loop: HostLoop, stepper: ExplicitRK, slots: int | None, count: int | None) -> Trajectory:
+    def of(
+        cls, loop: HostLoop, stepper: ExplicitRK | ImplicitSteps, slots: int | None, count: int | None
+    ) -> Trajectory:
         """Return the trajectory that this loop will fill.
 
         slots: the number of states that may be kept. count: the number of steps that there will be, if it is known.
@@ -62,7 +65,7 @@ class Trajectory:
         loop.accepted = lambda step: self._record(step, stepper)
         return self
 
-    def _record(self, step: Step, stepper: ExplicitRK) -> None:
+    def _record(self, step: Step, stepper: ExplicitRK | ImplicitSteps) -> None:
         tableau, before = stepper.tableau, self.steps[-1].at if self.steps else None
         k1 = None
         if tableau.carry_last_stage and before is not None and not self._jump:
@@ -75,7 +78,8 @@ class Trajectory:
         # The first state is the user's tensor, and the user may write into it: `begin` gets it from the outputs.
         self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
         self.steps.append(taken)
-        self.replayed = step.k[0 if k1 is None else 1]
+        # A stage of an implicit method is no evaluation that is made again.
+        self.replayed = step.k[0 if k1 is None else 1] if isinstance(stepper, ExplicitRK) else None
         self._jump = step.jump
 
     def begin(self, y0: Tensor) -> None:

@@ -8,7 +8,7 @@ import warnings
 
 import pytest
 import torch
-from problems import BY_NAME, F64, MLP, Counting, as_tuple, flat, linspace, loss_of
+from problems import BY_NAME, F64, MLP, Counting, as_tuple, flat, is_adaptive, linspace, loss_of
 from problems import max_difference as plain_max_difference
 from problems import relative_difference as plain_relative_difference
 from tolerances import GRADCHECK, ROUNDING, rtol_and_limit
@@ -30,6 +30,7 @@ from node_cuda import (
     regularized,
     solve,
 )
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 
 MODES = ("backprop", "adjoint", "discrete")
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
@@ -87,7 +88,7 @@ class Weighted(nn.Module):
 # ------------------------------------------------------------------ the integral
 @pytest.mark.parametrize("method", METHODS)
 def test_the_integral_is_the_closed_form_with_every_method_and_costs_no_evaluation_of_func(method):
-    options = dict(dense="accurate") if method in ADAPTIVE else dict(step_size=0.01)
+    options = dict(dense="accurate") if is_adaptive(method) else dict(step_size=0.01)
     if method == "scipy_solver":
         options = {}
     rtol, limit = rtol_and_limit(method, 1e-6)
@@ -511,7 +512,7 @@ def test_backwards_in_time_penalties_are_positive():
 def test_steps_evaluations_and_solution_are_those_of_func_alone(method, weights):
     def recorded(func):
         counting = Counting(MLP(dim=2, seed=3, timed=True))
-        options = dict(record_steps=True, **({} if method in ADAPTIVE else dict(step_size=0.1)))
+        options = dict(record_steps=True, **({} if is_adaptive(method) else dict(step_size=0.1)))
         with torch.no_grad():
             solution = solve(func(counting), Y, T, method=method, options=options, rtol=1e-4, atol=1e-5)
         return solution, counting.nfe
@@ -520,9 +521,10 @@ def test_steps_evaluations_and_solution_are_those_of_func_alone(method, weights)
     with_penalty, nfe_with = recorded(lambda func: regularized(func, **weights))
     assert nfe == nfe_with == with_penalty.stats.nfe == alone.stats.nfe
     assert with_penalty.stats.rejected == alone.stats.rejected
-    # The same arithmetic on longer vectors.
+    # The same arithmetic on longer vectors; that of a linear system is another.
     assert relative_difference(torch.tensor(with_penalty.stats.step_times), torch.tensor(alone.stats.step_times)) < 1e-9
-    assert relative_difference(with_penalty.ys, alone.ys) < 1e-12
+    limit = 1e-10 if method in IMPLICIT_TABLEAUS else 1e-12
+    assert relative_difference(with_penalty.ys, alone.ys) < limit
 
 
 @pytest.mark.parametrize("tolerance", [1e-5, torch.tensor([1e-4, 1e-6], dtype=F64)])

@@ -10,6 +10,7 @@ from tolerances import SLOPE
 
 import node_cuda
 from node_cuda import TABLEAUS, odeint
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 
 TIMES = linspace(0.0, 3.0, 7)  # the largest error of several times: at a single one, terms of the error may cancel
 EXACT = torch.exp(torch.sin(TIMES))
@@ -77,4 +78,5 @@ def test_a_smaller_tolerance_gives_a_smaller_error(name):
 
 def test_every_method_is_tested_for_its_order():
     tested = set(TABLEAUS) | {"explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"}
+    tested |= set(IMPLICIT_TABLEAUS)  # implicit/test_steps.py
     assert set(node_cuda.METHODS) == tested

@@ -1,0 +1,1 @@
+"""The problems, the training steps and the memory cells of stiff.py."""

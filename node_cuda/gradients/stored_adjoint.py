@@ -1,0 +1,276 @@
+"""The continuous adjoint of an implicit method, along the forward solution, which is kept with its dense output.
+
+da/dt = -(df/dy)^T a is solved backwards alone, at y(t) from the forward steps. Rebuilding y backwards beside it, as
+gradient="adjoint" of an explicit method does, explodes for a stiff field: what decays forwards grows backwards. It is
+linear in a, with the Jacobian -J^T, and dL/dtheta = int a^T df/dtheta dt is taken by Gauss's rule in each step.
+"""
+
+from __future__ import annotations
+
+import bisect
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from node_cuda._typing import EventFunc
+from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
+from node_cuda.gradients.discrete.mode import by_the_flow
+from node_cuda.gradients.discrete.step_adjoint import of_times
+from node_cuda.gradients.parameters import Parameters
+from node_cuda.gradients.reached import UsedParameters
+from node_cuda.kernels import reference
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.reference import real_dot
+from node_cuda.kernels.stage_times import Clock
+from node_cuda.loop.assemble import find_event, make_loop
+from node_cuda.loop.outputs import solve_outputs
+from node_cuda.loop.request import SolveSpec
+from node_cuda.methods.implicit.blocks import Blocks
+from node_cuda.methods.implicit.jacobian import Jacobian
+from node_cuda.methods.implicit.tableau import Implicit, slope_row
+from node_cuda.methods.interpolation import Interpolant, position
+from node_cuda.methods.registry import Method, lookup
+from node_cuda.methods.step import Step
+from node_cuda.options import ImplicitOptions
+from node_cuda.problem.problem import Problem, check_tolerance
+from node_cuda.solution import Stats
+from node_cuda.status import InvalidInput, Status, Unsupported
+
+_ROOT = math.sqrt(0.6)
+GAUSS = ((0.5 - _ROOT / 2, 5 / 18), (0.5, 8 / 18), (0.5 + _ROOT / 2, 5 / 18))
+"""Nodes and weights of the rule of order 6 on [0, 1]."""
+
+
+def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
+    """y at the problem's times; its gradient by the adjoint method."""
+    task = _StoredAdjoint(request, None)
+    return task()[0], task.status
+
+
+def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
+    """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
+    refuse_transforms("An event")
+    ys, at = _StoredAdjoint(request, event_fn)()
+    return at.to(request.problem.t), ys
+
+
+class _StoredAdjoint(DifferentiableSolve):
+    """A solve that keeps its steps, and the solve for a along them."""
+
+    what = 'gradient="adjoint"'
+    replays = False
+
+    def __init__(self, request: SolveSpec, event_fn: EventFunc | None) -> None:
+        super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
+        self.method, self.norm = _backward_method(request)
+        self.event_fn = event_fn
+
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
+        """See `DifferentiableSolve`."""
+        # The user may write y0 before the backward pass.
+        problem = replace(request.problem, y0=request.problem.y0.detach().clone())
+        loop, interpolant = make_loop(
+            problem, request.method, request.stats, endless=self.event_fn is not None, anywhere=True
+        )
+        assert request.method.implicit is not None
+        self.path = _Path(problem, interpolant, request.method.implicit)
+        loop.accepted = self.path.add
+        if self.event_fn is None:
+            ys, self.status = solve_outputs(loop, interpolant, request.method.options.raises)
+            return ys, problem.direction * problem.times[-1]
+        at, y = find_event(loop, interpolant, request.method, self.event_fn)
+        return torch.stack([problem.y0, y]), at
+
+    def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
+        """See `DifferentiableSolve`."""
+        ys, params, at_event = saved.ys, saved.params, self.event_fn is not None
+        times = (problem.times[0], problem.direction * float(saved.at)) if at_event else problem.times
+        # What a failed solve did not reach is NaN, and nothing flows back from it.
+        failed = not at_event and self.status is not Status.SUCCESS
+        count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
+        reached, before = self.reached(problem), problem.field.nfe
+        lam, totals = self._backwards(problem, times[:count], grad_ys, params, reached)
+        adj_t = None
+        if wants_t:
+            adj_t = ys.new_zeros(len(saved.t), dtype=of_times(ys.dtype))
+            if len(times) > 1:
+                by_the_flow(adj_t, (0,), problem, ys, grad_ys, lam, real_dot)
+            for m in range(1, 1 if at_event else count):
+                adj_t[m] = real_dot(grad_ys[m], self.path.slope(times[m]))
+            adj_t = adj_t.to(saved.t)
+        reached.check(params)
+        self.stats.nfe_backward += problem.field.nfe - before
+        return Gradients(adj_t, None, lam + grad_ys[0], totals)
+
+    def _backwards(
+        self,
+        problem: Problem,
+        times: Sequence[float],
+        grad_ys: Tensor,
+        params: Sequence[Tensor],
+        reached: UsedParameters,
+    ) -> tuple[Tensor, list[Tensor]]:
+        """a in front of the first step, and dL/dtheta."""
+        totals = [torch.zeros_like(p) for p in params]
+        a = grad_ys[len(times) - 1]
+        if len(times) < 2:
+            return torch.zeros_like(a), totals
+        ascending = tuple(-s for s in reversed(times))
+        field = _AdjointField(problem, self.path, times)
+        assert isinstance(self.method.options, ImplicitOptions)
+        derivative = field.derivative(self.method.options)
+        method = replace(self.method, options=replace(self.method.options, jac=derivative, norm=None))
+        backward = replace(
+            problem, func=field, field=field, y0=a, times=ascending, direction=-problem.direction,
+            t=problem.t.detach().flip(0), norm=self.norm, callbacks=problem.adjoint_callbacks, bounds=None,
+        )  # fmt: skip
+        loop, interpolant = make_loop(backward, method, Stats(), stops=ascending[1:], anywhere=True)
+        next_output = 1
+        for step in loop.steps():
+            if params:
+                k = interpolant.prepare(step)
+                for x, weight in GAUSS:
+                    a = interpolant.evaluate(step, k, x)
+                    field.add(totals, -step.at.time(x), a, params, weight * step.at.h * problem.direction, reached)
+            if step.t1 == ascending[next_output]:
+                next_output += 1
+                if next_output == len(ascending):
+                    return step.y1, totals
+                loop.restart(step.y1 + grad_ys[len(times) - next_output])
+        raise AssertionError("the solve for a ended before it came to the first time")
+
+
+class _Path:
+    """The forward solution between its ends, from its steps."""
+
+    def __init__(self, problem: Problem, interpolant: Interpolant, tableau: Implicit) -> None:
+        self.direction = problem.direction
+        self._tableau = tableau
+        self._interpolant = interpolant
+        self._steps: list[tuple[Step, Any]] = []
+        self._starts: list[float] = []
+
+    def add(self, step: Step) -> None:
+        """Keep an accepted step."""
+        self._steps.append((step, self._interpolant.prepare(step)))
+        self._starts.append(step.t0)
+
+    def at(self, s: float, t: Tensor | None) -> Tensor:
+        """y at a solver time; t: the same as the user's, where its gradient is wanted."""
+        step, k = self._step(s)
+        return self._interpolant.evaluate(step, k, position(step, s, self.direction, t))
+
+    def slope(self, s: float) -> Tensor:
+        """dy/dt at a solver time: func at an output would multiply its error by the stiffness."""
+        step, k = self._step(s)
+        row = slope_row(self._tableau, float(position(step, s, self.direction)))
+        return reference.combine(torch.zeros_like(k[0]), k, row, 1.0)
+
+    def _step(self, s: float) -> tuple[Step, Any]:
+        return self._steps[max(bisect.bisect_right(self._starts, s) - 1, 0)]
+
+
+class _AdjointField:
+    """-(df/dy)^T a at y(t). times: those of the forward solve, between which y is known; a stage may lie beyond."""
+
+    def __init__(self, problem: Problem, path: _Path, times: Sequence[float]) -> None:
+        self.problem = problem
+        self.path = path
+        self.first, self.last = times[0], times[-1]
+        self.clock = Clock(problem.direction, problem.time_dtype, problem.y0.device)
+        self.copies_output = True
+
+    @property
+    def nfe(self) -> int:
+        """Evaluations of func."""
+        return self.problem.field.nfe
+
+    def __call__(self, t: Tensor, a: Tensor) -> Tensor:
+        with torch.enable_grad():
+            t, y = self._state(t)
+            f = self.problem.field(t, y)
+            if not f.requires_grad:
+                return torch.zeros_like(a)
+            taped = t.requires_grad or (a.requires_grad and torch.is_grad_enabled())
+            (found,) = torch.autograd.grad(f, y, a, create_graph=taped, allow_unused=True)
+        return torch.zeros_like(a) if found is None else -found
+
+    def derivative(self, options: ImplicitOptions) -> Any:
+        """Its Jacobian by a, as a function of (t, a)."""
+        blocks = Blocks(self.problem, options.batch_dims)
+        jacobian = Jacobian(self.problem, blocks, options.jac, Stats(), timed=False)
+
+        def of(t: Tensor, a: Any) -> Tensor:
+            with torch.no_grad():
+                t, y = self._state(t.detach())
+                return -jacobian.at(t, y).jacobian.mT
+
+        return of
+
+    def add(
+        self,
+        totals: list[Tensor],
+        s: float,
+        a: Tensor,
+        params: Sequence[Tensor],
+        weight: float,
+        reached: UsedParameters,
+    ) -> None:
+        """Add the vjp of the parameters at a solver time, times a weight."""
+        with torch.enable_grad():
+            t, y = self._state(self.clock.tensors([s])[0])
+            f = self.problem.field(t, y.detach())
+            if not f.requires_grad:
+                return
+            found = torch.autograd.grad(f, params, a.to(f.dtype), allow_unused=True)
+        reached.see(found)
+        for total, g in zip(totals, found, strict=True):
+            if g is not None:
+                total.add_(g, alpha=weight)
+
+    def _state(self, t: Tensor) -> tuple[Tensor, Tensor]:
+        """The time, within the forward solve, and y there, to differentiate by."""
+        s = self.problem.direction * float(t.detach())
+        inside = min(max(s, self.first), self.last)
+        if inside != s:
+            t = self.clock.tensors([inside])[0]
+        y = self.path.at(inside, t if t.requires_grad else None)
+        return t, y if y.requires_grad else y.detach().requires_grad_(True)
+
+
+def _backward_method(request: SolveSpec) -> tuple[Method, ErrorNorm]:
+    """The method and the norm of the backward solve, by default the forward ones."""
+    problem, given = request.problem, request.adjoint
+    name = request.method_name if given.method is None else given.method
+    if name != request.method_name and request.options is not None and given.options is None:
+        raise ValueError(
+            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`; got "
+            f"{name!r} and {request.method_name!r}. Pass `adjoint_options=dict(...)` as well."
+        )
+    options = dict((request.options if given.options is None else given.options) or {})
+    norm = options.pop("norm", None)
+    if given.options is not None and callable(norm):
+        raise Unsupported(
+            'gradient="adjoint" of an implicit method measures the error of a alone, and a norm of (t, y, adj_y, '
+            "*adj_params) was given. Drop adjoint_options['norm']; the parameters are in no norm here."
+        )
+    for inherited in ("throw", "cuda_graph", "record_steps", "first_step"):
+        options.pop(inherited, None)
+    method = lookup(name, options, quiet=given.options is None)
+    if method.implicit is None:
+        raise InvalidInput(
+            f"adjoint_method must be an implicit method where the forward one is: the field of a is as stiff. Got "
+            f"{name!r}; leave it out."
+        )
+    rtol, atol = (
+        forward if backward is None else check_tolerance(what, backward, problem.layout, problem.y0)
+        for what, forward, backward in (
+            ("adjoint_rtol", problem.norm.rtol, given.rtol),
+            ("adjoint_atol", problem.norm.atol, given.atol),
+        )
+    )
+    return method, ErrorNorm(rtol, atol, problem.layout.sizes)

@@ -1,0 +1,257 @@
+"""The Jacobian of the field, one matrix a sample: by autograd, or by the user's own function.
+
+By vector-Jacobian products, all rows in one batched call. Forward mode was slower on the CPU in every case measured
+(docs/stiff.md). Where a field does not go through torch's vmap the rows are taken one by one, and a warning says so.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda._torch_modes import transformed
+from node_cuda.methods.implicit.blocks import Blocks
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import InvalidField, InvalidInput, SolveError, Status, UnsupportedTransform, users_level
+
+_TWICE = (
+    '{} differentiates func {}, and torch says: {} Pass options=dict(jac=...), take method="kvaerno5", which needs '
+    'first derivatives only, or an explicit method, "dopri5".'
+)
+COUPLED = 1e-3
+"""Of the largest entry: how far one product with the blocks may be off, where samples do not see each other."""
+
+
+class Linearised(NamedTuple):
+    """The field at a point: f, a state; jacobian, (count, size, size); and df/dt as (count, size), None if it is 0."""
+
+    f: Tensor
+    jacobian: Tensor
+    df_dt: Tensor | None
+
+
+class Jacobian:
+    """Linearises the problem's field. jac: the user's function of (t, y), or None. timed: df/dt is wanted as well."""
+
+    def __init__(
+        self, problem: Problem, blocks: Blocks, jac: Callable[..., Tensor] | None, stats: Stats, *, timed: bool
+    ) -> None:
+        self.field = problem.field
+        self.direction = problem.direction
+        self.layout = problem.layout
+        self.blocks = blocks
+        self.jac = jac
+        self.stats = stats
+        self.timed = timed
+        self._by_rows = False
+        self._units: Tensor | None = None
+        self._looked = False
+        self._has_parameters: bool | None = None
+        self._differentiable_twice = False
+
+    def at(self, t: Tensor, y: Tensor, *, twice: bool = False) -> Linearised:
+        """The field and its derivatives at (t, y). While autograd records f is on the tape, and with `twice` the
+        derivatives are, too, by second derivatives of the field."""
+        refuse_transforms()
+        self.stats.jacobians += 1
+        recording, on_tape = torch.is_grad_enabled(), y.requires_grad or t.requires_grad
+        with torch.inference_mode(False), torch.enable_grad():
+            y, t = _leaf(y, recording), _leaf(t, recording) if self.timed else t
+            u = self.blocks.split(y)
+            f = self.field(t, self.blocks.join(u))
+            rows = self.blocks.split(f)
+            if recording and self._has_parameters is None:
+                self._has_parameters = _has_leaves(f, {y, t})
+            on_tape = recording and (on_tape or bool(self._has_parameters))
+            taped = on_tape and twice
+            if self.jac is not None:
+                jacobian = self._users(t, y)
+                df_dt = self._of_time(rows, t, taped) if self.timed else None
+            else:
+                jacobian, df_dt = self._by_autograd(rows, u, t, y, taped)
+        if taped:
+            return Linearised(f, jacobian, df_dt)
+        df_dt = None if df_dt is None else df_dt.detach()
+        return Linearised(f if on_tape else f.detach(), jacobian.detach(), df_dt)
+
+    def check(self, jacobian: Tensor, s: float) -> None:
+        """Raise SolveError where a step fails because its Jacobian, at the solver time s, is not finite."""
+        self.stats.host_reads += 1
+        if bool(torch.isfinite(jacobian).all()):
+            return
+        self.stats.nfe = self.field.nfe
+        source = "autograd's" if self.jac is None else "options['jac']'s"
+        raise SolveError(
+            Status.NON_FINITE,
+            self.direction * s,
+            self.stats,
+            f"The Jacobian df/dy, {source}, holds NaN or infinity, as that of sqrt or of a norm does at 0. Pass "
+            "options=dict(jac=...) with the right one.",
+        )
+
+    # ------------------------------------------------------------------ by autograd
+    def _by_autograd(self, rows: Tensor, u: Tensor, t: Tensor, y: Tensor, taped: bool) -> tuple[Tensor, Tensor | None]:
+        size, count = self.blocks.size, self.blocks.count
+        if not rows.requires_grad:
+            self._check_constant(t, y, rows)
+            return rows.new_zeros(count, size, size), None
+        if self._units is None:
+            unit = torch.eye(size, dtype=rows.dtype, device=rows.device)
+            self._units = unit[:, None, :].expand(size, count, size)
+        if taped and not self._differentiable_twice:
+            self._differentiable_twice = True
+            self._check_twice(rows, u)
+        # Of a single sample the same products give df/dt.
+        together = self.timed and count == 1
+        gradient, *of_time = self._rows(rows, (u, t) if together else (u,), self._units, taped)
+        if gradient is None:
+            self._check_constant(t, y, rows)
+        jacobian = rows.new_zeros(count, size, size) if gradient is None else gradient.transpose(0, 1)
+        if not self._looked:
+            self._looked = True
+            if count > 1:
+                self._check_blocks(rows, u, jacobian)
+        if together:
+            return jacobian, None if of_time[0] is None else of_time[0].reshape(1, size)
+        return jacobian, self._of_time(rows, t, taped) if self.timed else None
+
+    def _rows(self, rows: Tensor, by: tuple[Tensor, ...], units: Tensor, taped: bool) -> tuple[Tensor | None, ...]:
+        """The vjps of all units, each of shape (size, *by.shape); None: the field does not depend on it."""
+        if not self._by_rows:
+            try:
+                return torch.autograd.grad(
+                    rows, by, units, retain_graph=True, create_graph=taped, allow_unused=True, is_grads_batched=True
+                )
+            except (RuntimeError, NotImplementedError) as failure:
+                single = self._one_by_one(rows, by, units, taped)
+                self._by_rows = True
+                warnings.warn(
+                    f"func does not go through torch's vmap, so that its Jacobian takes {self.blocks.size} backward "
+                    f"passes one after another, and not one of them batched: {str(failure).splitlines()[0]:.200} Pass "
+                    "options=dict(jac=...), a function of (t, y) that returns df/dy, if that is slow.",
+                    stacklevel=users_level(),
+                )
+                return single
+        return self._one_by_one(rows, by, units, taped)
+
+    def _one_by_one(
+        self, rows: Tensor, by: tuple[Tensor, ...], units: Tensor, taped: bool
+    ) -> tuple[Tensor | None, ...]:
+        what = "The Jacobian of an implicit method"
+        found: list[Tensor | None] = []
+        for x in by:
+            each = [_grad(rows, x, unit, create_graph=taped, what=what) for unit in units]
+            none = all(row is None for row in each)
+            found.append(None if none else torch.stack([torch.zeros_like(x) if r is None else r for r in each]))
+        return tuple(found)
+
+    def _of_time(self, rows: Tensor, t: Tensor, taped: bool) -> Tensor | None:
+        """df/dt, (count, size): the vjp of a dummy cotangent, differentiated by it."""
+        if not rows.requires_grad:
+            return None
+        dummy = torch.zeros_like(rows).requires_grad_(True)
+        total = _grad(rows, t, dummy, create_graph=True, what="A Rosenbrock method, which needs df/dt,")
+        if total is None or not total.requires_grad:
+            return None
+        return _grad(total, dummy, None, create_graph=taped, what="A Rosenbrock method, which needs df/dt,")
+
+    # ------------------------------------------------------------------ checks
+    def _check_constant(self, t: Tensor, y: Tensor, rows: Tensor) -> None:
+        """What has no graph must not depend on y: seen at another y, once."""
+        if self._looked:
+            return
+        self._looked = True
+        with torch.no_grad():
+            other = self.blocks.split(self.field(t.detach(), y.detach() * 1.001 + 1e-3))
+        if not torch.equal(other, rows.detach()):
+            raise InvalidField(
+                "func depends on y, but torch cannot differentiate it by y: it works under torch.no_grad(), detaches, "
+                "or leaves torch. An implicit method needs df/dy: pass options=dict(jac=...), a function of (t, y) "
+                'that returns it, or take an explicit method, "dopri5".'
+            )
+
+    def _check_twice(self, rows: Tensor, u: Tensor) -> None:
+        """Once: what torch can differentiate once only has an error in the place of its graph; not even that under
+        vmap, or where its cotangent is not to be differentiated by."""
+        what = "A Rosenbrock method, whose steps hold df/dy,"
+        row = _grad(rows, u, torch.ones_like(rows).requires_grad_(True), create_graph=True, what=what)
+        if row is not None and any(node.name().endswith("::Error") for node in _nodes(row)):
+            raise InvalidField(_TWICE.format(what, "twice", "an operation in it can be differentiated once only."))
+
+    def _check_blocks(self, rows: Tensor, u: Tensor, jacobian: Tensor) -> None:
+        """One product of the whole Jacobian with a vector is that of the blocks, if samples do not see each other."""
+        generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
+        weights = (torch.rand(rows.shape, generator=generator, dtype=torch.float64) + 0.5).to(rows)
+        (whole,) = torch.autograd.grad(rows, u, weights, retain_graph=True, allow_unused=True)
+        if whole is None:
+            return
+        blocks = torch.einsum("bi,bij->bj", weights, jacobian.detach())
+        off = (whole.detach() - blocks).abs()
+        if bool((off > COUPLED * jacobian.detach().abs().amax()).any()):
+            raise InvalidInput(
+                f'options["batch_dims"] says that the state is {self.blocks.count} samples that do not see each '
+                "other, but the derivative of one by another is not zero (a norm over the batch, attention, a mean?). "
+                "Drop batch_dims, or make the samples independent."
+            )
+
+    # ------------------------------------------------------------------ the user's
+    def _users(self, t: Tensor, y: Tensor) -> Tensor:
+        assert self.jac is not None
+        size, count = self.blocks.size, self.blocks.count
+        found = self.jac(t, self.layout.unflatten(y))
+        if not isinstance(found, Tensor) or found.numel() != count * size**2 or found.is_complex():
+            got = f"{found.dtype} of shape {tuple(found.shape)}" if isinstance(found, Tensor) else f"{found!r:.60}"
+            need = f"({count}, {size}, {size})" if count > 1 else f"({size}, {size})"
+            raise InvalidInput(
+                f'options["jac"] must return df/dy of a flat state as a real tensor of {need}, [.., i, j] being '
+                f"df_i/dy_j; got {got}."
+            )
+        return found.reshape(count, size, size).to(y.dtype.to_real())
+
+
+def refuse_transforms() -> None:
+    """Raises UnsupportedTransform inside a transform of torch.func, or in forward mode."""
+    if transformed():
+        raise UnsupportedTransform(
+            "a transform of torch.func, or forward mode, over the steps of an implicit method, which differentiates "
+            'func itself. Use `odeint_adjoint(..., gradient="discrete")`, which grad, vjp, jacrev and vmap go through.'
+        )
+
+
+def _leaf(x: Tensor, taped: bool) -> Tensor:
+    """x as something to differentiate by: itself where it is on the tape."""
+    if taped and x.requires_grad:
+        return x
+    return (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
+
+
+def _grad(of: Tensor, by: Tensor, weight: Tensor | None, *, create_graph: bool, what: str) -> Tensor | None:
+    """One vjp, with a sentence where func cannot be differentiated so often."""
+    weight = torch.ones_like(of) if weight is None else weight
+    try:
+        return torch.autograd.grad(of, by, weight, retain_graph=True, create_graph=create_graph, allow_unused=True)[0]
+    except (RuntimeError, NotImplementedError) as failure:
+        times = "twice" if create_graph else "once"
+        raise InvalidField(_TWICE.format(what, times, str(failure).splitlines()[0][:200])) from failure
+
+
+def _has_leaves(f: Tensor, known: set[Tensor]) -> bool:
+    """f depends on a tensor that requires a gradient, beside those that are known."""
+    variables = (getattr(node, "variable", None) for node in _nodes(f))
+    return any(variable is not None and variable not in known for variable in variables)
+
+
+def _nodes(x: Tensor) -> Iterator[Any]:
+    """All nodes of the graph of x."""
+    seen, pending = set(), [x.grad_fn]
+    while pending:
+        node = pending.pop()
+        if node is not None and node not in seen:
+            seen.add(node)
+            yield node
+            pending += [following for following, _ in node.next_functions]

@@ -1,0 +1,123 @@
+"""The adjoint of implicit methods, along the stored forward solution."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+from problems import F64, linspace
+from stiff_cases import Robertson
+from torch import nn
+
+from node_cuda import Status, odeint, odeint_adjoint, odeint_event, solve
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
+
+METHODS = list(IMPLICIT_TABLEAUS)
+
+
+class Relaxing(nn.Module):
+    """y' = -lam (y - cos t), whose solution from y(0) = 2 is known."""
+
+    def __init__(self, lam=1000.0):
+        super().__init__()
+        self.lam = nn.Parameter(torch.tensor(lam, dtype=F64))
+
+    def forward(self, t, y):
+        return -self.lam * (y - torch.cos(t))
+
+
+def relaxed(lam, t=1.0):
+    return (lam**2 * math.cos(t) + lam * math.sin(t)) / (1 + lam**2) + (2 - lam**2 / (1 + lam**2)) * math.exp(-lam * t)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_a_field_too_stiff_to_be_run_backwards_has_its_gradient(method):
+    """A factor e^1000 a unit of time backwards; a solve of y and a together does not end."""
+    func, t = Relaxing(), linspace(0.0, 1.0, 2)
+    tolerance = 1e-5 if method == "trbdf2_adaptive" else 1e-7
+    y = odeint_adjoint(func, torch.full((1,), 2.0, dtype=F64), t, method=method, rtol=tolerance, atol=tolerance / 100)
+    y[-1].sum().backward()
+    right = (relaxed(1000 * 1.00001) - relaxed(1000 * 0.99999)) / 0.02
+    assert float(y[-1].detach()) == pytest.approx(relaxed(1000.0), abs=10 * tolerance)
+    # dL/dlam is 5e-7, and comes of a cancellation of y and cos t.
+    assert float(func.lam.grad) == pytest.approx(right, rel=1e-2)
+
+
+@pytest.mark.parametrize("method", ["rodas5p", "kvaerno5"])
+@pytest.mark.parametrize("backwards", [False, True])
+def test_it_is_the_discrete_gradient_to_the_tolerance_with_tuples_complex_numbers_and_both_directions(
+    method, backwards
+):
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([3.0 + 20j, 1.0 - 5j], dtype=torch.complex128))
+            self.r = nn.Parameter(torch.tensor(0.7, dtype=F64))
+
+        def forward(self, t, state):
+            a, b = state
+            return -self.w * (a - torch.sin(t)) + 0.3 * b.sum() * a.conj(), -self.r * b + a.abs().sum() * torch.cos(t)
+
+    t, found = linspace(0.0, 1.0, 4), []
+    t = (t.flip(0) if backwards else t).requires_grad_()
+    start = (
+        torch.ones(2, dtype=torch.complex128, requires_grad=True),
+        torch.full((3,), 0.5, dtype=F64, requires_grad=True),
+    )
+    for gradient in ("adjoint", "discrete"):
+        func = Field()
+        if backwards:
+            func.w.data.neg_()
+        a, b = solve(func, start, t, method=method, gradient=gradient, rtol=1e-6, atol=1e-6).ys
+        loss = a.abs().square().sum() + (b.real * linspace(1.0, 2.0, 3)).sum()
+        found.append(torch.autograd.grad(loss, (*start, func.w, func.r, t)))
+    for ours, exact in zip(*found, strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-3, atol=1e-3 * float(exact.abs().max()))
+
+
+def test_events_and_partial_solutions_have_their_gradient():
+    func = Relaxing(50.0)
+    y0 = torch.full((1,), 2.0, dtype=F64, requires_grad=True)
+    found = []
+    for gradient in ("adjoint", "discrete"):
+        event_t, ys = odeint_event(func, y0, torch.tensor(0.0, dtype=F64), event_fn=lambda t, y: y[0] - 1.05,
+                                   method="kvaerno5", odeint_interface=odeint_adjoint, gradient=gradient,
+                                   rtol=1e-8, atol=1e-8)  # fmt: skip
+        found.append(torch.autograd.grad(event_t + ys[-1].sum(), (y0, func.lam)))
+    for ours, exact in zip(*found, strict=True):
+        assert torch.allclose(ours, exact, rtol=1e-5)
+
+    def blows_up(t, y):
+        return y**2
+
+    y0 = torch.ones(1, dtype=F64, requires_grad=True)
+    solution = solve(blows_up, y0, torch.tensor([0.0, 0.5, 2.0], dtype=F64), method="kvaerno5", gradient="adjoint",
+                     adjoint_params=(), rtol=1e-6, atol=1e-8, options=dict(throw=False, max_num_steps=300))  # fmt: skip
+    assert solution.status is not Status.SUCCESS and bool(solution.ys[-1].isnan())
+    solution.ys[1].sum().backward()
+    assert float(y0.grad) == pytest.approx(4.0, rel=1e-4)  # y = y0 / (1 - y0 t)
+
+
+def test_a_batch_with_its_own_jacobians_has_the_gradient_of_its_samples():
+    rates = torch.tensor([[0.04, 1e4, 3e7], [0.1, 1e3, 1e6]], dtype=F64)
+    y0, t = torch.tensor([[1.0, 0.0, 0.0]], dtype=F64).expand(2, 3), torch.tensor([0.0, 1.0], dtype=F64)
+    arguments = dict(method="kvaerno5", rtol=1e-7, atol=1e-11)
+    func = Robertson(rates.clone())
+    odeint_adjoint(func, y0, t, options=dict(batch_dims=1), **arguments)[-1, :, 0].sum().backward()
+    for i in range(2):
+        alone = Robertson(rates[i].clone())
+        odeint(alone, y0[i], t, **arguments)[-1, 0].backward()
+        assert torch.allclose(func.rates.grad[i], alone.rates.grad, rtol=1e-3)
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (dict(adjoint_method="dopri5"), "implicit method where the forward one is"),
+        (dict(adjoint_options=dict(norm=lambda parts: parts[0].abs())), "adjoint_options"),
+    ],
+)
+def test_what_it_cannot_do_is_refused_in_words(arguments, words):
+    with pytest.raises(ValueError, match=words):
+        odeint_adjoint(Relaxing(), torch.ones(1, dtype=F64), linspace(0.0, 1.0, 2), method="kvaerno5", **arguments)
