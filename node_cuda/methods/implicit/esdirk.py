@@ -56,11 +56,12 @@ class EsdirkSteps(Evaluations):
         self._last = arithmetic.last_stage(tableau.b_row, tableau.err_row, 1.0, self.end)
         self._inside = InsideError(self, tableau, everywhere=everywhere)
         self._derivative: Tensor | None = None  # df/dy, of this step or of an earlier one
-        self._of_this_step = False
+        self._of_this_step = self._after_jump = False
         self._matrix: tuple[float, Factorised] | None = None  # and the h gamma that it was made for
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
         """f(t0, y0); inside: just after t0."""
+        self._after_jump = inside
         return self.f(self.start_time(t0, span, inside), y0)
 
     def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
@@ -79,7 +80,7 @@ class EsdirkSteps(Evaluations):
         while k is None:
             renewed = self._derivative is None
             if renewed:
-                self._renew(at.t0, y0)
+                self._renew(self.start_time(at.t0, None, self._after_jump), y0)
             k = self._solved(at, y0, k1, span)
             if k is None and (renewed or self._of_this_step):
                 return self._unsolved(at, y0, k1, span)
@@ -91,13 +92,13 @@ class EsdirkSteps(Evaluations):
     def again(self, at: Interval, t: Tensor, y0: Tensor, k1: Tensor | None) -> Step | None:
         """A step that was taken before, from its own Jacobian; None: its equations are not solved now. t: its start,
         where the field is k1 if that was not carried on."""
-        self._derivative = None
+        self._renew(t.detach(), y0)
         step = self._attempt_at(at, y0, self.f(t, y0) if k1 is None else k1)
         return None if step.unsolved else step
 
     def carry(self, step: Step) -> Tensor | None:
         """The last stage, which is f(t1, y1), or the field beyond a jump."""
-        self._of_this_step = False
+        self._of_this_step, self._after_jump = False, step.jump
         if step.jump or self.newton.rate > SLOW:
             self._derivative = None
         if step.jump:
@@ -113,9 +114,8 @@ class EsdirkSteps(Evaluations):
                 error = matrix.solve(error)
         return self._inside.added(error, step, matrix, step.at.signed * self.gamma)
 
-    def _renew(self, t0: float, y0: Tensor) -> None:
+    def _renew(self, t: Tensor, y0: Tensor) -> None:
         with torch.no_grad():
-            (t,) = self.arithmetic.times(self.arithmetic.interval(t0, t0, 0.0), [0.0], self.end)
             self._derivative = self.jacobian.at(t, y0.detach()).jacobian
         self._of_this_step = True
         self._matrix = None

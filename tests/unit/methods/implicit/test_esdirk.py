@@ -63,6 +63,22 @@ def test_a_step_that_an_old_jacobian_does_not_solve_is_tried_with_a_new_one():
     assert stats.jacobians == 2 and not second.unsolved and stats.rejected_by_newton == 0
 
 
+def test_the_jacobian_behind_a_jump_is_that_of_its_far_side():
+    times: list[float] = []
+
+    def jacobian(t, y):
+        times.append(float(t))
+        return -torch.eye(3, dtype=F64)
+
+    with torch.no_grad():
+        steps, _ = stepper("kvaerno5", lambda t, y: -y, jac=jacobian)
+        step = steps.attempt(0.0, ProposedStep(0.5, 0.5), Y, None)
+        step.jump = True
+        k1 = steps.carry(step)
+        steps.attempt(0.5, ProposedStep(0.6, 0.1), step.y1, k1)
+    assert times[0] == 0.0 and 0.5 < times[1] < 0.5 + 1e-15
+
+
 def test_a_step_that_is_not_solved_is_told_apart_and_leaves_the_state():
     def cliff(t, y):
         return torch.where(y > 0.5, -1.0, 1.0) * 1e3 * torch.ones_like(y)
