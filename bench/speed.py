@@ -2,6 +2,7 @@
 
 Every row has the medians and quartiles of both times and of the ratio of each pair, the evaluations of the field
 forward and backward, and the error. Rows in which node_cuda loses are kept. The cases are in parts/solve/cases.py.
+Those of small states, in parts/speed/small_cases.py, also have the loop that a person would write.
 
     python bench/speed.py [--quick] [--device cuda] [--threads N] [--out DIRECTORY]
 """
@@ -20,31 +21,41 @@ from parts.common.tables import show, write_result
 from parts.common.timing import Spread, interleaved
 from parts.solve.cases import CASES, QUICK_CASES, Case
 from parts.solve.solving import TorchContestant, exact, largest_error, make_problem, mistake
-from parts.speed.report import speed_rows
+from parts.speed.report import small_rows, small_sentence, speed_rows
+from parts.speed.small import ROUNDS, measure_small
+from parts.speed.small_cases import QUICK_SMALL_CASES, SMALL_CASES
 
 PAIRS = 41  # at most, of each row
 BUDGET = 8.0  # seconds of timing for each row; there are always at least three pairs
 
 
 def main() -> None:
-    arguments = program.parser(__doc__, quick="two tiny cases").parse_args()
+    arguments = program.parser(__doc__, quick="a few tiny cases").parse_args()
     device = program.begin(arguments)
     console = Console()
     cases = QUICK_CASES if arguments.quick else CASES
     pairs = 3 if arguments.quick else PAIRS
     rows = [measure(case, device, pairs) for case in track(cases, "measuring", console=console)]
+    small_cases = QUICK_SMALL_CASES if arguments.quick else SMALL_CASES
+    rounds = 3 if arguments.quick else ROUNDS
+    small = [
+        measure_small(case, device, rounds) for case in track(small_cases, "measuring small states", console=console)
+    ]
     result = {
         **program.new_result("speed", device),
         "settings": {"method": "dopri5", "loss": "sum of y(t_end)^2 / batch"},
         "rows": rows,
+        "small": small,
     }
     path = write_result(result, arguments.out)
     show(speed_rows(result))
+    show(small_rows(result))
     promised = [row for row in rows if row["target"] is not None]
     console.print(
         f"{sum(row['met'] for row in promised)} of {len(promised)} promised ratios reached; "
         f"faster than {libraries.RIVAL} in {sum(row['ratio'][0] > 1 for row in rows)} of {len(rows)} rows."
     )
+    console.print(small_sentence(result))
     console.print(program.written(path, arguments.out), soft_wrap=True)
 
 

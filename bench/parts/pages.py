@@ -19,7 +19,7 @@ from parts.gradients.report import gradients_block
 from parts.kernels.report import kernels_block
 from parts.memory.report import memory_block, memory_short
 from parts.solve.report import solve_block
-from parts.speed.report import speed_block, speed_short
+from parts.speed.report import small_block, speed_block, speed_short
 from parts.stiff.report import stiff_block
 
 PAGES = (ROOT / "README.md", BENCH / "README.md", PUBLISHED / "README.md", ROOT / "docs" / "stiff.md")
@@ -30,6 +30,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "memory-short": ("memory_vs_steps", memory_short),
     "speed": ("speed", speed_block),
     "speed-short": ("speed", speed_short),
+    "speed-small": ("speed", small_block),
     "gradients": ("gradients", gradients_block),
     "endurance": ("endurance", endurance_block),
     "stiff": ("stiff", stiff_block),
@@ -41,12 +42,12 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
 
 
 def block(name: str, folder: Path) -> str:
-    """The text of a block: the results of each device, one after another."""
+    """The text of a block: the results of each device that has them, one after another."""
     if name not in BLOCKS:
         raise SystemExit(f"There is no block `bench:{name}`; there are {', '.join(sorted(BLOCKS))}.")
     stem, render = BLOCKS[name]
     results = [json.loads(path.read_text()) for path in sorted(folder.glob(f"{stem}*.json"))]
-    return "\n\n".join(map(render, results)) or "Not measured yet."
+    return "\n\n".join(filter(None, map(render, results))) or "Not measured yet."
 
 
 def filled(page: str, folder: Path) -> str:

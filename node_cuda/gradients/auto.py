@@ -39,8 +39,8 @@ def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
 def why_not_discrete(request: SolveSpec) -> str | None:
     """Why "discrete" is not the one to take, as far as that is known before func is evaluated."""
     given, options, problem = request.adjoint, request.method.options, request.problem
-    if request.method.tableau is None:
-        return f"method={request.method.name!r} is no explicit Runge-Kutta method"
+    if request.method.tableau is None and request.method.implicit is None:
+        return f"method={request.method.name!r} is no Runge-Kutta method"
     for name in ("rtol", "atol", "method", "options"):
         if getattr(given, name) is not None:
             return f'adjoint_{name} was given, which only "adjoint" reads'

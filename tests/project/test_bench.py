@@ -120,6 +120,87 @@ def test_speed_compares_with_torchdiffeq_and_writes_its_results(tmp_path):
             assert row["libraries"][library].keys() >= {"milliseconds", "nfe", "nfe_backward", "error"}
     assert forward["libraries"]["node_cuda"]["nfe"] == forward["libraries"]["torchdiffeq"]["nfe"]
     assert backward["libraries"]["node_cuda"]["nfe_backward"] > 0
+    small = {row["case"].rpartition(", ")[2]: row["contestants"] for row in result["small"]}
+    assert small.keys() == {"no gradient", "backprop", "adjoint", "discrete"}
+    for row in result["small"]:
+        assert list(row["contestants"]) == ["node_cuda", "torchdiffeq", "loop by hand"][: 2 + ("step" in row["case"])]
+        assert len({contestant["nfe"] for contestant in row["contestants"].values()}) == 1, row  # the same work
+        for contestant in row["contestants"].values():
+            assert contestant["error"] >= 0 and min(contestant["milliseconds"] + contestant["ratio"]) > 0
+        assert row["contestants"]["node_cuda"]["ratio"] == [1.0, 1.0, 1.0]
+    assert all(found["gradient"] == "backprop" and found["nfe_backward"] == 0 for found in small["backprop"].values())
+    assert small["adjoint"]["node_cuda"]["nfe_backward"] == small["adjoint"]["torchdiffeq"]["nfe_backward"] > 0
+
+
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+def test_a_loop_by_hand_takes_the_steps_of_the_method(method, bench):
+    def field(t, y):
+        return torch.sin(3.0 * t) - y * y
+
+    loop = bench("parts.speed.loops").LOOPS[method]
+    y0, t = torch.tensor([0.3, -0.2], dtype=torch.float64), torch.linspace(0.0, 1.0, 5, dtype=torch.float64)
+    expected = importlib.import_module("node_cuda").odeint(field, y0, t, method=method)[-1]
+    torch.testing.assert_close(loop(field, y0, t[:-1], 0.25), expected, rtol=1e-14, atol=0.0)  # to rounding
+
+
+def test_small_states_have_a_row_for_every_grid_dtype_and_gradient_mode(bench):
+    cases = bench("parts.speed.small_cases").SMALL_CASES
+    names = [case.name for case in cases]
+    assert len(set(names)) == len(names)
+    modes = ["no gradient", "backprop", "adjoint", "discrete"]
+    for method in ("euler", "midpoint", "rk4"):
+        for steps in ("1 step", "10 steps", "50 steps"):
+            for dtype in ("float32", "bfloat16"):
+                assert {f"{method}, {steps}, {dtype}, {mode}" for mode in modes} <= set(names)
+    others = [name for name in names if not name.startswith(("euler", "midpoint", "rk4"))]
+    assert others[0] == "rollout, euler, 1000 steps, float32, no gradient"
+    assert others[1:] == [
+        f"{use}, float32, {mode}"
+        for use in ("normalizing flow, dopri5, 2 outputs", "latent ODE, dopri5, 200 outputs")
+        for mode in modes
+    ]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_wrong_result_of_a_small_state_is_not_timed(dtype, bench, monkeypatch):
+    small, cases = bench("parts.speed.small"), bench("parts.speed.small_cases")
+    monkeypatch.setattr(small, "by_library", lambda *case: lambda field, y0, t: torch.stack([y0, 2.0 * y0]))
+    monkeypatch.setattr(small, "interleaved", lambda *runs, **limits: pytest.fail("timed"))
+    with pytest.raises(SystemExit, match=r"node_cuda misses the result of `euler, 1 step.* Nothing is timed"):
+        small.measure_small(cases.grid("euler", 1, cases.FORWARD, dtype), torch.device("cpu"), 1)
+
+
+def small_row(case, ratio, *names):
+    """Return a row of small states in which node_cuda takes 2 ms and all others take `ratio` times as long."""
+    spread = {name: [1.0] * 3 if name == "node_cuda" else [ratio] * 3 for name in names}
+    return {
+        "case": case,
+        "contestants": {
+            name: {"nfe": 4, "nfe_backward": 0, "error": 1e-7, "milliseconds": [2.0 * r for r in value], "ratio": value}
+            for name, value in spread.items()
+        },
+    }
+
+
+def test_the_rows_of_small_states_keep_those_that_lose_and_the_readme_counts_them(report, tmp_path):
+    result = json.loads((BENCH / "results" / "speed-cpu.json").read_text())
+    result["small"] = [
+        small_row("euler", 0.5, "node_cuda", "torchdiffeq", "loop by hand"),
+        small_row("flow", 1.5, "node_cuda", "torchdiffeq"),
+    ]
+    (tmp_path / "speed-cpu.json").write_text(json.dumps(result))
+    block, sentence = report.block("speed-small", tmp_path), "in 1 of 2 rows; the smallest ratio is 0.5 (euler)."
+    assert "| euler | 2 (2-2) | 1 (1-1) | 1 (1-1) | 0.5 (0.5-0.5) | 0.5 (0.5-0.5) | 4, 4, 4 | 1e-07, 1e-" in block
+    assert "| flow | 2 (2-2) | 3 (3-3) |  | 1.5 (1.5-1.5) |  | 4, 4 | 1e-07, 1e-07 |" in block
+    assert sentence in block and report.block("speed-short", tmp_path).endswith(sentence)
+
+
+def test_results_without_small_states_leave_their_table_unmeasured_and_the_others_as_they_are(report, tmp_path):
+    result = json.loads((BENCH / "results" / "speed-cpu.json").read_text())
+    result.pop("small", None)
+    (tmp_path / "speed-cpu.json").write_text(json.dumps(result))
+    assert report.block("speed-small", tmp_path) == "Not measured yet."
+    assert "small states" not in report.block("speed-short", tmp_path)
 
 
 @pytest.mark.slow
@@ -182,7 +263,8 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
     with pytest.raises(
         SystemExit,
-        match="device-loop, endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short",
+        match="device-loop, endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short, "
+        "speed-small",
     ):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 

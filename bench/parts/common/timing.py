@@ -1,4 +1,4 @@
-"""Measures times: by the wall clock, in turns, for comparisons; by CUDA events for single launches."""
+"""Measures times: by the wall clock or in CPU time, in turns, for comparisons; by CUDA events for single launches."""
 
 from __future__ import annotations
 
@@ -35,6 +35,15 @@ def seconds(run: Callable[[], object], device: torch.device) -> float:
     run()
     synchronize(device)
     return time.perf_counter() - start
+
+
+def cpu_seconds(run: Callable[[], object], device: torch.device) -> float:
+    """CPU time of the process in one call, which other processes change least; on CUDA the wall-clock time."""
+    if device.type == "cuda":
+        return seconds(run, device)
+    start = time.process_time()
+    run()
+    return time.process_time() - start
 
 
 def synchronize(device: torch.device) -> None:
