@@ -60,8 +60,8 @@ def test_batch_normalization_in_training_is_a_function_of_its_batch():
 
 # ------------------------------------------------------------------ adjoint, and why
 ADJOINT = {
-    "another method": (dict(method="explicit_adams"), "method='explicit_adams' is no explicit Runge-Kutta method"),
-    "scipy": (dict(method="scipy_solver", rtol=1e-3, atol=1e-3), "no explicit Runge-Kutta method"),
+    "another method": (dict(method="explicit_adams"), "method='explicit_adams' is no Runge-Kutta method"),
+    "scipy": (dict(method="scipy_solver", rtol=1e-3, atol=1e-3), "no Runge-Kutta method"),
     "rtol": (dict(adjoint_rtol=1e-5), 'adjoint_rtol was given, which only "adjoint" reads'),
     "atol": (dict(adjoint_atol=1e-5), "adjoint_atol was given"),
     "method": (dict(adjoint_method="tsit5"), "adjoint_method was given"),
