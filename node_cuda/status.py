@@ -62,7 +62,7 @@ class Status(Enum):
     )
 
     NOT_SOLVED = (
-        7,
+        9,
         "The equations of an implicit step could not be solved at any step size: Newton's iterations do not converge. "
         "Check that func is smooth there and, if it was given, that options['jac'] is its derivative; pass "
         '`options=dict(jump_t=...)` if func is discontinuous; or use method="rodas5p", which does not iterate.',
