@@ -180,14 +180,13 @@ def captured_or_why(
 
 def refuse_in_capture(y0: Any) -> None:
     """Raise Unsupported if the user is capturing the stream that the state is on."""
-    if isinstance(y0, Tensor) and y0.is_cpu:
-        return
     parts = y0 if isinstance(y0, tuple) else (y0,)
-    if any(isinstance(part, Tensor) and capturing(part.device) for part in parts):
-        raise Unsupported(
-            "A solve and its gradient cannot be part of a torch.cuda.graph: solve outside the graph with "
-            'options=dict(cuda_graph=True, throw="deferred"), which captures the steps itself and waits for nothing.'
-        )
+    for part in parts:
+        if isinstance(part, Tensor) and capturing(part.device):
+            raise Unsupported(
+                "A solve and its gradient cannot be part of a torch.cuda.graph: solve outside the graph with "
+                'options=dict(cuda_graph=True, throw="deferred"), which captures the steps itself and waits for nothing.'
+            )
 
 
 def fallback_reason(problem: Problem, method: Method) -> str | None:

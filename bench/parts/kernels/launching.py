@@ -14,7 +14,6 @@ from torch import Tensor
 
 # The order of enum Dtype.
 DTYPES = (torch.float32, torch.float64, torch.float16, torch.bfloat16, torch.complex64, torch.complex128)
-CTL_BYTES = 208
 LAW = "9dq4Q3q2iQ"
 LAYOUTS = {"StepRef": "Q5d", "Tolerance": "2d2Q", "ControllerParams": LAW, "Finish": f"3Qq{LAW}", "Part": "3Q3q"}
 

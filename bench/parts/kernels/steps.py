@@ -14,7 +14,7 @@ from torch import Tensor
 from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.methods.tableaus import TABLEAUS
-from parts.kernels.launching import CTL_BYTES, Launch, Workplace, numbers, packed, pointers
+from parts.kernels.launching import Launch, Workplace, numbers, packed, pointers
 
 DOPRI5 = TABLEAUS["dopri5"]
 T0, H = 0.5, 0.01
@@ -61,7 +61,7 @@ def error_ratio(place: Workplace) -> Launch:
     """The norm of the error, and step control with parameters that keep the step size at H."""
     error, ratio, (last, y0, y1) = place.error(), place.doubles(), place.states(3)
     weight = dict(DOPRI5.err_row or ())[DOPRI5.stages - 1]
-    ctl = torch.zeros(CTL_BYTES, dtype=torch.uint8, device=place.device)
+    ctl = torch.zeros(place.launchers.ControllerState.SIZE, dtype=torch.uint8, device=place.device)
     law = (0.2, 0.0, 0.0, 0.9, 10.0, 0.2, H, H, 5.0, 2**31 - 1)
     place.bind("start_control", ctl, packed("ControllerParams", *law), 1.0, 0, T0, H)()
     finish = packed("Finish", ratio, ctl, None, 0, *law)
