@@ -185,7 +185,7 @@ def refuse_in_capture(y0: Any) -> None:
         if isinstance(part, Tensor) and capturing(part.device):
             raise Unsupported(
                 "A solve and its gradient cannot be part of a torch.cuda.graph: solve outside the graph with "
-                'options=dict(cuda_graph=True, throw="deferred"), which captures the steps itself and waits for nothing.'
+                'options=dict(cuda_graph=True, throw="deferred"), which captures the steps itself and does not wait.'
             )
 
 

@@ -28,11 +28,14 @@ MISSING = dict.fromkeys(
 )
 
 
+_STIFF = 'method="rodas5p" or "kvaerno5" for stiff problems, or method="scipy_solver" with options=dict(solver="{}")'
 _RADAU = ("radau5", "ode15s", "ode23s", "ode23t", "ode23tb", "rosenbrock23", "rodas4", "rodas5", "trbdf2", "kencarp3")
 _RADAU += ("kencarp4", "kencarp5", "kvaerno4", "impliciteuler", "stiff", "radau")
 _BDF = ("bdf", "vode", "zvode", "cvode", "cvode_bdf", "qndf", "fbdf")
 ELSEWHERE = {
-    **dict.fromkeys((*_RADAU, *_BDF, "lsoda"), 'method="rodas5p" or "kvaerno5" for stiff problems'),
+    **dict.fromkeys(_RADAU, _STIFF.format("Radau")),
+    **dict.fromkeys(_BDF, _STIFF.format("BDF")),
+    "lsoda": _STIFF.format("LSODA"),
     **dict.fromkeys(("rk45", "ode45", "dp5", "dormand_prince"), 'method="dopri5"'),
     **dict.fromkeys(("rk23", "ode23", "bs3"), 'method="bosh3"'),
     **dict.fromkeys(("dop853", "dp8"), 'method="dopri8"'),

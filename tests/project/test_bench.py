@@ -48,7 +48,7 @@ def bench(monkeypatch):
 LAYERS = (
     ("common",),
     ("solve",),
-    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "gpu"),
+    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "stiff", "gpu"),
     ("pages",),
     ("program",),
 )

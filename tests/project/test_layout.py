@@ -51,7 +51,6 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
         "gradients.discrete.trajectory",
     ),
     "unit/gradients/test_autograd.py": (
-        "_second_derivatives",
         "_torch_modes",
         "gradients.context",
         "gradients.members",
