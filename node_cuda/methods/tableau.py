@@ -193,6 +193,28 @@ class Tableau:
         return tuple(sparse(numbers) for numbers in self.a)
 
     @cached_property
+    def stability_boundary(self) -> float:
+        """The x > 0 at which |R(-x)|, R the stability function of an explicit method, becomes larger than 1."""
+        coefficients, powers = [1.0], [1.0] * self.stages
+        for _ in range(self.stages):
+            coefficients.append(sum(float(b) * x for b, x in zip(self.b, powers, strict=True)))
+            powers = [sum(float(a) * x for a, x in zip(row, powers, strict=False)) for row in self.a]
+        x = 0.0
+        while abs(sum(c * (-x) ** i for i, c in enumerate(coefficients))) <= 1.0 + 1e-9:
+            x += 1e-3
+        return x
+
+    @cached_property
+    def stages_at_end(self) -> tuple[int, int, SparseRow] | None:
+        """The last two stages i < j at the end of a step, and the row a_j - a_i; None if there is one at most."""
+        ends = [i for i, node in enumerate(self.nodes) if node == 1.0]
+        if len(ends) < 2:
+            return None
+        i, j = ends[-2:]
+        shorter = (*self.a[i], *[0] * (len(self.a[j]) - len(self.a[i])))
+        return i, j, sparse([x - y for x, y in zip(self.a[j], shorter, strict=True)])
+
+    @cached_property
     def b_row(self) -> SparseRow:
         """Nonzero entries (i, b_i)."""
         return sparse(self.b)

@@ -10,7 +10,7 @@ import torch
 from problems import F64, linspace
 
 from node_cuda import TABLEAUS, StiffnessWarning, odeint, solve
-from node_cuda.loop.stiffness import EVERY, StiffnessTest, boundary
+from node_cuda.loop.stiffness import EVERY, StiffnessTest
 
 Y = torch.tensor([2.0, 0.0], dtype=F64)
 
@@ -34,7 +34,7 @@ def test_a_stiff_field_is_warned_of_once_with_the_method_to_take(method):
     message = str(warning.message)
     assert "rodas5p" in message and stats.stiff_steps >= 15
     product = float(re.search(r"h \|lambda\| = ([\d.]+)", message)[1])
-    assert product == pytest.approx(boundary(TABLEAUS[method]), rel=0.4)
+    assert product == pytest.approx(TABLEAUS[method].stability_boundary, rel=0.4)
     assert warning.filename == __file__
 
 
@@ -48,11 +48,11 @@ def test_a_field_that_is_not_stiff_is_never_suspected_and_costs_one_read_in_fift
 
 
 def test_the_boundary_is_that_of_the_stability_function():
-    assert boundary(TABLEAUS["dopri5"]) == pytest.approx(3.307, abs=2e-3)  # Hairer and Wanner II, IV.2
+    assert TABLEAUS["dopri5"].stability_boundary == pytest.approx(3.307, abs=2e-3)  # Hairer and Wanner II, IV.2
     for name in ("dopri5", "tsit5"):  # y' = lambda y grows beyond it, and not before
         for factor, grows in ((0.97, False), (1.05, True)):
             h = 0.1
-            rate = -factor * boundary(TABLEAUS[name]) / h
+            rate = -factor * TABLEAUS[name].stability_boundary / h
             options = dict(first_step=h, min_step=h, max_step=h)
             y = odeint(lambda t, y, rate=rate: rate * y, torch.ones(1, dtype=F64), linspace(0.0, 4.0, 2), method=name,
                        options=options, rtol=1.0)  # fmt: skip
