@@ -5,6 +5,7 @@ A fault is put into one method of the compiled module, between Python and the ke
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import struct
 import subprocess
@@ -293,10 +294,20 @@ class OfSums(Faulty):
         return [(e, _SUMS[code], size) for _, e, _, size, _, code in self.parts if e] if name == "ratio" else []
 
 
+@contextlib.contextmanager
+def filled_memory() -> Iterator[None]:
+    """Fill new memory with NaN: memory that no kernel writes then never holds the right result of an old tensor."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
 def found_by(module: Any, dtype: torch.dtype, rows: Sequence[check_rows.Primitive]) -> str | None:
     """Return the first row that disagrees."""
     pair = check_rows.sides(module, ON, CPU, dtype)
-    with torch.no_grad():
+    with torch.no_grad(), filled_memory():
         for row in rows:
             try:
                 wrong = difference(row, *pair)
