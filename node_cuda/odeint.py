@@ -169,7 +169,7 @@ def solve(
 
     Arguments as those of `odeint` and `odeint_adjoint`. gradient: "backprop" (autograd through the solver), "adjoint"
     (the continuous adjoint method; only it reads the adjoint_* arguments), "discrete" (the exact gradient of the
-    computed steps, from one state a step; of explicit Runge-Kutta methods, and of these arguments only adjoint_params)
+    computed steps, from one state a step; of Runge-Kutta methods, and of these arguments only adjoint_params)
     or "auto" ("discrete" where method, field and arguments allow it, else "adjoint", for the reason in
     `stats.why_gradient`). checkpoints, of "discrete": at most so many states are held, and others computed again;
     "auto": as many as fit a quarter of the free memory; None: all, with gradient="auto" as "auto". With

@@ -191,8 +191,8 @@ class AdaptiveSteps:
         now, problem = self.now, self.problem
         _log.warning(
             "A solve has tried %d steps, and goes on: t = %.6g of %s, h = %.3g, %.0f%% of the steps rejected. If it "
-            'does not end: loosen rtol and atol; for a stiff field use method="scipy_solver", '
-            'options=dict(solver="Radau"); name the times where func jumps as options=dict(jump_t=...); or set '
+            'does not end: loosen rtol and atol; for a stiff field use method="rodas5p"; '
+            "name the times where func jumps as options=dict(jump_t=...); or set "
             "options=dict(max_num_steps=...) as a limit.",
             LONG,
             problem.direction * t,

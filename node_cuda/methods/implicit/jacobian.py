@@ -23,8 +23,8 @@ _TWICE = (
     '{} differentiates func {}, and torch says: {} Pass options=dict(jac=...), take method="kvaerno5", which needs '
     'first derivatives only, or an explicit method, "dopri5".'
 )
-COUPLED = 1e-3
-"""Of the largest entry: how far one product with the blocks may be off, where samples do not see each other."""
+WRONG = 1e-3
+"""Relative difference from which on the user's Jacobian is not the derivative of func: differences give less."""
 
 
 class Linearised(NamedTuple):
@@ -62,6 +62,8 @@ class Jacobian:
         recording, on_tape = torch.is_grad_enabled(), y.requires_grad or t.requires_grad
         with torch.inference_mode(False), torch.enable_grad():
             y, t = _leaf(y, recording), _leaf(t, recording) if self.timed else t
+            if self.timed and recording and y.grad_fn is not None:
+                y, t = _joined(y, t)
             u = self.blocks.split(y)
             f = self.field(t, self.blocks.join(u))
             rows = self.blocks.split(f)
@@ -71,6 +73,9 @@ class Jacobian:
             taped = on_tape and twice
             if self.jac is not None:
                 jacobian = self._users(t, y)
+                if not self._looked:
+                    self._looked = True
+                    self._check_users(rows, u, jacobian)
                 df_dt = self._of_time(rows, t, taped) if self.timed else None
             else:
                 jacobian, df_dt = self._by_autograd(rows, u, t, y, taped)
@@ -190,13 +195,31 @@ class Jacobian:
         (whole,) = torch.autograd.grad(rows, u, weights, retain_graph=True, allow_unused=True)
         if whole is None:
             return
-        blocks = torch.einsum("bi,bij->bj", weights, jacobian.detach())
-        off = (whole.detach() - blocks).abs()
-        if bool((off > COUPLED * jacobian.detach().abs().amax()).any()):
+        if bool((_off(whole, weights, jacobian) > 0.0).any()):
             raise InvalidInput(
                 f'options["batch_dims"] says that the state is {self.blocks.count} samples that do not see each '
                 "other, but the derivative of one by another is not zero (a norm over the batch, attention, a mean?). "
                 "Drop batch_dims, or make the samples independent."
+            )
+
+    def _check_users(self, rows: Tensor, u: Tensor, jacobian: Tensor) -> None:
+        """Warn if one product with the user's Jacobian is not that of autograd, where there is one."""
+        if not rows.requires_grad:
+            return
+        weights = torch.linspace(0.5, 1.5, rows.numel(), dtype=torch.float64).reshape(rows.shape).to(rows)
+        try:
+            (whole,) = torch.autograd.grad(rows, u, weights, retain_graph=True, allow_unused=True)
+        except (RuntimeError, NotImplementedError):  # torch cannot differentiate func, which is why jac was given
+            return
+        if whole is None:
+            return
+        off = float(_off(whole, weights, jacobian, WRONG).max())
+        if off > 0.0:
+            warnings.warn(
+                'options["jac"] is not df/dy of func: a product with it differs from that of autograd. The steps are '
+                'then slower, and the gradients of "discrete" and "backprop" are wrong. It must return [.., i, j] = '
+                "df_i/dy_j at (t, y); drop it if func is differentiable by torch.",
+                stacklevel=users_level(),
             )
 
     # ------------------------------------------------------------------ the user's
@@ -221,6 +244,22 @@ def refuse_transforms() -> None:
             "a transform of torch.func, or forward mode, over the steps of an implicit method, which differentiates "
             'func itself. Use `odeint_adjoint(..., gradient="discrete")`, which grad, vjp, jacrev and vmap go through.'
         )
+
+
+def _off(whole: Tensor, weights: Tensor, jacobian: Tensor, relative: float | None = None) -> Tensor:
+    """Return how far w^T J by autograd and by the blocks differ, beyond rounding or this relative difference."""
+    jacobian, eps = jacobian.detach(), torch.finfo(weights.dtype).eps
+    blocks = torch.einsum("bi,bij->bj", weights, jacobian)
+    size = torch.einsum("bi,bij->bj", weights.abs(), jacobian.abs())
+    limit = (eps**0.5 if relative is None else relative) * size + 1e3 * eps * jacobian.abs().amax()
+    return (whole.detach() - blocks).abs() - limit
+
+
+def _joined(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
+    """Return y and t as parts of one tensor. For the gradient by a leaf t, autograd would go through the whole tape."""
+    both = torch.cat([y.reshape(-1), t.reshape(1).to(y.dtype)])
+    last = both[-1]
+    return both[:-1].reshape(y.shape), last.real if last.is_complex() else last
 
 
 def _leaf(x: Tensor, taped: bool) -> Tensor:

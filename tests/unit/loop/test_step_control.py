@@ -142,7 +142,7 @@ def test_a_long_solve_is_logged_once_with_where_it_stands_and_what_to_try(monkey
     assert (record.name, record.levelno) == ("node_cuda", logging.WARNING)
     words = record.getMessage()
     assert words.startswith("A solve has tried 50 steps, and goes on: t = ") and " of 4, h = " in words
-    for mend in ("rtol", 'solver="Radau"', "jump_t", "max_num_steps"):
+    for mend in ("rtol", 'method="rodas5p"', "jump_t", "max_num_steps"):
         assert mend in words
     assert torch.equal(told.ys, quiet.ys)
     assert told.stats.nfe == func.nfe == quiet.stats.nfe + 2, "the field is asked twice at one point, and only then"

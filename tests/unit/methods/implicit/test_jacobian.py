@@ -8,7 +8,7 @@ import pytest
 import torch
 from problems import F64, linspace
 
-from node_cuda import odeint
+from node_cuda import odeint, solve
 from node_cuda.methods.implicit.blocks import Blocks
 from node_cuda.methods.implicit.jacobian import Jacobian
 from node_cuda.problem.problem import make_problem
@@ -154,3 +154,44 @@ def test_inference_mode_is_no_obstacle():
     with torch.inference_mode():
         y = odeint(lambda t, y: -(y**3), Y.clone(), T, method="rodas5p", rtol=1e-5)
     assert torch.allclose(y[-1], Y / torch.sqrt(1 + 2 * Y**2), rtol=1e-4)
+
+
+def decay_by(jac, gradient="discrete"):
+    """A linear field by kvaerno5 with this Jacobian."""
+    y0, t = torch.ones(1, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+    return solve(
+        lambda t, y: -3 * y, y0, t, method="kvaerno5", gradient=gradient, adjoint_params=(), options=dict(jac=jac)
+    )
+
+
+def test_a_jacobian_that_is_not_the_derivative_gives_a_warning():
+    with pytest.warns(
+        UserWarning, match=r'options\["jac"\] is not df/dy.*gradients of "discrete" and "backprop" are wrong'
+    ):
+        decay_by(lambda t, y: torch.tensor([[-3.3]], dtype=F64))
+    decay_by(lambda t, y: torch.tensor([[-3.0]], dtype=F64))  # the right one is quiet
+
+
+def test_weak_coupling_of_the_samples_is_found_beside_a_stiff_component():
+    rates = torch.tensor([1e3, 1.0], dtype=F64)
+
+    def coupled(t, y):
+        return -rates * y - 1e-3 * (y - y.mean(0))
+
+    y0, t = torch.rand(3, 2, dtype=F64), torch.tensor([0.0, 1.0], dtype=F64)
+    with pytest.raises(InvalidInput, match="do not see each other"):
+        solve(coupled, y0, t, method="kvaerno5", options=dict(batch_dims=1))
+    solve(lambda t, y: -rates * y, y0, t, method="kvaerno5", options=dict(batch_dims=1))
+
+
+def test_the_time_of_a_recorded_step_is_no_leaf_so_that_its_gradient_does_not_go_through_all_steps_before():
+    times = []
+
+    def func(t, y):
+        times.append(t)
+        return -y * t
+
+    y0 = torch.ones(2, dtype=F64, requires_grad=True)
+    solve(func, y0, torch.tensor([0.0, 1.0], dtype=F64), method="rodas5p", options=dict(max_step=0.25))
+    linearised = [t for t in times if t.requires_grad]
+    assert len(linearised) >= 4 and all(t.grad_fn is not None for t in linearised[1:])
