@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -80,7 +84,7 @@ MISTAKES = {
 }
 
 
-def test_a_typical_program_is_typed_and_each_mistake_in_it_is_found(tmp_path: Path) -> None:
+def test_pyright_accepts_a_typical_program_and_finds_each_mistake_in_it(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM + "\n".join(MISTAKES))
     (tmp_path / "pyrightconfig.json").write_text(
@@ -92,7 +96,26 @@ def test_a_typical_program_is_typed_and_each_mistake_in_it_is_found(tmp_path: Pa
     for message in json.loads(ran.stdout)["generalDiagnostics"]:
         line = message["range"]["start"]["line"]
         found[line] = found.get(line, "") + message["message"]
+    assert_only_the_mistakes(found)
+
+
+@pytest.mark.slow
+def test_mypy_accepts_a_typical_program_and_finds_each_mistake_in_it(tmp_path: Path) -> None:
+    program = tmp_path / "program.py"
+    program.write_text(PROGRAM + "\n".join(MISTAKES))
+    command = [sys.executable, "-m", "mypy", "--strict", "--cache-dir", str(tmp_path / "cache"), str(program)]
+    ran = subprocess.run(
+        command, capture_output=True, text=True, timeout=300, env={**os.environ, "MYPYPATH": str(ROOT)}
+    )
+    found: dict[int, str] = {}
+    for line, words in re.findall(r"program\.py:(\d+): error: (.*)", ran.stdout):
+        found[int(line) - 1] = found.get(int(line) - 1, "") + words
+    assert_only_the_mistakes(found, words=False)
+
+
+def assert_only_the_mistakes(found: dict[int, str], *, words: bool = True) -> None:
+    """found: messages by line. words: each message names what is wrong."""
     first = len(PROGRAM.splitlines())
-    assert not {line: words for line, words in found.items() if line < first}, "the program itself"
+    assert not {line: said for line, said in found.items() if line < first}, "the program itself"
     for line, (mistake, word) in enumerate(MISTAKES.items(), start=first):
-        assert word in found.get(line, ""), f"{mistake}: {found.get(line)}"
+        assert line in found and (word in found[line] or not words), f"{mistake}: {found.get(line)}"
