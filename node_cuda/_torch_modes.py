@@ -66,8 +66,11 @@ BACKPROP = 'gradient="backprop", as odeint does'
 def first_derivatives(
     gradients: Sequence[Tensor | None], what: str, *of: Tensor, instead: str = BACKPROP
 ) -> tuple[Tensor | None, ...]:
-    """The gradients, which depend on the tensors `of` in a way that is not on the tape: whoever differentiates them
-    again gets an error. torch's once_differentiable loses that dependence where another term has a gradient."""
+    """Return the gradients, which depend on the tensors `of` in a way that autograd does not record.
+
+    To differentiate them again raises an error. torch's once_differentiable would lose that dependence if another term
+    has a gradient. instead: what gives second derivatives.
+    """
     given = [g for g in gradients if g is not None]
     if not (torch.is_grad_enabled() and given):
         return tuple(gradients)
@@ -87,5 +90,5 @@ class _First(torch.autograd.Function):
 
 
 def refuse_second_derivative(what: str, instead: str = BACKPROP) -> NoReturn:
-    """A sentence, where torch would lose the derivative without one."""
+    """Raise NotImplementedError. Without it, torch would drop this derivative silently."""
     raise NotImplementedError(f"{what} gives first derivatives only, and a second one was asked for. Use {instead}.")

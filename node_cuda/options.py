@@ -77,9 +77,10 @@ class ImplicitOptions(AdaptiveOptions):
     """Options of the adaptive implicit methods, beside those of the explicit ones.
 
     jac: a function of (t, y) that returns df/dy as a tensor of (d, d), or (*batch, d, d); by default autograd's.
-    batch_dims: so many of the state's first dimensions count samples that do not see each other, each with a Jacobian
-    of its own. newton_tol: when the equations of a stage count as solved, in units of the tolerances; None: 0.01, or
-    what the dtype holds. The interpolant is one, so that `dense` has no choice. controller is "stiff" by default.
+    batch_dims: the number of the state's first dimensions that count independent samples, each with a separate
+    Jacobian. newton_tol: the error, in units of the tolerances, at which the equations of a stage are solved; None:
+    0.01, or what the dtype can hold. There is one interpolant, so `dense` has no effect. controller is "stiff" by
+    default.
     """
 
     controller: Any = "stiff"

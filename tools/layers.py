@@ -122,7 +122,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.discrete.mode",
         "gradients.discrete",
     ),
-    ("gradients.stored_adjoint",),
+    ("gradients.stored_adjoint", "gradients.by_adjoint"),
     ("gradients.auto", "gradients.registry", "gradients"),
     ("integrals.integral", "integrals.regularized", "integrals"),
     ("odeint", "event", "compiled", "nn", "", "__main__"),

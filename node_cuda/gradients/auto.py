@@ -14,7 +14,7 @@ from torch import Tensor
 
 from node_cuda._records import with_fields
 from node_cuda._typing import EventFunc
-from node_cuda.gradients.adjoint import mode as adjoint
+from node_cuda.gradients import by_adjoint
 from node_cuda.gradients.discrete import mode as discrete
 from node_cuda.gradients.inspection import AnswersByChance
 from node_cuda.loop.request import SolveSpec
@@ -25,19 +25,19 @@ R = TypeVar("R")
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
-    """y at the problem's times; its gradient by the mode that is taken."""
-    return _by_one_of(discrete.outputs, adjoint.outputs, request)
+    """Return y at the problem's times. Its gradient is computed by the chosen mode."""
+    return _by_one_of(discrete.outputs, by_adjoint.outputs, request)
 
 
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
-    """The event's time (no gradient), and y0 and y there; their gradient by the mode that is taken."""
+    """Return the event's time (no gradient), and y0 and y there. Their gradient is computed by the chosen mode."""
     return _by_one_of(
-        lambda request: discrete.event(request, event_fn), lambda request: adjoint.event(request, event_fn), request
+        lambda request: discrete.event(request, event_fn), lambda request: by_adjoint.event(request, event_fn), request
     )
 
 
 def why_not_discrete(request: SolveSpec) -> str | None:
-    """Why "discrete" is not the one to take, as far as that is known before func is evaluated."""
+    """Return the reason not to choose "discrete", or None. Only reasons that are known before func is evaluated."""
     given, options, problem = request.adjoint, request.method.options, request.problem
     if request.method.tableau is None and request.method.implicit is None:
         return f"method={request.method.name!r} is no Runge-Kutta method"

@@ -36,7 +36,7 @@ from node_cuda.methods.interpolation import Interpolant, position
 from node_cuda.methods.registry import Method, lookup
 from node_cuda.methods.step import Step
 from node_cuda.options import ImplicitOptions
-from node_cuda.problem.problem import Problem, check_tolerance
+from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, Status, Unsupported
 
@@ -70,7 +70,7 @@ class _StoredAdjoint(DifferentiableSolve):
         self.event_fn = event_fn
 
     def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """See `DifferentiableSolve`."""
+        """Solve, keep the steps, and return (y at the outputs, the user's time of the last output)."""
         # The user may write y0 before the backward pass.
         problem = replace(request.problem, y0=request.problem.y0.detach().clone())
         loop, interpolant = make_loop(
@@ -86,7 +86,7 @@ class _StoredAdjoint(DifferentiableSolve):
         return torch.stack([problem.y0, y]), at
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        """See `DifferentiableSolve`."""
+        """Solve for a along the stored solution, and return the gradients."""
         ys, params, at_event = saved.ys, saved.params, self.event_fn is not None
         times = (problem.times[0], problem.direction * float(saved.at)) if at_event else problem.times
         # What a failed solve did not reach is NaN, and nothing flows back from it.
@@ -245,12 +245,7 @@ class _AdjointField:
 def _backward_method(request: SolveSpec) -> tuple[Method, ErrorNorm]:
     """The method and the norm of the backward solve, by default the forward ones."""
     problem, given = request.problem, request.adjoint
-    name = request.method_name if given.method is None else given.method
-    if name != request.method_name and request.options is not None and given.options is None:
-        raise ValueError(
-            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`; got "
-            f"{name!r} and {request.method_name!r}. Pass `adjoint_options=dict(...)` as well."
-        )
+    name = request.backward_method()
     options = dict((request.options if given.options is None else given.options) or {})
     norm = options.pop("norm", None)
     if given.options is not None and callable(norm):
@@ -266,11 +261,5 @@ def _backward_method(request: SolveSpec) -> tuple[Method, ErrorNorm]:
             f"adjoint_method must be an implicit method where the forward one is: the field of a is as stiff. Got "
             f"{name!r}; leave it out."
         )
-    rtol, atol = (
-        forward if backward is None else check_tolerance(what, backward, problem.layout, problem.y0)
-        for what, forward, backward in (
-            ("adjoint_rtol", problem.norm.rtol, given.rtol),
-            ("adjoint_atol", problem.norm.atol, given.atol),
-        )
-    )
+    rtol, atol = request.backward_tolerances()
     return method, ErrorNorm(rtol, atol, problem.layout.sizes)

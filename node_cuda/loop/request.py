@@ -8,8 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
+from node_cuda._typing import Tolerance
 from node_cuda.methods.registry import Method
-from node_cuda.problem.problem import Problem
+from node_cuda.problem.problem import Problem, check_tolerance
 from node_cuda.solution import Stats
 
 
@@ -40,3 +41,27 @@ class SolveSpec:
     adjoint: AdjointSpec
     checkpoints: int | str | None = None
     wants_status: bool = True
+
+    def backward_method(self) -> str | None:
+        """Return the name of the backward solve's method, by default the forward one. Raises ValueError."""
+        name, given = self.adjoint.method, self.adjoint
+        if name is None or name == self.method_name:
+            return self.method_name
+        if self.options is not None and given.options is None:
+            raise ValueError(
+                "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`; got "
+                f"{name!r} and {self.method_name!r}. Pass `adjoint_options=dict(...)` as well."
+            )
+        return name
+
+    def backward_tolerances(self) -> tuple[Tolerance, Tolerance]:
+        """Return rtol and atol of the backward solve, by default the forward ones. Raises as `check_tolerance`."""
+        problem, given = self.problem, self.adjoint
+        rtol, atol = (
+            forward if backward is None else check_tolerance(name, backward, problem.layout, problem.y0)
+            for name, forward, backward in (
+                ("adjoint_rtol", problem.norm.rtol, given.rtol),
+                ("adjoint_atol", problem.norm.atol, given.atol),
+            )
+        )
+        return rtol, atol

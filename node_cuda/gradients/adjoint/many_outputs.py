@@ -1,4 +1,4 @@
-"""Tells of a backward solve that costs far more than the forward solve, because it lands on every output."""
+"""A warning for a backward solve that costs far more than the forward solve, because a step ends at every output."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from node_cuda.loop.request import SolveSpec
 from node_cuda.status import PerformanceWarning, users_level
 
 MANY = 10
-"""Outputs for each step of the forward solve, beyond which the user is told."""
+"""The number of outputs for each step of the forward solve from which on there is a warning."""
 
-_untold = threading.Lock()  # the first solve that tells takes it, and no one gives it back
+_untold = threading.Lock()  # the first warning acquires it, and it is never released
 
 
 def warn_of_many_outputs(request: SolveSpec, settings: BackwardSettings, solves: int) -> None:

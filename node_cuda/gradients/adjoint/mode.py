@@ -28,7 +28,7 @@ from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.registry import lookup
-from node_cuda.problem.problem import Problem, check_tolerance
+from node_cuda.problem.problem import Problem
 from node_cuda.status import SolveError, Status, users_level
 
 
@@ -140,12 +140,7 @@ def _of_the_loss(failure: SolveError, grad_ys: Tensor) -> SolveError:
 def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     """Return the backward solve's settings, by default the forward ones. They are checked before the forward solve."""
     problem, given = request.problem, request.adjoint
-    method = request.method_name if given.method is None else given.method
-    if method != request.method_name and request.options is not None and given.options is None:
-        raise ValueError(
-            "If `adjoint_method != method` then we cannot infer `adjoint_options` from `options`; got "
-            f"{method!r} and {request.method_name!r}. Pass `adjoint_options=dict(...)` as well."
-        )
+    method = request.backward_method()
     inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
     options = inherited if given.options is None else dict(given.options)
     if inherited.get("cuda_graph") and options.get("cuda_graph", True):
@@ -161,13 +156,7 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     parsed = lookup(method, options).options
     checks = parsed.check_reconstruction or request.method.options.check_reconstruction
     options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
-    rtol, atol = (
-        forward if backward is None else check_tolerance(name, backward, problem.layout, problem.y0)
-        for name, forward, backward in (
-            ("adjoint_rtol", problem.norm.rtol, given.rtol),
-            ("adjoint_atol", problem.norm.atol, given.atol),
-        )
-    )
+    rtol, atol = request.backward_tolerances()
     both = request.method.options, parsed
     jumps = any(getattr(x, "jump_t", None) is not None for x in both)
     return BackwardSettings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)

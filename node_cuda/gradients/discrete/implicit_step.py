@@ -68,12 +68,12 @@ class ImplicitStepAdjoint:
         return self.field(t, z)
 
     def advance(self, taken: StepRecord, state: State, then: StepRecord) -> State:
-        """The state behind a step, with which the step `then` begins."""
+        """Return the state at the end of a step, with which the step `then` begins."""
         step = self._again(taken, state.y0, state.k1)
         return State(step.y1, step.k[-1] if then.carried else None)
 
     def back(self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
-        """The cotangents in front of a step, from those behind it and from its outputs."""
+        """Return the cotangents at the start of a step, from those at its end and from its outputs."""
         with torch.enable_grad():
             y0 = state.y0.detach().requires_grad_(True)
             k1 = None if state.k1 is None else state.k1.detach().requires_grad_(True)

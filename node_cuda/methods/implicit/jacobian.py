@@ -173,6 +173,7 @@ class Jacobian:
         self._looked = True
         with torch.no_grad():
             other = self.blocks.split(self.field(t.detach(), y.detach() * 1.001 + 1e-3))
+        self.stats.host_reads += 1
         if not torch.equal(other, rows.detach()):
             raise InvalidField(
                 "func depends on y, but torch cannot differentiate it by y: it works under torch.no_grad(), detaches, "
@@ -195,6 +196,7 @@ class Jacobian:
         (whole,) = torch.autograd.grad(rows, u, weights, retain_graph=True, allow_unused=True)
         if whole is None:
             return
+        self.stats.host_reads += 1
         if bool((_off(whole, weights, jacobian) > 0.0).any()):
             raise InvalidInput(
                 f'options["batch_dims"] says that the state is {self.blocks.count} samples that do not see each '
@@ -213,6 +215,7 @@ class Jacobian:
             return
         if whole is None:
             return
+        self.stats.host_reads += 1
         off = float(_off(whole, weights, jacobian, WRONG).max())
         if off > 0.0:
             warnings.warn(

@@ -226,3 +226,15 @@ def test_checkpoints_belong_to_discrete_and_auto():
         NeuralODE(MLP(hidden=4), checkpoints=3, gradient="adjoint")
     with pytest.raises(InvalidInput, match="must be a number of states"):
         solve(MLP(hidden=4), Y, T, gradient="auto", checkpoints=0)
+
+
+def test_an_implicit_method_that_is_given_to_the_adjoint_stores_its_solution():
+    func, y0 = MLP(dim=2), torch.ones(2, dtype=F64)
+
+    def gradients(mode):
+        solution = solve(func, y0, linspace(0.0, 1.0, 3), method="kvaerno5", gradient=mode, adjoint_rtol=1e-6)
+        return torch.autograd.grad(solution.ys[-1].sum(), tuple(func.parameters())), solution.stats
+
+    (found, stats), (expected, _) = gradients("auto"), gradients("adjoint")
+    assert stats.why_gradient is not None and "adjoint_rtol" in stats.why_gradient
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))

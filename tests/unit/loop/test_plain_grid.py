@@ -11,7 +11,9 @@ import torch
 from torch import nn
 
 from node_cuda import InvalidField, odeint, odeint_adjoint, solve
+from node_cuda.gradients import forward
 from node_cuda.loop import plain_grid
+from node_cuda.status import Status
 
 F32, F64, BF16 = torch.float32, torch.float64, torch.bfloat16
 FIXED = ["euler", "midpoint", "heun2", "heun3", "rk4"]
@@ -211,10 +213,40 @@ def by_euler(steps):
 def test_python_calls_of_a_step_of_euler_without_gradients():
     """In Python 3.11, 18 calls of a step are the field's, and 8 calls of the first step are those of no_grad."""
     first, twentieth = by_euler(1), by_euler(20)
-    assert first <= 80
+    assert first <= 78
     assert (twentieth - first) / 19 <= 30
 
 
 def test_python_calls_of_a_step_of_euler_by_the_adjoint():
     func, y0, t = Net(), state(), grid(1)
-    assert python_calls(lambda: odeint_adjoint(func, y0, t, method="euler")[-1].sum().backward()) <= 460
+    assert python_calls(lambda: odeint_adjoint(func, y0, t, method="euler")[-1].sum().backward()) <= 405
+
+
+def test_a_buffer_that_the_backward_pass_meets_first_does_not_change_earlier_stages():
+    class Late(nn.Module):
+        def __init__(self, late):
+            super().__init__()
+            self.w, self.late, self.calls = nn.Parameter(torch.tensor(0.7)), late, 0
+            self.memory = [torch.empty(24, 3)]
+
+        def forward(self, t, y):
+            self.calls += 1
+            out = torch.sin(self.w * y) * torch.cos(t)
+            return self.memory[0].detach().copy_(out) if self.calls > self.late else out
+
+    def gradient(late):
+        func = Late(late)
+        ys = odeint_adjoint(func, state(), grid(4), method="rk4")
+        assert func.calls < 20  # the forward pass has returned no buffer
+        return torch.autograd.grad(ys.square().sum(), func.w)[0]
+
+    assert torch.equal(gradient(22), gradient(10**6))
+
+
+def test_the_status_of_a_grid_is_read_only_where_the_caller_gets_it(monkeypatch):
+    read = []
+    monkeypatch.setattr(forward, "grid_status", lambda ys, stats: read.append(ys) or Status.SUCCESS)
+    odeint(Net(), state(), grid(2), method="euler")
+    assert not read
+    solve(Net(), state(), grid(2), method="euler")
+    assert len(read) == 1

@@ -127,3 +127,14 @@ def test_the_methods_of_the_package_meet_the_conditions_and_no_higher_ones(name)
 def test_exact_numbers_stay_exact(registered):
     register_method("kutta3", KUTTA3)
     assert all(isinstance(x, (int, Fraction)) for x in TABLEAUS["kutta3"].b)
+
+
+def test_a_name_that_is_registered_anew_is_the_new_method(registered):
+    def solved():
+        return odeint(decay, torch.ones(1, dtype=F64), torch.tensor([0.0, 0.5], dtype=F64), method="anew")
+
+    register_method("anew", RALSTON)
+    first = solved()
+    del TABLEAUS["anew"]
+    register_method("anew", replace(RALSTON, c=row("0 1"), a=rows("", "1"), b=row("1/2 1/2")))
+    assert not torch.equal(solved(), first)
