@@ -1,0 +1,91 @@
+"""What mkdocs needs to build the site: pages and pictures from outside of docs/, links to them, formulas as MathML.
+
+The pages can also be read where they lie, in the tree: there their links go to files of the tree. mkdocs.yml names this
+file as a hook. The site needs no script for formulas, because browsers draw MathML.
+"""
+
+from __future__ import annotations
+
+import html
+import posixpath
+import re
+from pathlib import Path
+from typing import Any
+
+from latex2mathml.converter import convert
+from mkdocs.exceptions import PluginError
+from mkdocs.structure.files import File
+
+ROOT = Path(__file__).resolve().parent.parent
+
+OUTSIDE = {
+    "benchmarks.md": "bench/README.md",
+    "gpu.md": "bench/results/README.md",
+    "changelog.md": "CHANGELOG.md",
+    "contributing.md": "CONTRIBUTING.md",
+}
+"""Page of the site -> the file that it is made of, from the root of the tree."""
+
+PICTURES = "bench/results"
+SITE_OF = {**{path: page for page, path in OUTSIDE.items()}, "README.md": "index.md"}
+
+_FENCE = re.compile(r"^(```|~~~).*?^\1 *$", re.DOTALL | re.MULTILINE)
+_LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
+_FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+_TAG = re.compile(r"\\tag\{([^}]*)\}")
+_UNKNOWN = {r"\Big\lVert": r"\left\Vert ", r"\Big\rVert": r"\right\Vert ", r"\mathrel{+}=": r"\mathrel{+=}"}
+"""What latex2mathml does not know -> what it knows."""
+
+
+def on_files(files: Any, config: Any) -> Any:
+    """Add the pages and pictures from outside of docs/."""
+    for page, path in OUTSIDE.items():
+        files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
+    for picture in sorted((ROOT / PICTURES).glob("*.png")):
+        files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
+    return files
+
+
+def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
+    """Turn the links of a page, which go to files of the tree, into links to pages of the site."""
+    here = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
+
+    def link(found: re.Match[str]) -> str:
+        if "://" in found[2]:
+            return found[0]
+        target = site_path(posixpath.normpath(posixpath.join(posixpath.dirname(here), found[2])), here)
+        return found[1] + posixpath.relpath(target, posixpath.dirname(page.file.src_uri) or ".") + found[3]
+
+    pieces, end = [], 0
+    for fence in _FENCE.finditer(markdown):
+        pieces += [_LINK.sub(link, markdown[end : fence.start()]), fence[0]]
+        end = fence.end()
+    return "".join((*pieces, _LINK.sub(link, markdown[end:])))
+
+
+def site_path(path: str, page: str) -> str:
+    """Return the place on the site of a file of the tree. Raises PluginError if the site does not have it."""
+    if path in SITE_OF:
+        return SITE_OF[path]
+    if path.startswith("docs/"):
+        return path.removeprefix("docs/")
+    if posixpath.dirname(path) == PICTURES and path.endswith(".png"):
+        return f"pictures/{posixpath.basename(path)}"
+    raise PluginError(f"{page} links to {path}, which is not on the site. Name it without a link, as `{path}`.")
+
+
+def on_page_content(html_text: str, **_: Any) -> str:
+    """Draw the formulas of a page as MathML."""
+    return _FORMULA.sub(formula, html_text)
+
+
+def formula(found: re.Match[str]) -> str:
+    r"""Return the MathML of one formula, which stands as \(...\) in a line or as \[...\] by itself."""
+    latex = html.unescape(found[2]).strip()[2:-2].strip()
+    if found[1] == "span":
+        return convert(latex)
+    for unknown, known in _UNKNOWN.items():
+        latex = latex.replace(unknown, known)
+    number = _TAG.search(latex)
+    drawn = convert(_TAG.sub("", latex), display="block")
+    return f'<div class="equation">{drawn}<span>{f"({number[1]})" if number else ""}</span></div>'
