@@ -8,6 +8,7 @@ from parts.common.tables import (
     INCOMPLETE,
     Result,
     Rows,
+    digits,
     evaluations,
     markdown,
     outcome,
@@ -77,7 +78,7 @@ def gradient_costs(result: Result) -> str:
 
 def cost_rows(result: Result) -> Rows:
     """The time of a solve with its gradient, in ms: a row for each mode, a column for each case."""
-    return by_mode(result["times"], "case", lambda record: f"{record['milliseconds'][0]:.3g}")
+    return by_mode(result["times"], "case", lambda record: digits(record["milliseconds"][0]))
 
 
 def memory_and_error_rows(result: Result) -> Rows:
