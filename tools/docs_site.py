@@ -32,6 +32,8 @@ SITE_OF = {**{path: page for page, path in OUTSIDE.items()}, "README.md": "index
 _FENCE = re.compile(r"^(```|~~~).*?^\1 *$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
+_PARAGRAPH = re.compile(r"<p>.*?</p>", re.DOTALL)
+_ARGUMENT = re.compile(r"(?:(?<=<p>)|(?<=\.\s))([a-z_]\w*(?:,\s[a-z_]\w*)*): ")
 _TAG = re.compile(r"\\tag\{([^}]*)\}")
 _UNKNOWN = {r"\Big\lVert": r"\left\Vert ", r"\Big\rVert": r"\right\Vert ", r"\mathrel{+}=": r"\mathrel{+=}"}
 """What latex2mathml does not know -> what it knows."""
@@ -74,9 +76,16 @@ def site_path(path: str, page: str) -> str:
     raise PluginError(f"{page} links to {path}, which is not on the site. Name it without a link, as `{path}`.")
 
 
-def on_page_content(html_text: str, **_: Any) -> str:
-    """Draw the formulas of a page as MathML."""
+def on_page_content(html_text: str, page: Any, **_: Any) -> str:
+    """Draw the formulas of a page as MathML; in the reference begin a line for each argument that a docstring names."""
+    if page.file.src_uri.startswith("api/"):
+        html_text = _PARAGRAPH.sub(by_argument, html_text)
     return _FORMULA.sub(formula, html_text)
+
+
+def by_argument(found: re.Match[str]) -> str:
+    """Return a paragraph of a docstring, `name: what it is. other: ...`, with a line for each name."""
+    return _ARGUMENT.sub(r'<span class="argument"></span><code>\1</code>: ', found[0])
 
 
 def formula(found: re.Match[str]) -> str:
