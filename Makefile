@@ -50,6 +50,7 @@ bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and tim
 docs: $(VENV)/.docs  ## build the documentation site in build/site/ (a warning is an error), and run every example of the pages
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/project/test_docs.py tests/project/test_readme.py
+	@echo "open build/site/index.html; for the search: $(PY) -m http.server -d build/site"
 
 clean:  ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import json
 from pathlib import Path
+from typing import Any
 
 from parts.common.libraries import OURS, RIVAL
 from parts.common.modes import ADJOINT, BACKPROP, CHECKPOINTED, DISCRETE
@@ -23,6 +24,7 @@ LINES = {BACKPROP: "-", DISCRETE: "--", ADJOINT: ":", CHECKPOINTED: "-."}
 SHAPES = {BACKPROP: "o", DISCRETE: "s", ADJOINT: "^", CHECKPOINTED: "D"}
 ROWS = (f"{RIVAL} {ADJOINT}", ADJOINT, BACKPROP, DISCRETE, CHECKPOINTED)
 PROBLEMS = ("o", "s", "^", "D")
+BLACK: dict[str, Any] = dict(color="black", linewidth=1.2, markerfacecolor="white", markersize=5)
 FAILED = 1e-2
 """Where a mode that failed is drawn: to the right of all errors."""
 
@@ -48,8 +50,8 @@ def draw_memory(axes: Axes, result: Result) -> None:
     """Peak memory of a training step against the number of steps, a line for each mode of ours."""
     lines = {gradient: points for (library, gradient), points in series(result, "peak_mib").items() if library == OURS}
     for gradient, points in lines.items():
-        style = dict(linestyle=LINES[gradient], marker=SHAPES[gradient], markerfacecolor="white", markersize=5)
-        axes.plot(list(points), list(points.values()), color="black", linewidth=1.2, label=gradient, **style)
+        style = dict(BLACK, linestyle=LINES[gradient], marker=SHAPES[gradient], label=gradient)
+        axes.plot(list(points), list(points.values()), **style)
     steps = sorted(next(iter(lines.values())))
     axes.set_xscale("log", base=2)
     axes.set_yscale("log")
@@ -65,8 +67,8 @@ def draw_errors(axes: Axes, result: Result) -> None:
         records = [problem["by"][row] for row in ROWS]
         errors = [record.get("error_same_steps", FAILED) for record in records]
         gap = 0.13 * (PROBLEMS.index(shape) - 1.5)  # equal errors stay apart
-        style = dict(linestyle="", marker=shape, markerfacecolor="white", markersize=5)
-        axes.plot(errors, [i + gap for i in range(len(ROWS))], color="black", label=problem["problem"], **style)
+        style = dict(BLACK, linestyle="", marker=shape, label=problem["problem"])
+        axes.plot(errors, [i + gap for i in range(len(ROWS))], **style)
     axes.axvline(FAILED / 3, color="#999999", linewidth=0.8)
     axes.set_xscale("log")
     ticks = [1e-7, 1e-6, 1e-5, 1e-4, 1e-3]

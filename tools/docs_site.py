@@ -34,9 +34,21 @@ _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 _PARAGRAPH = re.compile(r"<p>.*?</p>", re.DOTALL)
 _ARGUMENT = re.compile(r"(?:(?<=<p>)|(?<=\.\s))([a-z_]\w*(?:,\s[a-z_]\w*)*): ")
+_LOADS = re.compile(
+    r'<(?:script|img|iframe)[^>]* src="https?:[^"]*"|<link[^>]* rel="stylesheet"[^>]* href="https?:[^"]*"'
+)
 _TAG = re.compile(r"\\tag\{([^}]*)\}")
-_UNKNOWN = {r"\Big\lVert": r"\left\Vert ", r"\Big\rVert": r"\right\Vert ", r"\mathrel{+}=": r"\mathrel{+=}"}
-"""What latex2mathml does not know -> what it knows."""
+_KNOWN = {
+    **{rf"\{size}{side}": rf"\{end}{side}" for size in ("big", "Big") for side, end in (("(", "left"), (")", "right"))},
+    **{
+        rf"{size}\{side}Vert": rf"\{end}\Vert "
+        for size in (r"\Big", "")
+        for side, end in (("l", "left"), ("r", "right"))
+    },
+    r"\mathrel{+}=": r"\mathrel{+=}",
+    r"\mathbb E": "\N{MATHEMATICAL DOUBLE-STRUCK CAPITAL E}",
+}
+"""What latex2mathml does not know, or browsers draw badly -> what they draw well."""
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -88,12 +100,19 @@ def by_argument(found: re.Match[str]) -> str:
     return _ARGUMENT.sub(r'<span class="argument"></span><code>\1</code>: ', found[0])
 
 
+def on_post_page(output: str, page: Any, **_: Any) -> str:
+    """Refuse a page that loads anything from a server."""
+    if loads := _LOADS.search(output):
+        raise PluginError(f"{page.file.src_uri} loads {loads[0]} from a server. No page needs the network.")
+    return output
+
+
 def formula(found: re.Match[str]) -> str:
     r"""Return the MathML of one formula, which stands as \(...\) in a line or as \[...\] by itself."""
     latex = html.unescape(found[2]).strip()[2:-2].strip()
     if found[1] == "span":
         return convert(latex)
-    for unknown, known in _UNKNOWN.items():
+    for unknown, known in _KNOWN.items():
         latex = latex.replace(unknown, known)
     number = _TAG.search(latex)
     drawn = convert(_TAG.sub("", latex), display="block")

@@ -117,7 +117,7 @@ def test_the_navigation_has_every_page_once():
 
 
 def test_the_site_asks_the_network_for_nothing():
-    """Fonts of a server are off, and no page has a script or a style of one."""
+    """Fonts of a server are off, and no page has a script or picture of one; a hook checks the built pages."""
     settings = (ROOT / "mkdocs.yml").read_text()
     assert "font: false" in settings and "extra_javascript" not in settings
     assert not re.search(r"https?://", settings + (DOCS / "site.css").read_text())
