@@ -6,6 +6,7 @@ file as a hook. The site needs no script for formulas, because browsers draw Mat
 
 from __future__ import annotations
 
+import ast
 import html
 import posixpath
 import re
@@ -27,6 +28,8 @@ OUTSIDE = {
 """Page of the site -> the file that it is made of, from the root of the tree."""
 
 PICTURES = "bench/results"
+EXAMPLES = ROOT / "examples"
+"""Each program here becomes a page: its docstring, its picture from examples/pictures/ if it is there, its code."""
 SITE_OF = {**{path: page for page, path in OUTSIDE.items()}, "README.md": "index.md"}
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1 *$", re.DOTALL | re.MULTILINE)
@@ -51,17 +54,70 @@ _KNOWN = {
 """What latex2mathml does not know, or browsers draw badly -> what they draw well."""
 
 
+def on_config(config: Any) -> Any:
+    """Add the examples to the navigation, before the help."""
+    if names := example_names():
+        pages = [{"All": "examples/index.md"}, *(f"examples/{name}.md" for name in names)]
+        config.nav.insert(2, {"Examples": pages})
+    return config
+
+
+def example_names() -> list[str]:
+    """Return the names of the programs in examples/."""
+    return sorted(path.stem for path in EXAMPLES.glob("*.py"))
+
+
 def on_files(files: Any, config: Any) -> Any:
     """Add the pages and pictures from outside of docs/."""
     for page, path in OUTSIDE.items():
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
     for picture in sorted((ROOT / PICTURES).glob("*.png")):
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
+    for picture in sorted((EXAMPLES / "pictures").glob("*.png")):
+        files.append(File.generated(config, f"examples/pictures/{picture.name}", abs_src_path=str(picture)))
+    names = example_names()
+    for name in names:
+        files.append(File.generated(config, f"examples/{name}.md", content=example_page(name)))
+    if names:
+        files.append(File.generated(config, "examples/index.md", content=gallery(names)))
     return files
+
+
+def about(name: str) -> tuple[str, str, str]:
+    """Return the first sentence of an example's docstring, the rest of it, and the code without it."""
+    source = (EXAMPLES / f"{name}.py").read_text()
+    tree = ast.parse(source)
+    title, _, rest = (ast.get_docstring(tree) or name).partition("\n")
+    code = "\n".join(source.splitlines()[tree.body[0].end_lineno :]) if ast.get_docstring(tree) else source
+    return title.rstrip("."), rest.strip(), code.strip()
+
+
+def picture(name: str) -> str:
+    """Return the picture of an example in Markdown; empty if there is none."""
+    there = (EXAMPLES / "pictures" / f"{name}.png").is_file()
+    return f"![What it draws](pictures/{name}.png)\n\n" if there else ""
+
+
+def example_page(name: str) -> str:
+    """Return the page of an example."""
+    title, rest, code = about(name)
+    return (
+        f"---\ntitle: {name.replace('_', ' ')}\n---\n\n# {title}\n\n{rest}\n\n{picture(name)}```python\n{code}\n```\n"
+    )
+
+
+def gallery(names: list[str]) -> str:
+    """Return the page of all examples."""
+    shown = (f"## [{about(name)[0]}]({name}.md)\n\n{picture(name)}`python examples/{name}.py`\n" for name in names)
+    return "# Examples\n\nPrograms that run as they stand, each in under three minutes on two cores.\n\n" + "\n".join(
+        shown
+    )
 
 
 def on_page_markdown(markdown: str, page: Any, **_: Any) -> str:
     """Turn the links of a page, which go to files of the tree, into links to pages of the site."""
+    if page.file.src_uri.startswith("examples/"):
+        return markdown
     here = OUTSIDE.get(page.file.src_uri, f"docs/{page.file.src_uri}")
 
     def link(found: re.Match[str]) -> str:
@@ -83,6 +139,8 @@ def site_path(path: str, page: str) -> str:
         return SITE_OF[path]
     if path.startswith("docs/"):
         return path.removeprefix("docs/")
+    if path == "examples" or posixpath.dirname(path) == "examples":
+        return f"examples/{'index' if path == 'examples' else Path(path).stem}.md"
     if posixpath.dirname(path) == PICTURES and path.endswith(".png"):
         return f"pictures/{posixpath.basename(path)}"
     raise PluginError(f"{page} links to {path}, which is not on the site. Name it without a link, as `{path}`.")
