@@ -12,7 +12,7 @@ from node_cuda.kernels.backend import backend
 from node_cuda.methods.register import register_method
 from node_cuda.methods.registry import METHODS
 from node_cuda.methods.tableaus import TABLEAUS
-from node_cuda.nn import NeuralODE
+from node_cuda.nn import ContinuousFlow, NeuralODE, ODEBlock
 from node_cuda.odeint import odeint, odeint_adjoint, odeint_dense, solve
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import (
@@ -32,12 +32,14 @@ from node_cuda.status import (
 __all__ = [
     "METHODS",
     "TABLEAUS",
+    "ContinuousFlow",
     "InvalidField",
     "InvalidInput",
     "InvalidState",
     "InvalidType",
     "MissingGradientWarning",
     "NeuralODE",
+    "ODEBlock",
     "PerformanceWarning",
     "ReconstructionWarning",
     "Solution",

@@ -125,7 +125,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gradients.stored_adjoint", "gradients.by_adjoint"),
     ("gradients.auto", "gradients.registry", "gradients"),
     ("integrals.integral", "integrals.regularized", "integrals"),
-    ("odeint", "event", "compiled", "nn", "", "__main__"),
+    ("odeint", "event", "compiled", "nn.neural_ode", "nn.residual", "nn.flow", "nn", "", "__main__"),
 )
 
 

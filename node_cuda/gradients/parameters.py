@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -31,6 +32,8 @@ class Parameters:
             )
         self.func = func
         self.owner = _owner(func)
+        if torch.is_grad_enabled():
+            _refuse_shards_inside(self.owner, method)
         params, buffers = _tensors(self.owner)
         self._members = {**params, **buffers}
         if named is None:
@@ -91,6 +94,22 @@ def is_wrapped(x: Any) -> bool:
     """Return whether x belongs to an active torch.func transform."""
     known: Any = torch._C
     return isinstance(x, Tensor) and known._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _refuse_shards_inside(owner: Any, method: str) -> None:
+    """Raise Unsupported if FSDP shards parts of func: their parameters are others after each evaluation."""
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
+    kinds = tuple(getattr(fsdp, kind) for kind in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, kind))
+    if not kinds or not isinstance(owner, nn.Module):
+        return
+    for name, module in owner.named_modules():
+        if isinstance(module, kinds):
+            raise Unsupported(
+                f"FSDP shards {f'{name!r} inside of func' if name else 'func itself'}, so that its parameters are "
+                f"replaced during each evaluation of func, and the {method} needs them during the whole solve. Shard "
+                "the layer that solves as one unit, `fully_shard(NeuralODE(func))`, or a module that contains it, or "
+                'use gradient="backprop".'
+            )
 
 
 def _of_replica(func: nn.Module) -> Iterable[Tensor]:
