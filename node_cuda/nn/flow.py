@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._eager import eager
-from node_cuda._typing import AdjointArguments
+from node_cuda._typing import AdjointArguments, Func
 from node_cuda.integrals.regularized import NOISES, Regularized, draw_noise
 from node_cuda.nn.neural_ode import NeuralODE, refuse_others
 from node_cuda.status import InvalidField, InvalidInput, InvalidType, did_you_mean
@@ -157,7 +157,7 @@ class ContinuousFlow(nn.Module):
         """The statistics of the last solve."""
         return self.ode.stats
 
-    def _with_trace(self, func: nn.Module, x: Tensor) -> WithTrace:
+    def _with_trace(self, func: Func, x: Tensor) -> WithTrace:
         _check_one_of("trace", self.trace, TRACES)
         if self.trace == "exact":
             return WithTrace(func, None)
@@ -182,7 +182,7 @@ class WithTrace(nn.Module):
     It is made for one solve, so that the noise is the same in both passes.
     """
 
-    def __init__(self, func: nn.Module, noise: Tensor | None) -> None:
+    def __init__(self, func: Func, noise: Tensor | None) -> None:
         super().__init__()
         self.func = func
         self.noise = noise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 
 import pytest
@@ -60,7 +61,7 @@ def test_more_and_smaller_layers_come_to_the_solution_of_the_equation():
     f = residual_branch()
     limit = ODEBlock(f, rtol=1e-10, atol=1e-12)(H).detach()
     errors = [float((ODEBlock(f, steps=n, method="euler")(H).detach() - limit).abs().max()) for n in (10, 20, 40)]
-    for coarse, fine in zip(errors, errors[1:], strict=False):
+    for coarse, fine in itertools.pairwise(errors):
         assert 1.8 < coarse / fine < 2.2, "Euler's method has order 1"
 
 
