@@ -32,8 +32,6 @@ class Parameters:
             )
         self.func = func
         self.owner = _owner(func)
-        if torch.is_grad_enabled():
-            _refuse_shards_inside(self.owner, method)
         params, buffers = _tensors(self.owner)
         self._members = {**params, **buffers}
         if named is None:
@@ -42,6 +40,8 @@ class Parameters:
             named = params.values() if plain else _of_replica(func) if _is_replica(func) else func.parameters()
         self.every = tuple({id(x): x for x in named}.values())
         self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
+        if torch.is_grad_enabled():
+            _refuse_shards_inside(self.owner, self.wanted, method)
         known = {id(x) for x in self.wanted}
         self.carried = tuple(x for x in buffers.values() if is_wrapped(x) and id(x) not in known)
 
@@ -96,14 +96,14 @@ def is_wrapped(x: Any) -> bool:
     return isinstance(x, Tensor) and known._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _refuse_shards_inside(owner: Any, method: str) -> None:
-    """Raise Unsupported if FSDP shards parts of func: their parameters are others after each evaluation."""
-    fsdp: Any = sys.modules.get("torch.distributed.fsdp")  # not imported: nothing is sharded
-    kinds = tuple(getattr(fsdp, kind) for kind in ("FSDPModule", "FullyShardedDataParallel") if hasattr(fsdp, kind))
-    if not kinds or not isinstance(owner, nn.Module):
-        return
+def _refuse_shards_inside(owner: Any, params: Sequence[Tensor], method: str) -> None:
+    """Raise Unsupported if fully_shard holds parts of func: their parameters are others during each evaluation."""
+    if not set(map(type, params)) - {nn.Parameter, Tensor} or not isinstance(owner, nn.Module):
+        return  # the shards of a parameter are a DTensor
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", ())
     for name, module in owner.named_modules():
-        if isinstance(module, kinds):
+        if isinstance(module, kind):
             raise Unsupported(
                 f"FSDP shards {f'{name!r} inside of func' if name else 'func itself'}, so that its parameters are "
                 f"replaced during each evaluation of func, and the {method} needs them during the whole solve. Shard "
