@@ -6,6 +6,7 @@ from node_cuda import odeint_adjoint as odeint
 # `compile` is not in __all__: `from node_cuda import *` is not to replace Python's own.
 from node_cuda._version import __version__
 from node_cuda.compiled import compile as compile
+from node_cuda.diagnosis import Diagnosis, diagnose
 from node_cuda.event import odeint_event
 from node_cuda.integrals.regularized import regularized
 from node_cuda.kernels.backend import backend
@@ -33,6 +34,7 @@ __all__ = [
     "METHODS",
     "TABLEAUS",
     "ContinuousFlow",
+    "Diagnosis",
     "InvalidField",
     "InvalidInput",
     "InvalidState",
@@ -50,6 +52,7 @@ __all__ = [
     "Unsupported",
     "__version__",
     "backend",
+    "diagnose",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

@@ -126,7 +126,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gradients.stored_adjoint", "gradients.by_adjoint"),
     ("gradients.auto", "gradients.registry", "gradients"),
     ("integrals.integral", "integrals.regularized", "integrals"),
-    ("odeint", "event", "compiled", "nn.neural_ode", "nn.residual", "nn.flow", "nn", "", "__main__"),
+    ("odeint", "event", "compiled", "diagnosis", "nn.neural_ode", "nn.residual", "nn.flow", "nn", "", "__main__"),
 )
 
 

@@ -338,9 +338,9 @@ class _Backwards:
             stop = first
 
         if self.shows and steps:
-            back, bar = self._shown(back)
+            shown, bar = self._shown(back)
             try:
-                self.trajectory.reverse(advance, back)
+                self.trajectory.reverse(advance, shown)
             finally:
                 bar.close()
         else:
