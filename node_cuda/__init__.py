@@ -4,7 +4,9 @@ from node_cuda import odeint_adjoint as odeint
 """
 
 # `compile` is not in __all__: `from node_cuda import *` is not to replace Python's own.
+from node_cuda._needs_torch import torch as _torch  # noqa: F401
 from node_cuda._version import __version__
+from node_cuda.as_torchdiffeq.install import install_as_torchdiffeq
 from node_cuda.compiled import compile as compile
 from node_cuda.diagnosis import Diagnosis, diagnose
 from node_cuda.event import odeint_event
@@ -53,6 +55,7 @@ __all__ = [
     "__version__",
     "backend",
     "diagnose",
+    "install_as_torchdiffeq",
     "odeint",
     "odeint_adjoint",
     "odeint_dense",

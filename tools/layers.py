@@ -16,7 +16,18 @@ PAGES = ("README.md", "docs/architecture.md")
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_typing", "_records", "_extras", "status", "_plots", "_torch_modes", "_eager", "_user_code"),
+    (
+        "_needs_torch",
+        "_version",
+        "_typing",
+        "_records",
+        "_extras",
+        "status",
+        "_plots",
+        "_torch_modes",
+        "_eager",
+        "_user_code",
+    ),
     ("extension.build", "extension.loading", "extension"),
     (
         "kernels.norms",
@@ -126,7 +137,17 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gradients.stored_adjoint", "gradients.by_adjoint"),
     ("gradients.auto", "gradients.registry", "gradients"),
     ("integrals.integral", "integrals.regularized", "integrals"),
-    ("odeint", "event", "compiled", "diagnosis", "nn.neural_ode", "nn.residual", "nn.flow", "nn", "", "__main__"),
+    ("odeint", "event", "compiled", "diagnosis", "nn.neural_ode", "nn.residual", "nn.flow", "nn"),
+    (
+        "as_torchdiffeq.names",
+        "as_torchdiffeq.install",
+        "as_torchdiffeq.startup",
+        "as_torchdiffeq.startup.sitecustomize",
+        "as_torchdiffeq",
+        "",
+        "as_torchdiffeq.run",
+        "__main__",
+    ),
 )
 
 

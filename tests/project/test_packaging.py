@@ -91,6 +91,13 @@ def test_the_changelog_names_the_version() -> None:
     assert node_cuda.__version__ in (ROOT / "CHANGELOG.md").read_text()
 
 
+def test_without_torch_the_package_says_what_to_install() -> None:
+    line = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('node_cuda', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=ROOT)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "node_cuda needs PyTorch" in last and "`pip install torch`" in last
+
+
 def test_torch_is_a_dependency_but_not_a_build_requirement(fresh_install: Path) -> None:
     assert "torch" not in names(PYPROJECT["build-system"]["requires"])
     required = [row for row in metadata(fresh_install).get_all("Requires-Dist") if "extra ==" not in row]
