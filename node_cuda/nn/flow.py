@@ -19,6 +19,7 @@ from node_cuda._eager import eager
 from node_cuda._typing import AdjointArguments, Func
 from node_cuda.integrals.regularized import NOISES, Regularized, draw_noise
 from node_cuda.nn.neural_ode import NeuralODE, refuse_others
+from node_cuda.solution import Stats
 from node_cuda.status import InvalidField, InvalidInput, InvalidType, did_you_mean
 
 if TYPE_CHECKING:
@@ -153,7 +154,7 @@ class ContinuousFlow(nn.Module):
         return self(z, reverse=True, with_log_det=False)
 
     @property
-    def stats(self) -> Any:
+    def stats(self) -> Stats | None:
         """The statistics of the last solve."""
         return self.ode.stats
 

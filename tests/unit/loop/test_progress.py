@@ -67,6 +67,12 @@ def test_the_share_is_that_of_the_interval_and_grows(monkeypatch, capsys):
     assert list(dict.fromkeys(shares)) == ["0", "25", "50", "75", "100"]
 
 
+def test_the_times_are_the_users_when_time_runs_backwards(capsys):
+    solve(MLP(dim=2), Y, linspace(2.0, 1.0, 3), method="rk4", options=SHOWN)
+    (*_, last) = bars(capsys)["forwards"]
+    assert last.startswith("forwards: 100%|") and of(last)["t"] == "1" and of(last)["h"] == "-0.5"
+
+
 def test_a_search_for_an_event_shows_the_time_alone(capsys):
     t0 = torch.zeros((), dtype=F64)
     event_t, _ = odeint_event(lambda t, y: -y, Y[0].abs(), t0, event_fn=lambda t, y: y[0] - 0.2, options=SHOWN)
