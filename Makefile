@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-fast pretend-gpu lint types format bench docs clean
+.PHONY: help install test test-fast matrix pretend-gpu lint types format bench examples docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -29,6 +29,12 @@ test: lint types  ## run ruff, pyright, then the tests
 
 test-fast: $(INSTALLED)  ## run the fast unit tests, which compile nothing
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m 'not compiler and not slow' tests/unit
+
+# Up to eight environments in build/matrix, each with a torch. For some only: make matrix PYTHONS=3.12 TORCHES='2.6 newest'
+PYTHONS ?= 3.10 3.11 3.12 3.13
+TORCHES ?= 2.6 newest
+matrix:  ## run the fast unit tests on each Python and torch that this machine has or can install
+	$(PYTHON) tools/matrix.py --pythons $(PYTHONS) --torches $(TORCHES) --workers $(WORKERS)
 
 pretend-gpu: $(INSTALLED)  ## run the tests that need a GPU on the CPU, to find errors in the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m gpu --pretend-gpu

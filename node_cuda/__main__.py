@@ -1,5 +1,7 @@
 """`python -m node_cuda`: reports the versions, the devices, the path that computes the steps, and the reason for it.
 
+`python -m node_cuda run program.py args` runs a program with this package in the place of torchdiffeq.
+
 The report never fails: an error becomes a line of the report. It changes nothing, except that the result of the
 self-check is recorded, as in a first solve.
 """
@@ -9,11 +11,14 @@ from __future__ import annotations
 import argparse
 import importlib.metadata
 import platform
+import sys
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
 
 from node_cuda._version import __version__
+from node_cuda.as_torchdiffeq.run import run
 from node_cuda.extension import build
 from node_cuda.extension import loading as extension
 from node_cuda.kernels import backend, self_check
@@ -128,7 +133,28 @@ def report() -> str:
     return "\n".join(f"{key:<12}{value}" for key, value in rows)
 
 
-if __name__ == "__main__":
+def main() -> None:
+    """Print the report, or run a program."""
     words = "What is installed, which devices there are, which path computes the steps, and why."
-    argparse.ArgumentParser("python -m node_cuda", description=words).parse_args()
-    print(report())
+    parser = argparse.ArgumentParser(
+        "python -m node_cuda",
+        description=words,
+        epilog="python -m node_cuda run PROGRAM.py [ARGUMENTS] runs a program, and `run -m MODULE` a module, with "
+        "node_cuda in the place of torchdiffeq.",
+    )
+    if sys.argv[1:2] != ["run"]:
+        parser.parse_args()
+        print(report())
+        return
+    program = sys.argv[2:]
+    if program[:1] == ["-m"]:
+        program = program[1:]
+        if not program:
+            parser.error("run -m needs the name of a module")
+    elif not program or not Path(program[0]).is_file():
+        parser.error(f"run needs a program; got {program[0]!r}, which is no file" if program else "run needs a program")
+    run(sys.argv[2:])
+
+
+if __name__ == "__main__":
+    main()

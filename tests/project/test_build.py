@@ -23,6 +23,7 @@ import pytest
 import torch
 from filelock import FileLock  # torch depends on it
 
+from node_cuda._version import __version__
 from node_cuda.extension import build
 from node_cuda.extension import loading as extension
 
@@ -148,7 +149,8 @@ SETTINGS = {
 def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """Install this tree in one of the settings, once for all processes of the test run, and return the folder.
 
-    pip gets the source archive, unpacked, which must be complete.
+    pip makes a wheel from the source archive, unpacked, which must be complete, and installs that file. The wheel lies
+    in wheel_{setting} beside the folder.
     """
     base = tmp_path_factory.getbasetemp()
     shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
@@ -158,12 +160,18 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
         with FileLock(shared / f"{setting}.lock"):
             if not target.exists():
                 source = checkout(shared / f"source_{setting}")
-                done = run(sys.executable, "setup.py", "-q", "sdist", "--formats=zip", cwd=source)
-                assert done.returncode == 0, done.stderr
+                done = run(sys.executable, "-m", "build", "--sdist", "--no-isolation", cwd=source)
+                assert done.returncode == 0, done.stdout + done.stderr
                 (archive,) = (source / "dist").iterdir()
                 shutil.unpack_archive(archive, shared / f"unpacked_{setting}")
                 (unpacked,) = (shared / f"unpacked_{setting}").iterdir()
-                done = pip(unpacked, target, **SETTINGS[setting])
+                wheels = shared / f"wheel_{setting}"
+                python_m_pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+                options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", wheels]
+                done = run(*python_m_pip, "wheel", "-v", *options, unpacked, cwd=shared, **SETTINGS[setting])
+                assert done.returncode == 0, done.stdout + done.stderr
+                (wheel,) = wheels.iterdir()
+                done = pip(wheel, target)
                 assert done.returncode == 0, done.stdout + done.stderr
         return target
 
@@ -171,6 +179,57 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]
 
 
 INFO = "import torch, node_cuda._C; print(node_cuda._C.__file__, *node_cuda._C.build_info().values(), sep='|')"
+
+
+# --- wheels ----------------------------------------------------------------------------------------------------------
+
+
+def in_fresh_environment(wheel: Path, folder: Path, code: str) -> str:
+    """Install the wheel in a new environment, which has this one's torch and nothing of this checkout."""
+    done = run(sys.executable, "-m", "venv", "--without-pip", folder, cwd=folder.parent)
+    assert done.returncode == 0, done.stderr
+    python = folder / "bin" / "python"
+    pip = [sys.executable, "-m", "pip", "--disable-pip-version-check", "--python", python]
+    done = run(*pip, "install", "--no-deps", "--no-index", wheel, cwd=folder)
+    assert done.returncode == 0, done.stdout + done.stderr
+    (packages,) = folder.glob("lib/python*/site-packages")
+    # The folder of torch alone: an editable install of this checkout has its line in another .pth file there.
+    (packages / "torch.pth").write_text(f"{Path(torch.__file__).parent.parent}\n")
+    done = run(python, "-c", code, cwd=folder)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.strip()
+
+
+SOLVES = """
+import math, sys, torch, node_cuda
+assert node_cuda.__file__.startswith(sys.prefix), node_cuda.__file__
+y = node_cuda.odeint(lambda t, y: -y, torch.ones(1), torch.tensor([0.0, 1.0]))
+assert abs(y[-1].item() - math.exp(-1)) < 1e-5
+from node_cuda.extension import build
+print(node_cuda.__version__, build.read_note().setting)
+"""
+
+
+@pytest.mark.slow
+def test_a_pure_wheel_is_for_every_machine_and_solves_in_a_fresh_environment(
+    installed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (wheel,) = (installed("python").parent / "wheel_python").iterdir()
+    assert wheel.name == f"node_cuda-{__version__}-py3-none-any.whl"
+    assert in_fresh_environment(wheel, tmp_path / "env", SOLVES) == f"{__version__} python"
+
+
+@pytest.mark.slow
+@compiler
+def test_a_compiled_wheel_is_for_this_machine_and_solves_in_a_fresh_environment(
+    installed: Callable[[str], Path], tmp_path: Path
+) -> None:
+    (wheel,) = (installed("cpu").parent / "wheel_cpu").iterdir()
+    python = "cp{}{}".format(*sys.version_info)
+    platform = sysconfig.get_platform().replace("-", "_").replace(".", "_")
+    assert wheel.name == f"node_cuda-{__version__}-{python}-{python}-{platform}.whl"
+    code = f"{SOLVES}import node_cuda._C; print(node_cuda._C.build_info()['kernels'])"
+    assert in_fresh_environment(wheel, tmp_path / "env", code).split() == [__version__, "cpu", "False"]
 
 
 # --- the three settings ----------------------------------------------------------------------------------------------

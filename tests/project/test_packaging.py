@@ -16,6 +16,7 @@ import torch
 import node_cuda
 from node_cuda import __main__ as environment
 from node_cuda.extension import build
+from tools import matrix
 
 if sys.version_info >= (3, 11):
     import tomllib
@@ -89,6 +90,64 @@ def test_the_version_is_written_once(fresh_install: Path) -> None:
 
 def test_the_changelog_names_the_version() -> None:
     assert node_cuda.__version__ in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_without_torch_the_package_says_what_to_install() -> None:
+    line = "import sys; sys.modules['torch'] = None; import runpy; runpy.run_module('node_cuda', run_name='__main__')"
+    done = subprocess.run([sys.executable, "-c", line], capture_output=True, text=True, cwd=ROOT)
+    last = done.stderr.strip().splitlines()[-1]
+    assert done.returncode == 1 and "node_cuda needs PyTorch" in last and "`pip install torch`" in last
+
+
+def test_the_citation_names_the_version_and_the_license() -> None:
+    text = (ROOT / "CITATION.cff").read_text()
+    fields = dict(re.findall(r"^([\w-]+): (.+)$", text, re.MULTILINE))
+    assert fields["cff-version"] == "1.2.0" and fields["type"] == "software" and fields["title"] and fields["message"]
+    assert fields["version"] == node_cuda.__version__ and fields["license"] == PYPROJECT["project"]["license"]
+
+
+def test_each_feature_with_a_package_of_its_own_has_an_extra() -> None:
+    """`_extras.extra` names the extra in its message."""
+    named = {"plot": "matplotlib", "progress": "tqdm"}
+    sources = "".join(path.read_text() for path in (ROOT / "node_cuda").rglob("*.py"))
+    used = set(re.findall(r"""extra\("(\w+)[\w.]*", .*?, "(\w+)"\)""", sources))
+    assert used == {(package, group) for group, package in named.items()}
+    for group, package in named.items():
+        assert package in names(PYPROJECT["project"]["optional-dependencies"][group])
+
+
+def test_the_classifiers_and_the_workflow_name_no_python_that_the_package_refuses() -> None:
+    rows = [row.rpartition(" :: ")[2] for row in PYPROJECT["project"]["classifiers"] if "Python :: 3." in row]
+    workflow = (ROOT / ".github" / "workflows" / "cpu.yml").read_text()
+    (listed,) = re.findall(r"python: (\[.*\])", workflow)
+    lowest = PYPROJECT["project"]["requires-python"].removeprefix(">=")
+    assert rows and all(int(row.split(".")[1]) >= int(lowest.split(".")[1]) for row in rows)
+    assert set(rows) <= set(eval(listed)) and lowest in eval(listed)
+
+
+def test_a_python_or_torch_that_is_missing_is_a_line_of_the_matrix_and_no_failure(
+    monkeypatch, capsys, tmp_path
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--pythons", "3.99", "3.11", "--torches", "2.6", "--folder", "x"])
+    monkeypatch.setattr(matrix, "interpreter", lambda version: None if version == "3.99" else sys.executable)
+    monkeypatch.setattr(matrix, "environment", lambda *_: "ERROR: No matching distribution found for torch==2.6.*")
+    assert matrix.main() == 0
+    assert capsys.readouterr().out.splitlines()[1:] == [
+        "3.99    2.6             skipped: this machine has no python3.99",
+        "3.11    2.6             skipped: ERROR: No matching distribution found for torch==2.6.*",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("line", "code"), [("700 passed in 9s", 0), ("1 failed, 699 passed in 9s", 1), ("no output", 1)]
+)
+def test_a_test_that_fails_in_one_environment_fails_the_matrix(line, code, monkeypatch, capsys) -> None:
+    monkeypatch.setattr(sys, "argv", ["matrix.py", "--pythons", "3.11", "--torches", "newest", "--folder", "x"])
+    monkeypatch.setattr(matrix, "interpreter", lambda version: sys.executable)
+    monkeypatch.setattr(matrix, "environment", lambda *_: None)
+    monkeypatch.setattr(matrix, "tested", lambda *_: ("2.13.0", line))
+    assert matrix.main() == code
+    assert capsys.readouterr().out.splitlines()[-1] == f"3.11    2.13.0          {line}"
 
 
 def test_torch_is_a_dependency_but_not_a_build_requirement(fresh_install: Path) -> None:

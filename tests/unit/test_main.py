@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import os
 import runpy
 import sys
 import types
+from pathlib import Path
 
 import pytest
 import torch
 
 from node_cuda import __main__ as environment
+from node_cuda.as_torchdiffeq import run as running
+from node_cuda.as_torchdiffeq.startup import VARIABLE
 from node_cuda.extension import build
 from node_cuda.extension import loading as extension
 
@@ -139,3 +143,44 @@ def test_an_argument_is_refused_and_not_ignored(
     assert ended.value.code == 2
     printed = capsys.readouterr()
     assert "unrecognized arguments: --chek" in printed.err and not printed.out
+
+
+# ------------------------------------------------------------------ run
+def test_run_gets_the_program_and_all_of_its_arguments(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    ran: list[list[str]] = []
+    monkeypatch.setattr(environment, "run", ran.append)
+    program = tmp_path / "train.py"
+    program.touch()
+    for given in ([str(program), "--lr", "1", "-h"], ["-m", "package.train", "-v"]):
+        monkeypatch.setattr(sys, "argv", ["node_cuda", "run", *given])
+        environment.main()
+        assert ran.pop() == given
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        (["nofile.py"], "run needs a program; got 'nofile.py', which is no file"),
+        ([], "run needs a program"),
+        (["-m"], "run -m needs the name of a module"),
+    ],
+)
+def test_run_without_a_program_says_what_it_needs(
+    given: list[str], words: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["node_cuda", "run", *given])
+    with pytest.raises(SystemExit) as ended:
+        environment.main()
+    assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+def test_run_takes_the_name_of_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(running, "install_as_torchdiffeq", lambda: None)
+    monkeypatch.setattr(sys, "argv", [])
+    for name in ("PYTHONPATH", VARIABLE):
+        monkeypatch.setenv(name, "")
+    with pytest.raises(SystemExit):
+        running.run(["-m", "json.tool", "-h"])
+    assert "--sort-keys" in capsys.readouterr().out
+    assert os.environ["PYTHONPATH"].split(os.pathsep)[0] == str(running.STARTUP)
+    assert (Path(os.environ[VARIABLE]) / "node_cuda" / "nn").is_dir()
