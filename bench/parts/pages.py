@@ -10,19 +10,27 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from parts.common.paths import BENCH, PUBLISHED, ROOT
+from parts.common.paths import BENCH, EXAMPLES, PUBLISHED, ROOT
 from parts.common.tables import Result
 from parts.device_loop.report import device_loop_block
 from parts.endurance.report import endurance_block
+from parts.examples.report import examples_block
 from parts.gpu.report import gpu_block
 from parts.gradients.report import gradients_block
 from parts.kernels.report import kernels_block
 from parts.memory.report import memory_block, memory_short
+from parts.peers.report import peers_block
 from parts.solve.report import solve_block
 from parts.speed.report import small_block, speed_block, speed_short
 from parts.stiff.report import stiff_block
 
-PAGES = (ROOT / "README.md", BENCH / "README.md", PUBLISHED / "README.md", ROOT / "docs" / "stiff.md")
+PAGES = (
+    ROOT / "README.md",
+    BENCH / "README.md",
+    PUBLISHED / "README.md",
+    EXAMPLES / "README.md",
+    ROOT / "docs" / "stiff.md",
+)
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
@@ -34,6 +42,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "gradients": ("gradients", gradients_block),
     "endurance": ("endurance", endurance_block),
     "stiff": ("stiff", stiff_block),
+    "peers": ("peers", peers_block),
+    "examples": ("examples", examples_block),
     "kernels": ("kernels", kernels_block),
     "solve": ("solve", solve_block),
     "device-loop": ("device_loop", device_loop_block),

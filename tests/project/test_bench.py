@@ -48,7 +48,7 @@ def bench(monkeypatch):
 LAYERS = (
     ("common",),
     ("solve",),
-    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "stiff", "gpu"),
+    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "stiff", "peers", "examples", "gpu"),
     ("pages",),
     ("program",),
 )
@@ -263,8 +263,8 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
     with pytest.raises(
         SystemExit,
-        match="device-loop, endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short, "
-        "speed-small",
+        match="device-loop, endurance, examples, gpu, gradients, kernels, memory, memory-short, peers, solve, speed, "
+        "speed-short, speed-small",
     ):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 
@@ -277,7 +277,7 @@ def test_every_page_shows_every_block_and_is_up_to_date(report):
 
 
 PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "stiff", "solve", "kernels", "device_loop",
-            "gpu_unpack")  # fmt: skip
+            "peers", "examples", "gpu_unpack")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
