@@ -12,6 +12,7 @@ from typing import Any, Literal, TypeVar
 import torch
 from torch import Tensor
 
+from node_cuda._extras import extra
 from node_cuda._typing import Norm
 from node_cuda.status import InvalidInput, InvalidType, did_you_mean, users_level
 
@@ -22,7 +23,9 @@ class Common:
 
     throw: True raises SolveError if the solve fails. False returns NaN for the times that it did not reach. "deferred"
     also returns NaN, without waiting for the device, and `Solution.check()` raises; it needs cuda_graph. record_steps:
-    keep the accepted times in `stats.step_times`. norm: the norm of the scaled error. check_reconstruction: with
+    keep the accepted times in `stats.step_times`, and all tried steps in `stats.steps`, which `stats.plot()` shows.
+    progress: show a bar of the share of the interval, the step size h, and the counts of evaluations and of rejected
+    steps, in both passes; it needs tqdm. norm: the norm of the scaled error. check_reconstruction: with
     gradient="adjoint", compare the y that the backward solve reconstructs with the outputs, and warn if they differ too
     much. cuda_graph: capture a step and repeat it on the device, if that is possible; a `cuda_graphs.cache.GraphCache`
     keeps the captured graphs, True keeps them with func. clip: never evaluate func at a time outside of [t[0], t[-1]],
@@ -31,6 +34,7 @@ class Common:
     """
 
     throw: bool | Literal["deferred"] = True
+    progress: bool = False
     record_steps: bool = False
     check_reconstruction: bool = False
     cuda_graph: Any = False
@@ -222,6 +226,7 @@ def _check(options: Common) -> None:
             f'options["clip"] must be True or False; got {options.clip!r:.60}. True keeps func within [t[0], t[-1]].'
         )
     for name, what in (
+        ("progress", "True shows a bar"),
         ("record_steps", "True keeps the accepted times in `stats.step_times`"),
         ("check_reconstruction", "True compares the y that the adjoint method reconstructs"),
         ("perturb", "True evaluates at grid points on the side of the step's inside"),
@@ -242,6 +247,8 @@ def _check(options: Common) -> None:
             'options["throw"] = "deferred" is only for solves in a CUDA graph; got it without cuda_graph. Add '
             "cuda_graph=True, or take throw=False."
         )
+    if options.progress:
+        _check_progress(options)
     if options.norm is not None and not callable(options.norm):
         raise InvalidType(f'options["norm"] must be a function of the scaled error; got {options.norm!r:.60}.')
     if isinstance(options, AdaptiveOptions):
@@ -277,6 +284,19 @@ def _check(options: Common) -> None:
             raise ValueError("step_size and grid_constructor are mutually exclusive arguments. Drop one of them.")
         if options.step_size is not None and not 0 < options.step_size < math.inf:
             raise InvalidInput(f'options["step_size"] must be positive and finite; got {options.step_size}.')
+
+
+def _check_progress(options: Common) -> None:
+    for holds, where in (
+        (bool(options.cuda_graph), "a captured solve (cuda_graph=True), whose steps the device takes"),
+        (isinstance(options, ScipyOptions), "scipy_solver, whose steps scipy takes"),
+    ):
+        if holds:
+            raise InvalidInput(
+                f'options["progress"] shows the steps that the host takes; got it with {where}. Drop progress=True, '
+                'or solve on the host by method="dopri5" without cuda_graph.'
+            )
+    extra("tqdm", 'options["progress"] = True', "progress")
 
 
 def _check_implicit(options: ImplicitOptions) -> None:

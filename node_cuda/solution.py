@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field, fields
-from typing import Any, Generic, Protocol
+from typing import Any, Generic, NamedTuple, Protocol
 
 from torch import Tensor
 
+from node_cuda._plots import plot_solution, plot_steps
 from node_cuda._typing import S_co
 from node_cuda.status import SolveError, Status
 
@@ -22,13 +23,23 @@ class Pending(Protocol):
         ...
 
 
+class TriedStep(NamedTuple):
+    """A step that was tried, from t to t + h. error: its error in units of the tolerances; NaN on a fixed grid."""
+
+    t: float
+    h: float
+    error: float
+    accepted: bool
+
+
 @dataclass
 class Stats:
     """The statistics of a solve. Filled in while it runs; nfe_backward when the gradient is computed.
 
     nfe: evaluations of func. nfe_backward: evaluations in the backward pass (in the adjoint each with one vjp).
     accepted, rejected: steps (fixed grids reject none). host_reads: how often the host waited for a number from the
-    device. step_times: the times between accepted steps, t0 included, if `options=dict(record_steps=True)`.
+    device. With `options=dict(record_steps=True)` step_times: the times between accepted steps, t0 included; and steps:
+    all steps that were tried, also the rejected ones, as `TriedStep(t, h, error, accepted)`.
 
     loop: where the step loop runs: the "host", or with `options=dict(cuda_graph=True)` the device, in one launch
     ("while") or in "batches" of launches. why: the reason why a faster loop was not used. loop_backward, why_backward:
@@ -57,6 +68,7 @@ class Stats:
     rejected: int = 0
     host_reads: int = 0
     step_times: list[float] | None = None
+    steps: list[TriedStep] | None = None
     loop: str = "host"
     why: str | None = None
     loop_backward: str = "host"
@@ -77,6 +89,14 @@ class Stats:
     reached: tuple[float, Tensor] | None = field(default=None, repr=False, compare=False)
     """For a failed solve: the time and the flat state after its last accepted step, without a gradient."""
 
+    def plot(self, axes: Any = None) -> Any:
+        """Plot the sizes of the steps, rejected ones too, and their errors against t. Needs matplotlib.
+
+        The solve must have recorded them: `solve(..., options=dict(record_steps=True))`. axes: two matplotlib axes, by
+        default those of a new figure. Returns the axes.
+        """
+        return plot_steps(self.steps, axes)
+
     @property
     def steps_again(self) -> int:
         """Another name for `recomputed_steps`."""
@@ -91,8 +111,9 @@ class Stats:
         for f in fields(self)[4:]:
             value = getattr(self, f.name)
             if f.repr and value != f.default:
-                times = isinstance(value, list)
-                shown.append(f"{f.name}=<{len(value)} times>" if times else f"{f.name}={value!r}")
+                kind = "steps" if f.name == "steps" else "times"
+                listed = isinstance(value, list)
+                shown.append(f"{f.name}=<{len(value)} {kind}>" if listed else f"{f.name}={value!r}")
         return f"Stats({', '.join(shown)})"
 
     def __str__(self) -> str:
@@ -128,6 +149,14 @@ class Solution(Generic[S_co]):
             f"Solution({self.status.name}, {_between(self.ts)}{event}, {state}, {self.stats}, "
             f"nfe_backward = {self.stats.nfe_backward})"
         )
+
+    def plot(self, ax: Any = None) -> Any:
+        """Plot y against t, one line for each element, for the first ones only if they are many. Needs matplotlib.
+
+        Where the steps were recorded, `options=dict(record_steps=True)`, their ends are marks on the axis of t. ax: a
+        matplotlib axes, by default that of a new figure. Returns it.
+        """
+        return plot_solution(self.ts, self.ys, self.stats.step_times, ax)
 
     @property
     def t_reached(self) -> Tensor:

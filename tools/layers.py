@@ -16,7 +16,7 @@ PAGES = ("README.md", "docs/architecture.md")
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
-    ("_version", "_typing", "_records", "status", "_torch_modes", "_eager", "_user_code"),
+    ("_version", "_typing", "_records", "_extras", "status", "_plots", "_torch_modes", "_eager", "_user_code"),
     ("extension.build", "extension.loading", "extension"),
     (
         "kernels.norms",
@@ -64,6 +64,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("controllers",),
     (
         "loop.step_control",
+        "loop.progress",
         "loop.host_loop",
         "loop.outputs",
         "loop.events",
@@ -125,7 +126,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gradients.stored_adjoint", "gradients.by_adjoint"),
     ("gradients.auto", "gradients.registry", "gradients"),
     ("integrals.integral", "integrals.regularized", "integrals"),
-    ("odeint", "event", "compiled", "nn", "", "__main__"),
+    ("odeint", "event", "compiled", "diagnosis", "nn.neural_ode", "nn.residual", "nn.flow", "nn", "", "__main__"),
 )
 
 

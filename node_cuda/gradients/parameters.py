@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Sequence
 from typing import Any
 
@@ -39,6 +40,8 @@ class Parameters:
             named = params.values() if plain else _of_replica(func) if _is_replica(func) else func.parameters()
         self.every = tuple({id(x): x for x in named}.values())
         self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
+        if torch.is_grad_enabled():
+            _refuse_shards_inside(self.owner, self.wanted, method)
         known = {id(x) for x in self.wanted}
         self.carried = tuple(x for x in buffers.values() if is_wrapped(x) and id(x) not in known)
 
@@ -91,6 +94,22 @@ def is_wrapped(x: Any) -> bool:
     """Return whether x belongs to an active torch.func transform."""
     known: Any = torch._C
     return isinstance(x, Tensor) and known._functorch.is_functorch_wrapped_tensor(x)
+
+
+def _refuse_shards_inside(owner: Any, params: Sequence[Tensor], method: str) -> None:
+    """Raise Unsupported if fully_shard holds parts of func: their parameters are others during each evaluation."""
+    if not set(map(type, params)) - {nn.Parameter, Tensor} or not isinstance(owner, nn.Module):
+        return  # the shards of a parameter are a DTensor
+    fsdp: Any = sys.modules.get("torch.distributed.fsdp")
+    kind = getattr(fsdp, "FSDPModule", ())
+    for name, module in owner.named_modules():
+        if isinstance(module, kind):
+            raise Unsupported(
+                f"FSDP shards {f'{name!r} inside of func' if name else 'func itself'}, so that its parameters are "
+                f"replaced during each evaluation of func, and the {method} needs them during the whole solve. Shard "
+                "the layer that solves as one unit, `fully_shard(NeuralODE(func))`, or a module that contains it, or "
+                'use gradient="backprop".'
+            )
 
 
 def _of_replica(func: nn.Module) -> Iterable[Tensor]:

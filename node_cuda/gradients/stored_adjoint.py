@@ -128,7 +128,7 @@ class _StoredAdjoint(DifferentiableSolve):
             problem, func=field, field=field, y0=a, times=ascending, direction=-problem.direction,
             t=problem.t.detach().flip(0), norm=self.norm, callbacks=problem.adjoint_callbacks, bounds=None,
         )  # fmt: skip
-        loop, interpolant = make_loop(backward, method, Stats(), stops=ascending[1:], anywhere=True)
+        loop, interpolant = make_loop(backward, method, Stats(), stops=ascending[1:], anywhere=True, backwards=True)
         next_output = 1
         for step in loop.steps():
             if params:

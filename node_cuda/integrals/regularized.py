@@ -63,7 +63,7 @@ class Regularized(nn.Module):
 
     def _drawn(self, shapes: list[torch.Size], y0: Tensor) -> list[Tensor]:
         if isinstance(self.noise, str):
-            drawn = [_noise(self.noise, shape, y0.dtype, y0.device) for shape in shapes]
+            drawn = [draw_noise(self.noise, shape, y0.dtype, y0.device) for shape in shapes]
             if any(map(is_wrapped, drawn)):
                 raise Unsupported(
                     "regularized cannot draw noise for each sample of torch.func.vmap. Give it as `noise=`, use "
@@ -137,7 +137,7 @@ def refuse_regularized(func: Func, name: str) -> None:
         )
 
 
-def _noise(law: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
+def draw_noise(law: str, shape: torch.Size, dtype: torch.dtype, device: torch.device) -> Tensor:
     """Return independent numbers of mean 0 and variance 1, which take no part in any derivative."""
     if law == "gaussian":
         noise = torch.randn(shape, dtype=dtype, device=device)

@@ -14,6 +14,7 @@ from node_cuda.kernels.step_log import StepLog
 from node_cuda.loop.events import solve_event
 from node_cuda.loop.grids import GridSteps, endless_grid, grid_of
 from node_cuda.loop.host_loop import HostLoop
+from node_cuda.loop.progress import Progress
 from node_cuda.loop.step_control import AdaptiveSteps, StepSelector
 from node_cuda.loop.stiffness import stiffness_test
 from node_cuda.methods.adams import Adams
@@ -22,7 +23,7 @@ from node_cuda.methods.implicit.steps import ImplicitSteps, implicit_steps
 from node_cuda.methods.implicit.tableau import order_of_error
 from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_implicit, of_method
 from node_cuda.methods.registry import Method
-from node_cuda.methods.step import Quadrature, Stepper
+from node_cuda.methods.step import Quadrature, Step, Stepper
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 
@@ -48,6 +49,7 @@ def make_loop(
     arithmetic: Arithmetic | None = None,
     points: Iterable[float] | None = None,
     tape: StepLog | None = None,
+    backwards: bool = False,
 ) -> tuple[HostLoop, Interpolant]:
     """Return a solve that is ready to run, and the interpolant of its outputs.
 
@@ -55,7 +57,8 @@ def make_loop(
     times that a step must end at. pauses: if the device controls the steps, it waits at every output. quadrature: an
     integral that is computed with the state; its error takes part in the norm. arithmetic: reuse the arithmetic of a
     finished solve of the same state and norm; allowed if this solve evaluates no outputs. points: the points of
-    `grid_of`, if they are known. tape: if the device controls the steps, it records them there.
+    `grid_of`, if they are known. tape: if the device controls the steps, it records them there. backwards: it is
+    the solve of a backward pass, for the words of a bar.
     """
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
@@ -103,7 +106,19 @@ def make_loop(
     if isinstance(stepper, ExplicitRK) and method.adaptive and quadrature is None:
         test = stiffness_test(stepper, stats, problem.direction)
         loop.watch = None if test is None else test.look
+    if options.progress:
+        bar = Progress(problem.times, problem.direction, endless=endless, backwards=backwards)
+        loop.tried, loop.ended = show_steps(bar, problem, stats), bar.close
     return loop, interpolant
+
+
+def show_steps(bar: Progress, problem: Problem, stats: Stats) -> Callable[[Step, bool], None]:
+    """Return a function that shows a tried step in the bar."""
+
+    def show(step: Step, accepted: bool) -> None:
+        bar.show(step.t1 if accepted else step.t0, problem.direction * step.at.h, problem.field.nfe, stats.rejected)
+
+    return show
 
 
 def find_event(

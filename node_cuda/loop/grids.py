@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Iterable
 
 import torch
@@ -28,6 +29,7 @@ class GridSteps:
         self.stats = stats
         self.tensors = tensors
         self.starts_at_jump = self.judges = False
+        self.ratio = math.nan
         self._points = iter(points)
         self._index = 0
 

@@ -18,14 +18,15 @@ from node_cuda._user_code import in_step, tell_step
 from node_cuda.loop.step_control import StepSelector
 from node_cuda.methods.step import ProposedStep, Step, Stepper
 from node_cuda.problem.problem import Problem
-from node_cuda.solution import Stats
+from node_cuda.solution import Stats, TriedStep
 from node_cuda.status import SolveError
 
 
 class HostLoop:
     """The current point (t, y) of a solve in solver time, and k1 if it is known.
 
-    accepted, watch: functions that are called with every accepted step.
+    accepted, watch: functions that are called with every accepted step. tried: a function that is called with every
+    step that was tried, and whether it was accepted; ended: one that is called at the end of the steps.
     """
 
     def __init__(
@@ -41,8 +42,10 @@ class HostLoop:
         self.accepted: Callable[[Step], None] | None = None
         self.move: ProposedStep | None = None
         self.watch: Callable[[Step], None] | None = None
+        self.tried: Callable[[Step, bool], None] | None = None
+        self.ended: Callable[[], None] | None = None
         if record:
-            stats.step_times = [problem.direction * self.t]
+            stats.step_times, stats.steps = [problem.direction * self.t], []
 
     def steps(self) -> Iterator[Step]:
         """Yield the accepted steps until the selector proposes no more, or until the caller stops."""
@@ -54,6 +57,9 @@ class HostLoop:
         except (Exception, KeyboardInterrupt) as error:
             self._tell_step(error)
             raise
+        finally:
+            if self.ended is not None:
+                self.ended()
         self.stats.nfe = self.problem.field.nfe
 
     def _steps(self) -> Iterator[Step]:
@@ -63,7 +69,12 @@ class HostLoop:
         while (move := self.selector.propose(self.t, self.y)) is not None:
             self.move = move
             step = self.stepper.attempt(self.t, move, self.y, self.k1)
-            if self.selector.judge(step):
+            fits = self.selector.judge(step)
+            if self.stats.steps is not None:
+                self._record(step, fits)
+            if self.tried is not None:
+                self.tried(step, fits)
+            if fits:
                 self.t, self.y, self.k1 = step.t1, step.y1, self.stepper.carry(step)
                 if self.stats.step_times is not None:
                     self.stats.step_times.append(self.problem.direction * step.t1)
@@ -74,6 +85,11 @@ class HostLoop:
                 yield step
             elif self.k1 is None:
                 self.k1 = step.k[0]  # the field at the unchanged start, which is known now
+
+    def _record(self, step: Step, accepted: bool) -> None:
+        sign = self.problem.direction
+        assert self.stats.steps is not None
+        self.stats.steps.append(TriedStep(sign * step.t0, sign * step.at.h, self.selector.ratio, accepted))
 
     def note_reached(self) -> None:
         """Store in the statistics how far a failed solve came."""

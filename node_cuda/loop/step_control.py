@@ -40,11 +40,15 @@ _log = logging.getLogger("node_cuda")
 class StepSelector(Protocol):
     """Chooses where steps end, and accepts or rejects them.
 
-    starts_at_jump: the field is discontinuous at the start of the solve. judges: the selector may reject steps.
+    starts_at_jump: the field is discontinuous at the start of the solve. judges: the selector may reject steps. ratio:
+    the error of the step judged last, in units of the tolerances; NaN if it has no estimate.
     """
 
     starts_at_jump: bool
     judges: bool
+
+    @property
+    def ratio(self) -> float: ...
 
     def start(self, t: float, y: Tensor, k1: Tensor | None) -> None:
         """Start the solve. Called once, before the first step."""
@@ -185,6 +189,11 @@ class AdaptiveSteps:
             self._notify("callback_reject_step", step.t0, step.y0, step.at.h)
         self.stats.rejected += 1
         return False
+
+    @property
+    def ratio(self) -> float:
+        """The error of the step judged last, in units of the tolerances."""
+        return self.now.ratio
 
     def _tell_of_length(self, t: float, y: Tensor) -> None:
         """Log where a long solve stands, and raise SolveError if its field answers by chance. Two evaluations."""

@@ -12,7 +12,7 @@ import torch.multiprocessing as mp
 from problems import F64, MLP, linspace, loss_of, relative_difference
 from torch import nn
 
-from node_cuda import odeint, odeint_adjoint
+from node_cuda import ContinuousFlow, NeuralODE, ODEBlock, Unsupported, odeint, odeint_adjoint
 
 try:
     from torch.distributed.fsdp import fully_shard
@@ -62,6 +62,57 @@ WRAPPED = {
 }
 
 
+class Density(nn.Module):
+    """A flow as a training step uses it, with one number for each sample."""
+
+    def __init__(self):
+        super().__init__()
+        self.flow = ContinuousFlow(MLP(dim=2, seed=7, timed=True), 2, trace="exact", **TIGHT)
+
+    def forward(self, y0):
+        z, log_det = self.flow(y0)
+        return self.flow.base_log_prob(z) + log_det
+
+
+class Trained(nn.Module):
+    """A field of layers, of which FSDP can shard each."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(2, 2, dtype=F64)
+
+    def forward(self, t, y):
+        return torch.tanh(self.inner(y))
+
+
+LAYERS = {
+    "flow": (DDP, Density),
+    "flow in shards": (sharded, lambda: ContinuousFlow(MLP(dim=2, seed=7, timed=True), 2, trace="exact", **TIGHT)),
+    "block in shards": (sharded, lambda: ODEBlock(MLP(dim=2, seed=7, timed=True), timed=True, **TIGHT)),
+}
+
+
+def gradients_of_layer(layer, y0):
+    """The mean over samples of a number of each."""
+    if isinstance(layer, ContinuousFlow):
+        layer.log_prob(y0).square().mean().backward()
+        return tuple(p.grad for p in layer.parameters())
+    return gradients(layer, y0)
+
+
+def refused_in_parts(gradient):
+    """Return the message for a field of which FSDP shards a layer."""
+    net = NeuralODE(Trained(), T, gradient=gradient)
+    fully_shard(net.func.inner)
+    fully_shard(net)
+    with torch.no_grad():
+        assert net(batch()).isfinite().all(), "without a gradient there is nothing to refuse"
+    try:
+        net(batch())
+    except Unsupported as error:
+        return str(error)
+
+
 def train_on_half(rank, file, results):
     """Run one of two processes: compute the gradients of its half of the batch, averaged over both processes."""
     torch.set_num_threads(1)
@@ -72,6 +123,14 @@ def train_on_half(rank, file, results):
             grads = gradients(net, batch().chunk(2)[rank] if wrap is DDP or fully_shard is not None else batch())
             grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
             torch.save(grads, f"{results}-{name}-{rank}.pt")
+        for name, (wrap, make) in LAYERS.items():
+            torch.manual_seed(0)
+            net = wrap(make())
+            grads = gradients_of_layer(net, batch().chunk(2)[rank])
+            grads = [g.full_tensor() if hasattr(g, "full_tensor") else g for g in grads]
+            torch.save(grads, f"{results}-{name}-{rank}.pt")
+        refused = [refused_in_parts(gradient) for gradient in ("adjoint", "discrete", "auto")]
+        torch.save(refused, f"{results}-refused-{rank}.pt")
         del net
         dist.barrier()  # gloo aborts a process if its peer ends first
     finally:
@@ -88,6 +147,14 @@ def test_two_processes_over_gloo_have_the_gradients_of_one(tmp_path):
         for rank in range(2):
             grads = torch.load(tmp_path / f"grads-{name}-{rank}.pt")
             assert relative_difference(tuple(grads), truth) < 1e-6  # the two halves take other steps, with rtol 1e-9
+    for name, (_, make) in LAYERS.items():
+        truth = gradients_of_layer(make(), batch())
+        for rank in range(2):
+            grads = torch.load(tmp_path / f"grads-{name}-{rank}.pt")
+            assert relative_difference(tuple(grads), truth) < 1e-6
+    for rank in range(2):
+        for words in torch.load(tmp_path / f"grads-refused-{rank}.pt"):
+            assert "FSDP shards 'inner' inside of func" in words and "`fully_shard(NeuralODE(func))`" in words
 
 
 def replica_of(module):

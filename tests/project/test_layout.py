@@ -59,6 +59,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "unit/gradients/test_inspection.py": ("gradients.reached",),
     "unit/integrals/test_integral.py": ("integrals.regularized",),
     "unit/loop/test_events.py": ("event",),
+    "unit/loop/test_progress.py": ("_extras",),
     "unit/loop/test_plain_grid.py": ("gradients.adjoint.plain_grid",),
     "unit/methods/implicit/test_tableaus.py": ("methods.implicit.tableau",),
     "unit/methods/test_explicit_rk.py": ("methods.evaluations", "methods.step"),

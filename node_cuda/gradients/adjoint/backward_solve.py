@@ -20,7 +20,8 @@ from node_cuda.gradients.adjoint.reconstruction import Reconstruction
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.loop import plain_grid
-from node_cuda.loop.assemble import arithmetic_of, make_loop
+from node_cuda.loop.assemble import arithmetic_of, make_loop, show_steps
+from node_cuda.loop.progress import Progress
 from node_cuda.loop.scipy_solver import ScipySolve
 from node_cuda.methods.registry import SCIPY, Method
 from node_cuda.methods.step import Step
@@ -170,7 +171,7 @@ class BackwardSolve:
         """
         if len(self.problem.times) > 1 and self.method.adaptive:
             return self._adaptive_intervals()
-        return self._scipy_interval if self.method.name == SCIPY else self._grid_interval
+        return self._scipy_interval if self.method.name == SCIPY else self._grid_intervals()
 
     def _adaptive_intervals(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
         """Return such a function for one solve with a step end at every output time. It keeps its step size."""
@@ -181,6 +182,7 @@ class BackwardSolve:
             stops=self.problem.times[1:],
             quadrature=self.gradient,
             arithmetic=self.arithmetic,
+            backwards=True,
         )
         steps = loop.steps()
 
@@ -191,11 +193,23 @@ class BackwardSolve:
 
         return interval
 
-    def _grid_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Solve over the i-th interval, by a separate grid."""
-        problem = with_fields(self.backward.interval(i, z), field=self.field, callbacks=self.problem.callbacks)
-        loop, _ = make_loop(problem, self.method, self.stats, quadrature=self.gradient, arithmetic=self.arithmetic)
-        return self._follow(loop.steps(), problem.times[1])
+    def _grid_intervals(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
+        """Return such a function that makes a grid for each interval. They have one bar together."""
+        whole, method, bar = self.problem, self.method, None
+        if method.options.progress:
+            bar = Progress(whole.times, whole.direction, backwards=True)
+            method = with_fields(method, options=with_fields(method.options, progress=False))
+
+        def interval(i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
+            problem = with_fields(self.backward.interval(i, z), field=self.field, callbacks=whole.callbacks)
+            loop, _ = make_loop(problem, method, self.stats, quadrature=self.gradient, arithmetic=self.arithmetic)
+            loop.tried = None if bar is None else show_steps(bar, whole, self.stats)
+            found = self._follow(loop.steps(), problem.times[1])
+            if bar is not None and problem.times[1] == whole.times[-1]:
+                bar.close()
+            return found
+
+        return interval
 
     def _follow(self, steps: Iterator[Step], end: float) -> tuple[Tensor, Tensor | None]:
         """Take accepted steps up to `end`. Return z there, and f at the start of the first step."""

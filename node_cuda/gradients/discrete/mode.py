@@ -44,6 +44,7 @@ from node_cuda.loop.assemble import arithmetic_of, find_event, make_loop
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.outputs import solve_outputs
+from node_cuda.loop.progress import Progress
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.esdirk import EsdirkSteps
@@ -278,6 +279,7 @@ class _Backwards:
         self.arithmetic = arithmetic_of(problem)
         self.sums = self.arithmetic.sums(self.params, with_error=False)
         self.recomputed_steps = 0
+        self.shows = task.method.options.progress
         # In half precision, small cotangents would be lost in a sum of many.
         wide = torch.promote_types(ys.dtype, torch.float32)
         self.cotangents = self.arithmetic
@@ -335,7 +337,14 @@ class _Backwards:
                         adj_t[m] += rate
             stop = first
 
-        self.trajectory.reverse(advance, back)
+        if self.shows and steps:
+            shown, bar = self._shown(back)
+            try:
+                self.trajectory.reverse(advance, shown)
+            finally:
+                bar.close()
+        else:
+            self.trajectory.reverse(advance, back)
         if adj_t is not None and not exact:
             self._times_by_the_flow(adj_t, flowing.lam)
         adj_y0 = (flowing.lam + self.grad_ys[0]).reshape(self.problem.y0.shape).to(self.ys.dtype)
@@ -344,6 +353,18 @@ class _Backwards:
             None if adj_t is None else adj_t.to(t),
             None if adj_grid is None or self.grid is None else adj_grid.to(self.grid),
         )
+
+    def _shown(self, back: Callable[[int, State], None]) -> tuple[Callable[[int, State], None], Progress]:
+        """Return `back` with a bar of the steps that are done."""
+        steps, direction = self.trajectory.steps, self.problem.direction
+        bar = Progress((steps[-1].at.t1, steps[0].at.t0), direction, backwards=True)
+
+        def shown(n: int, state: State) -> None:
+            back(n, state)
+            at = steps[n].at
+            bar.show(at.t0, -direction * at.h, self.adjoint.nfe, 0)
+
+        return shown, bar
 
     def _compare(self, stage: Evaluation) -> None:
         """Compare the first evaluation with the forward solve's, to find out whether func has changed.

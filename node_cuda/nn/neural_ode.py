@@ -9,12 +9,12 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._eager import eager
-from node_cuda._typing import GradientName, MethodName, NoArguments
+from node_cuda._typing import AdjointArguments, Func, GradientName, MethodName, NoArguments
 from node_cuda.compiled import with_own_graphs
 from node_cuda.methods.registry import lookup
 from node_cuda.odeint import ATOL, RTOL, check_gradient, refuse_unknown, solve
 from node_cuda.problem.problem import check_func, check_times
-from node_cuda.solution import Stats
+from node_cuda.solution import Solution, Stats
 from node_cuda.status import InvalidInput
 
 if TYPE_CHECKING:
@@ -96,13 +96,18 @@ class NeuralODE(nn.Module):
                 "NeuralODE needs the times t, at the call or before; got none. Use `NeuralODE(func, t)` or `layer(y0, "
                 "t)`, for example with `t = torch.tensor([0.0, 1.0])`."
             )
-        solution = solve(self.func, y0, t, gradient=self.gradient, integral=self.integral, **self.solver)
-        self.stats = solution.stats
+        solution = self.solution(self.func, y0, t)
         ys, integral = solution.ys, solution.integral
         if self.last_only:
             ys = tuple(part[-1] for part in ys) if isinstance(ys, tuple) else ys[-1]
             integral = None if integral is None else integral[-1]
         return ys if integral is None else (ys, integral)
+
+    def solution(self, func: Func, y0: Any, t: Tensor) -> Solution[Any]:
+        """Solve for this func with the arguments of the layer, and keep the statistics."""
+        solution = solve(func, y0, t, gradient=self.gradient, integral=self.integral, **self.solver)
+        self.stats = solution.stats
+        return solution
 
     def extra_repr(self) -> str:
         """Return the settings of the solve as text."""
@@ -110,3 +115,11 @@ class NeuralODE(nn.Module):
         shown = {"last_only": True} if self.last_only else {}
         shown |= {"gradient": self.gradient, **self.solver}
         return ", ".join((*times, *(f"{name}={value!r}" for name, value in shown.items())))
+
+
+def refuse_others(name: str, solver: Mapping[str, Any]) -> None:
+    """Raise InvalidType for arguments of the layer `name` that are no arguments of a solver."""
+    refuse_unknown(name, {argument: x for argument, x in solver.items() if argument not in _KNOWN})
+
+
+_KNOWN = frozenset(AdjointArguments.__annotations__)
