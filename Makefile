@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-fast pretend-gpu lint types format bench clean
+.PHONY: help install test test-fast pretend-gpu lint types format bench examples clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -46,6 +46,9 @@ format: $(INSTALLED)  ## let ruff fix what it can
 
 bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and time for several numbers of steps: about four minutes
 	$(PY) bench/memory_vs_steps.py
+
+examples: $(INSTALLED)  ## run the examples in full, with torchdiffeq beside: pictures and figures for the pages, a quarter of an hour
+	$(PY) bench/examples.py --publish
 
 clean:  ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache

@@ -24,6 +24,8 @@ from parts.examples.running import has_both, names, run
 def main() -> None:
     arguments = parse()
     device = program.begin(arguments)
+    if device.type != "cpu":
+        raise SystemExit("examples.py measures on a CPU; leave out --device.")
     pictures = PICTURES if arguments.out == PUBLISHED else arguments.out / "examples"
     pictures.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}

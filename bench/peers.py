@@ -35,6 +35,8 @@ PEERS = {RIVAL: torchdiffeqs, TORCHODE: torchodes, DIFFRAX: diffraxes}
 def main() -> None:
     arguments = parse()
     device = program.begin(arguments)
+    if device.type != "cpu":
+        raise SystemExit("peers.py measures on a CPU; leave out --device.")
     peers = {name: make for name, make in PEERS.items() if installed(name)}
     rows: list[dict[str, Any]] = []
     result = {
