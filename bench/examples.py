@@ -29,7 +29,7 @@ def main() -> None:
     pictures = PICTURES if arguments.out == PUBLISHED else arguments.out / "examples"
     pictures.mkdir(parents=True, exist_ok=True)
     found: dict[str, dict[str, Any]] = {}
-    result = {**program.new_result("examples", device), "examples": found}
+    result = {**program.new_result("examples", device), "complete": False, "examples": found}
     for name in arguments.only:
         libraries = [OURS, *([RIVAL] if has_both(name) and installed(RIVAL) else [])]
         found[name] = {}
@@ -39,6 +39,8 @@ def main() -> None:
             found[name][library] = run(name, library, picture, short=arguments.quick, threads=arguments.threads)
             if library != OURS:
                 picture.unlink(missing_ok=True)  # only the picture of node_cuda is kept
+        write_result(result, arguments.out)  # the program may be stopped before its end
+    result["complete"] = True
     path = write_result(result, arguments.out)
     show(examples_rows(result))
     print(examples_sentences(result))

@@ -145,6 +145,8 @@ def main():
     left.set(xlabel="epoch", ylabel="training loss")
     for name, sizes in memory.items():
         right.loglog(depths, sizes, "s--" if name == "residual network" else "o-", label=name)
+    right.set_xticks(depths, depths)
+    right.set_xticks([], minor=True)
     right.set(xlabel="blocks, or steps of the ODE-Net", ylabel="MiB in a training step")
     for panel in (left, right):
         panel.legend(fontsize=8)

@@ -99,7 +99,7 @@ def main():
         return field, ContinuousFlow(field, dim, trace=trace, gradient="auto", **TOLERANCE)
 
     torch.manual_seed(0)
-    iterations = 5 if arguments.short else 300
+    iterations = 2 if arguments.short else 250
     moons = torch.tensor(make_moons(4000, noise=0.06, random_state=0)[0]).float() * 1.5 - torch.tensor([0.75, 0.4])
     pixels = torch.tensor(load_digits().data / 16).float()
     mean = pixels.mean(0)
@@ -126,7 +126,7 @@ def main():
     right.imshow(sheet.numpy(), cmap="gray_r")
     for panel, title in ((left, "density of the moons"), (middle, "samples"), (right, "new digits")):
         panel.set(title=title, xticks=[], yticks=[])
-    figure.savefig(arguments.out, dpi=80)
+    figure.savefig(arguments.out, dpi=90)
     last = (sum(some[-20:]) / len(some[-20:]) for some in (losses, digit_losses))
     moons_loss, digits_loss = last
     print(f"negative log-likelihood: moons {moons_loss:.4f}, digits {digits_loss:.4f} (a normal density: 22.70)")

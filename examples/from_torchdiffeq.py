@@ -84,7 +84,7 @@ def main():
     if not arguments.library and importlib.util.find_spec("torchdiffeq") is None:
         print("torchdiffeq is not installed (pip install torchdiffeq), so node_cuda runs alone.")
         libraries = ["node_cuda"]
-    found = {library: train(library, 10 if arguments.short else 150) for library in libraries}
+    found = {library: train(library, 10 if arguments.short else 120) for library in libraries}
     if len(found) == 2:
         (_, ours, our_times, _), (_, theirs, their_times, _) = found.values()
         apart = max(abs(a - b) / b for a, b in zip(ours, theirs, strict=True))

@@ -19,12 +19,12 @@ from torch import nn
 from torch.distributions import Normal, kl_divergence
 
 LATENT, NOISE = 4, 0.1
-T = torch.linspace(0.0, 5.0, 101)  # the series are observed at 20 of the first 61 of these times, until t = 3
-SEEN, OBSERVATIONS = 61, 20
+T = torch.linspace(0.0, 5.0, 51)  # the series are observed at 20 of the first 31 of these times, until t = 3
+SEEN, OBSERVATIONS = 31, 20
 
 
 def series(n):
-    """n damped oscillations with random phase and speed at the times T: (n, 101), with noise."""
+    """n damped oscillations with random phase and speed at the times T: (n, 51), with noise."""
     phase, speed = 2 * torch.pi * torch.rand(n, 1), 2.0 + torch.rand(n, 1)
     return torch.exp(-0.2 * T) * torch.cos(phase + speed * T) + NOISE * torch.randn(n, len(T))
 
@@ -63,7 +63,7 @@ class LatentODE(nn.Module):
         return Normal(mean, log_std.exp())
 
     def forward(self, z0):
-        """The values at all times: (series, 101)."""
+        """The values at all times: (series, 51)."""
         return self.decoder(self.odeint(self.field, z0, T, rtol=1e-4, atol=1e-5))[..., 0].T
 
 
@@ -83,7 +83,7 @@ def main():
     torch.manual_seed(0)
     data, places, new = series(200), observed(200), series(50)
     values, new_places = data.gather(1, places), observed(50)
-    model, iterations = LatentODE(odeint_adjoint), 5 if arguments.short else 400
+    model, iterations = LatentODE(odeint_adjoint), 2 if arguments.short else 300
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     losses, begun = [], time.process_time()

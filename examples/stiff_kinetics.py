@@ -63,7 +63,7 @@ def main():
     for warning in told:
         print(f"it warned: {warning.message}")
 
-    func, iterations = Robertson(TRUE * torch.tensor([10.0, 0.1, 10.0], dtype=F64)), 5 if arguments.short else 150
+    func, iterations = Robertson(TRUE * torch.tensor([10.0, 0.1, 10.0], dtype=F64)), 3 if arguments.short else 150
     optimizer = torch.optim.Adam(func.parameters(), lr=0.1)
     scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, iterations)
     losses, rates, nfe, begun = [], [], 0, time.process_time()

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from parts.common.libraries import OURS, RIVAL
-from parts.common.tables import Result, Rows, markdown, outcome, provenance, reasons
+from parts.common.tables import INCOMPLETE, Result, Rows, markdown, outcome, provenance, reasons
 
 
 def examples_rows(result: Result) -> Rows:
@@ -40,7 +40,8 @@ def examples_sentences(result: Result) -> str:
     """In how many examples node_cuda takes less time, and why examples failed."""
     both = [by for by in result["examples"].values() if all("seconds" in by.get(x, {}) for x in (OURS, RIVAL))]
     faster = sum(by[OURS]["seconds"] < by[RIVAL]["seconds"] for by in both)
-    lines = [f"{OURS} takes less time in {faster} of {len(both)} examples that run with both libraries."]
+    lines = [] if result["complete"] else [INCOMPLETE]
+    lines.append(f"{OURS} takes less time in {faster} of {len(both)} examples that run with both libraries.")
     failed = [
         (f"{name} ({library})", found["failed"])
         for name, by in result["examples"].items()

@@ -93,7 +93,8 @@ def with_time(jax: Any, parameters: Any, t: Any, x: Any) -> Any:
 def flow(jax: Any) -> Callable[..., Any]:
     def field(t: Any, y: Any, parameters: Any) -> Any:
         z = y[:, :-1]
-        trace, dz = 0.0, None
+        trace: Any = 0.0
+        dz: Any = None
         for i in range(z.shape[1]):
             along = jax.numpy.zeros_like(z).at[:, i].set(1.0)
             dz, slope = jax.jvp(lambda z: with_time(jax, parameters, t, z), (z,), (along,))
