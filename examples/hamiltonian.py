@@ -81,7 +81,7 @@ def main():
     data = paths + 0.01 * torch.randn_like(paths)
     pieces = torch.stack([data[i : len(t) - 2 + i].flatten(0, 1) for i in range(3)])  # (3 points, 360 pieces, 2)
 
-    iterations = 4 if arguments.short else 150
+    iterations = 4 if arguments.short else 300
     begun, found, losses = time.process_time(), {}, {}
     for name, field in (("Hamiltonian", Hamiltonian()), ("plain network", Plain())):
         optimizer = torch.optim.Adam(field.parameters(), lr=1e-2)

@@ -96,7 +96,7 @@ def main():
     else:
         from torchdiffeq import odeint, odeint_event
     torch.manual_seed(0)
-    iterations = 3 if arguments.short else 120
+    iterations = 3 if arguments.short else 150
 
     with torch.no_grad():
         wanted, _ = Ball(9.81, 0.8).bounces(odeint_event, 5)
