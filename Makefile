@@ -53,6 +53,9 @@ format: $(INSTALLED)  ## let ruff fix what it can
 bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and time for several numbers of steps: about four minutes
 	$(PY) bench/memory_vs_steps.py
 
+examples: $(INSTALLED)  ## run the examples in full, with torchdiffeq beside: pictures and figures for the pages, a quarter of an hour
+	$(PY) bench/examples.py --publish
+
 docs: $(VENV)/.docs  ## build the documentation site in build/site/ (a warning is an error), and run every example of the pages
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
 	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/project/test_docs.py tests/project/test_readme.py

@@ -10,16 +10,18 @@ import re
 from collections.abc import Callable
 from pathlib import Path
 
-from parts.common.paths import BENCH, PUBLISHED, ROOT
+from parts.common.paths import BENCH, EXAMPLES, PUBLISHED, ROOT
 from parts.common.tables import Result
 from parts.device_loop.report import device_loop_block
 from parts.endurance.report import endurance_block
+from parts.examples.report import examples_block
 from parts.gpu.report import gpu_block
 from parts.gradients.report import gradient_costs, gradients_block
 from parts.kernels.report import kernels_block
 from parts.losses import losses_block
 from parts.memory.report import memory_block, memory_short
 from parts.methods.report import grids_block, methods_block
+from parts.peers.report import peers_block
 from parts.solve.report import solve_block
 from parts.speed.report import small_block, speed_block, speed_short
 from parts.stiff.report import stiff_block
@@ -29,6 +31,7 @@ PAGES = (
     BENCH / "README.md",
     PUBLISHED / "README.md",
     ROOT / "docs" / "choose.md",
+    EXAMPLES / "README.md",
     ROOT / "docs" / "stiff.md",
 )
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -46,6 +49,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "grids": ("methods", grids_block),
     "endurance": ("endurance", endurance_block),
     "stiff": ("stiff", stiff_block),
+    "peers": ("peers", peers_block),
+    "examples": ("examples", examples_block),
     "kernels": ("kernels", kernels_block),
     "solve": ("solve", solve_block),
     "device-loop": ("device_loop", device_loop_block),

@@ -6,6 +6,7 @@ and the reports are made from invented numbers. test_gpu_script.py tests gpu.sh.
 
 import contextlib
 import importlib
+import importlib.util
 import json
 import os
 import re
@@ -48,7 +49,7 @@ def bench(monkeypatch):
 LAYERS = (
     ("common",),
     ("solve",),
-    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "stiff", "methods", "gpu"),
+    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "stiff", "methods", "peers", "examples", "gpu"),
     ("losses",),
     ("pages",),
     ("program",),
@@ -216,6 +217,130 @@ def test_stiff_solves_beside_scipy_and_its_tables_hold_all_rows(tmp_path, bench,
     assert shown.count("\n|") == sum(len(result[part]) + 2 for part in ("work", "batch", "gradients"))
 
 
+# ---- work against precision, beside the peers
+
+
+@pytest.mark.slow
+def test_peers_measures_who_is_installed_and_says_who_is_left_out(tmp_path, report):
+    pytest.importorskip("torchdiffeq")
+    result = run_quick("peers", tmp_path)
+    assert result["complete"] and result["machine"].keys() >= MACHINE_FIELDS
+    there = {name for name in ("torchdiffeq", "torchode", "diffrax") if importlib.util.find_spec(name)}
+    assert result["peers"].keys() - {"jax"} == there
+    assert len(result["left_out"]) == 3 - len(there)
+    rows = {(row["problem"], row["by"]): row for row in result["rows"]}
+    for row in rows.values():
+        assert "failed" not in row and row["error"] < 0.02 and min(row["milliseconds"] + row["ratio"]) > 0, row
+    for problem, ours, theirs in (
+        ("spiral", "node_cuda backprop", "torchdiffeq backprop"),
+        ("Van der Pol", "node_cuda", "torchdiffeq"),
+    ):
+        assert rows[problem, ours]["nfe"] == rows[problem, theirs]["nfe"] > 0
+        # the same steps; torchdiffeq rounds the times to the dtype of the state
+        assert rows[problem, ours]["error"] == pytest.approx(rows[problem, theirs]["error"], rel=0.1)
+    assert rows["spiral", "node_cuda discrete"]["nfe_backward"] > 0
+    block = report.block("peers", tmp_path)
+    assert block.count("\n|") == len(rows) + 2 and all(sentence in block for sentence in result["left_out"])
+    assert ("peers-cpu.png" in {path.name for path in tmp_path.iterdir()}) == bool(
+        importlib.util.find_spec("matplotlib")
+    )
+
+
+def test_a_contestant_that_is_wrong_or_fails_keeps_its_row_and_is_not_timed(bench):
+    peers, contestants = bench("peers"), bench("parts.peers.torch_contestants")
+    problem = bench("parts.peers.problems").QUICK_PROBLEMS[0]
+    expected = bench("parts.peers.problems").exact(problem)
+
+    class Wrong(contestants.Ours):
+        def forward(self, field, y0):
+            ys, steps = super().forward(field, y0)
+            return 2 * ys, steps
+
+    makers = {
+        "node_cuda": lambda: contestants.Ours(problem, 1e-3, "backprop"),
+        "wrong": lambda: Wrong(problem, 1e-3, "backprop"),
+        "lost": lambda: contestants.Ours(problem, 1e-3, "no such mode"),
+    }
+    found = peers.measure(problem, 1e-3, makers, expected, torch.device("cpu"), 3, 0.0)
+    right, wrong, lost = found
+    assert right["ratio"] == (1.0, 1.0, 1.0) and "milliseconds" not in wrong.keys() | lost.keys()
+    assert "the relative error is" in wrong["failed"] and "no such mode" in lost["failed"]
+
+
+def test_compiled_solves_take_part_once_the_option_exists(bench, monkeypatch):
+    contestants, options = bench("parts.peers.torch_contestants"), importlib.import_module("node_cuda.options")
+    problem = bench("parts.peers.problems").QUICK_PROBLEMS[0]
+    names = set(options.option_names())
+    monkeypatch.setattr(options, "option_names", lambda: names - {"compile"})
+    assert "node_cuda compiled" not in contestants.ours(problem, 1e-3)
+    monkeypatch.setattr(options, "option_names", lambda: names | {"compile"})
+    made = contestants.ours(problem, 1e-3)["node_cuda compiled"]()
+    assert made.arguments == {"gradient": "discrete", "options": {"compile": True}}
+
+
+def test_every_problem_of_the_peers_has_a_field_in_jax_and_another_name(bench):
+    problems, fields = bench("parts.peers.problems").PROBLEMS, bench("parts.peers.diffrax_contestant").FIELDS
+    assert {problem.jax for problem in problems} == fields.keys()
+    assert len({problem.name for problem in problems}) == len(problems) == 6
+
+
+def peer_row(by, milliseconds, **more):
+    return {
+        "problem": "spiral", "rtol": 1e-3, "by": by, "nfe": 20, "nfe_backward": 19, "steps": 3, "error": 2e-4,
+        "milliseconds": [milliseconds] * 3, "ratio": [milliseconds / 4.0] * 3,
+    } | more  # fmt: skip
+
+
+def test_the_report_of_the_peers_counts_where_they_win(report, tmp_path):
+    rows = [
+        peer_row("node_cuda discrete", 4.0),
+        peer_row("node_cuda backprop", 2.0, nfe_backward=0),
+        peer_row("torchdiffeq adjoint", 3.0),  # faster than one way of node_cuda, not than the fastest
+        peer_row("diffrax", 1.0, nfe=None, nfe_backward=0),
+        {"problem": "spiral", "rtol": 1e-3, "by": "torchode", "failed": "RuntimeError: out of memory"},
+    ]
+    peers = {"torchdiffeq": "0.2.5", "torchode": "1.0.1", "diffrax": "0.7.2"}
+    result = {"machine": MACHINE, "complete": True, "peers": peers, "left_out": [], "rows": rows}
+    (tmp_path / "peers-cpu.json").write_text(json.dumps(result))
+    block = report.block("peers", tmp_path)
+    assert "torchdiffeq is faster than the fastest way of node_cuda in 0 of 1 cases." in block
+    assert "diffrax is faster than the fastest way of node_cuda in 1 of 1 cases." in block
+    assert "torchode, spiral: RuntimeError: out of memory." in block
+    assert "|  |  | diffrax | 1 (1-1) | 0.25 (0.25-0.25) | ~20 | 2e-04 |" in block
+    assert "| spiral | 1e-03 | node_cuda discrete | 4 (4-4) | 1 (1-1) | 20+19 | 2e-04 |" in block
+
+
+# ---- the examples in full
+
+
+def test_the_examples_run_with_both_libraries_and_their_losses_stand_side_by_side(bench, report, monkeypatch, tmp_path):
+    """The runs themselves are in test_examples.py."""
+    examples, running = bench("examples"), bench("parts.examples.running")
+
+    def run(name, library, picture, *, short, threads):
+        picture.write_text("")
+        if name == "jumps":
+            return {"failed": "ValueError: no ground to bounce on here"}
+        return running.read(f"epoch 1\nfound: loss={1.0 if library == 'node_cuda' else 1.25} nfe=20 seconds=2.0")
+
+    names = ["jumps", "spiral", "stiff_kinetics"]
+    monkeypatch.setattr(examples, "run", run)
+    monkeypatch.setattr(examples, "installed", lambda library: True)
+    monkeypatch.setattr(sys, "argv", ["examples.py", "--quick", "--out", str(tmp_path), "--only", *names])
+    with pytest.raises(SystemExit, match=r"Failed: jumps\."):
+        examples.main()
+    found = json.loads((tmp_path / "examples-cpu.json").read_text())["examples"]
+    assert {name: list(by) for name, by in found.items()} == {
+        "jumps": ["node_cuda", "torchdiffeq"], "spiral": ["node_cuda", "torchdiffeq"], "stiff_kinetics": ["node_cuda"],
+    }  # fmt: skip
+    assert {path.name for path in (tmp_path / "examples").iterdir()} == {f"{name}.png" for name in names}
+    assert {path.name for path in tmp_path.iterdir()} == {"examples", "examples-cpu.json"}
+    block = report.block("examples", tmp_path)
+    assert "| spiral | 1 | 1.25 | 2e-01 | 2.0 | 2.0 | 1.00 | 20, 20 |" in block
+    assert "| stiff_kinetics | 1 | cannot |  | 2.0 |  |  | 20 |" in block
+    assert "jumps (node_cuda): ValueError: no ground to bounce on here." in block
+
+
 @pytest.fixture
 def report_memory(bench):
     return bench("parts.memory.report")
@@ -264,8 +389,8 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
     with pytest.raises(
         SystemExit,
-        match="device-loop, endurance, gpu, gradient-costs, gradients, grids, kernels, losses, memory, memory-short, "
-        "methods, solve, speed, speed-short, speed-small",
+        match="device-loop, endurance, examples, gpu, gradient-costs, gradients, grids, kernels, losses, memory, memory-short, "
+        "methods, peers, solve, speed, speed-short, speed-small",
     ):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 
@@ -278,7 +403,7 @@ def test_every_page_shows_every_block_and_is_up_to_date(report):
 
 
 PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "stiff", "methods", "solve", "kernels",
-            "device_loop", "gpu_unpack")  # fmt: skip
+            "device_loop", "peers", "examples", "gpu_unpack")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROGRAMS)

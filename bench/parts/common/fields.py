@@ -99,7 +99,7 @@ class FlowField(nn.Module):
             z = state[:, :-1]
             if not z.requires_grad:
                 z = z.detach().requires_grad_()
-            dz = self.net(torch.cat([z, t.to(z.dtype).expand(len(z), 1)], dim=1))
+            dz = self.net(torch.cat([z, t.to(z.dtype).reshape(-1, 1).expand(len(z), 1)], dim=1))
             rows = [
                 torch.autograd.grad(dz[:, i].sum(), z, create_graph=outside, retain_graph=True)[0][:, i]
                 for i in range(dz.shape[1])

@@ -1,4 +1,4 @@
-"""The libraries that are compared, by name: node_cuda on either of its paths, torchdiffeq and diffrax."""
+"""The libraries that are compared, by name: node_cuda on either of its paths, torchdiffeq, diffrax and torchode."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import Any
 OURS = "node_cuda"
 RIVAL = "torchdiffeq"
 DIFFRAX = "diffrax"
+TORCHODE = "torchode"
 # The second word is the path of node_cuda (a backend); without it, node_cuda chooses.
 FUSED, REFERENCE = f"{OURS} fused", f"{OURS} reference"
 

@@ -10,6 +10,9 @@ ROOT = BENCH.parent
 PARTS = BENCH / "parts"
 PUBLISHED = BENCH / "results"
 """The results that the pages show."""
+EXAMPLES = ROOT / "examples"
+PICTURES = ROOT / "docs" / "images" / "examples"
+"""The pictures of the examples that the pages show."""
 
 
 def environment() -> dict[str, str]:

@@ -1,0 +1,1 @@
+"""How examples.py runs the examples, and the table that it makes."""

@@ -1,0 +1,1 @@
+"""The problems, the contestants, the tables and the plot of peers.py."""
