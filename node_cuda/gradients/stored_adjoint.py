@@ -9,8 +9,9 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -27,15 +28,17 @@ from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import real_dot
 from node_cuda.kernels.stage_times import Clock
 from node_cuda.loop.assemble import find_event, make_loop
+from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import solve_outputs
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.implicit.blocks import Blocks
 from node_cuda.methods.implicit.jacobian import Jacobian
-from node_cuda.methods.implicit.tableau import Implicit, slope_row
-from node_cuda.methods.interpolation import Interpolant, position
+from node_cuda.methods.implicit.steps import ImplicitSteps
+from node_cuda.methods.implicit.tableau import Rosenbrock, slope_row
+from node_cuda.methods.interpolation import Interpolant, of_implicit, position
 from node_cuda.methods.registry import Method, lookup
 from node_cuda.methods.step import Step
-from node_cuda.options import ImplicitOptions
+from node_cuda.options import EquationOptions, FixedImplicitOptions, FixedOptions, ImplicitOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, Status, Unsupported
@@ -76,8 +79,8 @@ class _StoredAdjoint(DifferentiableSolve):
         loop, interpolant = make_loop(
             problem, request.method, request.stats, endless=self.event_fn is not None, anywhere=True
         )
-        assert request.method.implicit is not None
-        self.path = _Path(problem, interpolant, request.method.implicit)
+        assert isinstance(loop.stepper, ImplicitSteps)
+        self.path = _Path(problem, loop.stepper)
         loop.accepted = self.path.add
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, request.method.options.raises)
@@ -121,20 +124,22 @@ class _StoredAdjoint(DifferentiableSolve):
             return torch.zeros_like(a), totals
         ascending = tuple(-s for s in reversed(times))
         field = _AdjointField(problem, self.path, times)
-        assert isinstance(self.method.options, ImplicitOptions)
+        assert isinstance(self.method.options, (ImplicitOptions, FixedImplicitOptions))
         derivative = field.derivative(self.method.options)
-        method = replace(self.method, options=replace(self.method.options, jac=derivative, norm=None))
+        options = replace(self.method.options, jac=derivative, norm=None)
+        method = replace(self.method, options=options)
         backward = replace(
             problem, func=field, field=field, y0=a, times=ascending, direction=-problem.direction,
             t=problem.t.detach().flip(0), norm=self.norm, callbacks=problem.adjoint_callbacks, bounds=None,
         )  # fmt: skip
-        loop, interpolant = make_loop(backward, method, Stats(), stops=ascending[1:], anywhere=True)
+        points = _backward_grid(backward, method.options) if isinstance(method.options, FixedOptions) else None
+        loop, _ = make_loop(backward, method, Stats(), stops=ascending[1:], anywhere=True, points=points)
+        assert isinstance(loop.stepper, ImplicitSteps)
+        interpolant = of_implicit(loop.stepper)
         next_output = 1
         for step in loop.steps():
             if params:
-                k = interpolant.prepare(step)
-                for x, weight in GAUSS:
-                    a = interpolant.evaluate(step, k, x)
+                for x, weight, a in _quadrature(step, loop.stepper, interpolant):
                     field.add(totals, -step.at.time(x), a, params, weight * step.at.h * problem.direction, reached)
             if step.t1 == ascending[next_output]:
                 next_output += 1
@@ -147,10 +152,10 @@ class _StoredAdjoint(DifferentiableSolve):
 class _Path:
     """The forward solution between its ends, from its steps."""
 
-    def __init__(self, problem: Problem, interpolant: Interpolant, tableau: Implicit) -> None:
+    def __init__(self, problem: Problem, stepper: ImplicitSteps) -> None:
         self.direction = problem.direction
-        self._tableau = tableau
-        self._interpolant = interpolant
+        self._tableau = stepper.tableau
+        self._interpolant = of_implicit(stepper)
         self._steps: list[tuple[Step, Any]] = []
         self._starts: list[float] = []
 
@@ -199,7 +204,7 @@ class _AdjointField:
             (found,) = torch.autograd.grad(f, y, a, create_graph=taped, allow_unused=True)
         return torch.zeros_like(a) if found is None else -found
 
-    def derivative(self, options: ImplicitOptions) -> Any:
+    def derivative(self, options: EquationOptions) -> Any:
         """Its Jacobian by a, as a function of (t, a)."""
         blocks = Blocks(self.problem, options.batch_dims)
         jacobian = Jacobian(self.problem, blocks, options.jac, Stats(), timed=False)
@@ -240,6 +245,30 @@ class _AdjointField:
             t = self.clock.tensors([inside])[0]
         y = self.path.at(inside, t if t.requires_grad else None)
         return t, y if y.requires_grad else y.detach().requires_grad_(True)
+
+
+def _quadrature(step: Step, stepper: ImplicitSteps, interpolant: Interpolant) -> Iterator[tuple[float, float, Tensor]]:
+    """Yield nodes and weights of an integral over a step, and a there.
+
+    By Gauss's rule along the dense output; on a fixed grid by the weights of the method and the arguments of its
+    stages. Then the integral of a linear field is exact for the computed a, also where a decays within a step.
+    """
+    tableau = stepper.tableau
+    if isinstance(tableau, Rosenbrock) or tableau.adaptive:
+        for x, weight in GAUSS:
+            yield x, weight, interpolant.evaluate(step, step.k, x)
+        return
+    for i, weight in tableau.b_row:
+        yield tableau.nodes[i], weight, stepper.arithmetic.combine(step.y0, step.k, tableau.full_rows[i], step.at.dt)
+
+
+def _backward_grid(problem: Problem, options: FixedOptions) -> list[float]:
+    """Return the grid of the solve for a, which starts anew at every output, as in torchdiffeq."""
+    points = [problem.times[0]]
+    for ends in pairwise(problem.times):
+        t = torch.tensor([problem.direction * s for s in ends], dtype=torch.float64, device="cpu")
+        points += grid_of(replace(problem, t=t, times=ends), options)[0][1:]
+    return points
 
 
 def _backward_method(request: SolveSpec) -> tuple[Method, ErrorNorm]:

@@ -46,8 +46,7 @@ from node_cuda.loop.host_loop import HostLoop
 from node_cuda.loop.outputs import solve_outputs
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.explicit_rk import ExplicitRK
-from node_cuda.methods.implicit.esdirk import EsdirkSteps
-from node_cuda.methods.implicit.rosenbrock import RosenbrockSteps
+from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.registry import Method
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -234,7 +233,7 @@ def by_the_flow(
 def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajectory:
     """Return the trajectory that the loop will fill. steps: the number of steps, if it is known."""
     stepper = loop.stepper
-    assert isinstance(stepper, (ExplicitRK, EsdirkSteps, RosenbrockSteps))
+    assert isinstance(stepper, ExplicitRK | ImplicitSteps)
     y0, slots, tableau = request.problem.y0, request.checkpoints, stepper.tableau
     if isinstance(slots, str):  # "auto"
         tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
@@ -286,7 +285,9 @@ class _Backwards:
             self.cotangents = Arithmetic(problem.y0.to(wide), problem.direction, ErrorNorm(0.0, 0.0), problem.times)
         self.adjoint: StepAdjoint | ImplicitStepAdjoint
         if task.form is None:
-            self.adjoint = ImplicitStepAdjoint(problem, self.arithmetic, task.method, self.params, self.sums, reached)
+            self.adjoint = ImplicitStepAdjoint(
+                problem, self.arithmetic, task.method, self.params, self.sums, reached, timed=wants_grid
+            )
         else:
             self.adjoint = StepAdjoint(
                 problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid

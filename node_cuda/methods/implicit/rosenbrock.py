@@ -78,9 +78,9 @@ class RosenbrockSteps(Evaluations):
         y1, error = arithmetic.rk_finish(self._last, at, y0, v, None)
         return Step(at, y0, y1, v, error, None, span), matrix
 
-    def again(self, at: Interval, t: Tensor, y0: Tensor, k1: Tensor | None) -> Step | None:
-        """A step that was taken before. t: its start; k1: None."""
-        return self._attempt_at(at, y0, self.jacobian.at(t, y0, twice=True))[0]
+    def again(self, at: Interval, t: Tensor, y0: Tensor, k1: Tensor | None, span: Span | None = None) -> Step | None:
+        """Return a step that was taken before. t: its start; k1: None."""
+        return self._attempt_at(at, y0, self.jacobian.at(t, y0, twice=True), span)[0]
 
     def carry(self, step: Step) -> Tensor | None:
         """Nothing: the next step linearises the field at its start."""
