@@ -9,7 +9,7 @@ from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.implicit.equations import SAME, EquationSteps, Solved
 from node_cuda.methods.implicit.jacobian import Linearised
-from node_cuda.methods.implicit.linear import Coupled, Transformed
+from node_cuda.methods.implicit.linear import Coupled, Transformed, parted
 from node_cuda.methods.implicit.tableau import FullyImplicit, lagrange
 from node_cuda.methods.step import ProposedStep, Span, Step
 from node_cuda.options import FixedImplicitOptions
@@ -39,6 +39,7 @@ class CoupledSteps(EquationSteps[FullyImplicit]):
         self._a = torch.tensor(
             [[float(x) for x in row] for row in tableau.a], dtype=problem.y0.dtype, device=problem.y0.device
         )
+        self._parts = parted(tableau, problem.y0.dtype.to_real(), problem.y0.device)
         self._matrix: tuple[float, Transformed] | None = None  # and the h that it was made for
         self._before: tuple[float, list[Tensor]] | None = None  # size and stages of the step before
 
@@ -63,7 +64,7 @@ class CoupledSteps(EquationSteps[FullyImplicit]):
         """Return the matrices of the iterations for this step's h."""
         if self._matrix is None or abs(self._matrix[0] - at.signed) > SAME * at.h:
             assert self._derivative is not None
-            self._matrix = at.signed, Transformed(self.blocks, self._derivative, self.tableau, at.signed)
+            self._matrix = at.signed, Transformed(self.blocks, self._derivative, self._parts, at.signed)
             self.stats.factorisations += 1
         return self._matrix[1]
 

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -44,26 +47,40 @@ class Factorised:
         return self.blocks.join(self._matrices.solve(self.blocks.split(b), transposed=transposed))
 
 
+class Part(NamedTuple):
+    """An eigenvalue mu of A, the row of V^-1 that leads to its system, and the column of V that leads back."""
+
+    mu: complex
+    into: Tensor
+    back: Tensor
+
+
+def parted(tableau: FullyImplicit, dtype: torch.dtype, device: torch.device) -> list[Part]:
+    """Return the parts of a method's A, one for each pair of conjugate eigenvalues. dtype: a real one."""
+    a = torch.tensor([[float(x) for x in row] for row in tableau.a], dtype=torch.float64, device="cpu")
+    values, vectors = torch.linalg.eig(a)
+    inverse, parts = torch.linalg.inv(vectors), []
+    for i, mu in enumerate(values.tolist()):
+        into, back = inverse[i], vectors[:, i]
+        if mu.imag == 0.0:
+            parts.append(Part(mu.real, into.real.to(device, dtype), back.real.to(device, dtype)))
+        elif mu.imag > 0.0:  # twice: the real part of the result is that of both
+            parts.append(Part(mu, into.to(device, dtype.to_complex()), (2.0 * back).to(device, dtype.to_complex())))
+    return parts
+
+
 class Transformed:
     """I - h A x J, the system of all stages with one Jacobian, as systems of the size of one stage.
 
     A = V diag(mu) V^-1, so that each mu gives a system I - h mu J. Two conjugate mu give one complex system (Hairer and
-    Wanner II, IV.8).
+    Wanner II, IV.8). parts: those of `parted`.
     """
 
-    def __init__(self, blocks: Blocks, jacobian: Tensor, tableau: FullyImplicit, h: float) -> None:
+    def __init__(self, blocks: Blocks, jacobian: Tensor, parts: Sequence[Part], h: float) -> None:
         self.blocks = blocks
-        values, vectors = torch.linalg.eig(torch.tensor([[float(x) for x in row] for row in tableau.a]).double())
-        inverse = torch.linalg.inv(vectors)
         self._systems: list[tuple[Matrices, Tensor, Tensor]] = []
-        for i, mu in enumerate(values.tolist()):
-            if mu.imag < 0.0:
-                continue  # the result of its conjugate is added twice
-            real = mu.imag == 0.0
-            into, back = inverse[i], vectors[:, i] * (1.0 if real else 2.0)
-            dtype = jacobian.dtype if real else jacobian.dtype.to_complex()
-            into, back = ((x.real if real else x).to(jacobian.device, dtype) for x in (into, back))
-            matrix = jacobian * -(h * (mu.real if real else mu))
+        for mu, into, back in parts:
+            matrix = jacobian * (-h * mu)
             matrix.diagonal(dim1=-2, dim2=-1).add_(1.0)
             self._systems.append((Matrices(matrix), into, back))
 

@@ -7,7 +7,7 @@ import torch
 from problems import F64, linspace
 
 from node_cuda.methods.implicit.blocks import Blocks
-from node_cuda.methods.implicit.linear import INVERTED, Coupled, Factorised, Transformed
+from node_cuda.methods.implicit.linear import INVERTED, Coupled, Factorised, Transformed, parted
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.problem.problem import make_problem
 
@@ -43,7 +43,7 @@ def test_the_transformed_systems_and_the_matrix_of_all_stages_solve_the_same_equ
     blocks = Blocks(make_problem(lambda t, y: y, b[0], linspace(0.0, 1.0, 2), 1e-3, 1e-3), batch_dims)
     # 1 and larger on the diagonal of every system, which is then far from singular
     jacobian = 0.2 * torch.randn(blocks.count, blocks.size, blocks.size, dtype=F64) - torch.eye(blocks.size, dtype=F64)
-    x = Transformed(blocks, jacobian, tableau, h).solve(b)
+    x = Transformed(blocks, jacobian, parted(tableau, F64, b.device), h).solve(b)
     a = torch.tensor([[float(x) for x in row] for row in tableau.a], dtype=F64)
     mixed = torch.stack([blocks.split(each) for each in torch.tensordot(a, x, 1)])
     left = torch.stack([blocks.split(each) for each in x]) - h * (jacobian @ mixed[..., None])[..., 0]
