@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import bisect
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from itertools import pairwise
 from typing import Any
@@ -19,15 +19,17 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
+from node_cuda.gradients.changed import Comparison
 from node_cuda.gradients.discrete.mode import by_the_flow
 from node_cuda.gradients.discrete.step_adjoint import of_times
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels import reference
+from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import real_dot
-from node_cuda.kernels.stage_times import Clock
-from node_cuda.loop.assemble import find_event, make_loop
+from node_cuda.kernels.stage_times import Clock, Interval
+from node_cuda.loop.assemble import arithmetic_of, find_event, make_loop
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import solve_outputs
 from node_cuda.loop.request import SolveSpec
@@ -37,7 +39,7 @@ from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.implicit.tableau import Rosenbrock, slope_row
 from node_cuda.methods.interpolation import Interpolant, of_implicit, position
 from node_cuda.methods.registry import Method, lookup
-from node_cuda.methods.step import Step
+from node_cuda.methods.step import Seen, Step
 from node_cuda.options import EquationOptions, FixedImplicitOptions, FixedOptions, ImplicitOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -46,6 +48,9 @@ from node_cuda.status import InvalidInput, Status, Unsupported
 _ROOT = math.sqrt(0.6)
 GAUSS = ((0.5 - _ROOT / 2, 5 / 18), (0.5, 8 / 18), (0.5 + _ROOT / 2, 5 / 18))
 """Nodes and weights of the rule of order 6 on [0, 1]."""
+
+NUMBER = "_node_cuda_number"
+"""The attribute of a time for the field that holds its number, where the host knows it."""
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
@@ -66,6 +71,7 @@ class _StoredAdjoint(DifferentiableSolve):
 
     what = 'gradient="adjoint"'
     replays = False
+    seen: Seen | None = None
 
     def __init__(self, request: SolveSpec, event_fn: EventFunc | None) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
@@ -79,14 +85,22 @@ class _StoredAdjoint(DifferentiableSolve):
         loop, interpolant = make_loop(
             problem, request.method, request.stats, endless=self.event_fn is not None, anywhere=True
         )
-        assert isinstance(loop.stepper, ImplicitSteps)
-        self.path = _Path(problem, loop.stepper)
-        loop.accepted = self.path.add
+        stepper = loop.stepper
+        assert isinstance(stepper, ImplicitSteps)
+        self.path = _Path(problem, stepper)
+
+        def keep(step: Step) -> None:
+            self.path.add(step)
+            self.seen = stepper.seen
+
+        loop.accepted = keep
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, request.method.options.raises)
-            return ys, problem.direction * problem.times[-1]
-        at, y = find_event(loop, interpolant, request.method, self.event_fn)
-        return torch.stack([problem.y0, y]), at
+            at = problem.direction * problem.times[-1]
+        else:
+            at, y = find_event(loop, interpolant, request.method, self.event_fn)
+            ys = torch.stack([problem.y0, y])
+        return ys, at
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Solve for a along the stored solution, and return the gradients."""
@@ -96,6 +110,9 @@ class _StoredAdjoint(DifferentiableSolve):
         failed = not at_event and self.status is not Status.SUCCESS
         count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
         reached, before = self.reached(problem), problem.field.nfe
+        if self.seen is not None:
+            comparison = Comparison(problem, self.members, self.what, problem.field)
+            comparison.judge(*self.seen, self.path.last)
         lam, totals = self._backwards(problem, times[:count], grad_ys, params, reached)
         adj_t = None
         if wants_t:
@@ -133,7 +150,10 @@ class _StoredAdjoint(DifferentiableSolve):
             t=problem.t.detach().flip(0), norm=self.norm, callbacks=problem.adjoint_callbacks, bounds=None,
         )  # fmt: skip
         points = _backward_grid(backward, method.options) if isinstance(method.options, FixedOptions) else None
-        loop, _ = make_loop(backward, method, Stats(), stops=ascending[1:], anywhere=True, points=points)
+        loop, _ = make_loop(
+            backward, method, Stats(), stops=ascending[1:], anywhere=True, points=points,
+            arithmetic=_numbering(arithmetic_of(backward)),
+        )  # fmt: skip
         assert isinstance(loop.stepper, ImplicitSteps)
         interpolant = of_implicit(loop.stepper)
         next_output = 1
@@ -168,6 +188,11 @@ class _Path:
         """y at a solver time; t: the same as the user's, where its gradient is wanted."""
         step, k = self._step(s)
         return self._interpolant.evaluate(step, k, position(step, s, self.direction, t))
+
+    @property
+    def last(self) -> Interval:
+        """The last step."""
+        return self._steps[-1][0].at
 
     def slope(self, s: float) -> Tensor:
         """dy/dt at a solver time: func at an output would multiply its error by the stiffness."""
@@ -211,7 +236,7 @@ class _AdjointField:
 
         def of(t: Tensor, a: Any) -> Tensor:
             with torch.no_grad():
-                t, y = self._state(t.detach())
+                t, y = self._state(t)
                 return -jacobian.at(t, y).jacobian.mT
 
         return of
@@ -227,7 +252,8 @@ class _AdjointField:
     ) -> None:
         """Add the vjp of the parameters at a solver time, times a weight."""
         with torch.enable_grad():
-            t, y = self._state(self.clock.tensors([s])[0])
+            (t,) = self.clock.tensors([s])
+            t, y = self._state(t, s)
             f = self.problem.field(t, y.detach())
             if not f.requires_grad:
                 return
@@ -237,14 +263,33 @@ class _AdjointField:
             if g is not None:
                 total.add_(g, alpha=weight)
 
-    def _state(self, t: Tensor) -> tuple[Tensor, Tensor]:
-        """The time, within the forward solve, and y there, to differentiate by."""
-        s = self.problem.direction * float(t.detach())
+    def _state(self, t: Tensor, s: float | None = None) -> tuple[Tensor, Tensor]:
+        """Return the time, within the forward solve, and y there, to differentiate by. s: the solver time, if it is
+        known."""
+        if s is None:
+            number = getattr(t, NUMBER, None)  # otherwise it is read from the device
+            s = self.problem.direction * float(t.detach() if number is None else number)
         inside = min(max(s, self.first), self.last)
         if inside != s:
             t = self.clock.tensors([inside])[0]
         y = self.path.at(inside, t if t.requires_grad else None)
         return t, y if y.requires_grad else y.detach().requires_grad_(True)
+
+
+def _numbering(arithmetic: Arithmetic) -> Arithmetic:
+    """Return this arithmetic, whose times for the field now also carry their numbers, so that no one must be read."""
+
+    def numbered(make: Callable[[Interval, Sequence[float], int], tuple[Tensor, ...]]) -> Any:
+        def times(at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
+            made = make(at, nodes, side)
+            for t, number in zip(made, arithmetic.clock.numbers(at, nodes, side), strict=True):
+                setattr(t, NUMBER, number)
+            return made
+
+        return times
+
+    arithmetic.times, arithmetic.slots = numbered(arithmetic.times), numbered(arithmetic.slots)
+    return arithmetic
 
 
 def _quadrature(step: Step, stepper: ImplicitSteps, interpolant: Interpolant) -> Iterator[tuple[float, float, Tensor]]:

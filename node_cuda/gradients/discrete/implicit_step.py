@@ -31,7 +31,7 @@ from node_cuda.status import SolveError, Status
 class ImplicitStepAdjoint:
     """As `step_adjoint.StepAdjoint`; the graph of a step is held at once.
 
-    first: of no use here, as no evaluation of the forward solve is made again at the same point. timed: compute the
+    first: not called, because no evaluation of the forward solve is made again at the same point. timed: compute the
     cotangents of the grid too. rates: dL/dt of the outputs so far, by their index: by the slope of the dense output,
     where func at an output would multiply its error by the stiffness.
     """

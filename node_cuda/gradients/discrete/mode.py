@@ -292,11 +292,13 @@ class _Backwards:
             self.adjoint = StepAdjoint(
                 problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
             )
-        self.members, self.what = task.members, task.what
+        self.comparison = Comparison(problem, task.members, task.what, self.adjoint.plain)
         if self.trajectory.replayed is not None:
             self.adjoint.first = self._compare
         assert isinstance(problem.field, VectorField)
         problem.field.watch_again()
+        if self.trajectory.seen is not None:
+            self.comparison.judge(*self.trajectory.seen, self.trajectory.steps[-1].at)
         # A failed solve gives NaN for the outputs it did not reach. Their gradients are not used.
         failed = task.status not in (Status.SUCCESS, Status.PENDING)
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
@@ -352,9 +354,9 @@ class _Backwards:
         The first evaluation is a stage of the last step, and the forward solve kept its value.
         """
         before, at = self.trajectory.replayed, self.trajectory.steps[-1].at
-        comparison = Comparison(self.problem, self.members, self.what, self.adjoint.plain)
-        if before is not None and stage.k is not None and comparison.differ(stage.k, before, stage.z.detach(), at):
-            comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
+        differ = self.comparison.differ
+        if before is not None and stage.k is not None and differ(stage.k, before, stage.z.detach(), at):
+            self.comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
 
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
         """Write dL/dt by the exact flow. The time of an event does not depend on t[1], so it needs dL/dt_0 only."""

@@ -11,7 +11,7 @@ from node_cuda.methods.implicit.equations import SAME, EquationSteps, Solved
 from node_cuda.methods.implicit.jacobian import Linearised
 from node_cuda.methods.implicit.linear import Coupled, Transformed, parted
 from node_cuda.methods.implicit.tableau import FullyImplicit, lagrange
-from node_cuda.methods.step import ProposedStep, Span, Step
+from node_cuda.methods.step import ProposedStep, Seen, Span, Step
 from node_cuda.options import FixedImplicitOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -81,8 +81,12 @@ class CoupledSteps(EquationSteps[FullyImplicit]):
                 return states.abs().amax(0).div_(scale)
 
             def residual(k: Tensor) -> Tensor:
-                stages = self._arguments(at, y0, k)
-                return torch.stack([self.f(t, z).sub(x) for t, z, x in zip(times, stages, k, strict=True)])
+                rows = []
+                for t, z, x in zip(times, self._arguments(at, y0, k), k, strict=True):
+                    f = self.f(t, z)
+                    self.seen = Seen(t, z, f)
+                    rows.append(f.sub(x))
+                return torch.stack(rows)
 
             def linearised(k: Tensor) -> tuple[Tensor, Coupled]:
                 found, matrix = self._linearised(at, times, y0, k)
@@ -111,6 +115,7 @@ class CoupledSteps(EquationSteps[FullyImplicit]):
         """Return the field and its Jacobian at each stage, and the matrix of their system."""
         arguments = self._arguments(at, y0, k)
         found = [self.jacobian.at(t, z) for t, z in zip(times, arguments, strict=True)]
+        self.seen = Seen(times[-1], arguments[-1], found[-1].f)
         self.stats.factorisations += 1
         return found, Coupled(self.blocks, torch.stack([x.jacobian for x in found]), self.tableau, at.signed)
 

@@ -11,7 +11,7 @@ from node_cuda.methods.implicit.equations import SAME, EquationSteps, Solved
 from node_cuda.methods.implicit.inside import InsideError
 from node_cuda.methods.implicit.linear import Factorised
 from node_cuda.methods.implicit.tableau import Dirk
-from node_cuda.methods.step import ProposedStep, Span, Step
+from node_cuda.methods.step import ProposedStep, Seen, Span, Step
 from node_cuda.options import FixedImplicitOptions, ImplicitOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -104,12 +104,17 @@ class DirkSteps(EquationSteps[Dirk]):
             return change.mul_(hg).div_(scale)
 
         def linearised(x: Tensor) -> tuple[Tensor, Factorised]:
-            found = self.jacobian.at(t, torch.add(base, x, alpha=hg))
+            z = torch.add(base, x, alpha=hg)
+            found = self.jacobian.at(t, z)
+            self.seen = Seen(t, z, found.f)
             self.stats.factorisations += 1
             return found.f - x, Factorised(self.blocks, found.jacobian, 1.0, hg)
 
         def residual(x: Tensor) -> Tensor:
-            return self.f(t, torch.add(base, x, alpha=hg)).sub(x)
+            z = torch.add(base, x, alpha=hg)
+            f = self.f(t, z)
+            self.seen = Seen(t, z, f)
+            return f.sub(x)
 
         if full:
             return self.newton.full(linearised, torch.zeros_like(base), of_state, self.most)

@@ -20,7 +20,7 @@ from node_cuda.methods.implicit.blocks import Blocks
 from node_cuda.methods.implicit.jacobian import Jacobian
 from node_cuda.methods.implicit.newton import Newton
 from node_cuda.methods.implicit.tableau import Dirk, FullyImplicit
-from node_cuda.methods.step import Span, Step
+from node_cuda.methods.step import Seen, Span, Step
 from node_cuda.options import FixedImplicitOptions, ImplicitOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -69,6 +69,8 @@ class EquationSteps(Evaluations, Generic[T]):
         )
         self._derivative: Tensor | None = None  # df/dy, of this step or of an earlier one
         self._of_this_step = self._after_jump = False
+        self.seen: Seen | None = None
+        """The last evaluation in the iterations of a step."""
         self._records = False  # func was seen to use parameters that require a gradient
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:

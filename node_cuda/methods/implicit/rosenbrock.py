@@ -12,7 +12,7 @@ from node_cuda.methods.implicit.inside import InsideError
 from node_cuda.methods.implicit.jacobian import Jacobian, Linearised
 from node_cuda.methods.implicit.linear import Factorised
 from node_cuda.methods.implicit.tableau import Rosenbrock
-from node_cuda.methods.step import ProposedStep, Span, Step
+from node_cuda.methods.step import ProposedStep, Seen, Span, Step
 from node_cuda.options import ImplicitOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -42,6 +42,8 @@ class RosenbrockSteps(Evaluations):
         self._inside = InsideError(self, tableau, everywhere=everywhere)
         self._start: tuple[Tensor, Linearised] | None = None  # y0 of the step that is tried, and the field there
         self._after_jump = False
+        self.seen: Seen | None = None
+        """The last evaluation of a step."""
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
         """f(t0, y0), which tells what kind of function the field is; inside: just after t0."""
@@ -69,7 +71,9 @@ class RosenbrockSteps(Evaluations):
         for i in range(tableau.stages):
             f = start.f
             if i:
-                f = self.f(times[i - 1], arithmetic.rk_stage(self._stages[i - 1], at, y0, v, times[i - 1]))
+                z = arithmetic.rk_stage(self._stages[i - 1], at, y0, v, times[i - 1])
+                f = self.f(times[i - 1], z)
+                self.seen = Seen(times[i - 1], z, f)
                 f = arithmetic.combine(f, v, tableau.couplings[i], 1.0)
             if of_time is not None and tableau.slopes[i]:
                 f = f + tableau.slopes[i] * of_time
