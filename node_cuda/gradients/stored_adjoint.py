@@ -1,8 +1,9 @@
-"""The continuous adjoint of an implicit method, along the forward solution, which is kept with its dense output.
+"""The continuous adjoint of an implicit method along the forward solution, whose steps and dense output are kept.
 
-da/dt = -(df/dy)^T a is solved backwards alone, at y(t) from the forward steps. Rebuilding y backwards beside it, as
-gradient="adjoint" of an explicit method does, explodes for a stiff field: what decays forwards grows backwards. It is
-linear in a, with the Jacobian -J^T, and dL/dtheta = int a^T df/dtheta dt is taken by Gauss's rule in each step.
+The backward solve integrates only da/dt = -(df/dy)^T a, at y(t) from the forward steps. With an explicit method
+gradient="adjoint" also solves for y backwards. For a stiff field that explodes, because a component that decays
+forwards grows backwards. The equation is linear in a, with the Jacobian -J^T. dL/dtheta = int a^T df/dtheta dt is a
+quadrature over each step.
 """
 
 from __future__ import annotations
@@ -54,13 +55,13 @@ NUMBER = "_node_cuda_number"
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
-    """y at the problem's times; its gradient by the adjoint method."""
+    """Return y at the problem's times and the status. The gradient of y is by the adjoint method."""
     task = _StoredAdjoint(request, None)
     return task()[0], task.status
 
 
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
-    """The event's time (no gradient), and y0 and y there; their gradient by the adjoint method, up to that time."""
+    """Return the event's time (no gradient), and y0 and y there, with their gradient by the adjoint method."""
     refuse_transforms("An event")
     ys, at = _StoredAdjoint(request, event_fn)()
     return at.to(request.problem.t), ys
@@ -134,7 +135,7 @@ class _StoredAdjoint(DifferentiableSolve):
         params: Sequence[Tensor],
         reached: UsedParameters,
     ) -> tuple[Tensor, list[Tensor]]:
-        """a in front of the first step, and dL/dtheta."""
+        """Return a at the start of the first step, and dL/dtheta."""
         totals = [torch.zeros_like(p) for p in params]
         a = grad_ys[len(times) - 1]
         if len(times) < 2:
@@ -170,7 +171,7 @@ class _StoredAdjoint(DifferentiableSolve):
 
 
 class _Path:
-    """The forward solution between its ends, from its steps."""
+    """The forward solution as a function of time, from its steps."""
 
     def __init__(self, problem: Problem, stepper: ImplicitSteps) -> None:
         self.direction = problem.direction
@@ -185,7 +186,7 @@ class _Path:
         self._starts.append(step.t0)
 
     def at(self, s: float, t: Tensor | None) -> Tensor:
-        """y at a solver time; t: the same as the user's, where its gradient is wanted."""
+        """Return y at a solver time. t: the same time of the user, if its gradient is needed."""
         step, k = self._step(s)
         return self._interpolant.evaluate(step, k, position(step, s, self.direction, t))
 
@@ -195,7 +196,10 @@ class _Path:
         return self._steps[-1][0].at
 
     def slope(self, s: float) -> Tensor:
-        """dy/dt at a solver time: func at an output would multiply its error by the stiffness."""
+        """Return dy/dt of the dense output at a solver time.
+
+        func there would multiply the error of y by the stiffness.
+        """
         step, k = self._step(s)
         row = slope_row(self._tableau, float(position(step, s, self.direction)))
         return reference.combine(torch.zeros_like(k[0]), k, row, 1.0)
@@ -205,7 +209,10 @@ class _Path:
 
 
 class _AdjointField:
-    """-(df/dy)^T a at y(t). times: those of the forward solve, between which y is known; a stage may lie beyond."""
+    """The field -(df/dy)^T a of the backward solve, at y(t). times: the output times of the forward solve.
+
+    A stage may lie outside of them. It then takes y at the nearest time.
+    """
 
     def __init__(self, problem: Problem, path: _Path, times: Sequence[float]) -> None:
         self.problem = problem
@@ -230,7 +237,7 @@ class _AdjointField:
         return torch.zeros_like(a) if found is None else -found
 
     def derivative(self, options: EquationOptions) -> Any:
-        """Its Jacobian by a, as a function of (t, a)."""
+        """Return its Jacobian by a, as a function of (t, a)."""
         blocks = Blocks(self.problem, options.batch_dims)
         jacobian = Jacobian(self.problem, blocks, options.jac, Stats(), timed=False)
 
@@ -277,7 +284,7 @@ class _AdjointField:
 
 
 def _numbering(arithmetic: Arithmetic) -> Arithmetic:
-    """Return this arithmetic, whose times for the field now also carry their numbers, so that no one must be read."""
+    """Return this arithmetic, whose times for the field now also carry their numbers, so that none must be read."""
 
     def numbered(make: Callable[[Interval, Sequence[float], int], tuple[Tensor, ...]]) -> Any:
         def times(at: Interval, nodes: Sequence[float], side: int) -> tuple[Tensor, ...]:
@@ -317,7 +324,7 @@ def _backward_grid(problem: Problem, options: FixedOptions) -> list[float]:
 
 
 def _backward_method(request: SolveSpec) -> tuple[Method, ErrorNorm]:
-    """The method and the norm of the backward solve, by default the forward ones."""
+    """Return the method and the norm of the backward solve, by default those of the forward solve."""
     problem, given = request.problem, request.adjoint
     name = request.backward_method()
     options = dict((request.options if given.options is None else given.options) or {})

@@ -1,7 +1,8 @@
-"""The exact adjoint of one step of an implicit method with its outputs, the step size held fixed.
+"""The exact adjoint of one step of an implicit method and its outputs, for a constant step size.
 
-The step is taken again on the tape. A stage of an ESDIRK method is differentiated there by the implicit function
-theorem at its solution, a Rosenbrock step through its linear solves; so one vjp of the step is its adjoint.
+The step is taken again while autograd records. Stages that Newton's iterations found are differentiated by the implicit
+function theorem at their solution, and a Rosenbrock step through its linear solves. So the adjoint is one vjp of the
+step.
 """
 
 from __future__ import annotations
@@ -29,11 +30,12 @@ from node_cuda.status import SolveError, Status
 
 
 class ImplicitStepAdjoint:
-    """As `step_adjoint.StepAdjoint`; the graph of a step is held at once.
+    """Propagates cotangents back over single steps, as `step_adjoint.StepAdjoint` does. It holds the graph of a whole
+    step.
 
     first: not called, because no evaluation of the forward solve is made again at the same point. timed: compute the
-    cotangents of the grid too. rates: dL/dt of the outputs so far, by their index: by the slope of the dense output,
-    where func at an output would multiply its error by the stiffness.
+    cotangents of the grid too. rates: dL/dt of the outputs so far, by their index. They come from the slope of the
+    dense output, because func at an output would multiply its error by the stiffness.
     """
 
     at_once = True

@@ -1,7 +1,7 @@
-"""What the steps of the methods that solve equations by Newton's iterations have in common.
+"""The common part of the steppers that solve equations by Newton's iterations.
 
-The Jacobian is kept over steps while the iterations contract well. Where autograd records, the stages are
-differentiated by the implicit function theorem at their solution, and never through the iterations.
+The Jacobian is kept over steps while the iterations contract well. Autograd differentiates the stages by the implicit
+function theorem at their solution, and never through the iterations.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""One step of a Rosenbrock method: as many linear systems as stages, all with the same matrix, and no iteration."""
+"""One step of a Rosenbrock method: a linear system for each stage, all with the same matrix, without iterations."""
 
 from __future__ import annotations
 
@@ -19,8 +19,11 @@ from node_cuda.solution import Stats
 
 
 class RosenbrockSteps(Evaluations):
-    """Steps of the method `tableau` for `problem`. On the tape they are differentiable, with second derivatives of the
-    field, as df/dy is part of the formula. everywhere: see `InsideError`."""
+    """Steps of the method `tableau` for `problem`.
+
+    Autograd differentiates them with second derivatives of the field, because the formula contains df/dy. everywhere:
+    see `InsideError`.
+    """
 
     def __init__(
         self,
@@ -46,12 +49,12 @@ class RosenbrockSteps(Evaluations):
         """The last evaluation of a step."""
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
-        """f(t0, y0), which tells what kind of function the field is; inside: just after t0."""
+        """Return f(t0, y0), which also shows what kind of function the field is. inside: just after t0."""
         self._after_jump = inside
         return self.f(self.start_time(t0, span, inside), y0)
 
     def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
-        """A step from (t0, y0)."""
+        """Take a step from (t0, y0)."""
         at, start = self.interval(t0, move), self._linearised(t0, y0, move.span)
         step, matrix = self._attempt_at(at, y0, start, move.span)
         assert step.error is not None
@@ -61,7 +64,7 @@ class RosenbrockSteps(Evaluations):
     def _attempt_at(
         self, at: Interval, y0: Tensor, start: Linearised, span: Span | None = None
     ) -> tuple[Step, Factorised]:
-        """A step over this interval, from the field at its start, with its embedded error, and its matrix."""
+        """Return a step over this interval with its embedded error, and its matrix. start: the field at its start."""
         arithmetic, tableau = self.arithmetic, self.tableau
         matrix = Factorised(self.blocks, start.jacobian, 1.0 / float(tableau.gamma), at.dt)
         self.stats.factorisations += 1
@@ -87,12 +90,12 @@ class RosenbrockSteps(Evaluations):
         return self._attempt_at(at, y0, self.jacobian.at(t, y0, twice=True), span)[0]
 
     def carry(self, step: Step) -> Tensor | None:
-        """Nothing: the next step linearises the field at its start."""
+        """Return None: the next step linearises the field at its start."""
         self._after_jump = step.jump
         return None
 
     def _linearised(self, t0: float, y0: Tensor, span: Span | None) -> Linearised:
-        """The field at the start of a step, kept while the step is tried again."""
+        """Return the linearised field at the start of a step. It is kept while the step is tried again."""
         if self._start is not None and self._start[0] is y0:
             self.jacobian.check(self._start[1].jacobian, t0)  # the step is tried again: is it this that fails?
             return self._start[1]

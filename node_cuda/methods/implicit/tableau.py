@@ -195,11 +195,11 @@ class FullyImplicit:
 
 @dataclass(frozen=True)
 class Rosenbrock:
-    """A Rosenbrock method: a linear system for each stage, with one matrix, W = I - h gamma J, J = df/dy(t_n, y_n).
+    """A Rosenbrock method: a linear system for each stage with one matrix, W = I - h gamma J, J = df/dy(t_n, y_n).
 
     W v_i = gamma (f(t_n + c_i h, y_n + h sum_{j<i} a_ij v_j) + sum_{j<i} c_ij v_j + h d_i df/dt(t_n, y_n)),
     y_n+1 = y_n + h sum_i m_i v_i, and the error is h sum_i e_i v_i. This is Hairer and Wanner II, IV.7, (7.25), with
-    u_i = h v_i. c_i and d_i follow from the rest: they are sums of rows of alpha and Gamma.
+    u_i = h v_i. The c_i and d_i follow from the rest: they are sums of the rows of alpha and Gamma.
 
     name, order, source  as of `Dirk`
     gamma, a, c, m, e    coefficients; row i of a and of c has i entries
@@ -231,7 +231,7 @@ class Rosenbrock:
 
     @cached_property
     def stages(self) -> int:
-        """Number of stages: of evaluations, and of solutions of the linear system."""
+        """Number of stages, which is that of the evaluations and of the linear solves."""
         return len(self.a)
 
     @cached_property
@@ -244,37 +244,37 @@ class Rosenbrock:
 
     @cached_property
     def nodes(self) -> tuple[float, ...]:
-        """c_i: the sums of the rows of alpha = a Gamma."""
+        """c_i as floats: the sums of the rows of alpha = a Gamma."""
         return tuple(_node(sum((x * y for x, y in zip(row, self.d, strict=False)), Fraction(0))) for row in self.a)
 
     @cached_property
     def rows(self) -> tuple[SparseRow, ...]:
-        """Non-zero entries (j, a_ij), a row a stage."""
+        """Nonzero entries (j, a_ij), one row for each stage."""
         return tuple(sparse(row) for row in self.a)
 
     @cached_property
     def couplings(self) -> tuple[SparseRow, ...]:
-        """Non-zero entries (j, c_ij), a row a stage."""
+        """Nonzero entries (j, c_ij), one row for each stage."""
         return tuple(sparse(row) for row in self.c)
 
     @cached_property
     def slopes(self) -> tuple[float, ...]:
-        """d_i as floats; zero where it is a sum of decimals that vanishes."""
+        """d_i as floats; 0 if the sum of the decimals vanishes."""
         return tuple(_node(d) for d in self.d)
 
     @cached_property
     def b_row(self) -> SparseRow:
-        """Non-zero entries (i, m_i)."""
+        """Nonzero entries (i, m_i)."""
         return sparse(self.m)
 
     @cached_property
     def err_row(self) -> SparseRow:
-        """Non-zero entries (i, e_i)."""
+        """Nonzero entries (i, e_i)."""
         return sparse(self.e)
 
     @cached_property
     def weights(self) -> tuple[Row, ...]:
-        """For each stage the weights of x, x^2, ... of its polynomial in the dense output."""
+        """The weights of x, x^2, ... in the polynomial of each stage of the dense output."""
         found = []
         for i, m in enumerate(self.m):
             steps = [row[i] for row in self.dense]
@@ -286,7 +286,7 @@ Implicit = Dirk | FullyImplicit | Rosenbrock
 
 
 def weight_rows(tableau: Implicit) -> tuple[tuple[int, tuple[float, ...]], ...]:
-    """(i, weights of x, x^2, ...) of the dense output, for the stages whose polynomial is not zero."""
+    """Return (i, weights of x, x^2, ...) of the dense output, for the stages with a nonzero polynomial."""
     if isinstance(tableau, Rosenbrock):
         return tuple((i, tuple(map(float, row))) for i, row in enumerate(tableau.weights) if any(row))
     return tableau.dense.weight_rows
