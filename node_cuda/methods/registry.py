@@ -93,7 +93,11 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
         instead = ELSEWHERE.get(name.lower())
         hint = f" Use {instead}." if instead else did_you_mean(name, names)
         raise ValueError(f'Invalid method "{name}".{hint} Must be one of {{{known}}}.')
-    method = Method(name, opt.parse(family, name, options, quiet=quiet), tableau, IMPLICIT_TABLEAUS.get(name))
+    implicit = IMPLICIT_TABLEAUS.get(name)
+    opt.check_mapping(options)
+    defaults = {} if implicit is None else implicit.defaults
+    parsed = opt.parse(family, name, {**defaults, **(options or {})}, quiet=quiet)
+    method = Method(name, parsed, tableau, implicit)
     if none:
         _PLAIN[name] = method
     return method

@@ -43,6 +43,7 @@ class Blocks:
         per_sample = [shape[batch_dims:].numel() for shape in shapes]
         self.size = sum(per_sample) * self.numbers
         self._shape = y0.shape
+        self.vector = y0.ndim == 1 and self.count == 1 and self.numbers == 1  # a state is its sample
         self._bounds: list[tuple[int, int, int]] = []
         if len(shapes) > 1 and self.count > 1:  # the samples of a component lie together, not those of the state
             ends = list(accumulate(size * self.count for size in per_sample))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -68,7 +69,7 @@ class Jacobian:
         refuse_transforms()
         self.stats.jacobians += 1
         recording, on_tape = torch.is_grad_enabled(), y.requires_grad or t.requires_grad
-        with torch.inference_mode(False), torch.enable_grad():
+        with _recording():
             y, t = _leaf(y, recording), _leaf(t, recording) if self.timed else t
             if self.timed and recording and y.grad_fn is not None:
                 y, t = _joined(y, t)
@@ -261,6 +262,17 @@ def refuse_transforms() -> None:
             "a transform of torch.func, or forward mode, over the steps of an implicit method, which differentiates "
             'func itself. Use `odeint_adjoint(..., gradient="discrete")`, which grad, vjp, jacrev and vmap go through.'
         )
+
+
+def _recording() -> AbstractContextManager[Any]:
+    """Return a context in which autograd records."""
+    return _out_of_inference() if torch.is_inference_mode_enabled() else torch.enable_grad()
+
+
+@contextmanager
+def _out_of_inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _off(whole: Tensor, weights: Tensor, jacobian: Tensor, relative: float | None = None) -> Tensor:

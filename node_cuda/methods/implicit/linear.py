@@ -26,8 +26,14 @@ class Matrices:
         else:
             self._lu, self._pivots, _ = torch.linalg.lu_factor_ex(matrix)
 
+    @property
+    def inverted(self) -> bool:
+        """There is one matrix, and it was inverted."""
+        return self._inverse is not None
+
     def solve(self, rows: Tensor, *, transposed: bool = False) -> Tensor:
-        """Return x of shape (count, size); with `transposed`, by the transposed of real matrices."""
+        """Return x of shape (count, size); with `transposed`, by the transposed of real matrices. If the matrix was
+        inverted, rows may be a vector."""
         if self._inverse is not None:
             return rows @ (self._inverse.mT if transposed else self._inverse)
         return torch.linalg.lu_solve(self._lu, self._pivots, rows[..., None], adjoint=transposed)[..., 0]
@@ -44,6 +50,8 @@ class Factorised:
 
     def solve(self, b: Tensor, *, transposed: bool = False) -> Tensor:
         """Return x for a state b; with `transposed`, by the transposed matrices."""
+        if self.blocks.vector and self._matrices.inverted:
+            return self._matrices.solve(b, transposed=transposed)
         return self.blocks.join(self._matrices.solve(self.blocks.split(b), transposed=transposed))
 
 

@@ -6,12 +6,12 @@ conditions, the stability functions, and A- and L-stability.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from fractions import Fraction
 from functools import cached_property
 from itertools import pairwise
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from node_cuda.methods.tableau import DenseOutput, Number, Row, SparseRow, hermite, require, require_sum, sparse
 
@@ -32,6 +32,7 @@ class Dirk:
     source                paper, equation or page
     b_hat, embedded_order weights of the embedded solution, and its order; None on fixed grids
     b_mid                 weights of a solution at t_n + h / 2 of order 4, through which the dense output passes
+    defaults              options of step control that differ from those of `ImplicitOptions`, by measurement
     """
 
     name: str
@@ -43,6 +44,7 @@ class Dirk:
     embedded_order: int | None = None
     b_mid: Row | None = None
     explicit_first: bool = True
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     fsal: ClassVar[bool] = False  # the last stage is the field at y_n+1 to the tolerance of Newton's iterations only
 
     def __post_init__(self) -> None:
@@ -152,6 +154,7 @@ class FullyImplicit:
     a: tuple[Row, ...]
     b: Row
     source: str
+    defaults: ClassVar[Mapping[str, Any]] = {}
     adaptive: ClassVar[bool] = False
     carry_last_stage: ClassVar[bool] = False
     fsal: ClassVar[bool] = False
@@ -201,7 +204,7 @@ class Rosenbrock:
     y_n+1 = y_n + h sum_i m_i v_i, and the error is h sum_i e_i v_i. This is Hairer and Wanner II, IV.7, (7.25), with
     u_i = h v_i. The c_i and d_i follow from the rest: they are sums of the rows of alpha and Gamma.
 
-    name, order, source  as of `Dirk`
+    name, order, source, defaults  as of `Dirk`
     gamma, a, c, m, e    coefficients; row i of a and of c has i entries
     embedded_order       of y_n+1 - h sum_i e_i v_i
     dense, dense_order   y(t_n + x h) = y_n + h sum_i (m_i x + sum_d dense[d - 1][i] (x^d - x^(d+1))) v_i, and its order
@@ -218,6 +221,7 @@ class Rosenbrock:
     dense: tuple[Row, ...]
     dense_order: int
     source: str
+    defaults: Mapping[str, Any] = field(default_factory=dict)
     adaptive: ClassVar[bool] = True
     carry_last_stage: ClassVar[bool] = False
     fsal: ClassVar[bool] = False
