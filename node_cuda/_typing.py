@@ -46,6 +46,15 @@ MethodName: TypeAlias = Literal[
     "kvaerno3",
     "kvaerno5",
     "trbdf2_adaptive",
+    "implicit_euler",
+    "implicit_midpoint",
+    "trapezoid",
+    "radauIIA3",
+    "gl4",
+    "radauIIA5",
+    "gl6",
+    "sdirk2",
+    "trbdf2",
     "scipy_solver",
 ]
 """The names in `node_cuda.METHODS`."""

@@ -83,8 +83,8 @@ def odeint(
     func: maps a 0-d tensor t and the state y to dy/dt, of y's structure, shapes and dtype. y0: a tensor of any shape,
     floating point or complex, or a tuple of such. t: 1-D, floating point, strictly increasing or decreasing. rtol,
     atol: numbers, tensors that broadcast against y0, or for a tuple y0 one of these for each component. method: one of
-    `node_cuda.METHODS`, by default "dopri5". options: see `node_cuda.options`. event_fn: stop where an element of
-    event_fn(t, y) changes its sign; t is then (t0, anything in the direction of time).
+    `node_cuda.METHODS`, by default "dopri5"; "rodas5p" for a stiff func. options: see `node_cuda.options`. event_fn:
+    stop where an element of event_fn(t, y) changes its sign; t is then (t0, anything in the direction of time).
 
     Returns y of shape (len(t), *y0.shape) in y0's dtype, or a tuple of such; with event_fn (event_t, y) where y holds
     y0 and y(event_t).

@@ -77,20 +77,26 @@ class AdaptiveOptions(Common):
 
 
 @dataclass(frozen=True)
-class ImplicitOptions(AdaptiveOptions):
-    """Options of the adaptive implicit methods, beside those of the explicit ones.
+class EquationOptions:
+    """Options of every implicit method.
 
     jac: a function of (t, y) that returns df/dy as a tensor of (d, d), or (*batch, d, d); by default autograd's.
     batch_dims: the number of the state's first dimensions that count independent samples, each with a separate
     Jacobian. newton_tol: the error, in units of the tolerances, at which the equations of a stage are solved; None:
-    0.01, or what the dtype can hold. There is one interpolant, so `dense` has no effect. controller is "stiff" by
-    default.
+    0.01, or what the dtype can hold.
     """
 
-    controller: Any = "stiff"
     jac: Callable[..., Tensor] | None = None
     batch_dims: int = 0
     newton_tol: float | None = None
+
+
+@dataclass(frozen=True)
+class ImplicitOptions(EquationOptions, AdaptiveOptions):
+    """Options of the adaptive implicit methods, beside those of the explicit ones. There is one interpolant, so `dense`
+    has no effect. controller is "stiff" by default, "I" for rodas5p; safety is 0.85 for rodas5p, 0.8 for kvaerno5."""
+
+    controller: Any = "stiff"
 
 
 @dataclass(frozen=True)
@@ -104,6 +110,14 @@ class FixedOptions(Common):
     interp: Literal["linear", "cubic"] = "linear"
     perturb: bool = False
     event_checks: int = 0
+
+
+@dataclass(frozen=True)
+class FixedImplicitOptions(EquationOptions, FixedOptions):
+    """Options of the implicit methods on fixed grids. interp="cubic" is the polynomial over the stages of the method.
+    max_iters: the most full Newton iterations for the equations of a step, which are the last attempt."""
+
+    max_iters: int = 100
 
 
 @dataclass(frozen=True)
@@ -198,6 +212,7 @@ def _hint(name: Any, known: set[str]) -> str:
         (AdaptiveOptions, 'the adaptive methods, e.g. method="dopri5"'),
         (AdamsOptions, 'the Adams methods, e.g. method="implicit_adams"'),
         (ScipyOptions, 'method="scipy_solver"'),
+        (ImplicitOptions, 'the implicit methods, e.g. method="rodas5p"'),
     ):
         if name in {f.name for f in dataclasses.fields(family)}:
             return f" {name} belongs to {words}."
@@ -206,7 +221,7 @@ def _hint(name: Any, known: set[str]) -> str:
 
 def option_names() -> set[str]:
     """Return the names of the options of all methods."""
-    families = (AdaptiveOptions, AdamsOptions, ScipyOptions)
+    families = (AdaptiveOptions, ImplicitOptions, AdamsOptions, ScipyOptions)
     return {f.name for family in families for f in dataclasses.fields(family)}
 
 
@@ -270,8 +285,12 @@ def _check(options: Common) -> None:
                 f"options must have 0 <= min_step <= max_step and max_step > 0; got min_step = {options.min_step}, "
                 f"max_step = {options.max_step}."
             )
-    if isinstance(options, ImplicitOptions):
+    if isinstance(options, EquationOptions):
         _check_implicit(options)
+    if isinstance(options, FixedImplicitOptions) and not (isinstance(options.max_iters, int) and options.max_iters > 0):
+        raise InvalidInput(
+            f'options["max_iters"] must be a number of iterations; got {options.max_iters!r:.60}. Use 100.'
+        )
     if isinstance(options, FixedOptions):
         if options.grid_constructor is not None and not callable(options.grid_constructor):
             raise InvalidType(
@@ -299,7 +318,7 @@ def _check_progress(options: Common) -> None:
     extra("tqdm", 'options["progress"] = True', "progress")
 
 
-def _check_implicit(options: ImplicitOptions) -> None:
+def _check_implicit(options: EquationOptions) -> None:
     if options.jac is not None and not callable(options.jac):
         raise InvalidType(
             f'options["jac"] must be a function of (t, y) that returns df/dy; got {options.jac!r:.60}. Leave it out, '

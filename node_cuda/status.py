@@ -63,9 +63,10 @@ class Status(Enum):
 
     NOT_SOLVED = (
         9,
-        "The equations of an implicit step could not be solved at any step size: Newton's iterations do not converge. "
-        "Check that func is smooth there and, if it was given, that options['jac'] is its derivative; pass "
-        '`options=dict(jump_t=...)` if func is discontinuous; or use method="rodas5p", which does not iterate.',
+        "The equations of an implicit step could not be solved: Newton's iterations do not converge (on a fixed grid "
+        "at its step_size, else at any). Check that func is smooth there and, if it was given, that options['jac'] is "
+        'its derivative; pass `options=dict(jump_t=...)` if func is discontinuous; or use method="rodas5p", which does '
+        "not iterate.",
     )
 
     def __new__(cls, code: int, sentence: str) -> Self:

@@ -57,11 +57,14 @@ class Clock:
         """Return t0 + c h for each node c, with the ends of the step moved to this side."""
         if not nodes:
             return ()
+        return torch.tensor(self.numbers(at, nodes, side), dtype=self.dtype, device=self.device).unbind()
+
+    def numbers(self, at: Interval, nodes: Sequence[float], side: int) -> list[float]:
+        """Return the same as numbers."""
         start = self.after(at.t0) if side == JUST_AFTER else at.t0
         end = self.before(at.t1) if side == JUST_BEFORE else at.t1
         sign, t0, h = self.direction, at.t0, at.h
-        times = [sign * (end if c == 1.0 else start if c == 0.0 else t0 + c * h) for c in nodes]
-        return torch.tensor(times, dtype=self.dtype, device=self.device).unbind()
+        return [sign * (end if c == 1.0 else start if c == 0.0 else t0 + c * h) for c in nodes]
 
     def before(self, s: float) -> float:
         """Return the largest number of this dtype before s, in solver time: the inside of a step that ends at s."""

@@ -20,7 +20,7 @@ from node_cuda.loop.stiffness import stiffness_test
 from node_cuda.methods.adams import Adams
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.steps import ImplicitSteps, implicit_steps
-from node_cuda.methods.implicit.tableau import order_of_error
+from node_cuda.methods.implicit.tableau import FullyImplicit, order_of_error
 from node_cuda.methods.interpolation import Interpolant, cubic_hermite, linear, of_implicit, of_method
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Quadrature, Step, Stepper
@@ -81,12 +81,18 @@ def make_loop(
             tape=tape,
         )
         interpolant = of_method(stepper, tableau, options.dense)
-    elif isinstance(options, opt.ImplicitOptions) and method.implicit is not None:
-        assert quadrature is None
-        stepper = implicit_steps(problem, arithmetic, method.implicit, options, stats, everywhere=endless or anywhere)
-        order = order_of_error(method.implicit)
-        selector = AdaptiveSteps(problem, arithmetic, order, options, stats, stops, endless=endless, pauses=pauses)
-        interpolant = of_implicit(stepper)
+    elif method.implicit is not None:
+        assert isinstance(options, (opt.ImplicitOptions, opt.FixedImplicitOptions)) and quadrature is None
+        everywhere = endless or anywhere
+        stepper = implicit_steps(problem, arithmetic, method.implicit, options, stats, everywhere=everywhere)
+        if isinstance(options, opt.FixedImplicitOptions):
+            selector = _grid_steps(problem, options, stats, points, endless=endless, jumps=options.perturb)
+            interpolant = of_implicit(stepper, chord=options.interp == "linear")
+        else:
+            assert not isinstance(method.implicit, FullyImplicit)
+            order = order_of_error(method.implicit)
+            selector = AdaptiveSteps(problem, arithmetic, order, options, stats, stops, endless=endless, pauses=pauses)
+            interpolant = of_implicit(stepper)
     else:
         assert isinstance(options, opt.FixedOptions)
         if tableau is not None:
@@ -97,10 +103,7 @@ def make_loop(
             assert isinstance(options, opt.AdamsOptions)
             implicit = method.name != "explicit_adams"
             stepper = Adams(problem, arithmetic, options, stats, implicit=implicit, quadrature=quadrature)
-        tensors = None
-        if points is None:
-            points, tensors = endless_grid(problem, options) if endless else grid_of(problem, options)
-        selector = GridSteps(problem, points, stats, tensors)
+        selector = _grid_steps(problem, options, stats, points, endless=endless)
         interpolant = linear(arithmetic) if options.interp == "linear" else cubic_hermite(arithmetic, stepper)
     loop = HostLoop(problem, stepper, selector, stats, record=options.record_steps)
     if isinstance(stepper, ExplicitRK) and method.adaptive and quadrature is None:
@@ -121,17 +124,32 @@ def show_steps(bar: Progress, problem: Problem, stats: Stats) -> Callable[[Step,
     return show
 
 
+def _grid_steps(
+    problem: Problem,
+    options: opt.FixedOptions,
+    stats: Stats,
+    points: Iterable[float] | None,
+    *,
+    endless: bool,
+    jumps: bool = False,
+) -> GridSteps:
+    tensors = None
+    if points is None:
+        points, tensors = endless_grid(problem, options) if endless else grid_of(problem, options)
+    return GridSteps(problem, points, stats, tensors, jumps=jumps)
+
+
 def find_event(
     loop: HostLoop, interpolant: Interpolant, method: Method, event_fn: Callable[[Tensor, Tensor], Tensor]
 ) -> tuple[float, Tensor]:
     """Return the time and state of an event. loop, interpolant: the results of `make_loop` with endless=True."""
     stepper, options = loop.stepper, method.options
     assert isinstance(options, (opt.AdaptiveOptions, opt.FixedOptions))
-    if isinstance(stepper, ImplicitSteps):
+    if method.adaptive and isinstance(stepper, ImplicitSteps):
         most, search = None, interpolant  # which costs nothing
     elif method.adaptive and isinstance(stepper, ExplicitRK):
         most, search = None, of_method(stepper, stepper.tableau, "default")
     else:
-        assert isinstance(stepper, (ExplicitRK, Adams))
+        assert isinstance(stepper, ExplicitRK | Adams | ImplicitSteps)
         most, search = MAX_EVENT_STEPS, linear(stepper.arithmetic)
     return solve_event(loop, interpolant, event_fn, most, search, options.event_checks)

@@ -14,7 +14,7 @@ from node_cuda._torch_modes import recorded
 from node_cuda.methods.step import ProposedStep, Step
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import InvalidInput
+from node_cuda.status import InvalidInput, SolveError, Status
 
 
 class GridSteps:
@@ -22,13 +22,23 @@ class GridSteps:
 
     points: ascending solver times. tensors: the first of the points, at least one, as tensors in the user's time, where
     autograd records them. A step from the last of these to a later point starts at a tensor and ends at a number.
+    jumps: the field may be discontinuous at every point, so that no step may use an evaluation of the one before.
     """
 
-    def __init__(self, problem: Problem, points: Iterable[float], stats: Stats, tensors: Tensor | None = None) -> None:
+    def __init__(
+        self,
+        problem: Problem,
+        points: Iterable[float],
+        stats: Stats,
+        tensors: Tensor | None = None,
+        *,
+        jumps: bool = False,
+    ) -> None:
         self.problem = problem
         self.stats = stats
         self.tensors = tensors
-        self.starts_at_jump = self.judges = False
+        self.starts_at_jump = self.jumps = jumps
+        self.judges = False
         self.ratio = math.nan
         self._points = iter(points)
         self._index = 0
@@ -53,7 +63,12 @@ class GridSteps:
         return ProposedStep(t1, t1 - t, (start, stop))
 
     def judge(self, step: Step) -> bool:
-        """Accept every step."""
+        """Accept every step. Raises SolveError if the equations of an implicit step could not be solved."""
+        if step.unsolved:
+            self.stats.nfe = self.problem.field.nfe
+            detail = f"The step was {step.at.h:.3g}; take a smaller step_size."
+            raise SolveError(Status.NOT_SOLVED, self.problem.direction * step.t0, self.stats, detail)
+        step.jump = self.jumps
         self.stats.accepted += 1
         return True
 

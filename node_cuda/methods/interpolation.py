@@ -67,8 +67,11 @@ def of_method(stepper: ExplicitRK, tableau: Tableau, dense: str) -> Interpolant:
     return Interpolant(stepper.arithmetic, polynomials, _slopes_of(stepper, chosen))
 
 
-def of_implicit(stepper: ImplicitSteps) -> Interpolant:
-    """By the polynomials of an implicit method, over its stages."""
+def of_implicit(stepper: ImplicitSteps, *, chord: bool = False) -> Interpolant:
+    """Return the interpolant over the stages of an implicit method, which costs no evaluation. chord: the linear
+    one."""
+    if chord:
+        return linear(stepper.arithmetic)
     polynomials = stepper.arithmetic.polynomials(weight_rows(stepper.tableau))
     return Interpolant(stepper.arithmetic, polynomials, lambda step: step.k)
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.methods.order_conditions import attained
-from node_cuda.methods.registry import ADAMS, MISSING, SCIPY
+from node_cuda.methods.registry import ADAMS, SCIPY
 from node_cuda.methods.tableau import DenseOutput, Tableau, hermite
 from node_cuda.methods.tableaus import TABLEAUS
 from node_cuda.status import InvalidInput, InvalidType
@@ -29,7 +29,7 @@ def register_method(name: str, tableau: Tableau) -> None:
     """
     if not (isinstance(name, str) and name):
         raise InvalidType(f'name must be a word, such as "mine"; got {name!r}.')
-    if name in (*TABLEAUS, *ADAMS, *IMPLICIT_TABLEAUS, *MISSING, SCIPY):
+    if name in (*TABLEAUS, *ADAMS, *IMPLICIT_TABLEAUS, SCIPY):
         raise InvalidInput(f"the method {name!r} exists already. Choose another name.")
     if not isinstance(tableau, Tableau):
         raise InvalidType(

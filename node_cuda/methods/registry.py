@@ -21,16 +21,9 @@ SCIPY = "scipy_solver"
 METHODS = (*TABLEAUS, *ADAMS, *IMPLICIT_TABLEAUS, SCIPY)
 """The methods that come with the package. `register_method` adds to `TABLEAUS`."""
 
-# The repository of torchdiffeq has these methods, its release 0.2.5 does not. Each value is the method to use instead.
-MISSING = dict.fromkeys(
-    ("implicit_euler", "implicit_midpoint", "trapezoid", "radauIIA3", "gl4", "radauIIA5", "gl6", "sdirk2", "trbdf2"),
-    '"rodas5p" or "kvaerno5" for stiff problems, which choose their steps, or "implicit_adams" on a fixed grid',
-)
-
-
 _STIFF = 'method="rodas5p" or "kvaerno5" for stiff problems, or method="scipy_solver" with options=dict(solver="{}")'
-_RADAU = ("radau5", "ode15s", "ode23s", "ode23t", "ode23tb", "rosenbrock23", "rodas4", "rodas5", "trbdf2", "kencarp3")
-_RADAU += ("kencarp4", "kencarp5", "kvaerno4", "impliciteuler", "stiff", "radau")
+_RADAU = ("radau5", "ode15s", "ode23s", "ode23t", "ode23tb", "rosenbrock23", "rodas4", "rodas5", "kencarp3")
+_RADAU += ("kencarp4", "kencarp5", "kvaerno4", "stiff", "radau")
 _BDF = ("bdf", "vode", "zvode", "cvode", "cvode_bdf", "qndf", "fbdf")
 ELSEWHERE = {
     **dict.fromkeys(_RADAU, _STIFF.format("Radau")),
@@ -63,7 +56,7 @@ class Method:
     @cached_property
     def reads_tolerances(self) -> bool:
         """The method uses rtol and atol, for its steps or for the end of an iteration."""
-        return self.adaptive or self.name in (SCIPY, "implicit_adams", "fixed_adams")
+        return self.adaptive or self.implicit is not None or self.name in (SCIPY, "implicit_adams", "fixed_adams")
 
     @cached_property
     def clips(self) -> bool:
@@ -82,14 +75,12 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     tableau, none = TABLEAUS.get(name), options is None or options == {}
     if none and (plain := _PLAIN.get(name)) is not None and plain.tableau is tableau:
         return plain
-    if name in MISSING:
-        raise ValueError(
-            f'Invalid method "{name}": implicit Runge-Kutta methods on fixed grids are not available yet. Use '
-            f"{MISSING[name]}."
-        )
     others: dict[str, type[opt.Common]] = {
         **dict.fromkeys(ADAMS, opt.AdamsOptions),
-        **dict.fromkeys(IMPLICIT_TABLEAUS, opt.ImplicitOptions),
+        **{
+            name: opt.ImplicitOptions if implicit.adaptive else opt.FixedImplicitOptions
+            for name, implicit in IMPLICIT_TABLEAUS.items()
+        },
         SCIPY: opt.ScipyOptions,
     }
     if tableau is not None:
@@ -102,7 +93,11 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
         instead = ELSEWHERE.get(name.lower())
         hint = f" Use {instead}." if instead else did_you_mean(name, names)
         raise ValueError(f'Invalid method "{name}".{hint} Must be one of {{{known}}}.')
-    method = Method(name, opt.parse(family, name, options, quiet=quiet), tableau, IMPLICIT_TABLEAUS.get(name))
+    implicit = IMPLICIT_TABLEAUS.get(name)
+    opt.check_mapping(options)
+    defaults = {} if implicit is None else implicit.defaults
+    parsed = opt.parse(family, name, {**defaults, **(options or {})}, quiet=quiet)
+    method = Method(name, parsed, tableau, implicit)
     if none:
         _PLAIN[name] = method
     return method

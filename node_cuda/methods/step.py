@@ -26,6 +26,14 @@ class ProposedStep(NamedTuple):
     span: Span | None = None
 
 
+class Seen(NamedTuple):
+    """An evaluation of the field: f(t, z) = f."""
+
+    t: Tensor
+    z: Tensor
+    f: Tensor
+
+
 @dataclass(slots=True)
 class Step:
     """A step over the interval `at` from y0 to y1, accepted or not.

@@ -233,7 +233,8 @@ KUTTA3 = Tableau(
 
 def is_adaptive(method: str) -> bool:
     """The method chooses its steps by an error estimate."""
-    return method in IMPLICIT_TABLEAUS or (method in TABLEAUS and TABLEAUS[method].adaptive)
+    tableau = IMPLICIT_TABLEAUS.get(method) or TABLEAUS.get(method)
+    return tableau is not None and tableau.adaptive
 
 
 def order_of(method: str) -> int:

@@ -47,8 +47,7 @@ from node_cuda.loop.outputs import solve_outputs
 from node_cuda.loop.progress import Progress
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.explicit_rk import ExplicitRK
-from node_cuda.methods.implicit.esdirk import EsdirkSteps
-from node_cuda.methods.implicit.rosenbrock import RosenbrockSteps
+from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.registry import Method
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -235,7 +234,7 @@ def by_the_flow(
 def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajectory:
     """Return the trajectory that the loop will fill. steps: the number of steps, if it is known."""
     stepper = loop.stepper
-    assert isinstance(stepper, (ExplicitRK, EsdirkSteps, RosenbrockSteps))
+    assert isinstance(stepper, ExplicitRK | ImplicitSteps)
     y0, slots, tableau = request.problem.y0, request.checkpoints, stepper.tableau
     if isinstance(slots, str):  # "auto"
         tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
@@ -288,16 +287,20 @@ class _Backwards:
             self.cotangents = Arithmetic(problem.y0.to(wide), problem.direction, ErrorNorm(0.0, 0.0), problem.times)
         self.adjoint: StepAdjoint | ImplicitStepAdjoint
         if task.form is None:
-            self.adjoint = ImplicitStepAdjoint(problem, self.arithmetic, task.method, self.params, self.sums, reached)
+            self.adjoint = ImplicitStepAdjoint(
+                problem, self.arithmetic, task.method, self.params, self.sums, reached, timed=wants_grid
+            )
         else:
             self.adjoint = StepAdjoint(
                 problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
             )
-        self.members, self.what = task.members, task.what
+        self.comparison = Comparison(problem, task.members, task.what, self.adjoint.plain)
         if self.trajectory.replayed is not None:
             self.adjoint.first = self._compare
         assert isinstance(problem.field, VectorField)
         problem.field.watch_again()
+        if self.trajectory.seen is not None:
+            self.comparison.judge(*self.trajectory.seen, self.trajectory.steps[-1].at)
         # A failed solve gives NaN for the outputs it did not reach. Their gradients are not used.
         failed = task.status not in (Status.SUCCESS, Status.PENDING)
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if failed else None
@@ -372,9 +375,9 @@ class _Backwards:
         The first evaluation is a stage of the last step, and the forward solve kept its value.
         """
         before, at = self.trajectory.replayed, self.trajectory.steps[-1].at
-        comparison = Comparison(self.problem, self.members, self.what, self.adjoint.plain)
-        if before is not None and stage.k is not None and comparison.differ(stage.k, before, stage.z.detach(), at):
-            comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
+        differ = self.comparison.differ
+        if before is not None and stage.k is not None and differ(stage.k, before, stage.z.detach(), at):
+            self.comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
 
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
         """Write dL/dt by the exact flow. The time of an event does not depend on t[1], so it needs dL/dt_0 only."""

@@ -12,7 +12,7 @@ from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Interva
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.steps import ImplicitSteps
-from node_cuda.methods.step import Step
+from node_cuda.methods.step import Seen, Step
 
 
 class State(NamedTuple):
@@ -43,12 +43,14 @@ class Trajectory:
     """The accepted steps of a solve in order. No tensor is copied: no step writes into the tensors of an earlier one.
 
     replayed: of the last step, the first stage that its replay evaluates again. None after a captured solve.
+    seen: of the last step of an implicit method, an evaluation; its replay makes none of them again.
     """
 
     def __init__(self, steps: list[StepRecord], checkpoints: Checkpoints[State]) -> None:
         self.steps = steps
         self.checkpoints = checkpoints
         self.replayed: Tensor | None = None
+        self.seen: Seen | None = None
         self._first: State | None = None
         self._jump = False
 
@@ -78,8 +80,10 @@ class Trajectory:
         # The first state is the user's tensor, and the user may write into it: `begin` gets it from the outputs.
         self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
         self.steps.append(taken)
-        # A stage of an implicit method is no evaluation that is made again.
-        self.replayed = step.k[0 if k1 is None else 1] if isinstance(stepper, ExplicitRK) else None
+        if isinstance(stepper, ExplicitRK):
+            self.replayed = step.k[0 if k1 is None else 1]
+        else:
+            self.seen = stepper.seen
         self._jump = step.jump
 
     def begin(self, y0: Tensor) -> None:

@@ -1,4 +1,4 @@
-"""A state as samples that do not see each other: each of so many real numbers, with a Jacobian matrix of its own."""
+"""Splits a state into independent samples, each a vector of real numbers with a separate Jacobian matrix."""
 
 from __future__ import annotations
 
@@ -15,10 +15,10 @@ MOST_NUMBERS = 2**28
 
 
 class Blocks:
-    """How flat states like the problem's are cut into samples, `count` of `size` numbers, and put together.
+    """Splits flat states like the problem's into `count` samples of `size` numbers, and joins them again.
 
-    batch_dims: the first dimensions of the state, of each component of a tuple, that count samples. A complex number
-    is two real ones, so that no field need be holomorphic.
+    batch_dims: the number of first dimensions of the state, and of each component of a tuple, that count samples. A
+    complex number counts as two real ones, so that the field need not be holomorphic.
     """
 
     def __init__(self, problem: Problem, batch_dims: int) -> None:
@@ -43,6 +43,7 @@ class Blocks:
         per_sample = [shape[batch_dims:].numel() for shape in shapes]
         self.size = sum(per_sample) * self.numbers
         self._shape = y0.shape
+        self.vector = y0.ndim == 1 and self.count == 1 and self.numbers == 1  # a state is its sample
         self._bounds: list[tuple[int, int, int]] = []
         if len(shapes) > 1 and self.count > 1:  # the samples of a component lie together, not those of the state
             ends = list(accumulate(size * self.count for size in per_sample))
@@ -56,7 +57,7 @@ class Blocks:
             )
 
     def split(self, x: Tensor) -> Tensor:
-        """A state as (count, size)."""
+        """Return a state as (count, size)."""
         if self._bounds:
             x = torch.cat([x[start:stop].reshape(self.count, size) for start, stop, size in self._bounds], 1)
         if self.numbers == 2:
@@ -64,7 +65,7 @@ class Blocks:
         return x.reshape(self.count, self.size)
 
     def join(self, blocks: Tensor) -> Tensor:
-        """A state from (count, size), contiguous."""
+        """Return the contiguous state that (count, size) came from."""
         if self.numbers == 2:
             blocks = torch.view_as_complex(blocks.contiguous().view(self.count, -1, 2))
         if self._bounds:

@@ -1,8 +1,8 @@
-"""The error between the ends of a step, from the residual of the dense output.
+"""Estimates the error between the ends of a step from the residual of the dense output.
 
-A stiff component is exact at the ends of a step of any size, so that the embedded estimate lets steps grow until the
-polynomial between the ends is far off. In steps that hold an output the residual r = p' - f(p) is taken at one place;
-(I - h gamma J)^-1 h gamma r is about the error of p there, for stiff components and for others.
+A stiff component is exact at the ends of a step of any size. So the embedded estimate lets steps grow until the
+polynomial between the ends is far off. In a step that contains an output, the residual r = p' - f(p) is computed at one
+place. (I - h gamma J)^-1 h gamma r is about the error of p there, for stiff components and for others.
 """
 
 from __future__ import annotations
@@ -19,11 +19,14 @@ from node_cuda.methods.implicit.tableau import Implicit, slope_row, weight_rows
 from node_cuda.methods.step import Step
 
 PLACE = 0.75
-"""Where the residual is taken: not in the middle, where that of a Hermite polynomial vanishes by symmetry."""
+"""The place of the residual. In the middle the residual of a Hermite polynomial vanishes by symmetry."""
 
 
 class InsideError:
-    """everywhere: outputs may be asked for in any step, at times that are not known yet (events, dense output)."""
+    """Adds the error inside a step to its error estimate.
+
+    everywhere: outputs may be needed in any step, at times that are not known yet (events, dense output).
+    """
 
     def __init__(self, stepper: Evaluations, tableau: Implicit, *, everywhere: bool) -> None:
         self.stepper = stepper
@@ -32,7 +35,8 @@ class InsideError:
         self._slopes = slope_row(tableau, PLACE)
 
     def added(self, error: Tensor, step: Step, matrix: Factorised, weight: float) -> Tensor:
-        """The larger of a step's error and of that inside, for each element. weight: with it `matrix` solves for it."""
+        """Return the larger of a step's error and of the error inside, for each element. weight: h gamma, or h if
+        `matrix` contains 1 / gamma."""
         at = step.at
         if not (self.everywhere or self._holds_output(at)):
             return error
@@ -44,7 +48,7 @@ class InsideError:
             return torch.maximum(error.abs(), inside.abs().mul_(abs(weight))).to(error.dtype)
 
     def _holds_output(self, at: Interval) -> bool:
-        """An output lies between the ends of the step, which are no outputs inside."""
+        """Return whether an output lies strictly between the ends of the step."""
         times = self.stepper.arithmetic.output_times
         i = bisect.bisect_right(times, at.t0)
         return i < len(times) and times[i] < at.t1

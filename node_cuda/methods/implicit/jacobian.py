@@ -1,13 +1,15 @@
-"""The Jacobian of the field, one matrix a sample: by autograd, or by the user's own function.
+"""Computes the Jacobian of the field, one matrix for each sample, by autograd or by the user's function.
 
-By vector-Jacobian products, all rows in one batched call. Forward mode was slower on the CPU in every case measured
-(docs/stiff.md). Where a field does not go through torch's vmap the rows are taken one by one, and a warning says so.
+Autograd computes vector-Jacobian products, all rows in one batched call. Forward mode was slower on the CPU in every
+case that was measured (docs/stiff.md). If a field does not go through torch's vmap, the rows are computed one by one,
+and a warning says so.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +26,15 @@ _TWICE = (
     'first derivatives only, or an explicit method, "dopri5".'
 )
 WRONG = 1e-3
-"""Relative difference from which on the user's Jacobian is not the derivative of func: differences give less."""
+"""A relative difference above this means that the user's Jacobian is not the derivative of func. Finite differences err
+by less."""
 
 
 class Linearised(NamedTuple):
-    """The field at a point: f, a state; jacobian, (count, size, size); and df/dt as (count, size), None if it is 0."""
+    """The field at a point: the state f, the jacobian of shape (count, size, size), and df/dt of shape (count, size).
+
+    df_dt is None if it is 0.
+    """
 
     f: Tensor
     jacobian: Tensor
@@ -36,7 +42,7 @@ class Linearised(NamedTuple):
 
 
 class Jacobian:
-    """Linearises the problem's field. jac: the user's function of (t, y), or None. timed: df/dt is wanted as well."""
+    """Linearises the problem's field. jac: the user's function of (t, y), or None. timed: compute df/dt as well."""
 
     def __init__(
         self, problem: Problem, blocks: Blocks, jac: Callable[..., Tensor] | None, stats: Stats, *, timed: bool
@@ -55,12 +61,15 @@ class Jacobian:
         self._differentiable_twice = False
 
     def at(self, t: Tensor, y: Tensor, *, twice: bool = False) -> Linearised:
-        """The field and its derivatives at (t, y). While autograd records f is on the tape, and with `twice` the
-        derivatives are, too, by second derivatives of the field."""
+        """Return the field and its derivatives at (t, y).
+
+        While autograd records, it also records f. With `twice` it also records the derivatives, which needs second
+        derivatives of the field.
+        """
         refuse_transforms()
         self.stats.jacobians += 1
         recording, on_tape = torch.is_grad_enabled(), y.requires_grad or t.requires_grad
-        with torch.inference_mode(False), torch.enable_grad():
+        with _recording():
             y, t = _leaf(y, recording), _leaf(t, recording) if self.timed else t
             if self.timed and recording and y.grad_fn is not None:
                 y, t = _joined(y, t)
@@ -85,7 +94,7 @@ class Jacobian:
         return Linearised(f if on_tape else f.detach(), jacobian.detach(), df_dt)
 
     def check(self, jacobian: Tensor, s: float) -> None:
-        """Raise SolveError where a step fails because its Jacobian, at the solver time s, is not finite."""
+        """Raise SolveError if the Jacobian of a failed step, at the solver time s, is not finite."""
         self.stats.host_reads += 1
         if bool(torch.isfinite(jacobian).all()):
             return
@@ -126,7 +135,7 @@ class Jacobian:
         return jacobian, self._of_time(rows, t, taped) if self.timed else None
 
     def _rows(self, rows: Tensor, by: tuple[Tensor, ...], units: Tensor, taped: bool) -> tuple[Tensor | None, ...]:
-        """The vjps of all units, each of shape (size, *by.shape); None: the field does not depend on it."""
+        """Return the vjps of all units, each of shape (size, *by.shape); None if the field does not depend on it."""
         if not self._by_rows:
             try:
                 return torch.autograd.grad(
@@ -156,7 +165,7 @@ class Jacobian:
         return tuple(found)
 
     def _of_time(self, rows: Tensor, t: Tensor, taped: bool) -> Tensor | None:
-        """df/dt, (count, size): the vjp of a dummy cotangent, differentiated by it."""
+        """Return df/dt, of shape (count, size), by differentiating the vjp of a dummy cotangent by that cotangent."""
         if not rows.requires_grad:
             return None
         dummy = torch.zeros_like(rows).requires_grad_(True)
@@ -167,7 +176,7 @@ class Jacobian:
 
     # ------------------------------------------------------------------ checks
     def _check_constant(self, t: Tensor, y: Tensor, rows: Tensor) -> None:
-        """What has no graph must not depend on y: seen at another y, once."""
+        """Raise InvalidField if f has no graph but depends on y. Evaluates f once at another y."""
         if self._looked:
             return
         self._looked = True
@@ -182,15 +191,21 @@ class Jacobian:
             )
 
     def _check_twice(self, rows: Tensor, u: Tensor) -> None:
-        """Once: what torch can differentiate once only has an error in the place of its graph; not even that under
-        vmap, or where its cotangent is not to be differentiated by."""
+        """Raise InvalidField if func can be differentiated once only. Called once.
+
+        The graph of the first derivative then contains an error node. Under vmap, and without a derivative by the
+        cotangent, it would not.
+        """
         what = "A Rosenbrock method, whose steps hold df/dy,"
         row = _grad(rows, u, torch.ones_like(rows).requires_grad_(True), create_graph=True, what=what)
         if row is not None and any(node.name().endswith("::Error") for node in _nodes(row)):
             raise InvalidField(_TWICE.format(what, "twice", "an operation in it can be differentiated once only."))
 
     def _check_blocks(self, rows: Tensor, u: Tensor, jacobian: Tensor) -> None:
-        """One product of the whole Jacobian with a vector is that of the blocks, if samples do not see each other."""
+        """Raise InvalidInput if samples depend on each other.
+
+        One product of the whole Jacobian with a vector then differs from that of the blocks.
+        """
         generator = torch.Generator().manual_seed(0)  # the user's random numbers stay as they are
         weights = (torch.rand(rows.shape, generator=generator, dtype=torch.float64) + 0.5).to(rows)
         (whole,) = torch.autograd.grad(rows, u, weights, retain_graph=True, allow_unused=True)
@@ -205,7 +220,7 @@ class Jacobian:
             )
 
     def _check_users(self, rows: Tensor, u: Tensor, jacobian: Tensor) -> None:
-        """Warn if one product with the user's Jacobian is not that of autograd, where there is one."""
+        """Warn if one product with the user's Jacobian differs from that of autograd, if autograd can compute it."""
         if not rows.requires_grad:
             return
         weights = torch.linspace(0.5, 1.5, rows.numel(), dtype=torch.float64).reshape(rows.shape).to(rows)
@@ -241,12 +256,23 @@ class Jacobian:
 
 
 def refuse_transforms() -> None:
-    """Raises UnsupportedTransform inside a transform of torch.func, or in forward mode."""
+    """Raise UnsupportedTransform inside a transform of torch.func, or in forward mode."""
     if transformed():
         raise UnsupportedTransform(
             "a transform of torch.func, or forward mode, over the steps of an implicit method, which differentiates "
             'func itself. Use `odeint_adjoint(..., gradient="discrete")`, which grad, vjp, jacrev and vmap go through.'
         )
+
+
+def _recording() -> AbstractContextManager[Any]:
+    """Return a context in which autograd records."""
+    return _out_of_inference() if torch.is_inference_mode_enabled() else torch.enable_grad()
+
+
+@contextmanager
+def _out_of_inference() -> Iterator[None]:
+    with torch.inference_mode(False), torch.enable_grad():
+        yield
 
 
 def _off(whole: Tensor, weights: Tensor, jacobian: Tensor, relative: float | None = None) -> Tensor:
@@ -266,14 +292,14 @@ def _joined(y: Tensor, t: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _leaf(x: Tensor, taped: bool) -> Tensor:
-    """x as something to differentiate by: itself where it is on the tape."""
+    """Return a tensor to differentiate by: x itself if autograd records it, else a new leaf."""
     if taped and x.requires_grad:
         return x
     return (x.clone() if x.is_inference() else x.detach()).requires_grad_(True)
 
 
 def _grad(of: Tensor, by: Tensor, weight: Tensor | None, *, create_graph: bool, what: str) -> Tensor | None:
-    """One vjp, with a sentence where func cannot be differentiated so often."""
+    """Return one vjp. Raises InvalidField if func cannot be differentiated so often."""
     weight = torch.ones_like(of) if weight is None else weight
     try:
         return torch.autograd.grad(of, by, weight, retain_graph=True, create_graph=create_graph, allow_unused=True)[0]
@@ -283,13 +309,13 @@ def _grad(of: Tensor, by: Tensor, weight: Tensor | None, *, create_graph: bool, 
 
 
 def _has_leaves(f: Tensor, known: set[Tensor]) -> bool:
-    """f depends on a tensor that requires a gradient, beside those that are known."""
+    """Return whether f depends on a tensor that requires a gradient, other than the known ones."""
     variables = (getattr(node, "variable", None) for node in _nodes(f))
     return any(variable is not None and variable not in known for variable in variables)
 
 
 def _nodes(x: Tensor) -> Iterator[Any]:
-    """All nodes of the graph of x."""
+    """Yield all nodes of the graph of x."""
     seen, pending = set(), [x.grad_fn]
     while pending:
         node = pending.pop()

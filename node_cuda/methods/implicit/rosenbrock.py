@@ -1,4 +1,4 @@
-"""One step of a Rosenbrock method: as many linear systems as stages, all with the same matrix, and no iteration."""
+"""One step of a Rosenbrock method: a linear system for each stage, all with the same matrix, without iterations."""
 
 from __future__ import annotations
 
@@ -12,15 +12,18 @@ from node_cuda.methods.implicit.inside import InsideError
 from node_cuda.methods.implicit.jacobian import Jacobian, Linearised
 from node_cuda.methods.implicit.linear import Factorised
 from node_cuda.methods.implicit.tableau import Rosenbrock
-from node_cuda.methods.step import ProposedStep, Span, Step
+from node_cuda.methods.step import ProposedStep, Seen, Span, Step
 from node_cuda.options import ImplicitOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 
 
 class RosenbrockSteps(Evaluations):
-    """Steps of the method `tableau` for `problem`. On the tape they are differentiable, with second derivatives of the
-    field, as df/dy is part of the formula. everywhere: see `InsideError`."""
+    """Steps of the method `tableau` for `problem`.
+
+    Autograd differentiates them with second derivatives of the field, because the formula contains df/dy. everywhere:
+    see `InsideError`.
+    """
 
     def __init__(
         self,
@@ -42,14 +45,16 @@ class RosenbrockSteps(Evaluations):
         self._inside = InsideError(self, tableau, everywhere=everywhere)
         self._start: tuple[Tensor, Linearised] | None = None  # y0 of the step that is tried, and the field there
         self._after_jump = False
+        self.seen: Seen | None = None
+        """The last evaluation of a step."""
 
     def first(self, t0: float, y0: Tensor, span: Span | None, inside: bool) -> Tensor | None:
-        """f(t0, y0), which tells what kind of function the field is; inside: just after t0."""
+        """Return f(t0, y0), which also shows what kind of function the field is. inside: just after t0."""
         self._after_jump = inside
         return self.f(self.start_time(t0, span, inside), y0)
 
     def attempt(self, t0: float, move: ProposedStep, y0: Tensor, k1: Tensor | None) -> Step:
-        """A step from (t0, y0)."""
+        """Take a step from (t0, y0)."""
         at, start = self.interval(t0, move), self._linearised(t0, y0, move.span)
         step, matrix = self._attempt_at(at, y0, start, move.span)
         assert step.error is not None
@@ -59,7 +64,7 @@ class RosenbrockSteps(Evaluations):
     def _attempt_at(
         self, at: Interval, y0: Tensor, start: Linearised, span: Span | None = None
     ) -> tuple[Step, Factorised]:
-        """A step over this interval, from the field at its start, with its embedded error, and its matrix."""
+        """Return a step over this interval with its embedded error, and its matrix. start: the field at its start."""
         arithmetic, tableau = self.arithmetic, self.tableau
         matrix = Factorised(self.blocks, start.jacobian, 1.0 / float(tableau.gamma), at.dt)
         self.stats.factorisations += 1
@@ -69,7 +74,9 @@ class RosenbrockSteps(Evaluations):
         for i in range(tableau.stages):
             f = start.f
             if i:
-                f = self.f(times[i - 1], arithmetic.rk_stage(self._stages[i - 1], at, y0, v, times[i - 1]))
+                z = arithmetic.rk_stage(self._stages[i - 1], at, y0, v, times[i - 1])
+                f = self.f(times[i - 1], z)
+                self.seen = Seen(times[i - 1], z, f)
                 f = arithmetic.combine(f, v, tableau.couplings[i], 1.0)
             if of_time is not None and tableau.slopes[i]:
                 f = f + tableau.slopes[i] * of_time
@@ -78,17 +85,17 @@ class RosenbrockSteps(Evaluations):
         y1, error = arithmetic.rk_finish(self._last, at, y0, v, None)
         return Step(at, y0, y1, v, error, None, span), matrix
 
-    def again(self, at: Interval, t: Tensor, y0: Tensor, k1: Tensor | None) -> Step | None:
-        """A step that was taken before. t: its start; k1: None."""
-        return self._attempt_at(at, y0, self.jacobian.at(t, y0, twice=True))[0]
+    def again(self, at: Interval, t: Tensor, y0: Tensor, k1: Tensor | None, span: Span | None = None) -> Step | None:
+        """Return a step that was taken before. t: its start; k1: None."""
+        return self._attempt_at(at, y0, self.jacobian.at(t, y0, twice=True), span)[0]
 
     def carry(self, step: Step) -> Tensor | None:
-        """Nothing: the next step linearises the field at its start."""
+        """Return None: the next step linearises the field at its start."""
         self._after_jump = step.jump
         return None
 
     def _linearised(self, t0: float, y0: Tensor, span: Span | None) -> Linearised:
-        """The field at the start of a step, kept while the step is tried again."""
+        """Return the linearised field at the start of a step. It is kept while the step is tried again."""
         if self._start is not None and self._start[0] is y0:
             self.jacobian.check(self._start[1].jacobian, t0)  # the step is tried again: is it this that fails?
             return self._start[1]

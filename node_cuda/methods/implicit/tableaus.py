@@ -1,22 +1,28 @@
-"""The implicit methods, as data: adding a method is adding an entry to `IMPLICIT_TABLEAUS`.
+"""The implicit methods, as data: a new method is a new entry of `IMPLICIT_TABLEAUS`.
 
-Orders, stability functions and A- and L-stability are proved in tests/unit/methods/implicit/test_tableaus.py.
+tests/unit/methods/implicit/test_tableaus.py verifies orders, stability functions, and A- and L-stability. The methods
+for fixed grids have the names of torchdiffeq's repository, where one of the nodes of gl4 is wrong.
 """
 
 from __future__ import annotations
 
 from fractions import Fraction
 
-from node_cuda.methods.implicit.tableau import Esdirk, Implicit, Rosenbrock
+from node_cuda.methods.implicit.tableau import Dirk, FullyImplicit, Implicit, Rosenbrock
 from node_cuda.methods.tableau import row, rows
 
 _G3 = Fraction("0.4358665215084589994160194511935568425292")  # of 6 x^3 - 18 x^2 + 9 x - 1 = 0
 _ROOT2 = Fraction("1.4142135623730950488016887242096980785696")
+_ROOT3 = Fraction("1.7320508075688772935274463415058723669428")
+_ROOT6 = Fraction("2.4494897427831780981972840747058913919659")
+_ROOT15 = Fraction("3.8729833462074168851792653997823996108329")
 _RODAS5P_M = row(
     "-7.502846399306121 2.561846144803919 -11.627539656261098 -0.18268767659942256 0.030198172008377946 1 1 1"
 )
 _KVAERNO3_Y3 = ((-4 * _G3**2 + 6 * _G3 - 1) / (4 * _G3), (1 - 2 * _G3) / (4 * _G3))
 _KVAERNO5_Y6 = row("0.13855640231268224 0 -0.04245337201752043 0.02446657898003141 0.61943039072480676")
+_TRBDF2_A = ((), (1 - _ROOT2 / 2,), (_ROOT2 / 4, _ROOT2 / 4))
+_RADAU5_B = ((16 - _ROOT6) / 36, (16 + _ROOT6) / 36, Fraction(1, 9))
 
 _ALL: tuple[Implicit, ...] = (
     Rosenbrock(
@@ -61,8 +67,10 @@ _ALL: tuple[Implicit, ...] = (
         dense_order=4,
         source="Steinebach, BIT Numer. Math. 63 (2023) 27, doi 10.1007/s10543-023-00967-x; digits as in SciML's"
         " OrdinaryDiffEqRosenbrock",
+        # A rejected step costs little, and no iteration depends on how even the steps are.
+        defaults=dict(controller="I", safety=0.85),
     ),
-    Esdirk(
+    Dirk(
         "kvaerno3",
         order=3,
         gamma=_G3,
@@ -80,7 +88,7 @@ _ALL: tuple[Implicit, ...] = (
         embedded_order=2,
         source="Kvaerno, BIT Numer. Math. 44 (2004) 489, ESDIRK 3/2 with gamma of the L-stable pair",
     ),
-    Esdirk(
+    Dirk(
         "kvaerno5",
         order=5,
         gamma=Fraction("0.26"),
@@ -106,15 +114,91 @@ _ALL: tuple[Implicit, ...] = (
             " 0.05864052652621890400 0"
         ),
         source="Kvaerno, BIT Numer. Math. 44 (2004) 489, ESDIRK 5/4 with gamma = 0.26; b_mid: solved for",
+        # With longer steps Newton's iterations fail, and errors near the tolerance add up.
+        defaults=dict(safety=0.8),
     ),
-    Esdirk(
+    Dirk(
         "trbdf2_adaptive",
         order=2,
         gamma=1 - _ROOT2 / 2,
-        a=((), (1 - _ROOT2 / 2,), (_ROOT2 / 4, _ROOT2 / 4)),
+        a=_TRBDF2_A,
         b_hat=((1 - _ROOT2 / 4) / 3, (3 * _ROOT2 / 4 + 1) / 3, (1 - _ROOT2 / 2) / 3),
         embedded_order=3,
         source="Hosea & Shampine, Appl. Numer. Math. 20 (1996) 21",
+    ),
+    # ---------------------------------------------------------------- on fixed grids
+    Dirk(
+        "implicit_euler",
+        order=1,
+        gamma=Fraction(1),
+        a=((),),
+        explicit_first=False,
+        source="Hairer & Wanner II, IV.3",
+    ),
+    FullyImplicit(
+        "implicit_midpoint",
+        order=2,
+        a=rows("1/2"),
+        b=row("1"),
+        source="Gauss with one stage: Hairer, Norsett & Wanner I, table II.7.1",
+    ),
+    Dirk(
+        "trapezoid",
+        order=2,
+        gamma=Fraction(1, 2),
+        a=rows("", "1/2"),
+        source="Lobatto IIIA with two stages: Hairer & Wanner II, table IV.5.7",
+    ),
+    FullyImplicit(
+        "radauIIA3",
+        order=3,
+        a=rows("5/12 -1/12", "3/4 1/4"),
+        b=row("3/4 1/4"),
+        source="Hairer & Wanner II, table IV.5.5",
+    ),
+    FullyImplicit(
+        "gl4",
+        order=4,
+        a=((Fraction(1, 4), Fraction(1, 4) - _ROOT3 / 6), (Fraction(1, 4) + _ROOT3 / 6, Fraction(1, 4))),
+        b=row("1/2 1/2"),
+        source="Gauss with two stages: Hairer & Wanner II, table IV.5.1",
+    ),
+    FullyImplicit(
+        "radauIIA5",
+        order=5,
+        a=(
+            ((88 - 7 * _ROOT6) / 360, (296 - 169 * _ROOT6) / 1800, (-2 + 3 * _ROOT6) / 225),
+            ((296 + 169 * _ROOT6) / 1800, (88 + 7 * _ROOT6) / 360, (-2 - 3 * _ROOT6) / 225),
+            _RADAU5_B,
+        ),
+        b=_RADAU5_B,
+        source="Hairer & Wanner II, table IV.5.6",
+    ),
+    FullyImplicit(
+        "gl6",
+        order=6,
+        a=(
+            (Fraction(5, 36), Fraction(2, 9) - _ROOT15 / 15, Fraction(5, 36) - _ROOT15 / 30),
+            (Fraction(5, 36) + _ROOT15 / 24, Fraction(2, 9), Fraction(5, 36) - _ROOT15 / 24),
+            (Fraction(5, 36) + _ROOT15 / 30, Fraction(2, 9) + _ROOT15 / 15, Fraction(5, 36)),
+        ),
+        b=row("5/18 4/9 5/18"),
+        source="Gauss with three stages: Hairer & Wanner II, table IV.5.2",
+    ),
+    Dirk(
+        "sdirk2",
+        order=2,
+        gamma=1 - _ROOT2 / 2,
+        a=((), (_ROOT2 / 2,)),
+        explicit_first=False,
+        source="Alexander, SIAM J. Numer. Anal. 14 (1977) 1006, the method of order 2",
+    ),
+    Dirk(
+        "trbdf2",
+        order=2,
+        gamma=1 - _ROOT2 / 2,
+        a=_TRBDF2_A,
+        source="Hosea & Shampine, Appl. Numer. Math. 20 (1996) 21, without the embedded solution",
     ),
 )
 

@@ -253,6 +253,31 @@ def test_a_change_is_refused_for_a_last_output_at_any_time(mode, arguments):
         z.sum().backward()
 
 
+IMPLICIT = {
+    "rodas5p": {},
+    "kvaerno5": {},
+    "trapezoid": dict(options=dict(step_size=0.1)),
+    "sdirk2": dict(options=dict(step_size=0.1)),
+    "gl4": dict(options=dict(step_size=0.1)),
+}
+
+
+@both
+@pytest.mark.parametrize("method", IMPLICIT)
+def test_a_change_is_refused_with_an_implicit_method_and_none_is_seen_where_there_is_none(mode, method):
+    """One more evaluation in the backward pass, at a point of the last step where the forward pass made one."""
+    arguments = dict(rtol=1e-6, atol=1e-6, method=method, **IMPLICIT[method])
+    f = Graph()
+    last(f, mode, **arguments).sum().backward()
+    assert close(f.w.grad, f.gradient(), 1e-2)
+    for change in CHANGES.values():
+        f = Graph()
+        z = last(f, mode, **arguments)
+        change(f)
+        with pytest.raises(InvalidField, match=REFUSED):
+            z.sum().backward()
+
+
 @both
 @pytest.mark.parametrize("method", ["rk4", "adaptive_heun", "fehlberg2", "explicit_adams", "implicit_adams"])
 def test_without_a_stage_to_compare_a_buffer_that_was_written_is_refused(mode, method):

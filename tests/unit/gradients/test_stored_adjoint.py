@@ -8,12 +8,13 @@ import pytest
 import torch
 from problems import F64, linspace
 from stiff_cases import Robertson
+from tolerances import SLOPE
 from torch import nn
 
 from node_cuda import Status, odeint, odeint_adjoint, odeint_event, solve
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 
-METHODS = list(IMPLICIT_TABLEAUS)
+METHODS = [name for name, tableau in IMPLICIT_TABLEAUS.items() if tableau.adaptive]
 
 
 class Relaxing(nn.Module):
@@ -121,3 +122,59 @@ def test_a_batch_with_its_own_jacobians_has_the_gradient_of_its_samples():
 def test_what_it_cannot_do_is_refused_in_words(arguments, words):
     with pytest.raises(ValueError, match=words):
         odeint_adjoint(Relaxing(), torch.ones(1, dtype=F64), linspace(0.0, 1.0, 2), method="kvaerno5", **arguments)
+
+
+GRIDS = [name for name, tableau in IMPLICIT_TABLEAUS.items() if not tableau.adaptive]
+
+
+@pytest.mark.parametrize("method", GRIDS)
+def test_on_a_fixed_grid_it_has_the_order_of_the_method_or_one_more_than_its_dense_output(method):
+    tableau, errors = IMPLICIT_TABLEAUS[method], []
+
+    def gradients(**arguments):
+        func, y0 = Relaxing(2.0), torch.full((1,), 2.0, dtype=F64, requires_grad=True)
+        t = linspace(0.0, 2.0, 3).requires_grad_()
+        ys = solve(func, y0, t, **arguments).ys
+        return torch.cat([g.reshape(-1) for g in torch.autograd.grad((ys**2).sum(), (y0, func.lam, t))])
+
+    exact = gradients(method="dopri8", gradient="backprop", rtol=1e-11, atol=1e-12,
+                      options=dict(dense="accurate", step_t=[1.0, 2.0]))  # fmt: skip
+    for h in (1 / 8, 1 / 16):
+        found = gradients(method=method, gradient="adjoint", options=dict(step_size=h, newton_tol=1e-6))
+        errors.append((found - exact).abs())
+    # dL/dt is the slope of the dense output, of an order less
+    order, slopes = min(tableau.order, tableau.dense.order + 1), min(tableau.order, tableau.dense.order)
+    for (i, j), expected in (((0, 2), order), ((2, 5), slopes)):
+        assert math.log2(float(errors[0][i:j].max() / errors[1][i:j].max())) > expected - 2 * SLOPE
+
+
+@pytest.mark.parametrize("method", ["implicit_euler", "radauIIA3", "radauIIA5", "sdirk2"])
+def test_on_a_fixed_grid_a_field_too_stiff_to_be_run_backwards_has_its_gradient(method):
+    """y = p cos t but for 1e-3, in steps of 40 time constants: a decays within one step."""
+    p, t = torch.tensor(1.5, dtype=F64, requires_grad=True), linspace(0.0, 1.0, 5)
+    y0 = torch.full((1,), 1.5, dtype=F64)
+    ys = odeint_adjoint(lambda t, y: -1000.0 * (y - p * torch.cos(t)), y0, t, method=method, gradient="adjoint",
+                        adjoint_params=(p,), options=dict(step_size=0.04))  # fmt: skip
+    (found,) = torch.autograd.grad(ys[1:].sum(), p)
+    assert float(found) == pytest.approx(float(torch.cos(t[1:]).sum()), rel=0.04)  # cos t may be off by a step
+
+
+@pytest.mark.parametrize("method", [*METHODS, "trapezoid", "gl4"])
+def test_the_solve_for_a_reads_no_time_of_an_evaluation_from_the_device(method, monkeypatch):
+    """The host chose the steps. A Rosenbrock method reads one for each Jacobian, as it differentiates by the time."""
+    grid = dict(options=dict(step_size=0.02)) if method in GRIDS else dict(rtol=1e-6, atol=1e-8)
+    func = Relaxing(50.0)
+    ys = odeint_adjoint(func, torch.ones(1, dtype=F64), linspace(0.0, 1.0, 2), method=method, **grid)
+    count, before = 0, torch.Tensor.__float__
+
+    def counted(self):
+        nonlocal count
+        count += self.ndim == 0
+        return before(self)
+
+    monkeypatch.setattr(torch.Tensor, "__float__", counted)
+    nfe = ys.grad_fn.task.stats.nfe
+    ys.sum().backward()
+    stats = ys.grad_fn.task.stats
+    assert stats.nfe_backward > 60 and nfe > 60
+    assert count <= (stats.nfe_backward / 5 if method == "rodas5p" else 2)

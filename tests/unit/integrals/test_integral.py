@@ -92,7 +92,7 @@ def test_the_integral_is_the_closed_form_with_every_method_and_costs_no_evaluati
     if method == "scipy_solver":
         options = {}
     rtol, limit = rtol_and_limit(method, 1e-6)
-    limit = max(limit, 2e-2 if method == "euler" else 1e-4)  # grids of h = 0.01, linear in between
+    limit = max(limit, 2e-2 if method in ("euler", "implicit_euler") else 1e-4)  # grids of h = 0.01, linear in between
     func = Counting(decay)
     solution = solve(func, Y, T, integral=squared, method=method, options=options, rtol=rtol, atol=rtol)
     assert solution.integral.shape == (4, 3) and solution.integral.dtype == F64

@@ -33,7 +33,7 @@ def dense(method, t0=0.25, t1=2.0, func=timed, y0=Y, **options):
     )
 
 
-DENSE_LIMIT = {"euler": 3e-2, "fehlberg2": 5e-2, "adaptive_heun": 1e-2, "bosh3": 1e-2}
+DENSE_LIMIT = {"euler": 3e-2, "implicit_euler": 3e-2, "fehlberg2": 5e-2, "adaptive_heun": 1e-2, "bosh3": 1e-2}
 
 
 @pytest.mark.parametrize("method", [m for m in METHODS if m != "scipy_solver"])

@@ -78,5 +78,5 @@ def test_a_smaller_tolerance_gives_a_smaller_error(name):
 
 def test_every_method_is_tested_for_its_order():
     tested = set(TABLEAUS) | {"explicit_adams", "implicit_adams", "fixed_adams", "scipy_solver"}
-    tested |= set(IMPLICIT_TABLEAUS)  # implicit/test_steps.py
+    tested |= set(IMPLICIT_TABLEAUS)  # implicit/test_steps.py, loop/test_grids.py
     assert set(node_cuda.METHODS) == tested

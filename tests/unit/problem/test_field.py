@@ -10,6 +10,7 @@ from problems import F64, linspace, relative_difference
 from torch import nn
 
 from node_cuda import TABLEAUS, odeint, odeint_adjoint
+from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 
 T = linspace(0.0, 1.0, 6)
 # the errors of the methods themselves at these settings
@@ -201,7 +202,7 @@ def test_a_field_that_writes_in_place_has_the_right_gradient_or_is_refused(solve
     assert torch.equal(y0.detach(), fresh())
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", [*METHODS, *IMPLICIT_TABLEAUS])
 def test_what_a_field_keeps_is_never_rewritten(method):
     func = Keeping()
     with torch.no_grad():

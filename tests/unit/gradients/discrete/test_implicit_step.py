@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from problems import F64, linspace
+from problems import F64, is_adaptive, linspace
 from scipy.integrate import solve_ivp
 from stiff_cases import Frozen, Robertson
 from torch import nn
@@ -14,6 +14,7 @@ from node_cuda import odeint, odeint_event, solve
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 
 METHODS = list(IMPLICIT_TABLEAUS)
+ADAPTIVE = [method for method in METHODS if is_adaptive(method)]
 WEIGHTS = torch.tensor([1.0, 1e3, 1.0], dtype=F64)
 
 
@@ -44,9 +45,12 @@ def test_the_gradient_is_that_of_central_differences_of_the_solver_at_fixed_step
     y0, t = torch.tensor(y0, dtype=F64), torch.tensor(t, dtype=F64)
     arguments = dict(method=method, rtol=1e-4, atol=1e-10)
     exactly = dict(newton_tol=1e-7)
-    with torch.no_grad():
-        recorded = solve(make(), y0, t, options=dict(record_steps=True, **exactly), **arguments).stats.step_times
-    steps = dict(**Frozen(recorded).options, **exactly)
+    if is_adaptive(method):
+        with torch.no_grad():
+            recorded = solve(make(), y0, t, options=dict(record_steps=True, **exactly), **arguments).stats.step_times
+        steps = dict(**Frozen(recorded).options, **exactly)
+    else:
+        steps = dict(step_size=0.13, interp="cubic", **exactly)
 
     def loss(func, y0, mode="backprop"):
         ys = solve(func, y0, t, gradient=mode, options=steps, **arguments).ys
@@ -94,7 +98,7 @@ def test_the_gradient_is_that_of_scipys_forward_sensitivities(method, rtol):
         assert relative.max() < 20 * rtol, relative
 
 
-@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("method", ADAPTIVE)
 def test_checkpoints_give_the_same_gradient_by_more_evaluations(method):
     found, cost = [], []
     for checkpoints in (None, 3):
@@ -138,3 +142,81 @@ def test_second_derivatives_are_right_by_rodas5p_and_refused_by_what_has_none():
     assert float(second) == pytest.approx(exact, rel=1e-5)
     with pytest.raises(NotImplementedError, match=r"first derivatives only.*rodas5p"):
         torch.autograd.functional.hessian(lambda y: last(y, "kvaerno5"), y0)
+
+
+def stretched(func, y0, t):
+    return torch.cat([t[:1], t[0] + (t[-1] - t[0]) * torch.tensor([0.2, 0.31, 0.7], dtype=F64), t[-1:]])
+
+
+GRIDS = {
+    "t itself": {},
+    "step_size and cubic": dict(step_size=0.2, interp="cubic"),
+    "step_size and perturb": dict(step_size=0.2, perturb=True),
+    "of one's own": dict(grid_constructor=stretched, interp="cubic"),
+}
+
+
+@pytest.mark.parametrize("backwards", [False, True])
+@pytest.mark.parametrize("grid", GRIDS)
+@pytest.mark.parametrize("method", ["trapezoid", "sdirk2", "implicit_midpoint", "gl4"])
+def test_on_a_fixed_grid_the_gradient_of_the_times_is_exact_too(method, grid, backwards):
+    """The first stage is explicit and carried on, or implicit, or all stages depend on each other; the dense output is
+    a cubic, or a polynomial of the stages. Central differences of the solver move one output time."""
+    t, y0 = torch.tensor([0.0, 0.31, 0.55, 0.6, 1.27], dtype=F64), torch.tensor([0.5, -0.2], dtype=F64)
+    t = t.flip(0) if backwards else t
+    rates = torch.tensor([-3.0 if backwards else 3.0, 2.0], dtype=F64)
+    options = GRIDS[grid] | dict(newton_tol=1e-7)
+    weights = linspace(0.5, 1.5, 10).reshape(5, 2)
+
+    def loss(t, func, mode="backprop", **more):
+        return (solve(func, y0, t, method=method, gradient=mode, options=options, **more).ys * weights).sum()
+
+    found = []
+    for mode, more in (("backprop", {}), ("discrete", {}), ("discrete", dict(checkpoints=2))):
+        time, func = t.clone().requires_grad_(), Forced(rates)
+        found.append(torch.autograd.grad(loss(time, func, mode, **more), (time, func.rates)))
+    for others in found[1:]:
+        for ours, right in zip(others, found[0], strict=True):
+            assert torch.allclose(ours, right, rtol=1e-9, atol=1e-10)
+    if grid == "step_size and cubic":
+        for m in (1, 2):  # the next one is the end of a step, where the polynomials have a kink
+            step = torch.zeros(5, dtype=F64)
+            step[m] = 1e-5
+            with torch.no_grad():
+                difference = float(loss(t + step, Forced(rates)) - loss(t - step, Forced(rates))) / 2e-5
+            assert float(found[0][0][m]) == pytest.approx(difference, rel=1e-6, abs=1e-8)
+
+
+@pytest.mark.parametrize("method", ["trapezoid", "sdirk2", "radauIIA3"])
+def test_on_a_fixed_grid_events_integrals_tuples_and_complex_numbers_are_differentiated(method):
+    class Field(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = nn.Parameter(torch.tensor([3.0 + 2j, 1.0 - 5j], dtype=torch.complex128))
+
+        def forward(self, t, state):
+            a, b = state
+            return -self.w * (a - torch.sin(t)) + 0.3 * b.sum() * a.conj(), -0.7 * b + a.abs().sum() * torch.cos(t)
+
+    options, found = dict(step_size=0.1, newton_tol=1e-6), []
+    start = (
+        torch.ones(2, dtype=torch.complex128, requires_grad=True),
+        torch.full((3,), 0.5, dtype=F64, requires_grad=True),
+    )
+    for gradient in ("backprop", "discrete"):
+        func = Field()
+        solution = solve(func, start, linspace(0.0, 1.0, 4), method=method, gradient=gradient, options=options,
+                         integral=lambda t, y, dy: y[1] ** 2)  # fmt: skip
+        a, b = solution.ys
+        loss = a.abs().square().sum() + b.real.sum() + solution.integral.real.sum()
+        found.append(torch.autograd.grad(loss, (*start, func.w)))
+    for ours, right in zip(*found, strict=True):
+        assert torch.allclose(ours, right, rtol=1e-6, atol=1e-8)
+    found = []
+    for solver in (dict(method=method, options=dict(step_size=0.02)), dict(method="dopri5", rtol=1e-6, atol=1e-8)):
+        func = Field()
+        event = solve(func, start, linspace(0.0, 1.0, 2), gradient="discrete",
+                      event_fn=lambda t, y: y[1].real.sum() - 2.0, **solver)  # fmt: skip
+        found.append(torch.autograd.grad(event.event_t + event.ys[0][-1].real.sum(), (*start, func.w)))
+    for ours, right in zip(*found, strict=True):  # (the event is looked for on the chord of a step)
+        assert torch.allclose(ours, right, rtol=0.05, atol=0.02 * float(right.abs().max()))
