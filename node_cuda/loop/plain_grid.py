@@ -43,7 +43,8 @@ def applies(problem: Problem, method: Method) -> bool:
         and not tableau.fsal
         and options.step_size is None
         and options.grid_constructor is None
-        and not (options.perturb or options.record_steps or options.cuda_graph or problem.callbacks)
+        and not (options.perturb or options.record_steps or options.compensated or options.cuda_graph)
+        and not problem.callbacks
         and not (problem.t.requires_grad and torch.is_grad_enabled())
         and not transformed()
         and problem.backend != "fused"

@@ -238,6 +238,7 @@ def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajecto
     y0, slots, tableau = request.problem.y0, request.checkpoints, stepper.tableau
     if isinstance(slots, str):  # "auto"
         tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
+        tensors += request.method.options.compensated
         slots = slots_for(tensors * y0.numel() * y0.itemsize, y0.device)
     request.stats.checkpoint_slots = slots
     return Trajectory.of(loop, stepper, slots, steps)

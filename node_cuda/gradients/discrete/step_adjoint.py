@@ -22,6 +22,7 @@ from torch import Tensor
 from node_cuda.gradients.discrete.memory import fits, graph_size
 from node_cuda.gradients.discrete.trajectory import State, StepRecord
 from node_cuda.gradients.reached import UsedParameters
+from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.stage_times import HERE, JUST_BEFORE, Interval
 from node_cuda.kernels.sums import GradientAccumulator
@@ -194,12 +195,12 @@ class StepAdjoint:
         k = [self.plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
         for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
             k.append(self.plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
-        y1 = self._end(taken.at, state.y0, k)
-        return State(y1, k[-1] if then.carried and not self.form.fsal else None)
+        y1, lost = self._end(taken.at, state, k)
+        return State(y1, k[-1] if then.carried and not self.form.fsal else None, lost)
 
     def back(self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
         """Return the cotangents before a step, from those after it and from those of its outputs."""
-        form, at, y0 = self.form, taken.at, state.y0
+        form, at = self.form, taken.at
         self.sums.begin()
         dense = outputs is not None and (outputs.places is None or self.timed or any(x < 1.0 for x in outputs.places))
         stages, k = self._replay(taken, state, outgoing, dense=dense)
@@ -226,7 +227,7 @@ class StepAdjoint:
             if tau is not None:
                 taus[i] = tau
         self.commit_sums()
-        timed = self._of_time(at, k, kappas, taus, y0, outputs) if self.timed else None
+        timed = self._of_time(at, k, kappas, taus, state, outputs) if self.timed else None
         starts = [*mu.values(), *at_start]
         lam = self.cotangents.adjoint_stage(lam, starts, (1.0,) * len(starts), None) if starts else lam
         return Back(Cotangent(lam, kappas.get(0), stages[0]) if taken.carried else Cotangent(lam), timed)
@@ -258,7 +259,7 @@ class StepAdjoint:
                 stage = outgoing.stage
                 if stage is None:
                     (t,) = arithmetic.times(at, (1.0,), form.sides[i])
-                    stage = self._evaluate(t, self._end(at, state.y0, k), i in read)
+                    stage = self._evaluate(t, self._end(at, state, k)[0], i in read)
                 add(stage)
             else:
                 add(self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t), i in read))
@@ -274,9 +275,11 @@ class StepAdjoint:
             indices = list(stages)
             yield from zip(indices, self.arithmetic.slots(at, [self.form.nodes[i] for i in indices], side), strict=True)
 
-    def _end(self, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> Tensor:
-        """Return y1, with the bits of the forward solve."""
-        return self.arithmetic.rk_finish(self._finish, at, y0, k, None)[0]
+    def _end(self, at: Interval, state: State, k: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return y1, with the bits of the forward solve, and what it lost by rounding."""
+        if state.lost is not None:
+            return reference.compensated(state.y0, k, self._finish.row, at.dt, state.lost)
+        return self.arithmetic.rk_finish(self._finish, at, state.y0, k, None)[0], None
 
     def _into_stages(
         self, at: Interval, lam: Tensor, outputs: Outputs | None
@@ -363,21 +366,21 @@ class StepAdjoint:
         k: Sequence[Tensor],
         kappas: dict[int, Tensor],
         taus: dict[int, Tensor],
-        y0: Tensor,
+        state: State,
         outputs: Outputs | None,
     ) -> TimeCotangent:
         """Return the cotangents of the grid.
 
         They follow from two facts: kappa_i is h times the factor of k_i, and the time of a stage is t0 + c_i h.
         """
-        dot, form = self.cotangents.real_dot, self.form
+        dot, form, y0 = self.cotangents.real_dot, self.form, state.y0
         zero = torch.zeros((), dtype=of_times(y0.dtype), device=y0.device)
         size = sum((dot(kappa, k[i]).to(zero) / at.signed for i, kappa in kappas.items()), zero)
         size = sum((tau.to(zero) * form.nodes[i] for i, tau in taus.items()), size)
         result = TimeCotangent(size, sum((tau.to(zero) for tau in taus.values()), zero))
         if outputs is None or outputs.places is None:
             return result
-        y1 = self._end(at, y0, k)
+        y1, _ = self._end(at, state, k)
         for x, g in zip(outputs.places, outputs.gradients, strict=True):
             slope = (y1 - y0) * _derivative(form.end, x)
             for j, weights in form.dense:
