@@ -116,6 +116,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.discrete.checkpoints",
         "gradients.discrete.trajectory",
         "gradients.discrete.step_adjoint",
+        "gradients.discrete.whole_step",
         "gradients.discrete.implicit_step",
         "gradients.discrete.cuda_graph_forward",
         "gradients.discrete.cuda_graph_reverse",

@@ -9,7 +9,7 @@ dL/dt is exact too. Zhuang et al. 2020, arXiv:2006.02493; Matsubara, Miyatake an
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -35,6 +35,7 @@ from node_cuda.gradients.discrete.step_adjoint import (
     of_times,
 )
 from node_cuda.gradients.discrete.trajectory import State, Trajectory
+from node_cuda.gradients.discrete.whole_step import WholeStepAdjoint, is_small
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic, position
@@ -289,7 +290,8 @@ class _Backwards:
         if task.form is None:
             self.adjoint = ImplicitStepAdjoint(problem, self.arithmetic, task.method, self.params, self.sums, reached)
         else:
-            self.adjoint = StepAdjoint(
+            kind = WholeStepAdjoint if is_small(problem, self.arithmetic, wants_grid) else StepAdjoint
+            self.adjoint = kind(
                 problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
             )
         self.members, self.what = task.members, task.what
@@ -324,7 +326,9 @@ class _Backwards:
             first = bisect_right(times, at.t0, 1, stop)
             places = [1.0 if s == at.t1 else position(at, s) for s in times[first:stop]]
             outputs = Outputs(first, self.grad_ys[first:stop], places) if places else None
-            flowing, timed = self.adjoint.back(steps[n], state, flowing, outputs)
+            before = steps[max(n - 1, 0)].at
+            shared = bisect_right(times, before.t0) < bisect_left(times, before.t1)
+            flowing, timed = self.adjoint.back(steps[n], state, flowing, outputs, shared=shared)
             if timed is not None and adj_grid is not None:
                 adj_grid[n + 1] += timed.size
                 adj_grid[n] += timed.start - timed.size
