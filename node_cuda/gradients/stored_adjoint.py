@@ -69,8 +69,8 @@ class _StoredAdjoint(DifferentiableSolve):
         self.method, self.norm = _backward_method(request)
         self.event_fn = event_fn
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """Solve, keep the steps, and return (y at the outputs, the user's time of the last output)."""
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
+        """Solve, keep the steps, and return (y at the outputs, the user's time of the event or None)."""
         # The user may write y0 before the backward pass.
         problem = replace(request.problem, y0=request.problem.y0.detach().clone())
         loop, interpolant = make_loop(
@@ -81,7 +81,7 @@ class _StoredAdjoint(DifferentiableSolve):
         loop.accepted = self.path.add
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, request.method.options.raises)
-            return ys, problem.direction * problem.times[-1]
+            return ys, None
         at, y = find_event(loop, interpolant, request.method, self.event_fn)
         return torch.stack([problem.y0, y]), at
 

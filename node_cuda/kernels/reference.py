@@ -286,7 +286,8 @@ def accumulate(
     if not tensors:
         return total
     if not total:
-        return list(torch._foreach_mul([x.to(d) for x, d in zip(tensors, dtypes, strict=True)], weight))
+        wide = [x if x.dtype is d else x.to(d) for x, d in zip(tensors, dtypes, strict=True)]
+        return list(torch._foreach_mul(wide, weight))
     torch._foreach_add_(total, list(tensors), alpha=weight)
     return total
 

@@ -43,7 +43,7 @@ class ExplicitRK(Evaluations):
         self.quadrature = quadrature
         self.compensated = compensated
         self._end: tuple[Tensor, Tensor | None] | None = None  # y1 of the last accepted step, and what it lost
-        self._b = tuple(float(b) for b in tableau.b)
+        self._b = tableau.weights
         self._e = tuple(float(e) for e in tableau.b_err) if estimate and tableau.b_err else (0.0,) * tableau.stages
         # For an FSAL method the argument of the last stage is y1 itself.
         self._known = tableau.stages - tableau.fsal

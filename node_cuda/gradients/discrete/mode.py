@@ -100,8 +100,8 @@ class _DiscreteSolve(DifferentiableSolve):
         """That of the solve."""
         return self._request.method
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """Solve, record the steps, and return (y at the outputs, the user's time of the last output)."""
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
+        """Solve, record the steps, and return (y at the outputs, the user's time of the event or None)."""
         problem, method, stats = request.problem, request.method, request.stats
         endless = self.event_fn is not None
         if method.options.cuda_graph:
@@ -109,17 +109,17 @@ class _DiscreteSolve(DifferentiableSolve):
             if recorded is not None:
                 ys, self.status, self.record = recorded
                 self.times = problem.times
-                return ys, problem.direction * self.times[-1]
+                return ys, None
             stats.why_backward = stats.why
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, method.options.raises)
             self.times = problem.times
-        else:
-            at, y = find_event(loop, interpolant, method, self.event_fn)
-            ys, self.times = torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at)
-        return ys, problem.direction * self.times[-1]
+            return ys, None
+        at, y = find_event(loop, interpolant, method, self.event_fn)
+        self.times = problem.times[0], problem.direction * at
+        return torch.stack([problem.y0, y]), at
 
     def _why_not_recorded(self, request: SolveSpec) -> str | None:
         if self.event_fn is not None:

@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from node_cuda._torch_modes import vjp
 from node_cuda.gradients.discrete.memory import fits, graph_size
 from node_cuda.gradients.discrete.trajectory import State, StepRecord
 from node_cuda.gradients.reached import UsedParameters
@@ -71,7 +72,7 @@ def adaptive_form(tableau: Tableau, dense: DenseOutput) -> StageTable:
         rows=(*tableau.rows, *dense.rows),
         nodes=(*tableau.nodes, *dense.nodes),
         sides=(JUST_BEFORE,) * (count + extra),
-        b=(*(float(b) for b in tableau.b), *(0.0,) * extra),
+        b=(*tableau.weights, *(0.0,) * extra),
         own=count,
         fsal=tableau.fsal,
         dense=dense.weight_rows,
@@ -89,7 +90,7 @@ def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> StageTable:
         rows=(*tableau.rows, *((tableau.b_row,) if cubic else ())),
         nodes=(*tableau.nodes, *((1.0,) if cubic else ())),
         sides=((JUST_BEFORE if inside else HERE),) * count + ((HERE,) if cubic else ()),
-        b=(*(float(b) for b in tableau.b), *((0.0,) if cubic else ())),
+        b=(*tableau.weights, *((0.0,) if cubic else ())),
         own=count,
         fsal=False,
         dense=slopes,
@@ -353,7 +354,7 @@ class StepAdjoint:
             return None, None
         inputs = (stage.z, stage.t, *self.params) if self.timed else (stage.z, *self.params)
         wide = kappa.dtype
-        mu, *rest = torch.autograd.grad(f, inputs, kappa if f.dtype is wide else kappa.to(f.dtype), allow_unused=True)
+        mu, *rest = vjp(f, inputs, kappa if f.dtype is wide else kappa.to(f.dtype))
         tau = rest.pop(0) if self.timed else None
         if self.params:
             self.reached.see(rest)
