@@ -54,6 +54,21 @@ def refuse_batched(*tensors: Tensor) -> None:
         )
 
 
+def vjp(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    """Return `torch.autograd.grad(output, inputs, cotangent, allow_unused=True)`.
+
+    The checks of that function take as long as the derivative of a small field. The solver knows what they check:
+    cotangent has the shape, dtype and device of output.
+    """
+    if _run_backward is None or type(output) is not Tensor or type(cotangent) is not Tensor:
+        return torch.autograd.grad(output, tuple(inputs), cotangent, allow_unused=True)
+    return _run_backward((output,), (cotangent,), False, False, tuple(inputs), True, accumulate_grad=False)
+
+
+# The function that torch.autograd.grad calls after its checks. It is not public; a torch without it has the slower way.
+_run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
+
+
 def capturing(device: torch.device) -> bool:
     """Return whether the current stream of this device is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

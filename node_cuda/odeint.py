@@ -140,7 +140,9 @@ def odeint_adjoint(
         refuse_unknown("odeint_adjoint", unknown)
     refuse_regularized(func, "odeint_adjoint")
     given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
-    solution = _solve(func, y0, t, rtol, atol, method, options, event_fn, gradient, checkpoints, given)
+    solution = _solve(
+        func, y0, t, rtol, atol, method, options, event_fn, gradient, checkpoints, given, wants_status=False
+    )
     return solution.ys if event_fn is None else (solution.event_t, solution.ys)
 
 

@@ -30,7 +30,9 @@ class Common:
     much. cuda_graph: capture a step and repeat it on the device, if that is possible; a `cuda_graphs.cache.GraphCache`
     keeps the captured graphs, True keeps them with func. clip: never evaluate func at a time outside of [t[0], t[-1]],
     and end the last step at t[-1]. By default a step may go past t[-1], as in torchdiffeq, and y at t[-1] is
-    interpolated. Fixed grids never go past it.
+    interpolated. Fixed grids never go past it. compensated: sum y over the steps with compensation (Kahan): each step
+    adds what the rounding of y lost in the step before. So the rounding errors of many small steps do not add up, in a
+    long float32 solve or with a half-precision state. Of explicit Runge-Kutta methods, and of y alone.
     """
 
     throw: bool | Literal["deferred"] = True
@@ -39,6 +41,7 @@ class Common:
     check_reconstruction: bool = False
     cuda_graph: Any = False
     clip: bool = False
+    compensated: bool = False
     norm: Norm | None = None
 
     @property
@@ -244,6 +247,7 @@ def _check(options: Common) -> None:
         ("progress", "True shows a bar"),
         ("record_steps", "True keeps the accepted times in `stats.step_times`"),
         ("check_reconstruction", "True compares the y that the adjoint method reconstructs"),
+        ("compensated", "True adds in each step what the rounding of y lost in the step before"),
         ("perturb", "True evaluates at grid points on the side of the step's inside"),
     ):
         value = getattr(options, name, False)
@@ -266,6 +270,8 @@ def _check(options: Common) -> None:
         _check_progress(options)
     if options.norm is not None and not callable(options.norm):
         raise InvalidType(f'options["norm"] must be a function of the scaled error; got {options.norm!r:.60}.')
+    if options.compensated:
+        _check_compensated(options)
     if isinstance(options, AdaptiveOptions):
         if options.dense not in ("default", "accurate", "torchdiffeq"):
             raise InvalidInput(
@@ -316,6 +322,21 @@ def _check_progress(options: Common) -> None:
                 'or solve on the host by method="dopri5" without cuda_graph.'
             )
     extra("tqdm", 'options["progress"] = True', "progress")
+
+
+def _check_compensated(options: Common) -> None:
+    """Raise InvalidInput if these options cannot be compensated."""
+    for holds, given, why in (
+        (isinstance(options, EquationOptions), "an implicit method", "solves its stages to a tolerance above rounding"),
+        (isinstance(options, AdamsOptions), "an Adams method", "is not summed with compensation"),
+        (isinstance(options, ScipyOptions), 'method="scipy_solver"', "sums its steps in SciPy, in float64"),
+        (options.cuda_graph, "cuda_graph=True", "keeps only y between two captured steps"),
+    ):
+        if holds:
+            raise InvalidInput(
+                f'options["compensated"] is for explicit Runge-Kutta methods on the host; got it with {given}, which '
+                f"{why}. Drop compensated, or use a float64 state, `y0.double()`."
+            )
 
 
 def _check_implicit(options: EquationOptions) -> None:

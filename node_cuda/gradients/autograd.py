@@ -35,8 +35,8 @@ from node_cuda.status import InvalidInput, Status, Unsupported
 class Saved(NamedTuple):
     """The tensors that the forward pass saves for the backward pass.
 
-    grid: the grid of the steps, if it is on the tape. ys: y at the outputs. at: the time of the event or of the last
-    output.
+    grid: the grid of the steps, if it is on the tape. ys: y at the outputs. at: the time of the event; empty without
+    one.
     """
 
     t: Tensor
@@ -75,8 +75,8 @@ class DifferentiableSolve(ABC):
         self._inspection: Inspection | None = None
 
     @abstractmethod
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """Return y at the outputs, and the user's time of the last one."""
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
+        """Return y at the outputs, and the user's time of the event, if the solve looked for one."""
 
     @abstractmethod
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
@@ -88,7 +88,7 @@ class DifferentiableSolve(ABC):
         return {}
 
     def __call__(self, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return y at the outputs, on the tape, and the time of the last one, which has no gradient."""
+        """Return y at the outputs, on the tape, and the time of the event (empty: no event), without a gradient."""
         problem = self._request.problem
         given = (*self.parameters.wanted, *self.parameters.carried)
         if transformed():
@@ -114,20 +114,21 @@ class DifferentiableSolve(ABC):
             self._inspection.leave()
             self.members.settle()
         self._let_go(problem)
-        return ys, torch.tensor(at, dtype=torch.float64, device="cpu")
+        return ys, ys.new_empty(0) if at is None else torch.tensor(at, dtype=torch.float64, device="cpu")
 
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients of the inputs from those of the outputs."""
         refuse_in_capture(grad_ys)
         # A transform may pass parameters that require no gradient. func is then bound to new leaves.
         count = len(self.parameters.wanted)
-        params = tuple(p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count])
+        params = tuple([p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count]])
         with torch.no_grad(), contextlib.ExitStack() as stack:
-            for context in (*self.autocast(), self.members.put_back()):
+            for context in (*self.autocast(), *self.members.put_back()):
                 stack.enter_context(context)
             func = self.parameters.bound((*params, *saved.params[count:]))
             problem = _computing_with(func, self._request.problem)
-            return self.gradients(problem, saved._replace(params=params), grad_ys, wants_t, wants_grid)
+            saved = Saved(saved.t, saved.grid, saved.ys, saved.at, params)
+            return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
 
     @property
     def by_chance(self) -> bool:
@@ -188,7 +189,7 @@ def _computing_with(func: Any, problem: Problem) -> Problem:
 
 
 class _Solve(torch.autograd.Function):
-    """The operation from (t, grid, y0, parameters) to (y at the outputs, the time of the last one)."""
+    """The operation from (t, grid, y0, parameters) to (y at the outputs, the time of the event)."""
 
     @staticmethod
     def forward(ctx, task, t, grid, y0, *params):
@@ -250,7 +251,7 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(task, wants_t, wants_grid, grad_ys, t, grid, ys, at, *params):
         found = task.backward(Saved(t, grid, ys, at, params), grad_ys, wants_t, wants_grid)
-        return *(g for g in (found.t, found.grid) if g is not None), found.y0, *found.params
+        return *[g for g in (found.t, found.grid) if g is not None], found.y0, *found.params
 
     @staticmethod
     def setup_context(ctx, inputs, output):

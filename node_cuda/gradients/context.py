@@ -13,7 +13,8 @@ def autocast_state(device_type: str) -> Callable[[], list[Any]]:
 
     It returns no contexts if autocast has not changed by then.
     """
-    kinds = [name for name in dict.fromkeys((device_type, "cpu")) if torch.amp.is_autocast_available(name)]
+    kinds = ["cpu"] if device_type == "cpu" else [device_type, "cpu"]
+    kinds = [name for name in kinds if torch.amp.is_autocast_available(name)]
     before = _autocast(kinds)
 
     def contexts() -> list[Any]:

@@ -68,8 +68,9 @@ class Inspection:
         self.members.look()
         self._refuse_chance(t, before, out, states)
         self._warn_of_unnamed(out, (t, *_parts(y)))
-        detached = tuple(x.detach() if isinstance(x, Tensor) else x for x in _parts(out))
-        return detached if isinstance(out, (tuple, list)) else detached[0]
+        if isinstance(out, Tensor):
+            return out.detach()
+        return tuple(x.detach() if isinstance(x, Tensor) else x for x in out) if isinstance(out, (tuple, list)) else out
 
     def used(self, tensors: Sequence[Tensor]) -> list[int]:
         """Return the indices of those tensors that func used."""
@@ -204,9 +205,10 @@ def sources(
             else:
                 others[id(end)] = end
             continue
-        fresh = [below for below, _ in node.next_functions if below is not None and below not in seen]
-        seen.update(fresh)
-        waiting += fresh
+        for below, _ in node.next_functions:
+            if below is not None and below not in seen:
+                seen.add(below)
+                waiting.append(below)
     return reached, list(others.values()), list(loose.values())
 
 

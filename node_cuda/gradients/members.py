@@ -82,13 +82,13 @@ class Members:
         """Return whether a tensor was written into since the solve."""
         return any(x.written() for x in self.tensors)
 
-    @contextlib.contextmanager
-    def put_back(self) -> Iterator[None]:
-        """Put back the tensor attributes that were replaced since the solve, while this context lasts."""
+    def put_back(self) -> list[contextlib.AbstractContextManager[None]]:
+        """Return the context that puts back the tensor attributes that were replaced since the solve, if any were."""
         replaced = [x for x in self.tensors if x.attribute and not x.there()]
-        if not replaced:
-            yield
-            return
+        return [self._with(replaced)] if replaced else []
+
+    @contextlib.contextmanager
+    def _with(self, replaced: list[Held]) -> Iterator[None]:
         with _lock_of(self._holder):
             now = [x.place.get(x.name, _GONE) for x in replaced]
             try:

@@ -32,18 +32,21 @@ class Parameters:
             )
         self.func = func
         self.owner = _owner(func)
-        params, buffers = _tensors(self.owner)
+        self._links: list[Link] = []
+        params, buffers = _tensors(self.owner, self._links)
         self._members = {**params, **buffers}
         if named is None:
             assert isinstance(func, nn.Module)
             plain = not _is_replica(func) and type(func).parameters is nn.Module.parameters
             named = params.values() if plain else _of_replica(func) if _is_replica(func) else func.parameters()
         self.every = tuple({id(x): x for x in named}.values())
-        self.wanted = tuple(x for x in self.every if x.requires_grad or is_wrapped(x))
+        self.wanted = tuple([x for x in self.every if x.requires_grad or is_wrapped(x)])
         if torch.is_grad_enabled():
             _refuse_shards_inside(self.owner, self.wanted, method)
-        known = {id(x) for x in self.wanted}
-        self.carried = tuple(x for x in buffers.values() if is_wrapped(x) and id(x) not in known)
+        self.carried: tuple[Tensor, ...] = ()
+        if buffers:
+            known = {id(x) for x in self.wanted}
+            self.carried = tuple([x for x in buffers.values() if is_wrapped(x) and id(x) not in known])
 
     def bound(self, given: Sequence[Tensor], *, unchanged: bool = False) -> Func:
         """Return func as it was when this object was made, with `given` in place of `wanted` and `carried`.
@@ -54,7 +57,7 @@ class Parameters:
         that is not a parameter of func.
         """
         members: dict[str, Tensor] = {}
-        if not unchanged:
+        if not (unchanged or self._all_in_place()):
             params, buffers = _tensors(self.owner)
             now = {**params, **buffers}
             members = {name: x for name, x in self._members.items() if now.get(name) is not x}
@@ -76,6 +79,13 @@ class Parameters:
         method = _Method(self.owner, self.func)
         members = {f"owner.{name}": x for name, x in members.items()}
         return lambda t, y: functional_call(method, members, (t, y), tie_weights=False)
+
+    def _all_in_place(self) -> bool:
+        """Return whether every member was found by `_collect` and is still where it was. False: this is not known."""
+        for place, name, x in self._links:
+            if place.get(name) is not x:
+                return False
+        return bool(self._links)
 
 
 class _Method(nn.Module):
@@ -123,8 +133,15 @@ def _owner(func: Func) -> Any:
     return func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
 
 
-def _tensors(owner: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Return the parameters and the buffers under all their names in the module, in its order."""
+Link = tuple[dict[str, Any], str, Any]
+"""A member of a module: the dict that holds it, its name there, and the member."""
+
+
+def _tensors(owner: Any, links: list[Link] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Return the parameters and the buffers under all their names in the module, in its order.
+
+    links: receives where they and the submodules were found, if `_collect` finds them.
+    """
     params: dict[str, Tensor] = {}
     buffers: dict[str, Tensor] = {}
     if not isinstance(owner, nn.Module):
@@ -136,21 +153,33 @@ def _tensors(owner: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
         and kind.named_modules is plain.named_modules
         and kind.parameters is plain.parameters
     ):
-        _collect(owner, "", params, buffers)  # takes a fifth of the time of the two methods
+        # This takes a fifth of the time of the two methods.
+        _collect(owner, params, buffers, [] if links is None else links)
     else:
         params.update(owner.named_parameters(remove_duplicate=False))
         buffers.update(owner.named_buffers(remove_duplicate=False))
     return ({} if _is_replica(owner) else params), buffers
 
 
-def _collect(module: nn.Module, prefix: str, params: dict[str, Tensor], buffers: dict[str, Tensor]) -> None:
-    for own, found in ((module._parameters, params), (module._buffers, buffers)):
-        for name, x in own.items():
-            if x is not None:
-                found[prefix + name] = x
-    for name, child in module._modules.items():
-        if child is not None:
-            _collect(child, f"{prefix}{name}.", params, buffers)
+def _collect(owner: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], links: list[Link]) -> None:
+    waiting = [("", owner)]
+    while waiting:
+        prefix, module = waiting.pop()
+        for own, found in ((module._parameters, params), (module._buffers, buffers)):
+            for name, x in own.items():
+                if x is not None:
+                    found[prefix + name] = x
+                    links.append((own, name, x))
+        below = module._modules
+        if not isinstance(below, dict):  # that of a scripted module has no `get`
+            links.append(({}, "unknown", module))
+        elif not below:
+            continue
+        first = len(waiting)
+        for name, child in below.items():
+            links.append((below, name, child))
+            if child is not None:
+                waiting.insert(first, (f"{prefix}{name}.", child))
 
 
 def _is_replica(func: nn.Module) -> bool:

@@ -79,8 +79,8 @@ class _StoredAdjoint(DifferentiableSolve):
         self.method, self.norm = _backward_method(request)
         self.event_fn = event_fn
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """Solve, keep the steps, and return (y at the outputs, the user's time of the last output)."""
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
+        """Solve, keep the steps, and return (y at the outputs, the user's time of the event or None)."""
         # The user may write y0 before the backward pass.
         problem = replace(request.problem, y0=request.problem.y0.detach().clone())
         loop, interpolant = make_loop(
@@ -97,11 +97,9 @@ class _StoredAdjoint(DifferentiableSolve):
         loop.accepted = keep
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, request.method.options.raises)
-            at = problem.direction * problem.times[-1]
-        else:
-            at, y = find_event(loop, interpolant, request.method, self.event_fn)
-            ys = torch.stack([problem.y0, y])
-        return ys, at
+            return ys, None
+        at, y = find_event(loop, interpolant, request.method, self.event_fn)
+        return torch.stack([problem.y0, y]), at
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Solve for a along the stored solution, and return the gradients."""

@@ -16,18 +16,25 @@ from node_cuda.kernels.stage_times import Interval
 class GradientAccumulator:
     """Sums a list of tensors like `like`. Half and bfloat16 accumulate in float32.
 
-    total: the sums over accepted steps. with_error: the sum of a step gets an error estimate.
+    with_error: the sum of a step gets an error estimate.
     """
 
     def __init__(self, like: Sequence[Tensor], *, with_error: bool) -> None:
         self.like = like
         self.with_error = with_error
         self.dtypes = [torch.promote_types(x.dtype, torch.float32) for x in like]
-        self.total = [torch.zeros_like(x, dtype=d) for x, d in zip(like, self.dtypes, strict=True)]
+        self._total: list[Tensor] | None = None  # None before the first accepted step
         self._sum: list[Tensor] = []
         self._error: list[Tensor] = []
         self._next: list[Tensor] | None = None
         self._zeros: list[Tensor | None] = [None] * len(like)
+
+    @property
+    def total(self) -> list[Tensor]:
+        """The sums over accepted steps."""
+        if self._total is None:
+            self._total = self._zero_sums()
+        return self._total
 
     def begin(self) -> None:
         """Start a step: discard the sums of a step that was rejected."""
@@ -41,6 +48,8 @@ class GradientAccumulator:
         if at is not None:
             weight, error_weight = at.signed * weight, at.signed * error_weight
         given = [self._zero(i) if x is None else x for i, x in enumerate(tensors)]
+        if weight and not self._sum and self._total is None:
+            self._sum = self._zero_sums()  # which becomes the total, so that no -0.0 gets into it
         if weight:
             self._sum = reference.accumulate(self._sum, given, weight, self.dtypes)
         if error_weight and self.with_error:
@@ -65,9 +74,14 @@ class GradientAccumulator:
     def commit(self) -> None:
         """Add the sum of the accepted step to the total."""
         if self._next is not None:
-            self.total, self._next = self._next, None
+            self._total, self._next = self._next, None
+        elif self._sum and self._total is None:
+            self._total, self._sum = self._sum, []
         elif self._sum:
             torch._foreach_add_(self.total, self._sum)
+
+    def _zero_sums(self) -> list[Tensor]:
+        return [torch.zeros_like(x, dtype=d) for x, d in zip(self.like, self.dtypes, strict=True)]
 
     def _zero(self, i: int) -> Tensor:
         zero = self._zeros[i]

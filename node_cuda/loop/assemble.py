@@ -67,7 +67,9 @@ def make_loop(
     stepper: Stepper
     selector: StepSelector
     if isinstance(options, opt.AdaptiveOptions) and tableau is not None:
-        stepper = ExplicitRK(problem, arithmetic, tableau, estimate=True, quadrature=quadrature)
+        stepper = ExplicitRK(
+            problem, arithmetic, tableau, estimate=True, quadrature=quadrature, compensated=options.compensated
+        )
         selector = AdaptiveSteps(
             problem,
             arithmetic,
@@ -97,7 +99,13 @@ def make_loop(
         assert isinstance(options, opt.FixedOptions)
         if tableau is not None:
             stepper = ExplicitRK(
-                problem, arithmetic, tableau, estimate=False, inside=options.perturb, quadrature=quadrature
+                problem,
+                arithmetic,
+                tableau,
+                estimate=False,
+                inside=options.perturb,
+                quadrature=quadrature,
+                compensated=options.compensated,
             )
         else:
             assert isinstance(options, opt.AdamsOptions)

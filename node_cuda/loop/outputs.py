@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import cmath
 import math
 
 import torch
@@ -47,12 +48,12 @@ def solve_outputs(loop: HostLoop, interpolant: Interpolant, throw: bool) -> tupl
 
 def grid_status(ys: Tensor, stats: Stats) -> Status:
     """The status of a solve on a fixed grid, which returns NaN as torchdiffeq does. One host read, or two."""
-    if len(ys) < 2 or batched(ys):
+    if ys.shape[0] < 2 or batched(ys):
         return Status.SUCCESS
     stats.host_reads += 1
     last = ys[-1].detach()
     # The sum of finite numbers is finite unless it overflows, and is cheaper.
-    if bool(torch.isfinite(last.sum())):
+    if cmath.isfinite(last.sum().item()):
         return Status.SUCCESS
     stats.host_reads += 1
     return Status.SUCCESS if bool(torch.isfinite(last).all()) else Status.NON_FINITE

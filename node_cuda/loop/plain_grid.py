@@ -43,7 +43,8 @@ def applies(problem: Problem, method: Method) -> bool:
         and not tableau.fsal
         and options.step_size is None
         and options.grid_constructor is None
-        and not (options.perturb or options.record_steps or options.progress or options.cuda_graph or problem.callbacks)
+        and not (options.perturb or options.record_steps or options.progress)
+        and not (options.compensated or options.cuda_graph or problem.callbacks)
         and not (problem.t.requires_grad and torch.is_grad_enabled())
         and not transformed()
         and problem.backend != "fused"
@@ -98,11 +99,16 @@ def _stages(field: Field, t: Sequence[Tensor], y: Tensor, rows: Sequence[SparseR
 
 
 def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
-    """Return the times of all stages of all steps, as views of one tensor."""
+    """Return the times of all stages of all steps."""
     values: list[float] = []
+    sign = problem.direction
     for t0, t1 in itertools.pairwise(problem.times):
-        values += [problem.direction * (t1 if c == 1.0 else t0 + c * (t1 - t0)) for c in nodes]
-    return torch.tensor(values, dtype=problem.time_dtype, device=problem.y0.device).unbind()
+        for c in nodes:
+            values.append(sign * (t1 if c == 1.0 else t0 + c * (t1 - t0)))
+    dtype, device = problem.y0.dtype.to_real(), problem.y0.device
+    if len(values) <= 2:  # two tensors are made in less time than one and its views
+        return tuple([torch.scalar_tensor(value, dtype=dtype, device=device) for value in values])
+    return torch.tensor(values, dtype=dtype, device=device).unbind()
 
 
 def _slab(y0: Tensor, count: int) -> Tensor | None:

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 
 from torch import Tensor
 
+from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic, Stage
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, Interval
 from node_cuda.methods.evaluations import Evaluations
@@ -23,7 +24,7 @@ class ExplicitRK(Evaluations):
 
     estimate: also compute the error estimate. inside: evaluate the stages at the two ends of a step one rounding inside
     the step, so that a field with a discontinuity there is never evaluated on the other side. Adaptive methods always
-    do this.
+    do this. compensated: y is summed over the steps with compensation.
     """
 
     def __init__(
@@ -35,11 +36,14 @@ class ExplicitRK(Evaluations):
         estimate: bool,
         inside: bool = False,
         quadrature: Quadrature | None = None,
+        compensated: bool = False,
     ) -> None:
         super().__init__(problem, arithmetic, inside=inside or estimate)
         self.tableau = tableau
         self.quadrature = quadrature
-        self._b = tuple(float(b) for b in tableau.b)
+        self.compensated = compensated
+        self._end: tuple[Tensor, Tensor | None] | None = None  # y1 of the last accepted step, and what it lost
+        self._b = tableau.weights
         self._e = tuple(float(e) for e in tableau.b_err) if estimate and tableau.b_err else (0.0,) * tableau.stages
         # For an FSAL method the argument of the last stage is y1 itself.
         self._known = tableau.stages - tableau.fsal
@@ -82,17 +86,20 @@ class ExplicitRK(Evaluations):
             z = arithmetic.rk_stage(stage, at, y0, k, t)
             k.append(self._summed(i, t, z, at) if summed else self.f(t, z))
         y1, error = arithmetic.rk_finish(self._last, at, y0, k, times[-1] if fsal else None)
-        last = None
+        last = lost = None
+        if self.compensated:
+            y1, lost = reference.compensated(y0, k, self._last.row, at.dt, self._lost_before(y0))
         if fsal:
             k.append(self._summed(self._known, times[-1], y1, at) if summed else self.f(times[-1], y1))
             last = (k[-1], self._e[-1]) if self._e[-1] else None
-        return Step(at, y0, y1, k, error, last, span)
+        return Step(at, y0, y1, k, error, last, span, lost=lost)
 
     def carry(self, step: Step) -> Tensor | None:
         """Return k1 of the next step, or None if it must be evaluated.
 
         It is the last stage of this step where the tableau says so, and f(t1, y1) just after a discontinuity.
         """
+        self._end = step.y1, step.lost
         if not self.tableau.adaptive:
             return None
         if step.jump:
@@ -138,6 +145,11 @@ class ExplicitRK(Evaluations):
         k = self._evaluate(i, t, z)
         self._add(i, at)
         return k
+
+    def _lost_before(self, y0: Tensor) -> Tensor:
+        """Return what the step that ended at y0 lost, or zeros if y0 is not the end of a step."""
+        end, lost = self._end or (None, None)
+        return lost if end is y0 and lost is not None else reference.nothing_lost(y0)
 
     def _add(self, i: int, at: Interval) -> None:
         """Add stage i to the quadrature with its weights."""

@@ -40,7 +40,8 @@ class Step:
 
     k: the stages, k[0] at the start. error: the partial error. last: the stage and its b - b_hat that complete the
     error (see `Arithmetic.error_ratio`). Both are None for methods without an estimate. jump: the field is
-    discontinuous at t1. unsolved: the equations of an implicit step were not solved; its error rejects the step.
+    discontinuous at t1. unsolved: the equations of an implicit step were not solved; its error rejects the step. lost:
+    what y1 lost by rounding, of a compensated solve.
     """
 
     at: Interval
@@ -52,6 +53,7 @@ class Step:
     span: Span | None = None
     jump: bool = False
     unsolved: bool = False
+    lost: Tensor | None = None
 
     @property
     def t0(self) -> float:

@@ -215,6 +215,11 @@ class Tableau:
         return i, j, sparse([x - y for x, y in zip(self.a[j], shorter, strict=True)])
 
     @cached_property
+    def weights(self) -> tuple[float, ...]:
+        """b as floats."""
+        return tuple(float(b) for b in self.b)
+
+    @cached_property
     def b_row(self) -> SparseRow:
         """Nonzero entries (i, b_i)."""
         return sparse(self.b)

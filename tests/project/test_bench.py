@@ -401,8 +401,8 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
     with pytest.raises(
         SystemExit,
-        match="device-loop, endurance, examples, gpu, gradient-costs, gradients, grids, kernels, losses, memory, memory-short, "
-        "methods, peers, solve, speed, speed-short, speed-small",
+        match="device-loop, endurance, examples, gpu, gradient-costs, gradients, grids, kernels, losses, "
+        "memory, memory-short, methods, peers, solve, speed, speed-short, speed-small",
     ):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 

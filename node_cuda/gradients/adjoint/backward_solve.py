@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -15,11 +16,9 @@ from node_cuda._records import with_fields
 from node_cuda._typing import Tolerance
 from node_cuda.gradients.adjoint.field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint.norm import AdjointNorm, backward_error_norm, smallest
-from node_cuda.gradients.adjoint.plain_grid import run_grid
 from node_cuda.gradients.adjoint.reconstruction import Reconstruction
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.norms import ErrorNorm
-from node_cuda.loop import plain_grid
 from node_cuda.loop.assemble import arithmetic_of, make_loop, show_steps
 from node_cuda.loop.progress import Progress
 from node_cuda.loop.scipy_solver import ScipySolve
@@ -56,7 +55,7 @@ class Backward:
     """The problem of the backward solve, before any memory or field is made for it.
 
     forward: the forward problem; its y0 has a shape and a dtype, but no values. t, times: the output times; `times` are
-    in the solver time of the forward solve. problem: the problem of the flat state [y, a]; its field is set later.
+    in the solver time of the forward solve.
     """
 
     def __init__(
@@ -72,22 +71,35 @@ class Backward:
         self.forward = forward
         self.settings = settings
         self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
+        self.times = times
         self.params = params
-        options = settings.options
-        norm = options["norm"]
-        self.params_in_norm = not isinstance(norm, AdjointNorm) or norm.params
-        self.params_norm = ErrorNorm(smallest(settings.rtol), smallest(settings.atol))
-        self.method = settings.method({name: value for name, value in options.items() if name != "norm"})
-        self.problem = with_fields(
+        self.norm = settings.options["norm"]
+        self.method = settings.method({name: value for name, value in settings.options.items() if name != "norm"})
+
+    @cached_property
+    def problem(self) -> Problem:
+        """The problem of the flat state [y, a]; its field is set later."""
+        forward, settings = self.forward, self.settings
+        return with_fields(
             forward,
-            y0=torch.cat([ys[-1].reshape(-1), self.grad_ys[-1].reshape(-1)]),
+            y0=torch.cat([self.ys[-1].reshape(-1), self.grad_ys[-1].reshape(-1)]),
             t=self.t.flip(0),
             # Backwards from the last time, in the solver's ascending time.
-            times=tuple(-s for s in reversed(times)),
+            times=tuple(-s for s in reversed(self.times)),
             direction=-forward.direction,
             layout=Layout(),
-            norm=backward_error_norm(forward, settings.rtol, settings.atol, norm, params),
+            norm=backward_error_norm(forward, settings.rtol, settings.atol, self.norm, self.params),
         )
+
+    @cached_property
+    def params_norm(self) -> ErrorNorm:
+        """The norm of the errors of the parameters' gradients."""
+        return ErrorNorm(smallest(self.settings.rtol), smallest(self.settings.atol))
+
+    @property
+    def params_in_norm(self) -> bool:
+        """Whether the errors of the parameters' gradients take part in the error norm."""
+        return not isinstance(self.norm, AdjointNorm) or self.norm.params
 
     def parts(self, z: Tensor) -> tuple[Tensor, Tensor]:
         """Return y and a of z = [y, a], as views of the state's shape."""
@@ -125,8 +137,6 @@ class BackwardSolve:
 
     def run(self, wants_t: bool) -> Found:
         """Return the gradients."""
-        if self.reconstruction is None and plain_grid.applies(self.problem, self.method):
-            return self._run_grid(wants_t)
         last = len(self.problem.times) - 1
         adj_t = torch.zeros_like(self.t) if wants_t else None
         z = self.problem.y0
@@ -144,25 +154,6 @@ class BackwardSolve:
                     adj_t[0] = -self.arithmetic.real_dot(a, self._f(0))
             z = self.arithmetic.jump(self.ys[m - 1], a, self.grad_ys[m - 1])
         return adj_t, self.backward.parts(z)[1], self.gradient.gradients()
-
-    def _run_grid(self, wants_t: bool) -> Found:
-        """Return the gradients, if the grid is the output times."""
-        assert self.method.tableau is not None
-        found, adj_y0 = run_grid(
-            self.problem,
-            self.method.tableau,
-            self.field,
-            self.gradient,
-            self.ys,
-            self.grad_ys,
-            self._f if wants_t else None,
-        )
-        adj_t = None
-        if wants_t:
-            adj_t = torch.zeros_like(self.t)
-            for m, value in found.items():
-                adj_t[m] = value
-        return adj_t, adj_y0, self.gradient.gradients()
 
     def _interval(self) -> Callable[[int, Tensor], tuple[Tensor, Tensor | None]]:
         """Return the function that solves over the i-th interval, backwards, from z at its start.

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from node_cuda._torch_modes import vjp
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused_sums import FusedGradientAccumulator, SavedIntegrands
@@ -15,22 +16,17 @@ from node_cuda.kernels.stage_times import Interval
 from node_cuda.problem.problem import Problem
 
 
-class AdjointField:
-    """The field of the flat state z = [y, a]: (f, -a^T df/dy), and a^T df/dtheta as the quadrature's integrands.
+class Rates:
+    """f, -a^T df/dy, and a^T df/dtheta as the quadrature's integrands, from one evaluation of f and one vjp.
 
-    problem: the forward problem. arithmetic: that of the backward solve. first: called with the first f and y.
+    problem: the forward problem. first: called with the first f and y.
     """
 
-    def __init__(
-        self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor], reached: UsedParameters
-    ) -> None:
+    def __init__(self, problem: Problem, params: Sequence[Tensor], reached: UsedParameters) -> None:
         self.field = problem.field
-        self.arithmetic = arithmetic
         self.params = tuple(params)
         self.reached = reached
-        self.shape = problem.y0.shape
         self.nfe = 0
-        self.copies_output = True
         self.integrands: Sequence[Tensor | None] = ()
         self.first: Callable[[Tensor, Tensor], None] | None = None
         self._with_params = True
@@ -39,26 +35,18 @@ class AdjointField:
         """Set whether the next evaluation needs the parameters' vjp."""
         self._with_params = needed and bool(self.params)
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
-        """Return dz/dt at z, from one evaluation of f and one vjp."""
-        y, a = (part.view(self.shape) for part in z.chunk(2))
-        f, vjp_y = self._vjp(t, y, a)
-        return self.arithmetic.pack_adjoint(f, vjp_y)
+    def vjp(self, t: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Return f(t, y) and a^T df/dy, which is None if f does not depend on y. Sets `integrands`.
 
-    def rates(self, t: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-        """Return dy/dt and da/dt as two tensors. dy/dt is the tensor that func returned, and no copy."""
-        f, vjp_y = self._vjp(t, y, a)
-        return f, torch.zeros_like(f) if vjp_y is None else vjp_y.neg()
-
-    def _vjp(self, t: Tensor, y: Tensor, a: Tensor) -> tuple[Tensor, Tensor | None]:
-        """Return f(t, y) and a^T df/dy, which is None if f does not depend on y. Sets `integrands`."""
+        f is the tensor that func returned, and no copy.
+        """
         self.nfe += 1
         params = self.params if self._with_params else ()
         with torch.enable_grad():
             y = y.detach().requires_grad_(True)
             f = self.field(t, y)
             if f.requires_grad:
-                vjp_y, *self.integrands = torch.autograd.grad(f, (y, *params), a, allow_unused=True)
+                vjp_y, *self.integrands = vjp(f, (y, *params), a)
             else:
                 vjp_y, self.integrands = None, [None] * len(params)
         if params:
@@ -72,6 +60,24 @@ class AdjointField:
         """Return f(t, y), without a vjp."""
         self.nfe += 1
         return self.field(t, y)
+
+
+class AdjointField(Rates):
+    """The field of the flat state z = [y, a]. arithmetic: that of the backward solve."""
+
+    def __init__(
+        self, problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor], reached: UsedParameters
+    ) -> None:
+        super().__init__(problem, params, reached)
+        self.arithmetic = arithmetic
+        self.shape = problem.y0.shape
+        self.copies_output = True
+
+    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+        """Return dz/dt at z."""
+        y, a = (part.view(self.shape) for part in z.chunk(2))
+        f, vjp_y = self.vjp(t, y, a)
+        return self.arithmetic.pack_adjoint(f, vjp_y)
 
 
 class ParameterGradient:

@@ -22,6 +22,7 @@ from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSetting
 from node_cuda.gradients.adjoint.cuda_graph import try_captured
 from node_cuda.gradients.adjoint.many_outputs import warn_of_many_outputs
 from node_cuda.gradients.adjoint.norm import chosen_norm
+from node_cuda.gradients.adjoint.plain_grid import GridBackwardSolve
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison, Evaluated, LastStep
 from node_cuda.gradients.parameters import Parameters
@@ -64,7 +65,7 @@ class _AdjointSolve(DifferentiableSolve):
     def shown(self) -> dict[str, Any]:
         return {"adjoint_options": self.settings.options}
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
         last = LastStep()
         if self.event_fn is not None:
             event_t, ys = forward.event(request, self.event_fn, last)
@@ -75,7 +76,7 @@ class _AdjointSolve(DifferentiableSolve):
             self.kept = last.evaluated(request.problem.times[-1], self.members)
         # A partial solution has gradients where it was reached. If the status is not known yet, NaN stays NaN.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
-        return ys, request.problem.direction * request.problem.times[-1]
+        return ys, None
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         t, _, ys, at, params = saved
@@ -108,18 +109,19 @@ class _AdjointSolve(DifferentiableSolve):
         if self.settings.jumps or self.status is Status.PENDING or len(backward.t) < 2:
             return False
         before = backward.forward.field.nfe
-        found = ignores_time(backward.forward, backward.ys[-1], -backward.problem.times[0])
+        found = ignores_time(backward.forward, backward.ys[-1], backward.times[-1])
         self.stats.nfe_backward += backward.forward.field.nfe - before
         return found
 
     def _by_the_host(self, backward: Backward, used: UsedParameters, wants_t: bool) -> Found:
-        solve = BackwardSolve(backward, used)
+        plain = GridBackwardSolve.applies(backward)
+        solve = GridBackwardSolve(backward, used) if plain else BackwardSolve(backward, used)
         if self.kept is not None and not self.by_chance:
             compare = Comparison(backward.forward, self.members, self.what, solve.field.f_alone)
             solve.field.first = functools.partial(compare.begin, self.kept)
         found = solve.run(wants_t)
         self.stats.nfe_backward += solve.field.nfe
-        if solve.reconstruction is not None:
+        if isinstance(solve, BackwardSolve) and solve.reconstruction is not None:
             self.stats.reconstruction_error = solve.reconstruction.worst
             solve.reconstruction.warn()
         return found

@@ -6,61 +6,67 @@ stages are sums by element. y at the end of an interval is not computed, because
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
+import torch
 from torch import Tensor
 
+from node_cuda._records import with_fields
 from node_cuda._user_code import in_step, tell_step
-from node_cuda.gradients.adjoint.field import AdjointField, ParameterGradient
+from node_cuda.gradients.adjoint.backward_solve import Backward, Found
+from node_cuda.gradients.adjoint.field import Rates
+from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.reference import combine, real_dot
-from node_cuda.kernels.stage_times import Interval
-from node_cuda.loop.plain_grid import stage_times
-from node_cuda.methods.tableau import Tableau
-from node_cuda.problem.problem import Problem
+from node_cuda.kernels.sums import GradientAccumulator
+from node_cuda.loop import plain_grid
 
 
-def run_grid(
-    problem: Problem,
-    tableau: Tableau,
-    field: AdjointField,
-    gradient: ParameterGradient,
-    ys: Tensor,
-    grad_ys: Tensor,
-    f_at: Callable[[int], Tensor] | None,
-) -> tuple[dict[int, Tensor], Tensor]:
-    """Return dL/dt by the index of the output, and dL/dy0; the parameters' gradients are in `gradient`.
+class GridBackwardSolve:
+    """The solve of y and a from the last time back to the first, in steps from output to output."""
 
-    problem: the problem of [y, a], backwards. ys, grad_ys: the outputs and their gradients, in the order of the forward
-    solve. f_at: evaluates func at an output; None if dL/dt is not wanted.
-    """
-    times, sign, stages = problem.times, problem.direction, tableau.stages
-    weights = [float(b) for b in tableau.b]
-    t = stage_times(problem, tableau.nodes)
-    adj_t: dict[int, Tensor] = {}
-    a, i, h = grad_ys[-1], 0, 0.0
-    try:
-        for i in range(len(times) - 1):
-            m = len(times) - 1 - i  # from output m back to the one before it
-            h = sign * (times[i + 1] - times[i])
-            at = Interval(times[i], times[i + 1], times[i + 1] - times[i], h, h)
-            y, f, v = ys[m], list[Tensor](), list[Tensor]()
-            gradient.begin()
-            for j, (row, weight) in enumerate(zip(tableau.rows, weights, strict=True)):
-                gradient.wants(bool(weight))
-                z = (combine(y, f, row, h), combine(a, v, row, h)) if row else (y, a)
-                f_j, v_j = field.rates(t[i * stages + j], *z)
-                f.append(f_j.clone() if stages > 1 else f_j)  # func may write again into the buffer that it returned
-                v.append(v_j)
-                if weight:
-                    gradient.add(field.integrands, weight, 0.0, at)
-            gradient.commit()
-            if f_at is not None:
-                adj_t[m] = real_dot(grad_ys[m], f[0])
-            a = combine(a, v, tableau.b_row, h)
-            if f_at is not None and m == 1:
-                adj_t[0] = -real_dot(a, f_at(0))
-            a = a + grad_ys[m - 1]
-    except (Exception, KeyboardInterrupt) as error:
-        tell_step(error, in_step(sign * times[i], h, i, 0))
-        raise
-    return adj_t, a
+    def __init__(self, backward: Backward, reached: UsedParameters) -> None:
+        self.backward = backward
+        self.field = Rates(backward.forward, backward.params, reached)
+
+    @staticmethod
+    def applies(backward: Backward) -> bool:
+        """Return whether this class can solve the problem (see `loop.plain_grid.applies`)."""
+        if backward.settings.checks or backward.forward.adjoint_callbacks:
+            return False
+        return plain_grid.applies(backward.forward, backward.method)
+
+    def run(self, wants_t: bool) -> Found:
+        """Return the gradients."""
+        backward, field, tableau = self.backward, self.field, self.backward.method.tableau
+        assert tableau is not None
+        ys, grad_ys, sign, stages = backward.ys, backward.grad_ys, -backward.forward.direction, tableau.stages
+        times = tuple([-s for s in reversed(backward.times)])
+        t = plain_grid.stage_times(with_fields(backward.forward, times=times, direction=sign), tableau.nodes)
+        sums = GradientAccumulator(field.params, with_error=False)
+        adj_t = torch.zeros_like(backward.t) if wants_t else None
+        a, i, h = grad_ys[-1], 0, 0.0
+        try:
+            for i in range(len(times) - 1):
+                m = len(times) - 1 - i  # from output m back to the one before it
+                h = sign * (times[i + 1] - times[i])
+                y, f, v = ys[m], list[Tensor](), list[Tensor]()
+                sums.begin()
+                for j, (row, weight) in enumerate(zip(tableau.rows, tableau.weights, strict=True)):
+                    field.wants(weight != 0.0)
+                    z, b = (combine(y, f, row, h), combine(a, v, row, h)) if row else (y, a)
+                    f_j, vjp = field.vjp(t[i * stages + j], z, b)
+                    f.append(f_j.clone() if stages > 1 else f_j)  # func may write again into its output
+                    v.append(torch.zeros_like(f_j) if vjp is None else vjp.neg())
+                    if weight and field.params:
+                        sums.add(field.integrands, h * -weight, 0.0)
+                sums.commit()
+                if adj_t is not None:
+                    adj_t[m] = real_dot(grad_ys[m], f[0])
+                a = combine(a, v, tableau.b_row, h)
+                if adj_t is not None and m == 1:
+                    t0 = backward.t[0].to(ys.device, backward.forward.time_dtype)
+                    adj_t[0] = -real_dot(a, field.f_alone(t0, ys[0]))
+                a = a + grad_ys[m - 1]
+        except (Exception, KeyboardInterrupt) as error:
+            tell_step(error, in_step(sign * times[i], h, i, 0))
+            raise
+        totals = zip(sums.total, field.params, strict=True)
+        return adj_t, a, [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in totals]

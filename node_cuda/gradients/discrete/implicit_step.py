@@ -80,7 +80,7 @@ class ImplicitStepAdjoint:
         step = self._again(taken, state.y0, state.k1)
         return State(step.y1, step.k[-1] if then.carried else None)
 
-    def back(self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
+    def back(self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None, shared: bool) -> Back:
         """Return the cotangents at the start of a step, from those at its end and from its outputs."""
         with torch.enable_grad():
             y0 = state.y0.detach().requires_grad_(True)

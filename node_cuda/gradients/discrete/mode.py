@@ -9,7 +9,7 @@ dL/dt is exact too. Zhuang et al. 2020, arXiv:2006.02493; Matsubara, Miyatake an
 
 from __future__ import annotations
 
-from bisect import bisect_right
+from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import replace
 
@@ -35,6 +35,7 @@ from node_cuda.gradients.discrete.step_adjoint import (
     of_times,
 )
 from node_cuda.gradients.discrete.trajectory import State, Trajectory
+from node_cuda.gradients.discrete.whole_step import WholeStepAdjoint, is_small
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic, position
@@ -99,8 +100,8 @@ class _DiscreteSolve(DifferentiableSolve):
         """That of the solve."""
         return self._request.method
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float]:
-        """Solve, record the steps, and return (y at the outputs, the user's time of the last output)."""
+    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
+        """Solve, record the steps, and return (y at the outputs, the user's time of the event or None)."""
         problem, method, stats = request.problem, request.method, request.stats
         endless = self.event_fn is not None
         if method.options.cuda_graph:
@@ -108,17 +109,17 @@ class _DiscreteSolve(DifferentiableSolve):
             if recorded is not None:
                 ys, self.status, self.record = recorded
                 self.times = problem.times
-                return ys, problem.direction * self.times[-1]
+                return ys, None
             stats.why_backward = stats.why
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, method.options.raises)
             self.times = problem.times
-        else:
-            at, y = find_event(loop, interpolant, method, self.event_fn)
-            ys, self.times = torch.stack([problem.y0, y]), (problem.times[0], problem.direction * at)
-        return ys, problem.direction * self.times[-1]
+            return ys, None
+        at, y = find_event(loop, interpolant, method, self.event_fn)
+        self.times = problem.times[0], problem.direction * at
+        return torch.stack([problem.y0, y]), at
 
     def _why_not_recorded(self, request: SolveSpec) -> str | None:
         if self.event_fn is not None:
@@ -238,6 +239,7 @@ def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajecto
     y0, slots, tableau = request.problem.y0, request.checkpoints, stepper.tableau
     if isinstance(slots, str):  # "auto"
         tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
+        tensors += request.method.options.compensated
         slots = slots_for(tensors * y0.numel() * y0.itemsize, y0.device)
     request.stats.checkpoint_slots = slots
     return Trajectory.of(loop, stepper, slots, steps)
@@ -291,7 +293,8 @@ class _Backwards:
                 problem, self.arithmetic, task.method, self.params, self.sums, reached, timed=wants_grid
             )
         else:
-            self.adjoint = StepAdjoint(
+            kind = WholeStepAdjoint if is_small(problem, self.arithmetic, wants_grid) else StepAdjoint
+            self.adjoint = kind(
                 problem, self.arithmetic, self.cotangents, task.form, self.params, self.sums, reached, timed=wants_grid
             )
         self.comparison = Comparison(problem, task.members, task.what, self.adjoint.plain)
@@ -328,7 +331,9 @@ class _Backwards:
             first = bisect_right(times, at.t0, 1, stop)
             places = [1.0 if s == at.t1 else position(at, s) for s in times[first:stop]]
             outputs = Outputs(first, self.grad_ys[first:stop], places) if places else None
-            flowing, timed = self.adjoint.back(steps[n], state, flowing, outputs)
+            before = steps[max(n - 1, 0)].at
+            shared = bisect_right(times, before.t0) < bisect_left(times, before.t1)
+            flowing, timed = self.adjoint.back(steps[n], state, flowing, outputs, shared=shared)
             if timed is not None and adj_grid is not None:
                 adj_grid[n + 1] += timed.size
                 adj_grid[n] += timed.start - timed.size

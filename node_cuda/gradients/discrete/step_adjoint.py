@@ -19,9 +19,11 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from node_cuda._torch_modes import vjp
 from node_cuda.gradients.discrete.memory import fits, graph_size
 from node_cuda.gradients.discrete.trajectory import State, StepRecord
 from node_cuda.gradients.reached import UsedParameters
+from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.stage_times import HERE, JUST_BEFORE, Interval
 from node_cuda.kernels.sums import GradientAccumulator
@@ -70,7 +72,7 @@ def adaptive_form(tableau: Tableau, dense: DenseOutput) -> StageTable:
         rows=(*tableau.rows, *dense.rows),
         nodes=(*tableau.nodes, *dense.nodes),
         sides=(JUST_BEFORE,) * (count + extra),
-        b=(*(float(b) for b in tableau.b), *(0.0,) * extra),
+        b=(*tableau.weights, *(0.0,) * extra),
         own=count,
         fsal=tableau.fsal,
         dense=dense.weight_rows,
@@ -88,7 +90,7 @@ def grid_form(tableau: Tableau, *, inside: bool, cubic: bool) -> StageTable:
         rows=(*tableau.rows, *((tableau.b_row,) if cubic else ())),
         nodes=(*tableau.nodes, *((1.0,) if cubic else ())),
         sides=((JUST_BEFORE if inside else HERE),) * count + ((HERE,) if cubic else ()),
-        b=(*(float(b) for b in tableau.b), *((0.0,) if cubic else ())),
+        b=(*tableau.weights, *((0.0,) if cubic else ())),
         own=count,
         fsal=False,
         dense=slopes,
@@ -182,7 +184,7 @@ class StepAdjoint:
         self.nfe = 0
         self.first: Callable[[Evaluation], None] | None = None
         self._columns = form.columns()
-        self._prepared = [
+        self.prepared = [
             arithmetic.stage(row, c, side) for row, c, side in zip(form.rows, form.nodes, form.sides, strict=True)
         ]
         b_row = tuple((i, b) for i, b in enumerate(form.b) if b)
@@ -192,24 +194,26 @@ class StepAdjoint:
     def advance(self, taken: StepRecord, state: State, then: StepRecord) -> State:
         """Return the state after a step, with which the step `then` begins."""
         k = [self.plain(*self.first_stage(taken, state)) if state.k1 is None else state.k1]
-        for i, t in self._slots(taken.at, self.form.own - self.form.fsal):
-            k.append(self.plain(t, self.arithmetic.rk_stage(self._prepared[i], taken.at, state.y0, k, t)))
-        y1 = self._end(taken.at, state.y0, k)
-        return State(y1, k[-1] if then.carried and not self.form.fsal else None)
+        for i, t in self.slots(taken.at, self.form.own - self.form.fsal):
+            k.append(self.plain(t, self.arithmetic.rk_stage(self.prepared[i], taken.at, state.y0, k, t)))
+        y1, lost = self.end(taken.at, state, k)
+        return State(y1, k[-1] if then.carried and not self.form.fsal else None, lost)
 
-    def back(self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None) -> Back:
-        """Return the cotangents before a step, from those after it and from those of its outputs."""
-        form, at, y0 = self.form, taken.at, state.y0
+    def back(
+        self, taken: StepRecord, state: State, outgoing: Cotangent, outputs: Outputs | None, shared: bool = True
+    ) -> Back:
+        """Return the cotangents before a step, from those after it and from those of its outputs.
+
+        shared: the step before has outputs inside, which need this step's first stage. `WholeStepAdjoint` reads it.
+        """
+        at = taken.at
         self.sums.begin()
         dense = outputs is not None and (outputs.places is None or self.timed or any(x < 1.0 for x in outputs.places))
         stages, k = self._replay(taken, state, outgoing, dense=dense)
         if self.first is not None:
             first, self.first = self.first, None
             first(next(stage for stage in stages if stage is not None))
-        lam, at_start, extra = self._into_stages(at, outgoing.lam, outputs)
-        if outgoing.kappa is not None:
-            last = form.own - 1
-            extra[last] = outgoing.kappa if last not in extra else outgoing.kappa + extra[last]
+        lam, at_start, extra = self.into_stages(at, outgoing, outputs)
         mu: dict[int, Tensor] = {}
         kappas: dict[int, Tensor] = {}
         taus: dict[int, Tensor] = {}
@@ -220,13 +224,13 @@ class StepAdjoint:
             kappas[i] = kappa
             if stage is None or (i == 0 and taken.carried):
                 continue  # the step before computes its vjp
-            mu_i, tau = self._vjp(stage, kappa)
+            mu_i, tau = self.vjp(stage, kappa)
             if mu_i is not None:
                 mu[i] = mu_i
             if tau is not None:
                 taus[i] = tau
         self.commit_sums()
-        timed = self._of_time(at, k, kappas, taus, y0, outputs) if self.timed else None
+        timed = self._of_time(at, k, kappas, taus, state, outputs) if self.timed else None
         starts = [*mu.values(), *at_start]
         lam = self.cotangents.adjoint_stage(lam, starts, (1.0,) * len(starts), None) if starts else lam
         return Back(Cotangent(lam, kappas.get(0), stages[0]) if taken.carried else Cotangent(lam), timed)
@@ -253,42 +257,48 @@ class StepAdjoint:
         else:
             stages.append(None)
             k.append(state.k1)
-        for i, t in self._slots(at, wanted):
+        for i, t in self.slots(at, wanted):
             if i == known and form.fsal:  # the field at y1, which is the first stage of the next step
                 stage = outgoing.stage
                 if stage is None:
                     (t,) = arithmetic.times(at, (1.0,), form.sides[i])
-                    stage = self._evaluate(t, self._end(at, state.y0, k), i in read)
+                    stage = self._evaluate(t, self.end(at, state, k)[0], i in read)
                 add(stage)
             else:
-                add(self._evaluate(t, arithmetic.rk_stage(self._prepared[i], at, state.y0, k, t), i in read))
+                add(self._evaluate(t, arithmetic.rk_stage(self.prepared[i], at, state.y0, k, t), i in read))
         return stages, k
 
     def first_stage(self, taken: StepRecord, state: State) -> tuple[Tensor, Tensor]:
         """Return (t, z) of the first stage."""
         return self.arithmetic.times(taken.start, (taken.node,), taken.side)[0], state.y0
 
-    def _slots(self, at: Interval, stop: int) -> Iterator[tuple[int, Tensor]]:
+    def slots(self, at: Interval, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Yield (i, t) for the stages from the second one up to `stop`. The computation of the stage fills t."""
         for side, stages in groupby(range(1, stop), key=self.form.sides.__getitem__):
             indices = list(stages)
             yield from zip(indices, self.arithmetic.slots(at, [self.form.nodes[i] for i in indices], side), strict=True)
 
-    def _end(self, at: Interval, y0: Tensor, k: Sequence[Tensor]) -> Tensor:
-        """Return y1, with the bits of the forward solve."""
-        return self.arithmetic.rk_finish(self._finish, at, y0, k, None)[0]
+    def end(self, at: Interval, state: State, k: Sequence[Tensor]) -> tuple[Tensor, Tensor | None]:
+        """Return y1, with the bits of the forward solve, and what it lost by rounding."""
+        if state.lost is not None:
+            return reference.compensated(state.y0, k, self._finish.row, at.dt, state.lost)
+        return self.arithmetic.rk_finish(self._finish, at, state.y0, k, None)[0], None
 
-    def _into_stages(
-        self, at: Interval, lam: Tensor, outputs: Outputs | None
+    def into_stages(
+        self, at: Interval, outgoing: Cotangent, outputs: Outputs | None
     ) -> tuple[Tensor, list[Tensor], dict[int, Tensor]]:
-        """Return lam with the outputs' part, and the outputs' cotangents of y0 and of each stage."""
-        if outputs is None:
-            return lam, [], {}
-        first, gradients, places = outputs
-        if places is not None and all(x == 1.0 for x in places):
-            return lam + gradients.sum(0), [], {}
-        found = self.cotangents.dense_adjoint(self._polynomials, at, lam, first, gradients)
-        return found.lam, [found.start], {j: x for (j, _), x in zip(self.form.dense, found.extra, strict=True)}
+        """Return lam with the outputs' part, and the cotangents of y0 and of each stage that do not come from y1."""
+        lam, kappa, at_start, extra = outgoing.lam, outgoing.kappa, list[Tensor](), dict[int, Tensor]()
+        if outputs is not None and outputs.places is not None and all(x == 1.0 for x in outputs.places):
+            lam = lam + outputs.gradients.sum(0)
+        elif outputs is not None:
+            found = self.cotangents.dense_adjoint(self._polynomials, at, lam, outputs.first, outputs.gradients)
+            lam, at_start = found.lam, [found.start]
+            extra = {j: x for (j, _), x in zip(self.form.dense, found.extra, strict=True)}
+        if kappa is not None:
+            last = self.form.own - 1
+            extra[last] = kappa if last not in extra else kappa + extra[last]
+        return lam, at_start, extra
 
     def _kappa(self, i: int, at: Interval, lam: Tensor, mu: dict[int, Tensor], extra: Tensor | None) -> Tensor | None:
         """Return the cotangent of stage i, or None if nothing depends on that stage."""
@@ -299,7 +309,7 @@ class StepAdjoint:
         return self.cotangents.adjoint_stage(extra, [x for x, _ in terms], [a for _, a in terms], at)
 
     def plain(self, t: Tensor, z: Tensor) -> Tensor:
-        """Return the field at (t, z), without a graph."""
+        """Return the field at (t, z). Autograd records it only if it is on."""
         self.nfe += 1
         return self.arithmetic.as_contiguous(self.field(t, z))
 
@@ -307,7 +317,7 @@ class StepAdjoint:
         """Evaluate the field at (t, z) for its vjp, and for later stages if they read it."""
         if self.at_once is False:
             return Evaluation(t, z, None, self.plain(t, z) if read else None)
-        stage = self._measured(t, z) if self.at_once is None else self._taped(t, z)
+        stage = self._measured(t, z) if self.at_once is None else self.taped(t, z)
         if self.field.copies_output:
             self.at_once = False  # func overwrites its output, which its graph may have saved
         return stage if self.at_once else stage._replace(f=None)
@@ -319,14 +329,14 @@ class StepAdjoint:
         """
         try:
             with graph_size(z.device, self.params) as size:
-                stage = self._taped(t, z)
+                stage = self.taped(t, z)
         except RuntimeError:  # func calls torch.func, which does not work while its graph is measured
             self.at_once = True
-            return self._taped(t, z)
+            return self.taped(t, z)
         self.at_once = fits(size() * self.form.stages, z.device)
         return stage
 
-    def _taped(self, t: Tensor, z: Tensor) -> Evaluation:
+    def taped(self, t: Tensor, z: Tensor) -> Evaluation:
         self.nfe += 1
         with torch.enable_grad():
             z = z.detach().requires_grad_(True)
@@ -335,16 +345,16 @@ class StepAdjoint:
             f = self.field(t, z)
         return Evaluation(t, z, f, self.arithmetic.as_contiguous(f.detach()))
 
-    def _vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
+    def vjp(self, stage: Evaluation, kappa: Tensor) -> tuple[Tensor | None, Tensor | None]:
         """Return (mu, tau), the vjp of kappa for the argument and the time. Add that for the parameters to `sums`."""
         if stage.f is None or not self.at_once:
-            stage = self._taped(stage.t, stage.z)
+            stage = self.taped(stage.t, stage.z)
         f = stage.f
         if f is None or not f.requires_grad:
             return None, None
         inputs = (stage.z, stage.t, *self.params) if self.timed else (stage.z, *self.params)
         wide = kappa.dtype
-        mu, *rest = torch.autograd.grad(f, inputs, kappa if f.dtype is wide else kappa.to(f.dtype), allow_unused=True)
+        mu, *rest = vjp(f, inputs, kappa if f.dtype is wide else kappa.to(f.dtype))
         tau = rest.pop(0) if self.timed else None
         if self.params:
             self.reached.see(rest)
@@ -363,21 +373,21 @@ class StepAdjoint:
         k: Sequence[Tensor],
         kappas: dict[int, Tensor],
         taus: dict[int, Tensor],
-        y0: Tensor,
+        state: State,
         outputs: Outputs | None,
     ) -> TimeCotangent:
         """Return the cotangents of the grid.
 
         They follow from two facts: kappa_i is h times the factor of k_i, and the time of a stage is t0 + c_i h.
         """
-        dot, form = self.cotangents.real_dot, self.form
+        dot, form, y0 = self.cotangents.real_dot, self.form, state.y0
         zero = torch.zeros((), dtype=of_times(y0.dtype), device=y0.device)
         size = sum((dot(kappa, k[i]).to(zero) / at.signed for i, kappa in kappas.items()), zero)
         size = sum((tau.to(zero) * form.nodes[i] for i, tau in taus.items()), size)
         result = TimeCotangent(size, sum((tau.to(zero) for tau in taus.values()), zero))
         if outputs is None or outputs.places is None:
             return result
-        y1 = self._end(at, y0, k)
+        y1, _ = self.end(at, state, k)
         for x, g in zip(outputs.places, outputs.gradients, strict=True):
             slope = (y1 - y0) * _derivative(form.end, x)
             for j, weights in form.dense:

@@ -8,6 +8,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from node_cuda.gradients.discrete.checkpoints import Checkpoints
+from node_cuda.kernels.reference import nothing_lost
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Interval
 from node_cuda.loop.host_loop import HostLoop
 from node_cuda.methods.explicit_rk import ExplicitRK
@@ -18,11 +19,13 @@ from node_cuda.methods.step import Seen, Step
 class State(NamedTuple):
     """The beginning of a step: y0, and its first stage k1.
 
-    k1 is None unless the step before passed it on and it is not the field at y0.
+    k1 is None unless the step before passed it on and it is not the field at y0. lost: what y0 lost by rounding; None
+    if the solve is not compensated.
     """
 
     y0: Tensor
     k1: Tensor | None
+    lost: Tensor | None = None
 
 
 class StepRecord(NamedTuple):
@@ -52,6 +55,7 @@ class Trajectory:
         self.replayed: Tensor | None = None
         self.seen: Seen | None = None
         self._first: State | None = None
+        self._lost: Tensor | None = None  # of the last step
         self._jump = False
 
     @classmethod
@@ -78,8 +82,10 @@ class Trajectory:
             inside = self._jump if tableau.adaptive else stepper.inside
             taken = StepRecord(step.at, False, step.at, 0.0, JUST_AFTER if inside else HERE)
         # The first state is the user's tensor, and the user may write into it: `begin` gets it from the outputs.
-        self.checkpoints.offer(len(self.steps), State(step.y0 if self.steps else step.y0.new_empty(0), k1))
+        y0 = step.y0 if self.steps else step.y0.new_empty(0)
+        self.checkpoints.offer(len(self.steps), State(y0, k1, self._lost))
         self.steps.append(taken)
+        self._lost = step.lost
         if isinstance(stepper, ExplicitRK):
             self.replayed = step.k[0 if k1 is None else 1]
         else:
@@ -88,7 +94,7 @@ class Trajectory:
 
     def begin(self, y0: Tensor) -> None:
         """Set the state that the first step began with."""
-        self._first = State(y0, None)
+        self._first = State(y0, None, None if self._lost is None else nothing_lost(y0))
         self.checkpoints.replace_first(self._first)
 
     def reverse(self, advance: Callable[[int, State], State], back: Callable[[int, State], None]) -> None:

@@ -780,4 +780,6 @@ def test_a_field_with_one_static_buffer_is_right(mode, method, when):
         return ys.detach(), *torch.autograd.grad(loss_of(ys), [y0, *inner.parameters()])
 
     ours, theirs = silent(lambda: of(func, mode, func.inner)), of(reference, mode, reference)
-    assert all(torch.equal(a, b) for a, b in zip(ours, theirs, strict=True))
+    # One vjp a stage and one a step (`WholeStepAdjoint`) are equal to rounding. A stale buffer would be off by 1e-3.
+    same = functools.partial(torch.allclose, rtol=1e-12, atol=1e-13) if mode == "discrete" else torch.equal
+    assert all(map(same, ours, theirs))
