@@ -25,7 +25,8 @@ class Common:
     keep the accepted times in `stats.step_times`. norm: the norm of the scaled error. check_reconstruction: with
     gradient="adjoint", compare the y that the backward solve reconstructs with the outputs, and warn if they differ too
     much. cuda_graph: capture a step and repeat it on the device, if that is possible; a `cuda_graphs.cache.GraphCache`
-    keeps the captured graphs, True keeps them with func. clip: never evaluate func at a time outside of [t[0], t[-1]],
+    keeps the captured graphs, True keeps them with func. compile: run the loop over steps as native code on the CPU, if
+    that is possible; "require" raises an error if it is not; a `native.cache.NativeCache` keeps the code. clip: never evaluate func at a time outside of [t[0], t[-1]],
     and end the last step at t[-1]. By default a step may go past t[-1], as in torchdiffeq, and y at t[-1] is
     interpolated. Fixed grids never go past it.
     """
@@ -34,6 +35,7 @@ class Common:
     record_steps: bool = False
     check_reconstruction: bool = False
     cuda_graph: Any = False
+    compile: Any = False
     clip: bool = False
     norm: Norm | None = None
 
@@ -241,6 +243,10 @@ def _check(options: Common) -> None:
         raise InvalidInput(
             'options["throw"] = "deferred" is only for solves in a CUDA graph; got it without cuda_graph. Add '
             "cuda_graph=True, or take throw=False."
+        )
+    if options.compile and options.cuda_graph:
+        raise InvalidInput(
+            "compile=True is for the CPU and cuda_graph=True for CUDA; got both. Drop one of them from options."
         )
     if options.norm is not None and not callable(options.norm):
         raise InvalidType(f'options["norm"] must be a function of the scaled error; got {options.norm!r:.60}.')

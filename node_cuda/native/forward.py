@@ -1,0 +1,257 @@
+"""A compiled forward solve: what the host does between the calls of the loop."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from node_cuda._user_code import in_step, tell_step
+from node_cuda.controllers import Controller, controller
+from node_cuda.kernels.stage_times import Clock
+from node_cuda.loop.grids import grid_of
+from node_cuda.loop.outputs import grid_status
+from node_cuda.loop.step_control import LONG, TimesToStopAt, tell_of_length, tstops_of, wrong_at_start
+from node_cuda.methods.registry import Method
+from node_cuda.native.build import Native, native
+from node_cuda.native.cache import NativeCache, Seen, key_of, refused, why_eager
+from node_cuda.native.loop import Inputs, Room, Scheme, forward, scheme_of
+from node_cuda.native.numbers import Point, Settings, point_of, settings_of_law, vector_of
+from node_cuda.native.tracing import TracedField, check, graph_of, refusals
+from node_cuda.options import AdaptiveOptions, FixedOptions
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import SolveError, Status
+
+BYTES = 2**26
+"""The memory that the record of steps with outputs may take in one call."""
+
+SECONDS = 0.2
+"""How long one call should take at most, so that Ctrl-C is answered."""
+
+
+class CompiledForward:
+    """The compiled forward loop of one kind of solve. steps: how many steps a call records for a backward pass."""
+
+    def __init__(self, problem: Problem, method: Method, seen: Seen, form: Inputs, steps: int) -> None:
+        start = time.perf_counter()
+        self.scheme, self.order = scheme_of(method), _order(method)
+        self.form = form
+        self.field = TracedField(problem, seen.tensors)
+        used = 2 + len(self.scheme.rows)
+        rows = BYTES // max(problem.y0.numel() * problem.y0.element_size() * used, 1)
+        self.room = Room(min(max(rows, 1), len(form.times) - 1), steps)
+        begun = time.perf_counter()
+        self.field.probe()
+        self.attempt_seconds = (time.perf_counter() - begun) / 2 * self.scheme.tableau.stages
+        run = forward(self.scheme, self.order, problem.norm.sizes, self.room, self.field, form)
+        examples = [torch.zeros_like(x) for x in (*form.flat(), *seen.bare())]
+        with refusals(), torch.no_grad():
+            graph = graph_of(run, examples)
+        first = len(form.flat())
+        check(graph, range(first, first + len(seen.tensors)))
+        self.call: Native = native(graph, examples, f"the solve by {method.name} of {_name(problem.func)}")
+        self.seconds = time.perf_counter() - start
+        self.told = False
+
+
+def _order(method: Method) -> int:
+    assert method.tableau is not None
+    return method.tableau.order
+
+
+def _name(func: Any) -> str:
+    return type(func).__name__ if isinstance(func, nn.Module) else getattr(func, "__qualname__", type(func).__name__)
+
+
+class Begun(NamedTuple):
+    """What the host prepares for the calls of a solve."""
+
+    form: Inputs
+    point: Point
+    settings: Settings
+    stops: TimesToStopAt
+
+
+def begin(problem: Problem, method: Method) -> Begun:
+    """Return the inputs of the first call."""
+    options, norm, y0 = method.options, problem.norm, problem.y0.detach().contiguous()
+    rtol, atol = norm.rtol, norm.atol
+    real = y0.dtype.to_real()
+    low, high = problem.bounds or (-torch.inf, torch.inf)
+    given: dict[str, Any] = {"direction": problem.direction, "low": low, "high": high}
+    given |= {"rtol": 0.0 if isinstance(rtol, Tensor) else rtol, "atol": 0.0 if isinstance(atol, Tensor) else atol}
+    tolerances = [
+        tol.to(real).expand(y0.shape).contiguous() if isinstance(tol, Tensor) else None for tol in (rtol, atol)
+    ]
+    point = Point(t=problem.times[0], t_k1=problem.times[0])
+    stops, grid = TimesToStopAt([], [], False), None
+    if isinstance(options, AdaptiveOptions):
+        chosen = controller(options.controller)
+        assert isinstance(chosen, Controller)
+        law = chosen.law(_order(method), options)
+        stops = tstops_of(problem, options)
+        given |= {**settings_of_law(law), "max_num_steps": float(options.max_num_steps)}
+        given["limit"] = torch.inf if problem.bounds is None else problem.times[-1]
+        if stops.starts_at_jump:
+            point = point._replace(t_k1=Clock(1.0, real, y0.device).after(problem.times[0]))
+        first = options.first_step
+        if first is None:
+            point = point._replace(fresh=2)
+        else:
+            point = point._replace(fresh=1, proposal=min(max(float(first), law.min_step), law.max_step))
+    else:
+        assert isinstance(options, FixedOptions)
+        points, _ = grid_of(problem, options)
+        room = 1 << (len(points) - 1).bit_length()  # grids of nearly the same length need the same code
+        grid = vector_of([*points, *points[-1:] * (room - len(points))])
+    form = Inputs(
+        vector_of(point),
+        vector_of(Settings(**given)),
+        vector_of(problem.times),
+        y0,
+        torch.zeros_like(y0),
+        vector_of(stops.times) if stops.times else None,
+        vector_of(stops.jumps) if stops.jumps else None,
+        *tolerances,
+        grid,
+    )
+    return Begun(form, point, Settings(**given), stops)
+
+
+class Tape(NamedTuple):
+    """The steps that one call recorded: how many, their y0, times (see `loop.forward`), and their k1 if it is kept."""
+
+    count: int
+    tensors: list[Tensor]
+
+
+class Result(NamedTuple):
+    """A solve that has ended. point: where. last: the state there. tapes: of each call."""
+
+    ys: Tensor
+    status: Status
+    point: Point
+    last: Tensor
+    k1: Tensor
+    tapes: list[Tape]
+
+
+def solve(made: CompiledForward, problem: Problem, method: Method, stats: Stats, seen: Seen, begun: Begun) -> Result:
+    """Run the loop to the end of the solve, in one call or more. Raises SolveError."""
+    options, count = method.options, len(problem.times)
+    tensors, form, p, settings = seen.bare(), begun.form, begun.point, begun.settings
+    y, k1, ys = form.y, form.k1, None
+    tapes: list[Tape] = []
+    raises = options.raises
+    cap = float(max(int(SECONDS / max(made.attempt_seconds, 1e-7)), 1))
+    while True:
+        tried = p.accepted + p.rejected
+        settings = settings._replace(cap=min(cap, LONG - tried) if tried < LONG else cap)
+        form = form._replace(point=vector_of(p), settings=vector_of(settings), y=y, k1=k1)
+        first = p.output
+        try:
+            vector, y, k1, outputs, *tape = made.call([*form.flat(), *tensors])
+        except KeyboardInterrupt as error:
+            sign = problem.direction
+            tell_step(error, in_step(sign * p.t, sign * p.proposal, p.accepted, p.rejected))
+            raise
+        p = point_of(vector)
+        stats.host_reads += 1
+        if tape:
+            tapes.append(Tape(p.steps, tape))
+        if ys is None:
+            ys = outputs
+        else:
+            ys[first : p.output] = outputs[first : p.output]
+        if p.status or p.output >= count:
+            break
+        if p.accepted + p.rejected == LONG and made.scheme.adaptive:
+            chance = tell_of_length(problem, p.t, y, p.proposal, p.rejected, False)
+            if chance is not None:
+                p = p._replace(status=Status.BY_CHANCE.value)
+                break
+    stats.nfe, stats.accepted, stats.rejected = p.nfe, p.accepted, p.rejected
+    stats.loop = "native"
+    status = Status(p.status)
+    if status is not Status.SUCCESS:
+        ys[p.output :] = torch.nan
+        failure = _failure(problem, method, stats, p, y, k1)
+        stats.reached = problem.direction * p.t, y
+        if raises:
+            raise failure
+    return Result(ys, status, p, y, k1, tapes)
+
+
+def _failure(problem: Problem, method: Method, stats: Stats, p: Point, y: Tensor, k1: Tensor) -> SolveError:
+    status, detail = Status(p.status), f"The step was {p.proposal:.3g}."
+    assert isinstance(method.options, AdaptiveOptions)
+    if status is Status.NON_FINITE and p.accepted == p.rejected == 0:
+        detail = wrong_at_start(problem.norm, y, k1)
+    elif status is Status.MAX_STEPS:
+        detail = f"max_num_steps = {method.options.max_num_steps}, the step {p.proposal:.3g}."
+    return SolveError(status, problem.direction * p.t, stats, detail)
+
+
+def compiled_or_why(
+    problem: Problem, method: Method, begun: Begun | None, why: str | None, steps: int = 0
+) -> tuple[CompiledForward, Seen] | str:
+    """Return the compiled loop for this solve, compiled now if necessary, or the reason why there is none."""
+    cache = method.options.compile
+    assert isinstance(cache, NativeCache)
+    if why is not None or begun is None:
+        return refused(method, why or "")
+    form = begun.form
+    kinds = (
+        "forward",
+        steps,
+        len(form.times),
+        tuple(None if x is None else x.shape for x in (form.tstops, form.jumps, form.grid)),
+    )
+    found = cache.get(
+        key_of(problem, method, *kinds),
+        problem.func,
+        lambda seen: CompiledForward(problem, method, seen, form, steps),
+    )
+    return refused(method, found) if isinstance(found, str) else found
+
+
+def account(made: Any, stats: Stats) -> None:
+    """Count the seconds of compilation in the solve that caused it."""
+    if not made.told:
+        made.told = True
+        stats.compile_seconds += made.seconds
+
+
+def try_native(problem: Problem, method: Method, stats: Stats, why: str | None = None) -> tuple[Tensor, Status] | None:
+    """Return (y at the problem's times, status) by a compiled solve, or None if the host loop must solve.
+
+    Then `stats.why` gives the reason. why: a reason that is already known, or None. Raises SolveError.
+    """
+    why = why or why_eager(problem, method) or _gradient_obstacle(problem)
+    begun = begin(problem, method) if why is None else None
+    found = compiled_or_why(problem, method, begun, why)
+    if isinstance(found, str) or begun is None:
+        stats.why = str(found)
+        return None
+    made, seen = found
+    account(made, stats)
+    with torch.no_grad():
+        result = solve(made, problem, method, stats, seen, begun)
+    status = result.status
+    if status is Status.SUCCESS and not made.scheme.adaptive:
+        status = grid_status(result.ys, stats)
+    return result.ys, status
+
+
+def _gradient_obstacle(problem: Problem) -> str | None:
+    if not torch.is_grad_enabled():
+        return None
+    func = problem.func
+    records = problem.y0.requires_grad or problem.t.requires_grad or not isinstance(func, nn.Module)
+    if records or any(p.requires_grad for p in func.parameters()):
+        return 'autograd records the steps; gradient="adjoint" and "discrete" compile them, and so does torch.no_grad()'
+    return None

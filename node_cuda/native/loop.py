@@ -1,0 +1,396 @@
+"""The forward loop, as a function of tensors alone that can be traced: one call goes to the end of the solve.
+
+Each step that contains an output is recorded, and the outputs are computed after the loop. If the record is full the
+call ends before, and the next call continues. A record of all steps, for the discrete adjoint, is kept in the same way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda.methods.interpolation import HERMITE, HERMITE_END, dense_of
+from node_cuda.methods.registry import Method
+from node_cuda.methods.tableau import DenseOutput, Tableau
+from node_cuda.native import step as formulas
+from node_cuda.native.numbers import Point, Settings, packed, unpacked_point, unpacked_settings
+from node_cuda.native.step import Norm, beside, combine, cut, judge, proposed, weighted
+from node_cuda.native.tracing import Parts, while_loop
+from node_cuda.options import AdaptiveOptions, FixedOptions
+from node_cuda.status import Status
+
+Evaluate = Callable[[Tensor, Tensor], Tensor]
+"""dy/dt at a solver time and a state."""
+
+
+class Scheme(NamedTuple):
+    """The method of a loop: what is fixed in its code.
+
+    inside: the ends of a step are evaluated one rounding inside it. rows, end: the interpolant (see `Polynomials`).
+    extra: stages that it adds. hermite: its slopes are those at the two ends.
+    """
+
+    tableau: Tableau
+    adaptive: bool
+    inside: bool
+    rows: tuple[tuple[int, tuple[float, ...]], ...]
+    end: tuple[float, ...]
+    extra: DenseOutput | None
+    hermite: bool
+
+    @property
+    def b_err(self) -> tuple[tuple[int, float], ...]:
+        """The nonzero weights of the error estimate."""
+        row = self.tableau.b_err or ()
+        return tuple((j, float(e)) for j, e in enumerate(row) if e)
+
+    @property
+    def carries(self) -> bool:
+        """The last stage of a step is the first of the next."""
+        return self.adaptive
+
+    @property
+    def keeps_k1(self) -> bool:
+        """The first stage of a step is not a function of its y0."""
+        return self.adaptive and not self.tableau.fsal
+
+
+def scheme_of(method: Method) -> Scheme:
+    """Return the scheme of an explicit Runge-Kutta method with these options."""
+    options, tableau = method.options, method.tableau
+    assert tableau is not None
+    if isinstance(options, AdaptiveOptions):
+        dense = dense_of(tableau, options.dense)
+        return Scheme(tableau, True, True, dense.weight_rows, (), dense if dense.extra else None, False)
+    assert isinstance(options, FixedOptions)
+    cubic = options.interp == "cubic"
+    rows, end = (HERMITE, HERMITE_END) if cubic else ((), (1.0,))
+    return Scheme(tableau, False, options.perturb, rows, end, None, cubic)
+
+
+class Step(NamedTuple):
+    """A step that was computed: its end, its signed size, its stages."""
+
+    t0: Tensor
+    t1: Tensor
+    h: Tensor
+    signed: Tensor
+    y0: Tensor
+    y1: Tensor
+    k: list[Tensor]
+
+
+def compute(scheme: Scheme, c: Settings, f: Evaluate, t0: Any, t1: Any, h: Any, y0: Tensor, k1: Tensor) -> Step:
+    """Compute a step from (t0, y0)."""
+    tableau = scheme.tableau
+    signed = c.direction * h
+    end = beside(t1, -1.0, y0.dtype.to_real()) if scheme.inside else t1
+    known = tableau.stages - tableau.fsal
+    k = [k1]
+    for node, row in zip(tableau.nodes[1:known], tableau.rows[1:known], strict=True):
+        k.append(f(end if node == 1.0 else t0 + node * h, combine(y0, k, row, signed)))
+    y1 = combine(y0, k, tableau.b_row, signed)
+    if tableau.fsal:
+        k.append(f(end, y1))
+    return Step(t0, t1, h, signed, y0, y1, k)
+
+
+def slopes(scheme: Scheme, f: Evaluate, step: Step) -> list[Tensor]:
+    """Return the slopes that the interpolant's rows refer to."""
+    if scheme.hermite:
+        return [step.k[0], f(step.t1, step.y1)]
+    k = list(step.k)
+    if scheme.extra is not None:
+        end = beside(step.t1, -1.0, step.y0.dtype.to_real())
+        for node, row in zip(scheme.extra.nodes, scheme.extra.rows, strict=True):
+            t = end if node == 1.0 else step.t0 + node * step.h
+            k.append(f(t, combine(step.y0, k, row, step.signed)))
+    return k
+
+
+def extra_evaluations(scheme: Scheme) -> int:
+    """Return how many evaluations a step with outputs costs beyond those of a step."""
+    return 1 if scheme.hermite else 0 if scheme.extra is None else scheme.extra.extra
+
+
+class Inputs(NamedTuple):
+    """The inputs of the forward loop, in this order, before func's tensors.
+
+    point, settings: vectors (see `numbers`). times: the outputs, in solver time. tstops: times that a step must end at;
+    jumps: those where func is discontinuous. grid: the points of a fixed grid, the last ones repeated; or rtol and atol
+    as tensors. Those that a solve does not have are None, and are left out.
+    """
+
+    point: Tensor
+    settings: Tensor
+    times: Tensor
+    y: Tensor
+    k1: Tensor
+    tstops: Tensor | None = None
+    jumps: Tensor | None = None
+    rtol: Tensor | None = None
+    atol: Tensor | None = None
+    grid: Tensor | None = None
+
+    def flat(self) -> list[Tensor]:
+        """Return the inputs that there are."""
+        return [x for x in self if x is not None]
+
+    def like(self, flat: Sequence[Tensor]) -> Inputs:
+        """Return inputs of the same kinds from a flat list."""
+        given = iter(flat)
+        return Inputs(*(None if x is None else next(given) for x in self))  # pyright: ignore[reportArgumentType]
+
+
+class Room(NamedTuple):
+    """The rows of the records. outputs: of the steps with outputs. steps: of all steps, 0 for none."""
+
+    outputs: int
+    steps: int
+
+
+def forward(
+    scheme: Scheme,
+    order: int,
+    sizes: tuple[int, ...] | None,
+    room: Room,
+    field: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor],
+    form: Inputs,
+) -> Callable[..., list[Tensor]]:
+    """Return the forward loop as a function of (inputs, func's tensors).
+
+    It returns the point, y, k1, the outputs (of which the rows from the first to before the last output of this call
+    hold), and with a record of steps: their y0, their (t0, h, t1, time of k1, carried), and their k1 if it is kept.
+    """
+
+    used = sorted({j for j, _ in scheme.rows})
+
+    def run(*flat: Tensor) -> list[Tensor]:
+        count = len(form.flat())
+        given, tensors = form.like(flat[:count]), flat[count:]
+        p, y, k1 = unpacked_point(given.point), given.y.clone(), given.k1.clone()
+        c = unpacked_settings(given.settings)
+        evaluate = _with(field, c, tensors)
+        norm = Norm(given.rtol, given.atol, sizes)
+        none = torch.zeros_like(p.output)  # pyright: ignore[reportArgumentType]
+        p = p._replace(calls=none, rows=none.clone(), steps=none.clone())
+        if scheme.adaptive:
+            p, k1 = _begin(c, field, norm, order, p, y, k1, tensors, given)
+        shape = (room.outputs, 2 + len(used), *y.shape)
+        record, ends = y.new_zeros(shape), torch.zeros(room.outputs, 3, dtype=torch.float64)
+        tape = [y.new_zeros(room.steps, *y.shape), torch.zeros(room.steps, 5, dtype=torch.float64)] if room.steps else []
+        if room.steps and scheme.keeps_k1:
+            tape.append(y.new_zeros(room.steps, *y.shape))
+        fixed = [x for x in given.flat()[1:] if x is not given.y and x is not given.k1]
+        n_point, n_fixed, n_tape = len(p), len(fixed), len(tape)
+
+        def split(flat: Sequence[Tensor]) -> Any:
+            p, y, k1 = Point(*flat[:n_point]), flat[n_point], flat[n_point + 1]
+            rest = flat[n_point + 2 :]
+            record, ends, tape = rest[0], rest[1], rest[2 : 2 + n_tape]
+            it = iter(rest[2 + n_tape : 2 + n_tape + n_fixed])
+            again = form._replace(point=None, y=None, k1=None)  # pyright: ignore[reportArgumentType]
+            return p, y, k1, record, ends, tape, again.like(list(it)), rest[2 + n_tape + n_fixed :]
+
+        def going(*flat: Tensor) -> Tensor:
+            p, *_, given, _ = split(flat)
+            c = unpacked_settings(given.settings)
+            go = (p.status == 0) & (p.output < len(given.times)) & (p.fresh == 0) & (p.calls < c.cap)
+            go = go & (p.rows < room.outputs)
+            return go & (p.steps < room.steps) if room.steps else go
+
+        def body(*flat: Tensor) -> list[Tensor]:
+            p, y, k1, record, ends, tape, given, tensors = split(flat)
+            c = unpacked_settings(given.settings)
+            f = _with(field, c, tensors)
+            norm = Norm(given.rtol, given.atol, sizes)
+            before = p
+            if scheme.adaptive:
+                p, y1, k_next, step = _attempt(scheme, c, f, norm, p, y, k1, given)
+            else:
+                p, y1, k_next, step = _grid_step(scheme, c, f, p, y, given)
+            holds = p.output > before.output
+            k = _slopes_if(scheme, field, holds, step, given, tensors)
+            p = p._replace(nfe=p.nfe + holds.long() * extra_evaluations(scheme))
+            record.index_copy_(0, before.rows.reshape(1), torch.stack([step.y0, step.y1, *(k[j] for j in used)]).unsqueeze(0))
+            ends.index_copy_(0, before.rows.reshape(1), torch.stack([step.t0, step.t1, step.signed]).unsqueeze(0))
+            if tape:
+                carried = before.t_k1 < step.t0
+                told = torch.stack([step.t0, step.h, step.t1, before.t_k1 if scheme.adaptive else _start(scheme, step), carried.double()])
+                tape[0].index_copy_(0, before.steps.reshape(1), y.unsqueeze(0))
+                tape[1].index_copy_(0, before.steps.reshape(1), told.unsqueeze(0))
+                if scheme.keeps_k1:
+                    tape[2].index_copy_(0, before.steps.reshape(1), k1.unsqueeze(0))
+            p = p._replace(rows=before.rows + holds.long(), steps=before.steps + (p.accepted - before.accepted), calls=before.calls + 1)
+            return [*p, y1, k_next]
+
+        written = list(range(2 + n_tape))
+        done = while_loop(going, body, [*(x.clone() for x in p), y, k1], [record, ends, *tape, *fixed, *tensors], written)
+        q, y1, k1 = Point(*done[:n_point]), done[n_point], done[n_point + 1]
+        outputs = _outputs(scheme, used, given.times, record, ends, q.rows, given.y)
+        return [packed(q), y1, k1, outputs, *tape]
+
+    return run
+
+
+def _with(field: Any, c: Settings, tensors: Sequence[Tensor]) -> Evaluate:
+    return lambda s, y: field(c, s, y, tensors)
+
+
+def _start(scheme: Scheme, step: Step) -> Tensor:
+    """Return the time of a grid step's first stage."""
+    return beside(step.t0, 1.0, step.y0.dtype.to_real()) if scheme.inside else step.t0
+
+
+def _begin(c: Any, field: Any, norm: Norm, order: int, p: Point, y: Tensor, k1: Tensor, tensors: Any, given: Inputs) -> tuple[Point, Tensor]:
+    """Find k1 and the first step size where they are not known. Each is a loop of one iteration, or of none."""
+    tolerances = [x for x in (given.rtol, given.atol) if x is not None]
+    fixed = [p.t_k1, p.t, given.settings, y, *tolerances, *tensors]
+
+    def split(flat: Sequence[Tensor]) -> Any:
+        t_k1, t, settings, y, *rest = flat
+        tols = iter(rest[: len(tolerances)])
+        norm_ = norm._replace(
+            rtol=None if norm.rtol is None else next(tols), atol=None if norm.atol is None else next(tols)
+        )
+        return t_k1, t, unpacked_settings(settings), y, norm_, rest[len(tolerances) :]
+
+    def slope(*flat: Tensor) -> list[Tensor]:
+        go, nfe, _, *rest = flat
+        t_k1, _, c, y, _, tensors = split(rest)
+        return [go - 1, nfe + 1, field(c, t_k1, y, tensors)]
+
+    _, nfe, k1 = while_loop(lambda go, *_: go > 0, slope, [(p.fresh > 0).long(), p.nfe, k1], fixed)
+
+    def first_step(*flat: Tensor) -> list[Tensor]:
+        go, nfe, _, _, k1, *rest = flat
+        _, t, c, y, norm, tensors = split(rest)
+        proposal, status = _first_step(c, _with(field, c, tensors), norm, order, t, y, k1)
+        return [go - 1, nfe + 1, proposal, status, k1.clone()]
+
+    _, nfe, proposal, status, k1 = while_loop(
+        lambda go, *_: go > 0, first_step, [(p.fresh > 1).long(), nfe, p.proposal, p.status, k1], fixed
+    )
+    p = p._replace(nfe=nfe, proposal=proposal, status=status, fresh=torch.zeros_like(nfe))
+    return proposed(c, p, p.attempts == 0), k1  # pyright: ignore[reportArgumentType]
+
+
+def _first_step(c: Any, f: Evaluate, norm: Norm, order: int, t: Any, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the first step size by Hairer's rule, and the status, as `StepControl` does it."""
+    scale = norm.scale(c, y.abs())
+    d0, d1 = norm(y / scale), norm(k1 / scale)
+    bad = ~(torch.isfinite(d0) & torch.isfinite(d1))
+    h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
+    h0 = torch.minimum(h0, c.limit - t)
+    f1 = f(t + h0, y + formulas.real(c.direction * h0, y) * k1)
+    d2 = norm((f1 - k1) / scale) / h0
+    h1 = torch.where(
+        (d1 <= 1e-15) & (d2 <= 1e-15), (h0 * 1e-3).clamp_min(1e-6), (0.01 / torch.maximum(d1, d2)) ** (1.0 / order)
+    )
+    h = torch.where(torch.isfinite(h1), torch.minimum(100 * h0, h1), h0)
+    status = torch.where(bad, Status.NON_FINITE.value, 0)
+    return formulas.within(c, h), status
+
+
+def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Inputs) -> tuple[Point, Tensor, Tensor, Step]:
+    """Take a step whose error decides, and move if it is accepted."""
+    at = cut(p, given.tstops, None)
+    step = compute(scheme, c, f, p.t, at.t1, at.h, y, k1)
+    error = weighted(step.k, scheme.b_err, step.signed)
+    ratio = norm(error / norm.scale(c, torch.maximum(y.abs(), step.y1.abs())))
+    law = judge(c, at.h, ratio, p)
+    accept = law.accept & torch.isfinite(ratio)
+    output = torch.where(accept, (given.times <= at.t1).sum(), p.output)
+    active = output < len(given.times)
+    p = moved(c, p, law, at, ratio, y.dtype.to_real(), output, active, given.jumps, scheme.tableau.stages - 1)
+    return p, torch.where(accept, step.y1, y), torch.where(accept, step.k[-1], k1), step
+
+
+def moved(
+    c: Any, p: Point, law: Any, at: Any, ratio: Tensor, dtype: torch.dtype, output: Tensor, active: Tensor, jumps: Tensor | None, cost: int
+) -> Point:
+    """Return the point after a step was judged, with the next step proposed, as `StepControl.judge_ratio`."""
+    finite = torch.isfinite(ratio)
+    accept = law.accept & finite
+    broken = law.accept & ~finite  # a step of min_step, whose error is no number
+    jump = accept & (jumps == at.t1).any() if jumps is not None else torch.zeros_like(accept)
+    t_k1 = torch.where(jump, beside(at.t1, 1.0, dtype), beside(at.t1, -1.0, dtype))
+    p_: Any = p
+    q = p._replace(
+        t=torch.where(accept, at.t1, p_.t),
+        proposal=torch.where(accept, torch.maximum(law.h_next, at.carried), law.h_next),
+        r0=law.r0,
+        r1=law.r1,
+        t_k1=torch.where(accept, t_k1, p_.t_k1),
+        fresh=(jump & active).long(),
+        finite=finite.long(),
+        attempts=torch.where(output > p_.output, 0, p_.attempts),
+        accepted=p_.accepted + accept.long(),
+        rejected=p_.rejected + (~law.accept).long(),
+        status=torch.where(broken, Status.NON_FINITE.value, p_.status),
+        output=output,
+        nfe=p_.nfe + cost,
+    )
+    return proposed(c, q, active)
+
+
+def _grid_step(scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Inputs) -> tuple[Point, Tensor, Tensor, Step]:
+    """Take the step to the next point of the grid."""
+    grid: Any = given.grid
+    place: Any = p.place
+    t0, t1 = grid.index_select(0, torch.stack([place, place + 1])).unbind()
+    start = beside(t0, 1.0, y.dtype.to_real()) if scheme.inside else t0
+    k1 = f(start, y)
+    step = compute(scheme, c, f, t0, t1, t1 - t0, y, k1)
+    output = (given.times <= t1).sum()
+    p = p._replace(t=t1, place=place + 1, accepted=p.accepted + 1, output=output, nfe=p.nfe + scheme.tableau.stages)
+    return p, step.y1, k1, step
+
+
+def _slopes_if(scheme: Scheme, field: Any, holds: Tensor, step: Step, given: Inputs, tensors: Sequence[Tensor]) -> list[Tensor]:
+    """Return the slopes of the interpolant. Those that cost evaluations are computed only if the step holds an output."""
+    if scheme.extra is None and not scheme.hermite:
+        return step.k
+    n = len(step.k)
+    fresh = len(slopes(scheme, lambda t, y: torch.zeros_like(y), step)) - (1 if scheme.hermite else n)
+    fixed = [given.settings, step.t0, step.t1, step.h, step.signed, step.y0, step.y1, *step.k, *tensors]
+
+    def more(*flat: Tensor) -> list[Tensor]:
+        go, rest = flat[0], flat[1 + fresh :]
+        c = unpacked_settings(rest[0])
+        k, tensors = list(rest[7 : 7 + n]), rest[7 + n :]
+        again = Step(*rest[1:7], k)
+        return [go - 1, *slopes(scheme, _with(field, c, tensors), again)[-fresh:]]
+
+    zeros = [torch.zeros_like(step.y0) for _ in range(fresh)]
+    _, *found = while_loop(lambda go, *_: go > 0, more, [holds.long(), *zeros], fixed)
+    return [step.k[0] if scheme.hermite else step.k[0], *([] if scheme.hermite else step.k[1:]), *found]
+
+
+def _outputs(scheme: Scheme, used: Sequence[int], times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor) -> Tensor:
+    """Return y at all times, from the recorded steps. Rows of times that these do not hold have no meaning."""
+    t0, t1, signed = ends.unbind(1)
+    last = torch.where(torch.arange(len(t1)) < rows, t1, torch.inf)
+    i = torch.searchsorted(last, times[1:]).clamp_max(len(t1) - 1)
+    x = ((times[1:] - t0[i]) / (t1[i] - t0[i])).clamp_max(1.0)
+    wide = (-1, *[1] * y0.dim())
+    start, end = record[i, 0], record[i, 1]
+    total = torch.zeros_like(start)
+    for place, (_, weights) in enumerate(scheme.rows):
+        total = total + formulas.real(signed[i] * polynomial(weights, x), y0).view(wide) * record[i, 2 + place]
+    if scheme.end:
+        total = total + formulas.real(polynomial(scheme.end, x), y0).view(wide) * (end - start)
+    inner = start + total
+    at_end = (times[1:] == t1[i]).view(wide)
+    return torch.cat([y0.unsqueeze(0), torch.where(at_end, end, inner)])
+
+
+def polynomial(weights: Sequence[float], x: Tensor) -> Tensor:
+    """Return sum_d weights[d] x^(d + 1)."""
+    value = torch.zeros_like(x)
+    for weight in reversed(weights):
+        value = (value + weight) * x
+    return value

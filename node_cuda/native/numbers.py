@@ -1,0 +1,119 @@
+"""The numbers that a native loop gets at each call, in two vectors of doubles: the settings, and the point it is at.
+
+No number is a constant of the compiled code, so that other tolerances, step sizes and times need no other code.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from node_cuda.kernels.reference import ControllerParams
+
+
+class Settings(NamedTuple):
+    """The settings of a solve. Each is a float on the host, and a 0-d double while a loop is traced.
+
+    direction: t = direction * s. rtol, atol: 0 where a tensor is given instead. limit: the Euler step that probes the
+    first step size does not go past it. cap: the attempts of one call. low, high: func is evaluated between these user's times only.
+    """
+
+    direction: float | Tensor
+    rtol: float | Tensor
+    atol: float | Tensor
+    e0: float | Tensor = 0.0
+    e1: float | Tensor = 0.0
+    e2: float | Tensor = 0.0
+    safety: float | Tensor = 0.9
+    ifactor: float | Tensor = 10.0
+    dfactor: float | Tensor = 0.2
+    keep: float | Tensor = 0.0
+    min_step: float | Tensor = 0.0
+    max_step: float | Tensor = math.inf
+    max_num_steps: float | Tensor = math.inf
+    limit: float | Tensor = math.inf
+    low: float | Tensor = -math.inf
+    high: float | Tensor = math.inf
+    cap: float | Tensor = 1e9
+    rtol_sums: float | Tensor = 0.0
+    atol_sums: float | Tensor = 0.0
+
+
+class Point(NamedTuple):
+    """Where a loop stands. On the host floats; while a loop is traced 0-d doubles and, for the counts, 0-d integers.
+
+    t: the solver time. proposal: the size of the step to try. r0, r1: the error ratios of the last two accepted steps.
+    t_k1: the solver time at which k1 is evaluated. fresh: 2: k1 and the first step size are to be found, 1: k1 alone,
+    0: neither. finite: the last error ratio was finite. attempts: since the last output. output: the first output that
+    is not reached. place: of a fixed grid, the index of the point at t. calls: attempts of this call. rows: rows of the
+    output record that are filled; steps: those of the record of steps.
+    """
+
+    t: float | Tensor
+    proposal: float | Tensor = 0.0
+    r0: float | Tensor = 1.0
+    r1: float | Tensor = 1.0
+    t_k1: float | Tensor = 0.0
+    fresh: int | Tensor = 0
+    finite: int | Tensor = 1
+    attempts: int | Tensor = 0
+    accepted: int | Tensor = 0
+    rejected: int | Tensor = 0
+    status: int | Tensor = 0
+    output: int | Tensor = 1
+    place: int | Tensor = 0
+    nfe: int | Tensor = 0
+    calls: int | Tensor = 0
+    rows: int | Tensor = 0
+    steps: int | Tensor = 0
+
+
+REALS = Point._fields.index("fresh")
+"""The first fields of a point are real numbers, the others counts."""
+
+
+def unpacked_settings(vector: Tensor) -> Settings:
+    """Return the settings from their vector, while a loop is traced."""
+    return Settings(*vector.unbind())
+
+
+def unpacked_point(vector: Tensor) -> Point:
+    """Return a point from its vector, while a loop is traced."""
+    values = vector.unbind()
+    return Point(*(x.clone() for x in values[:REALS]), *(x.long() for x in values[REALS:]))
+
+
+def packed(values: Sequence[Tensor]) -> Tensor:
+    """Return 0-d tensors as one vector of doubles, while a loop is traced."""
+    return torch.stack([x.double() for x in values])
+
+
+def vector_of(values: Sequence[float]) -> Tensor:
+    """Return numbers of the host as a vector of doubles."""
+    return torch.tensor(values, dtype=torch.float64, device="cpu")
+
+
+def point_of(vector: Tensor) -> Point:
+    """Return a point as numbers of the host."""
+    values = vector.tolist()
+    return Point(*values[:REALS], *map(int, values[REALS:]))
+
+
+def settings_of_law(law: ControllerParams) -> dict[str, float]:
+    """Return the part of the settings that a step-size controller gives."""
+    e0, e1, e2 = law.exponents
+    return {
+        "e0": e0,
+        "e1": e1,
+        "e2": e2,
+        "safety": law.safety,
+        "ifactor": law.ifactor,
+        "dfactor": law.dfactor,
+        "keep": float(law.keep),
+        "min_step": law.min_step,
+        "max_step": law.max_step,
+    }
