@@ -30,6 +30,10 @@ OPTIONS = {
     # memory again.
     "allow_buffer_reuse": False,
     "inplace_buffers": False,
+    # The numbers of a point are one vector: one allocation, and not one for each.
+    "max_pointwise_cat_inputs": 64,
+    # Otherwise a layer with few inputs, whose weights lie apart, is computed without vector instructions.
+    "cpp.enable_tiling_heuristics": False,
 }
 NEEDED = (2, 13)
 """The first torch whose compiler was tested with these loops."""

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -14,12 +13,12 @@ from node_cuda.controllers import Controller, controller
 from node_cuda.kernels.stage_times import Clock
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import grid_status
-from node_cuda.loop.step_control import LONG, TimesToStopAt, tell_of_length, tstops_of, wrong_at_start
+from node_cuda.loop.step_control import LONG, tell_of_length, tstops_of, wrong_at_start
 from node_cuda.methods.registry import Method
 from node_cuda.native.build import Native, native
 from node_cuda.native.cache import NativeCache, Seen, key_of, refused, why_eager
-from node_cuda.native.loop import Inputs, Room, Scheme, forward, scheme_of
-from node_cuda.native.numbers import Point, Settings, point_of, settings_of_law, vector_of
+from node_cuda.native.loop import Room, forward, scheme_of
+from node_cuda.native.numbers import Form, Point, Settings, point_of, settings_of_law
 from node_cuda.native.tracing import TracedField, check, graph_of, refusals
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
@@ -36,23 +35,25 @@ SECONDS = 0.2
 class CompiledForward:
     """The compiled forward loop of one kind of solve. steps: how many steps a call records for a backward pass."""
 
-    def __init__(self, problem: Problem, method: Method, seen: Seen, form: Inputs, steps: int) -> None:
+    def __init__(self, problem: Problem, method: Method, seen: Seen, begun: Begun, steps: int) -> None:
         start = time.perf_counter()
-        self.scheme, self.order = scheme_of(method), _order(method)
-        self.form = form
+        self.scheme = scheme_of(method)
         self.field = TracedField(problem, seen.tensors)
-        used = 2 + len(self.scheme.rows)
-        rows = BYTES // max(problem.y0.numel() * problem.y0.element_size() * used, 1)
-        self.room = Room(min(max(rows, 1), len(form.times) - 1), steps)
-        begun = time.perf_counter()
+        state = problem.y0.numel() * problem.y0.element_size()
+        rows = BYTES // max(state * (2 + len(self.scheme.rows)), 1)
+        self.room = Room(min(max(rows, 1), begun.form.times - 1), steps)
         self.field.probe()
-        self.attempt_seconds = (time.perf_counter() - begun) / 2 * self.scheme.tableau.stages
-        run = forward(self.scheme, self.order, problem.norm.sizes, self.room, self.field, form)
-        examples = [torch.zeros_like(x) for x in (*form.flat(), *seen.bare())]
+        begin = time.perf_counter()
+        self.field.probe()
+        self.attempt_seconds = (time.perf_counter() - begin) / 2 * self.scheme.tableau.stages
+        shown = tuple(isinstance(tol, Tensor) for tol in (problem.norm.rtol, problem.norm.atol))
+        sizes = problem.norm.sizes
+        run = forward(self.scheme, _order(method), sizes, self.room, self.field, begun.form, shown)  # pyright: ignore
+        examples = [torch.zeros_like(x) for x in (*begun.inputs(begun.point), *seen.bare())]
         with refusals(), torch.no_grad():
             graph = graph_of(run, examples)
-        first = len(form.flat())
-        check(graph, range(first, first + len(seen.tensors)))
+        first = len(examples) - len(seen.tensors)
+        check(graph, range(first, len(examples)))
         self.call: Native = native(graph, examples, f"the solve by {method.name} of {_name(problem.func)}")
         self.seconds = time.perf_counter() - start
         self.told = False
@@ -68,36 +69,50 @@ def _name(func: Any) -> str:
 
 
 class Begun(NamedTuple):
-    """What the host prepares for the calls of a solve."""
+    """What the host prepares for the calls of a solve. times: the numbers of the form, one kind after the other."""
 
-    form: Inputs
+    form: Form
     point: Point
     settings: Settings
-    stops: TimesToStopAt
+    times: list[float]
+    y0: Tensor
+    tolerances: list[Tensor]
+
+    def inputs(self, point: Point, y: Tensor | None = None, k1: Tensor | None = None, cap: float = 0.0) -> list[Tensor]:
+        """Return the inputs of a call, before func's tensors."""
+        numbers = [*point, *self.settings._replace(cap=cap), *self.times]
+        y = self.y0 if y is None else y
+        return [
+            torch.tensor(numbers, dtype=torch.float64, device="cpu"),
+            y,
+            y if k1 is None else k1,
+            *self.tolerances,
+        ]
 
 
 def begin(problem: Problem, method: Method) -> Begun:
     """Return the inputs of the first call."""
     options, norm, y0 = method.options, problem.norm, problem.y0.detach().contiguous()
     rtol, atol = norm.rtol, norm.atol
-    real = y0.dtype.to_real()
-    low, high = problem.bounds or (-torch.inf, torch.inf)
-    given: dict[str, Any] = {"direction": problem.direction, "low": low, "high": high}
-    given |= {"rtol": 0.0 if isinstance(rtol, Tensor) else rtol, "atol": 0.0 if isinstance(atol, Tensor) else atol}
-    tolerances = [
-        tol.to(real).expand(y0.shape).contiguous() if isinstance(tol, Tensor) else None for tol in (rtol, atol)
-    ]
+    real = problem.time_dtype
     point = Point(t=problem.times[0], t_k1=problem.times[0])
-    stops, grid = TimesToStopAt([], [], False), None
+    settings = Settings(
+        problem.direction, 0.0 if isinstance(rtol, Tensor) else rtol, 0.0 if isinstance(atol, Tensor) else atol
+    )
+    if problem.bounds is not None:
+        settings = settings._replace(low=problem.bounds[0], high=problem.bounds[1], limit=problem.times[-1])
+    tstops: list[float] = []
+    jumps: list[float] = []
+    grid: list[float] = []
     if isinstance(options, AdaptiveOptions):
         chosen = controller(options.controller)
         assert isinstance(chosen, Controller)
         law = chosen.law(_order(method), options)
-        stops = tstops_of(problem, options)
-        given |= {**settings_of_law(law), "max_num_steps": float(options.max_num_steps)}
-        given["limit"] = torch.inf if problem.bounds is None else problem.times[-1]
-        if stops.starts_at_jump:
-            point = point._replace(t_k1=Clock(1.0, real, y0.device).after(problem.times[0]))
+        settings = settings._replace(**settings_of_law(law), max_num_steps=float(options.max_num_steps))
+        if options.step_t is not None or options.jump_t is not None or problem.bounds is not None:
+            tstops, jumps, at_jump = tstops_of(problem, options)
+            if at_jump:
+                point = point._replace(t_k1=Clock(1.0, real, y0.device).after(problem.times[0]))
         first = options.first_step
         if first is None:
             point = point._replace(fresh=2)
@@ -107,19 +122,10 @@ def begin(problem: Problem, method: Method) -> Begun:
         assert isinstance(options, FixedOptions)
         points, _ = grid_of(problem, options)
         room = 1 << (len(points) - 1).bit_length()  # grids of nearly the same length need the same code
-        grid = vector_of([*points, *points[-1:] * (room - len(points))])
-    form = Inputs(
-        vector_of(point),
-        vector_of(Settings(**given)),
-        vector_of(problem.times),
-        y0,
-        torch.zeros_like(y0),
-        vector_of(stops.times) if stops.times else None,
-        vector_of(stops.jumps) if stops.jumps else None,
-        *tolerances,
-        grid,
-    )
-    return Begun(form, point, Settings(**given), stops)
+        grid = [*points, *points[-1:] * (room - len(points))]
+    tolerances = [tol.to(real).expand(y0.shape).contiguous() for tol in (rtol, atol) if isinstance(tol, Tensor)]
+    form = Form(len(problem.times), len(tstops), len(jumps), len(grid))
+    return Begun(form, point, settings, [*problem.times, *tstops, *jumps, *grid], y0, tolerances)
 
 
 class Tape(NamedTuple):
@@ -142,24 +148,22 @@ class Result(NamedTuple):
 
 def solve(made: CompiledForward, problem: Problem, method: Method, stats: Stats, seen: Seen, begun: Begun) -> Result:
     """Run the loop to the end of the solve, in one call or more. Raises SolveError."""
-    options, count = method.options, len(problem.times)
-    tensors, form, p, settings = seen.bare(), begun.form, begun.point, begun.settings
-    y, k1, ys = form.y, form.k1, None
+    options, count, p = method.options, len(problem.times), begun.point
+    tensors, ys = seen.bare(), None
+    y = k1 = begun.y0
     tapes: list[Tape] = []
-    raises = options.raises
     cap = float(max(int(SECONDS / max(made.attempt_seconds, 1e-7)), 1))
     while True:
         tried = p.accepted + p.rejected
-        settings = settings._replace(cap=min(cap, LONG - tried) if tried < LONG else cap)
-        form = form._replace(point=vector_of(p), settings=vector_of(settings), y=y, k1=k1)
+        allowed = min(cap, LONG - tried) if tried < LONG else cap
         first = p.output
         try:
-            vector, y, k1, outputs, *tape = made.call([*form.flat(), *tensors])
+            point, y, k1, outputs, *tape = made.call([*begun.inputs(p, y, k1, allowed), *tensors])
         except KeyboardInterrupt as error:
             sign = problem.direction
             tell_step(error, in_step(sign * p.t, sign * p.proposal, p.accepted, p.rejected))
             raise
-        p = point_of(vector)
+        p = point_of(point.tolist())
         stats.host_reads += 1
         if tape:
             tapes.append(Tape(p.steps, tape))
@@ -181,7 +185,7 @@ def solve(made: CompiledForward, problem: Problem, method: Method, stats: Stats,
         ys[p.output :] = torch.nan
         failure = _failure(problem, method, stats, p, y, k1)
         stats.reached = problem.direction * p.t, y
-        if raises:
+        if options.raises:
             raise failure
     return Result(ys, status, p, y, k1, tapes)
 
@@ -204,17 +208,10 @@ def compiled_or_why(
     assert isinstance(cache, NativeCache)
     if why is not None or begun is None:
         return refused(method, why or "")
-    form = begun.form
-    kinds = (
-        "forward",
-        steps,
-        len(form.times),
-        tuple(None if x is None else x.shape for x in (form.tstops, form.jumps, form.grid)),
-    )
     found = cache.get(
-        key_of(problem, method, *kinds),
+        key_of(problem, method, "forward", steps, begun.form),
         problem.func,
-        lambda seen: CompiledForward(problem, method, seen, form, steps),
+        lambda seen: CompiledForward(problem, method, seen, begun, steps),
     )
     return refused(method, found) if isinstance(found, str) else found
 

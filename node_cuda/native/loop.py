@@ -16,7 +16,7 @@ from node_cuda.methods.interpolation import HERMITE, HERMITE_END, dense_of
 from node_cuda.methods.registry import Method
 from node_cuda.methods.tableau import DenseOutput, Tableau
 from node_cuda.native import step as formulas
-from node_cuda.native.numbers import Point, Settings, packed, unpacked_point, unpacked_settings
+from node_cuda.native.numbers import FIRST, Form, Given, Point, Settings, given_in, packed, point_in
 from node_cuda.native.step import Norm, beside, combine, cut, judge, proposed, weighted
 from node_cuda.native.tracing import Parts, while_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -116,35 +116,6 @@ def extra_evaluations(scheme: Scheme) -> int:
     return 1 if scheme.hermite else 0 if scheme.extra is None else scheme.extra.extra
 
 
-class Inputs(NamedTuple):
-    """The inputs of the forward loop, in this order, before func's tensors.
-
-    point, settings: vectors (see `numbers`). times: the outputs, in solver time. tstops: times that a step must end at;
-    jumps: those where func is discontinuous. grid: the points of a fixed grid, the last ones repeated; or rtol and atol
-    as tensors. Those that a solve does not have are None, and are left out.
-    """
-
-    point: Tensor
-    settings: Tensor
-    times: Tensor
-    y: Tensor
-    k1: Tensor
-    tstops: Tensor | None = None
-    jumps: Tensor | None = None
-    rtol: Tensor | None = None
-    atol: Tensor | None = None
-    grid: Tensor | None = None
-
-    def flat(self) -> list[Tensor]:
-        """Return the inputs that there are."""
-        return [x for x in self if x is not None]
-
-    def like(self, flat: Sequence[Tensor]) -> Inputs:
-        """Return inputs of the same kinds from a flat list."""
-        given = iter(flat)
-        return Inputs(*(None if x is None else next(given) for x in self))  # pyright: ignore[reportArgumentType]
-
-
 class Room(NamedTuple):
     """The rows of the records. outputs: of the steps with outputs. steps: of all steps, 0 for none."""
 
@@ -158,80 +129,76 @@ def forward(
     sizes: tuple[int, ...] | None,
     room: Room,
     field: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor],
-    form: Inputs,
-) -> Callable[..., list[Tensor]]:
-    """Return the forward loop as a function of (inputs, func's tensors).
+    form: Form,
+    per_element: tuple[bool, bool],
+) -> Callable[..., tuple[Tensor, ...]]:
+    """Return the forward loop as a function of (numbers, y, k1, rtol and atol as far as tensors, func's tensors).
 
-    It returns the point, y, k1, the outputs (of which the rows from the first to before the last output of this call
-    hold), and with a record of steps: their y0, their (t0, h, t1, time of k1, carried), and their k1 if it is kept.
+    per_element: whether rtol, and atol, is a tensor. It returns the point, y, k1, the outputs (of which the rows from
+    the first to before the last output of this call hold), and with a record of steps: their y0, their (t0, h, t1, time
+    of k1, carried), and their k1 if it is kept.
     """
-
     used = sorted({j for j, _ in scheme.rows})
+    n_tape = 0 if not room.steps else 3 if scheme.keeps_k1 else 2
+    n_tols = sum(per_element)
 
-    def run(*flat: Tensor) -> list[Tensor]:
-        count = len(form.flat())
-        given, tensors = form.like(flat[:count]), flat[count:]
-        p, y, k1 = unpacked_point(given.point), given.y.clone(), given.k1.clone()
-        c = unpacked_settings(given.settings)
-        evaluate = _with(field, c, tensors)
-        norm = Norm(given.rtol, given.atol, sizes)
-        none = torch.zeros_like(p.output)  # pyright: ignore[reportArgumentType]
-        p = p._replace(calls=none, rows=none.clone(), steps=none.clone())
+    def told(rest: Sequence[Tensor]) -> tuple[Given, Norm, Sequence[Tensor]]:
+        """Return what stays the same, from (numbers, tolerances, func's tensors)."""
+        tols = iter(rest[1 : 1 + n_tols])
+        norm = Norm(*(next(tols) if is_tensor else None for is_tensor in per_element), sizes)
+        return given_in(form, rest[0]), norm, rest[1 + n_tols :]
+
+    def going(point: Tensor, *rest: Tensor) -> Tensor:
+        p, given = point_in(point), given_in(form, rest[2 + 2 + n_tape])
+        c: Any = given.c
+        go = (p.status == 0) & (p.output < len(given.times)) & (p.fresh == 0) & (p.calls < c.cap)
+        go = go & (p.rows < room.outputs)
+        return go & (p.steps < room.steps) if room.steps else go
+
+    def body(point: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> list[Tensor]:
+        record, ends, tape, fixed = rest[0], rest[1], rest[2 : 2 + n_tape], rest[2 + n_tape :]
+        given, norm, tensors = told(fixed)
+        c, before = given.c, point_in(point)
+        f = _with(field, c, tensors)
         if scheme.adaptive:
-            p, k1 = _begin(c, field, norm, order, p, y, k1, tensors, given)
-        shape = (room.outputs, 2 + len(used), *y.shape)
-        record, ends = y.new_zeros(shape), torch.zeros(room.outputs, 3, dtype=torch.float64)
-        tape = [y.new_zeros(room.steps, *y.shape), torch.zeros(room.steps, 5, dtype=torch.float64)] if room.steps else []
-        if room.steps and scheme.keeps_k1:
-            tape.append(y.new_zeros(room.steps, *y.shape))
-        fixed = [x for x in given.flat()[1:] if x is not given.y and x is not given.k1]
-        n_point, n_fixed, n_tape = len(p), len(fixed), len(tape)
+            p, y1, k_next, step = _attempt(scheme, c, f, norm, before, y, k1, given)
+        else:
+            p, y1, k_next, step = _grid_step(scheme, c, f, before, y, given)
+        holds = p.output > before.output
+        k = _slopes_if(scheme, field, holds, step, fixed[0], tensors, form)
+        counts = {name: getattr(before, name) for name in ("rows", "steps", "calls")}
+        row = torch.stack([step.y0, step.y1, *(k[j] for j in used)])
+        record.index_copy_(0, counts["rows"].reshape(1), row.unsqueeze(0))
+        ends.index_copy_(0, counts["rows"].reshape(1), torch.stack([step.t0, step.t1, step.signed]).unsqueeze(0))
+        if tape:
+            t_k1 = before.t_k1 if scheme.adaptive else _start(scheme, step)
+            of_step = torch.stack([step.t0, step.h, step.t1, t_k1, (t_k1 < step.t0).double()])
+            for memory, x in zip(tape, (y, of_step, k1), strict=False):
+                memory.index_copy_(0, counts["steps"].reshape(1), x.unsqueeze(0))
+        p = p._replace(
+            rows=counts["rows"] + holds.long(),
+            steps=counts["steps"] + (p.accepted - before.accepted),
+            calls=counts["calls"] + 1,
+            nfe=p.nfe + holds.long() * extra_evaluations(scheme),
+        )
+        return [packed(p), y1, k_next]
 
-        def split(flat: Sequence[Tensor]) -> Any:
-            p, y, k1 = Point(*flat[:n_point]), flat[n_point], flat[n_point + 1]
-            rest = flat[n_point + 2 :]
-            record, ends, tape = rest[0], rest[1], rest[2 : 2 + n_tape]
-            it = iter(rest[2 + n_tape : 2 + n_tape + n_fixed])
-            again = form._replace(point=None, y=None, k1=None)  # pyright: ignore[reportArgumentType]
-            return p, y, k1, record, ends, tape, again.like(list(it)), rest[2 + n_tape + n_fixed :]
-
-        def going(*flat: Tensor) -> Tensor:
-            p, *_, given, _ = split(flat)
-            c = unpacked_settings(given.settings)
-            go = (p.status == 0) & (p.output < len(given.times)) & (p.fresh == 0) & (p.calls < c.cap)
-            go = go & (p.rows < room.outputs)
-            return go & (p.steps < room.steps) if room.steps else go
-
-        def body(*flat: Tensor) -> list[Tensor]:
-            p, y, k1, record, ends, tape, given, tensors = split(flat)
-            c = unpacked_settings(given.settings)
-            f = _with(field, c, tensors)
-            norm = Norm(given.rtol, given.atol, sizes)
-            before = p
-            if scheme.adaptive:
-                p, y1, k_next, step = _attempt(scheme, c, f, norm, p, y, k1, given)
-            else:
-                p, y1, k_next, step = _grid_step(scheme, c, f, p, y, given)
-            holds = p.output > before.output
-            k = _slopes_if(scheme, field, holds, step, given, tensors)
-            p = p._replace(nfe=p.nfe + holds.long() * extra_evaluations(scheme))
-            record.index_copy_(0, before.rows.reshape(1), torch.stack([step.y0, step.y1, *(k[j] for j in used)]).unsqueeze(0))
-            ends.index_copy_(0, before.rows.reshape(1), torch.stack([step.t0, step.t1, step.signed]).unsqueeze(0))
-            if tape:
-                carried = before.t_k1 < step.t0
-                told = torch.stack([step.t0, step.h, step.t1, before.t_k1 if scheme.adaptive else _start(scheme, step), carried.double()])
-                tape[0].index_copy_(0, before.steps.reshape(1), y.unsqueeze(0))
-                tape[1].index_copy_(0, before.steps.reshape(1), told.unsqueeze(0))
-                if scheme.keeps_k1:
-                    tape[2].index_copy_(0, before.steps.reshape(1), k1.unsqueeze(0))
-            p = p._replace(rows=before.rows + holds.long(), steps=before.steps + (p.accepted - before.accepted), calls=before.calls + 1)
-            return [*p, y1, k_next]
-
-        written = list(range(2 + n_tape))
-        done = while_loop(going, body, [*(x.clone() for x in p), y, k1], [record, ends, *tape, *fixed, *tensors], written)
-        q, y1, k1 = Point(*done[:n_point]), done[n_point], done[n_point + 1]
-        outputs = _outputs(scheme, used, given.times, record, ends, q.rows, given.y)
-        return [packed(q), y1, k1, outputs, *tape]
+    def run(numbers: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        fixed = (numbers, *rest)
+        given, norm, tensors = told(fixed)
+        p = point_in(numbers[:FIRST])
+        p = p._replace(**dict.fromkeys(("calls", "rows", "steps"), torch.zeros((), dtype=torch.int64)))
+        slope = k1.clone()
+        if scheme.adaptive:
+            p, slope = _begin(given, field, norm, order, p, y, slope, fixed, told)
+        record, ends = y.new_zeros(room.outputs, 2 + len(used), *y.shape), y.new_zeros(room.outputs, 3).double()
+        tape = [y.new_zeros(room.steps, *y.shape), numbers.new_zeros(room.steps, 5), y.new_zeros(room.steps, *y.shape)]
+        tape = tape[:n_tape]
+        written = range(2 + n_tape)
+        carried = [packed(p), y.clone(), slope]
+        point, y1, slope = while_loop(going, body, carried, [record, ends, *tape, *fixed], written)
+        outputs = _outputs(scheme, used, given.times, record, ends, point_in(point).rows, y)
+        return point, y1, slope, outputs, *tape
 
     return run
 
@@ -245,37 +212,38 @@ def _start(scheme: Scheme, step: Step) -> Tensor:
     return beside(step.t0, 1.0, step.y0.dtype.to_real()) if scheme.inside else step.t0
 
 
-def _begin(c: Any, field: Any, norm: Norm, order: int, p: Point, y: Tensor, k1: Tensor, tensors: Any, given: Inputs) -> tuple[Point, Tensor]:
+def _begin(
+    given: Given,
+    field: Any,
+    norm: Norm,
+    order: int,
+    p: Point,
+    y: Tensor,
+    k1: Tensor,
+    fixed: Sequence[Tensor],
+    told: Callable[[Sequence[Tensor]], tuple[Given, Norm, Sequence[Tensor]]],
+) -> tuple[Point, Tensor]:
     """Find k1 and the first step size where they are not known. Each is a loop of one iteration, or of none."""
-    tolerances = [x for x in (given.rtol, given.atol) if x is not None]
-    fixed = [p.t_k1, p.t, given.settings, y, *tolerances, *tensors]
-
-    def split(flat: Sequence[Tensor]) -> Any:
-        t_k1, t, settings, y, *rest = flat
-        tols = iter(rest[: len(tolerances)])
-        norm_ = norm._replace(
-            rtol=None if norm.rtol is None else next(tols), atol=None if norm.atol is None else next(tols)
-        )
-        return t_k1, t, unpacked_settings(settings), y, norm_, rest[len(tolerances) :]
 
     def slope(*flat: Tensor) -> list[Tensor]:
-        go, nfe, _, *rest = flat
-        t_k1, _, c, y, _, tensors = split(rest)
-        return [go - 1, nfe + 1, field(c, t_k1, y, tensors)]
+        go, nfe, _, t_k1, y, *rest = flat
+        given, _, tensors = told(rest)
+        return [go - 1, nfe + 1, field(given.c, t_k1, y, tensors)]
 
-    _, nfe, k1 = while_loop(lambda go, *_: go > 0, slope, [(p.fresh > 0).long(), p.nfe, k1], fixed)
+    p_: Any = p
+    start = [(p_.fresh > 0).long(), p_.nfe, k1]
+    _, nfe, k1 = while_loop(lambda go, *_: go > 0, slope, start, [p_.t_k1, y, *fixed])
 
     def first_step(*flat: Tensor) -> list[Tensor]:
-        go, nfe, _, _, k1, *rest = flat
-        _, t, c, y, norm, tensors = split(rest)
-        proposal, status = _first_step(c, _with(field, c, tensors), norm, order, t, y, k1)
+        go, nfe, _, _, k1, t, y, *rest = flat
+        given, norm, tensors = told(rest)
+        proposal, status = _first_step(given.c, _with(field, given.c, tensors), norm, order, t, y, k1)
         return [go - 1, nfe + 1, proposal, status, k1.clone()]
 
-    _, nfe, proposal, status, k1 = while_loop(
-        lambda go, *_: go > 0, first_step, [(p.fresh > 1).long(), nfe, p.proposal, p.status, k1], fixed
-    )
+    start = [(p_.fresh > 1).long(), nfe, p_.proposal, p_.status, k1]
+    _, nfe, proposal, status, k1 = while_loop(lambda go, *_: go > 0, first_step, start, [p_.t, y, *fixed])
     p = p._replace(nfe=nfe, proposal=proposal, status=status, fresh=torch.zeros_like(nfe))
-    return proposed(c, p, p.attempts == 0), k1  # pyright: ignore[reportArgumentType]
+    return proposed(given.c, p, p_.attempts == 0), k1
 
 
 def _first_step(c: Any, f: Evaluate, norm: Norm, order: int, t: Any, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
@@ -295,7 +263,7 @@ def _first_step(c: Any, f: Evaluate, norm: Norm, order: int, t: Any, y: Tensor, 
     return formulas.within(c, h), status
 
 
-def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Inputs) -> tuple[Point, Tensor, Tensor, Step]:
+def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Given) -> tuple[Point, Tensor, Tensor, Step]:
     """Take a step whose error decides, and move if it is accepted."""
     at = cut(p, given.tstops, None)
     step = compute(scheme, c, f, p.t, at.t1, at.h, y, k1)
@@ -337,7 +305,7 @@ def moved(
     return proposed(c, q, active)
 
 
-def _grid_step(scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Inputs) -> tuple[Point, Tensor, Tensor, Step]:
+def _grid_step(scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Given) -> tuple[Point, Tensor, Tensor, Step]:
     """Take the step to the next point of the grid."""
     grid: Any = given.grid
     place: Any = p.place
@@ -350,24 +318,25 @@ def _grid_step(scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: 
     return p, step.y1, k1, step
 
 
-def _slopes_if(scheme: Scheme, field: Any, holds: Tensor, step: Step, given: Inputs, tensors: Sequence[Tensor]) -> list[Tensor]:
+def _slopes_if(
+    scheme: Scheme, field: Any, holds: Tensor, step: Step, numbers: Tensor, tensors: Sequence[Tensor], form: Form
+) -> list[Tensor]:
     """Return the slopes of the interpolant. Those that cost evaluations are computed only if the step holds an output."""
-    if scheme.extra is None and not scheme.hermite:
+    fresh = extra_evaluations(scheme)
+    if not fresh:
         return step.k
     n = len(step.k)
-    fresh = len(slopes(scheme, lambda t, y: torch.zeros_like(y), step)) - (1 if scheme.hermite else n)
-    fixed = [given.settings, step.t0, step.t1, step.h, step.signed, step.y0, step.y1, *step.k, *tensors]
 
     def more(*flat: Tensor) -> list[Tensor]:
         go, rest = flat[0], flat[1 + fresh :]
-        c = unpacked_settings(rest[0])
-        k, tensors = list(rest[7 : 7 + n]), rest[7 + n :]
-        again = Step(*rest[1:7], k)
+        c, tensors = given_in(form, rest[0]).c, rest[7 + n :]
+        again = Step(*rest[1:7], list(rest[7 : 7 + n]))
         return [go - 1, *slopes(scheme, _with(field, c, tensors), again)[-fresh:]]
 
     zeros = [torch.zeros_like(step.y0) for _ in range(fresh)]
+    fixed = [numbers, step.t0, step.t1, step.h, step.signed, step.y0, step.y1, *step.k, *tensors]
     _, *found = while_loop(lambda go, *_: go > 0, more, [holds.long(), *zeros], fixed)
-    return [step.k[0] if scheme.hermite else step.k[0], *([] if scheme.hermite else step.k[1:]), *found]
+    return [*step.k[: 1 if scheme.hermite else n], *found]
 
 
 def _outputs(scheme: Scheme, used: Sequence[int], times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor) -> Tensor:

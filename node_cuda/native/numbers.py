@@ -1,4 +1,4 @@
-"""The numbers that a native loop gets at each call, in two vectors of doubles: the settings, and the point it is at.
+"""The numbers that a native loop gets at each call, in one vector of doubles: the point, the settings, the times.
 
 No number is a constant of the compiled code, so that other tolerances, step sizes and times need no other code.
 """
@@ -76,15 +76,15 @@ REALS = Point._fields.index("fresh")
 """The first fields of a point are real numbers, the others counts."""
 
 
-def unpacked_settings(vector: Tensor) -> Settings:
-    """Return the settings from their vector, while a loop is traced."""
-    return Settings(*vector.unbind())
-
-
-def unpacked_point(vector: Tensor) -> Point:
+def point_in(vector: Tensor) -> Point:
     """Return a point from its vector, while a loop is traced."""
     values = vector.unbind()
-    return Point(*(x.clone() for x in values[:REALS]), *(x.long() for x in values[REALS:]))
+    return Point(*values[:REALS], *(x.long() for x in values[REALS:]))
+
+
+def settings_in(vector: Tensor) -> Settings:
+    """Return the settings from their vector, while a loop is traced."""
+    return Settings(*vector.unbind())
 
 
 def packed(values: Sequence[Tensor]) -> Tensor:
@@ -92,15 +92,45 @@ def packed(values: Sequence[Tensor]) -> Tensor:
     return torch.stack([x.double() for x in values])
 
 
-def vector_of(values: Sequence[float]) -> Tensor:
-    """Return numbers of the host as a vector of doubles."""
-    return torch.tensor(values, dtype=torch.float64, device="cpu")
-
-
-def point_of(vector: Tensor) -> Point:
+def point_of(values: Sequence[float]) -> Point:
     """Return a point as numbers of the host."""
-    values = vector.tolist()
-    return Point(*values[:REALS], *map(int, values[REALS:]))
+    return Point(*values[:REALS], *map(int, values[REALS:]))  # pyright: ignore[reportArgumentType]
+
+
+class Form(NamedTuple):
+    """How many numbers of each kind follow the point and the settings in the vector of a call.
+
+    times: the outputs, in solver time. tstops: times that a step must end at. jumps: those where func is discontinuous.
+    grid: the points of a fixed grid.
+    """
+
+    times: int
+    tstops: int = 0
+    jumps: int = 0
+    grid: int = 0
+
+
+class Given(NamedTuple):
+    """The settings and the times of a call, while a loop is traced. What a solve does not have is None."""
+
+    c: Settings
+    times: Tensor
+    tstops: Tensor | None
+    jumps: Tensor | None
+    grid: Tensor | None
+
+
+FIRST = len(Point._fields)
+SECOND = FIRST + len(Settings._fields)
+
+
+def given_in(form: Form, vector: Tensor) -> Given:
+    """Return the settings and the times from the vector of a call."""
+    found, start = [], SECOND
+    for count in form:
+        found.append(vector[start : start + count] if count else None)
+        start += count
+    return Given(settings_in(vector[FIRST:SECOND]), *found)
 
 
 def settings_of_law(law: ControllerParams) -> dict[str, float]:

@@ -26,7 +26,27 @@ def graph_of(function: Callable[..., Any], examples: Sequence[Tensor]) -> torch.
     """Return the graph of a function of tensors. It is not run with the examples: only their shapes matter."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
-    return make_fx(function, tracing_mode="fake")(*examples)
+    aten = torch.ops.aten
+    rules: Any = {aten.mm.default: _small_product, aten.addmm.default: _small_product_and_sum}
+    return make_fx(function, tracing_mode="fake", decomposition_table=rules)(*examples)
+
+
+SMALL = 4096
+"""A product of matrices with at most this many multiplications is computed in one loop with its neighbours: the call
+of a library takes longer."""
+
+
+def _small_product(x: Tensor, w: Tensor) -> Tensor:
+    if x.shape[0] * x.shape[1] * w.shape[1] > SMALL or x.is_complex():
+        return NotImplemented
+    return (x.unsqueeze(2) * w.unsqueeze(0)).sum(1)
+
+
+def _small_product_and_sum(b: Tensor, x: Tensor, w: Tensor, *, beta: float = 1, alpha: float = 1) -> Tensor:
+    if beta != 1 or alpha != 1:
+        return NotImplemented
+    product = _small_product(x, w)
+    return product if product is NotImplemented else product + b
 
 
 def while_loop(
