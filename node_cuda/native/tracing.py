@@ -69,6 +69,8 @@ def while_loop(
         examples = [torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (*carried, *given)]
         graphs = graph_of(going, examples), graph_of(lambda *x: tuple(body(*x)), examples)
     mutated = ",".join(str(len(carried) + i) for i in writes)
+    # The inputs of a loop must not be views of each other. Nothing is copied that is not such a view.
+    carried, given = ([x.clone() if x.dim() == 0 else x for x in xs] for xs in (carried, given))
     return while_loop_op(*graphs, tuple(carried), tuple(given), mutated_arg_indices=mutated)
 
 
