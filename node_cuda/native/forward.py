@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -54,7 +55,7 @@ class CompiledForward:
             graph = graph_of(run, examples)
         first = len(examples) - len(seen.tensors)
         check(graph, range(first, len(examples)))
-        self.call: Native = native(graph, examples, f"the solve by {method.name} of {_name(problem.func)}")
+        self.call: Native = native(graph, examples, f"the solve by {method.name} of {name_of(problem.func)}")
         self.seconds = time.perf_counter() - start
         self.told = False
 
@@ -64,7 +65,8 @@ def _order(method: Method) -> int:
     return method.tableau.order
 
 
-def _name(func: Any) -> str:
+def name_of(func: Any) -> str:
+    """Return a name of func for messages."""
     return type(func).__name__ if isinstance(func, nn.Module) else getattr(func, "__qualname__", type(func).__name__)
 
 
@@ -128,35 +130,50 @@ def begin(problem: Problem, method: Method) -> Begun:
     return Begun(form, point, settings, [*problem.times, *tstops, *jumps, *grid], y0, tolerances)
 
 
-class Tape(NamedTuple):
-    """The steps that one call recorded: how many, their y0, times (see `loop.forward`), and their k1 if it is kept."""
+class Segment(NamedTuple):
+    """The steps of one call. point, y, k1: where it began. attempts: how many it tried. count: how many it took.
 
+    tape: their y0, times (see `loop.forward`), and their k1 if it is kept; None if it was dropped. end: the state after
+    the last of them.
+    """
+
+    point: Point
+    y: Tensor
+    k1: Tensor
+    attempts: int
     count: int
-    tensors: list[Tensor]
+    tape: list[Tensor] | None
+    end: Tensor
 
 
 class Result(NamedTuple):
-    """A solve that has ended. point: where. last: the state there. tapes: of each call."""
+    """A solve that has ended. segments: its calls, if they record their steps."""
 
     ys: Tensor
     status: Status
-    point: Point
-    last: Tensor
-    k1: Tensor
-    tapes: list[Tape]
 
 
-def solve(made: CompiledForward, problem: Problem, method: Method, stats: Stats, seen: Seen, begun: Begun) -> Result:
-    """Run the loop to the end of the solve, in one call or more. Raises SolveError."""
+def solve(
+    made: CompiledForward,
+    problem: Problem,
+    method: Method,
+    stats: Stats,
+    seen: Seen,
+    begun: Begun,
+    record: Callable[[Segment], None] | None = None,
+) -> Result:
+    """Run the loop to the end of the solve, in one call or more. Raises SolveError.
+
+    record: called with the steps of each call.
+    """
     options, count, p = method.options, len(problem.times), begun.point
     tensors, ys = seen.bare(), None
     y = k1 = begun.y0
-    tapes: list[Tape] = []
     cap = float(max(int(SECONDS / max(made.attempt_seconds, 1e-7)), 1))
     while True:
         tried = p.accepted + p.rejected
         allowed = min(cap, LONG - tried) if tried < LONG else cap
-        first = p.output
+        before = p, y, k1
         try:
             point, y, k1, outputs, *tape = made.call([*begun.inputs(p, y, k1, allowed), *tensors])
         except KeyboardInterrupt as error:
@@ -165,8 +182,9 @@ def solve(made: CompiledForward, problem: Problem, method: Method, stats: Stats,
             raise
         p = point_of(point.tolist())
         stats.host_reads += 1
-        if tape:
-            tapes.append(Tape(p.steps, tape))
+        if record is not None and p.steps:
+            record(Segment(*before, p.calls, p.steps, tape, y))
+        first = before[0].output
         if ys is None:
             ys = outputs
         else:
@@ -187,7 +205,7 @@ def solve(made: CompiledForward, problem: Problem, method: Method, stats: Stats,
         stats.reached = problem.direction * p.t, y
         if options.raises:
             raise failure
-    return Result(ys, status, p, y, k1, tapes)
+    return Result(ys, status)
 
 
 def _failure(problem: Problem, method: Method, stats: Stats, p: Point, y: Tensor, k1: Tensor) -> SolveError:

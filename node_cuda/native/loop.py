@@ -53,6 +53,11 @@ class Scheme(NamedTuple):
         return self.adaptive
 
     @property
+    def used(self) -> list[int]:
+        """The slopes that the interpolant refers to."""
+        return sorted({j for j, _ in self.rows})
+
+    @property
     def keeps_k1(self) -> bool:
         """The first stage of a step is not a function of its y0."""
         return self.adaptive and not self.tableau.fsal
@@ -83,8 +88,10 @@ class Step(NamedTuple):
     k: list[Tensor]
 
 
-def compute(scheme: Scheme, c: Settings, f: Evaluate, t0: Any, t1: Any, h: Any, y0: Tensor, k1: Tensor) -> Step:
-    """Compute a step from (t0, y0)."""
+def compute(
+    scheme: Scheme, c: Any, f: Evaluate, t0: Any, t1: Any, h: Any, y0: Tensor, k1: Tensor, *, last: bool = True
+) -> Step:
+    """Compute a step from (t0, y0). last: also the stage at y1 of an FSAL method."""
     tableau = scheme.tableau
     signed = c.direction * h
     end = beside(t1, -1.0, y0.dtype.to_real()) if scheme.inside else t1
@@ -93,7 +100,7 @@ def compute(scheme: Scheme, c: Settings, f: Evaluate, t0: Any, t1: Any, h: Any, 
     for node, row in zip(tableau.nodes[1:known], tableau.rows[1:known], strict=True):
         k.append(f(end if node == 1.0 else t0 + node * h, combine(y0, k, row, signed)))
     y1 = combine(y0, k, tableau.b_row, signed)
-    if tableau.fsal:
+    if tableau.fsal and last:
         k.append(f(end, y1))
     return Step(t0, t1, h, signed, y0, y1, k)
 
@@ -138,7 +145,7 @@ def forward(
     the first to before the last output of this call hold), and with a record of steps: their y0, their (t0, h, t1, time
     of k1, carried), and their k1 if it is kept.
     """
-    used = sorted({j for j, _ in scheme.rows})
+    used = scheme.used
     n_tape = 0 if not room.steps else 3 if scheme.keeps_k1 else 2
     n_tols = sum(per_element)
 

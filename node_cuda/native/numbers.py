@@ -109,6 +109,11 @@ class Form(NamedTuple):
     jumps: int = 0
     grid: int = 0
 
+    @property
+    def length(self) -> int:
+        """The length of the whole vector."""
+        return SECOND + sum(self)
+
 
 class Given(NamedTuple):
     """The settings and the times of a call, while a loop is traced. What a solve does not have is None."""
