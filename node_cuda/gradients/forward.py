@@ -41,7 +41,7 @@ def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = 
         if done is not None:
             return done
     if method.options.compile:
-        done = try_native(problem, method, request.stats, why)
+        done = try_native(problem, method, request.stats, why, last)
         if done is not None:
             return done
     if plain_grid.applies(problem, method):

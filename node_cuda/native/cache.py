@@ -27,7 +27,7 @@ from node_cuda.native.build import why_not
 from node_cuda.native.tracing import Refused
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
-from node_cuda.status import Unsupported
+from node_cuda.status import InvalidField, Unsupported
 
 PATIENCE = 2
 """How often a solve is compiled again because of the same attribute of func."""
@@ -37,17 +37,41 @@ MOST = 64
 
 
 class Seen:
-    """What func can reach now: the tensors, each once, and the fingerprint without their numbers. Raises Unseen."""
+    """What func can reach now: the tensors, each once, and the fingerprint without their numbers. Raises Unseen.
+
+    own: the names of what func itself writes in each evaluation, such as a counter of calls.
+    """
 
     def __init__(self, func: Any) -> None:
         values, tensors = parts(func)
         self.found: Fingerprint = {**values, **{name: _form(x) for name, x in tensors.items()}}
         self.tensors: list[Tensor] = list({id(x): x for x in tensors.values()}.values())
-        self.alike = tuple(map(id, tensors.values()))
+        self.own: frozenset[str] = frozenset()
 
     def bare(self) -> list[Tensor]:
         """Return the tensors without autograd."""
         return [x.detach() for x in self.tensors]
+
+
+class Then:
+    """What func reached in a forward pass, to compare with what it reaches in the backward pass."""
+
+    def __init__(self, seen: Seen) -> None:
+        self.seen = seen
+        self._versions = [x._version for x in seen.tensors]
+
+    def refuse_changes(self, now: Seen, what: str) -> None:
+        """Raise InvalidField if func has changed. what: the gradient mode."""
+        own = self.seen.own | now.own
+        name = difference(without(self.seen.found, own), without(now.found, own))
+        same = all(a is b for a, b in zip(self.seen.tensors, now.tensors, strict=False))
+        if name is None and same and [x._version for x in now.tensors] == self._versions:
+            return
+        raise InvalidField(
+            f"func was changed between the forward and the backward pass ({name or 'one of its tensors'}), and the "
+            f"compiled {what} evaluates it again. Call backward() before the change, use one func for each setting, or "
+            'use gradient="backprop".'
+        )
 
 
 def _form(x: Tensor) -> Any:
@@ -81,14 +105,20 @@ class NativeCache:
         """The number of entries, including the solves that could not be compiled."""
         return len(self._entries)
 
-    def get(self, key: Any, func: Any, make: Callable[[Seen], Any]) -> tuple[Any, Seen] | str:
-        """Return the compiled solve, compiled now if necessary, with what func reaches now; or the reason why not."""
+    def get(
+        self, key: Any, func: Any, make: Callable[[Seen], Any], seen: Seen | None = None
+    ) -> tuple[Any, Seen] | str:
+        """Return the compiled solve, compiled now if necessary, with what func reaches now; or the reason why not.
+
+        seen: what func reaches, if it is known.
+        """
         try:
-            seen = Seen(func)
+            seen = Seen(func) if seen is None else seen
         except Unseen as why:
             return str(why)
         for entry in self._entries:
             if entry.key == key and entry.found == (seen.found if not entry.own else without(seen.found, entry.own)):
+                seen.own = entry.own
                 return entry.made if isinstance(entry.made, str) else (entry.made, seen)
         with self._lock:
             return self._make(key, func, seen, make)
@@ -112,6 +142,7 @@ class NativeCache:
         after = Seen(func)
         own = written(seen.found, after.found)
         self._entries = [*self._entries[1 - MOST :], _Entry(key, without(after.found, own), own, made)]
+        after.own = own
         return made if isinstance(made, str) else (made, after)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,7 +17,7 @@ from node_cuda.loop.outputs import grid_status
 from node_cuda.loop.step_control import LONG, tell_of_length, tstops_of, wrong_at_start
 from node_cuda.methods.registry import Method
 from node_cuda.native.build import Native, native
-from node_cuda.native.cache import NativeCache, Seen, key_of, refused, why_eager
+from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.loop import Room, forward, scheme_of
 from node_cuda.native.numbers import Form, Point, Settings, point_of, settings_of_law
 from node_cuda.native.tracing import TracedField, check, graph_of, refusals
@@ -49,7 +49,7 @@ class CompiledForward:
         self.attempt_seconds = (time.perf_counter() - begin) / 2 * self.scheme.tableau.stages
         shown = tuple(isinstance(tol, Tensor) for tol in (problem.norm.rtol, problem.norm.atol))
         sizes = problem.norm.sizes
-        run = forward(self.scheme, _order(method), sizes, self.room, self.field, begun.form, shown)  # pyright: ignore
+        run = forward(self.scheme, order_of(method), sizes, self.room, self.field, begun.form, shown)  # pyright: ignore
         examples = [torch.zeros_like(x) for x in (*begun.inputs(begun.point), *seen.bare())]
         with refusals(), torch.no_grad():
             graph = graph_of(run, examples)
@@ -60,7 +60,8 @@ class CompiledForward:
         self.told = False
 
 
-def _order(method: Method) -> int:
+def order_of(method: Method) -> int:
+    """Return the order of an explicit Runge-Kutta method."""
     assert method.tableau is not None
     return method.tableau.order
 
@@ -109,7 +110,7 @@ def begin(problem: Problem, method: Method) -> Begun:
     if isinstance(options, AdaptiveOptions):
         chosen = controller(options.controller)
         assert isinstance(chosen, Controller)
-        law = chosen.law(_order(method), options)
+        law = chosen.law(order_of(method), options)
         settings = settings._replace(**settings_of_law(law), max_num_steps=float(options.max_num_steps))
         if options.step_t is not None or options.jump_t is not None or problem.bounds is not None:
             tstops, jumps, at_jump = tstops_of(problem, options)
@@ -201,14 +202,15 @@ def solve(
     status = Status(p.status)
     if status is not Status.SUCCESS:
         ys[p.output :] = torch.nan
-        failure = _failure(problem, method, stats, p, y, k1)
+        failure = failure_of(problem, method, stats, p, y, k1)
         stats.reached = problem.direction * p.t, y
         if options.raises:
             raise failure
     return Result(ys, status)
 
 
-def _failure(problem: Problem, method: Method, stats: Stats, p: Point, y: Tensor, k1: Tensor) -> SolveError:
+def failure_of(problem: Problem, method: Method, stats: Stats, p: Point, y: Tensor, k1: Tensor) -> SolveError:
+    """Return the error of a solve that ended at this point."""
     status, detail = Status(p.status), f"The step was {p.proposal:.3g}."
     assert isinstance(method.options, AdaptiveOptions)
     if status is Status.NON_FINITE and p.accepted == p.rejected == 0:
@@ -241,7 +243,15 @@ def account(made: Any, stats: Stats) -> None:
         stats.compile_seconds += made.seconds
 
 
-def try_native(problem: Problem, method: Method, stats: Stats, why: str | None = None) -> tuple[Tensor, Status] | None:
+class Noted(Protocol):
+    """Keeps what func reached in a solve."""
+
+    seen: Any
+
+
+def try_native(
+    problem: Problem, method: Method, stats: Stats, why: str | None = None, noted: Noted | None = None
+) -> tuple[Tensor, Status] | None:
     """Return (y at the problem's times, status) by a compiled solve, or None if the host loop must solve.
 
     Then `stats.why` gives the reason. why: a reason that is already known, or None. Raises SolveError.
@@ -253,6 +263,8 @@ def try_native(problem: Problem, method: Method, stats: Stats, why: str | None =
         stats.why = str(found)
         return None
     made, seen = found
+    if noted is not None:
+        noted.seen = Then(seen)
     account(made, stats)
     with torch.no_grad():
         result = solve(made, problem, method, stats, seen, begun)

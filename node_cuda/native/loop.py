@@ -244,7 +244,8 @@ def _begin(
     def first_step(*flat: Tensor) -> list[Tensor]:
         go, nfe, _, _, k1, t, y, *rest = flat
         given, norm, tensors = told(rest)
-        proposal, status = _first_step(given.c, _with(field, given.c, tensors), norm, order, t, y, k1)
+        f = _with(field, given.c, tensors)
+        proposal, status = first_step_by(given.c, lambda s, x: [f(s, x[0])], norm, order, t, [y], [k1])
         return [go - 1, nfe + 1, proposal, status, k1.clone()]
 
     start = [(p_.fresh > 1).long(), nfe, p_.proposal, p_.status, k1]
@@ -253,21 +254,35 @@ def _begin(
     return proposed(given.c, p, p_.attempts == 0), k1
 
 
-def _first_step(c: Any, f: Evaluate, norm: Norm, order: int, t: Any, y: Tensor, k1: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the first step size by Hairer's rule, and the status, as `StepControl` does it."""
-    scale = norm.scale(c, y.abs())
-    d0, d1 = norm(y / scale), norm(k1 / scale)
+def first_step_by(
+    c: Any,
+    f: Callable[[Tensor, Sequence[Tensor]], Sequence[Tensor]],
+    norm: Norm,
+    order: int,
+    t: Any,
+    y: Sequence[Tensor],
+    k1: Sequence[Tensor],
+) -> tuple[Tensor, Tensor]:
+    """Return the first step size by Hairer's rule, and the status, as `StepControl` does it.
+
+    y, k1: the parts of the state, and of its slope. The norm is the largest of the parts.
+    """
+    scales = [norm.scale(c, x.abs()) for x in y]
+
+    def size(parts: Sequence[Tensor]) -> Tensor:
+        return formulas.largest([norm(x / scale) for x, scale in zip(parts, scales, strict=True)])
+
+    d0, d1 = size(y), size(k1)
     bad = ~(torch.isfinite(d0) & torch.isfinite(d1))
     h0 = torch.where((d0 < 1e-5) | (d1 < 1e-5), 1e-6, 0.01 * d0 / d1)
     h0 = torch.minimum(h0, c.limit - t)
-    f1 = f(t + h0, y + formulas.real(c.direction * h0, y) * k1)
-    d2 = norm((f1 - k1) / scale) / h0
+    f1 = f(t + h0, [x + formulas.real(c.direction * h0, x) * k for x, k in zip(y, k1, strict=True)])
+    d2 = size([x - k for x, k in zip(f1, k1, strict=True)]) / h0
     h1 = torch.where(
         (d1 <= 1e-15) & (d2 <= 1e-15), (h0 * 1e-3).clamp_min(1e-6), (0.01 / torch.maximum(d1, d2)) ** (1.0 / order)
     )
     h = torch.where(torch.isfinite(h1), torch.minimum(100 * h0, h1), h0)
-    status = torch.where(bad, Status.NON_FINITE.value, 0)
-    return formulas.within(c, h), status
+    return formulas.within(c, h), torch.where(bad, Status.NON_FINITE.value, 0)
 
 
 def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Given) -> tuple[Point, Tensor, Tensor, Step]:

@@ -9,13 +9,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from node_cuda.cuda_graphs.fingerprint import difference
 from node_cuda.gradients.discrete.checkpoints import Checkpoints, slots_for
 from node_cuda.loop.outputs import grid_status
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.registry import Method
 from node_cuda.native.build import native
-from node_cuda.native.cache import NativeCache, Seen, key_of, refused, why_eager
+from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.forward import Begun, CompiledForward, Segment, account, begin, compiled_or_why, name_of, solve
 from node_cuda.native.numbers import point_of
 from node_cuda.native.loop import Scheme, extra_evaluations
@@ -23,7 +22,7 @@ from node_cuda.native.reverse import Shape, reverse
 from node_cuda.native.tracing import Refused, TracedField, check, graph_of, refusals
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import InvalidField, Status
+from node_cuda.status import Status
 
 MOST_STEPS = 64
 """The most steps that one call records."""
@@ -51,7 +50,7 @@ class Record:
 
     def __init__(self, made: CompiledForward, begun: Begun, seen: Seen, method: Method, most: int | None) -> None:
         self.made, self.begun, self.seen, self.method, self.most = made, begun, seen, method, most
-        self.versions = [x._version for x in seen.tensors]
+        self.then = Then(seen)
         self.segments: list[Segment] = []
         self.starts: Checkpoints[Start] | None = None
         self.peak = 0
@@ -164,7 +163,7 @@ def gradients(
     if isinstance(found, str):
         raise Refused(refused(record.method, found))
     reverse_, seen = found
-    _refuse_changes(record, seen)
+    record.then.refuse_changes(seen, 'gradient="discrete"')
     account(reverse_, stats)
     tensors = seen.bare()
     for i, x in zip(known, params, strict=True):
@@ -214,16 +213,3 @@ def gradients(
     totals = sums or []
     by_place = dict(zip(shape.wanted, totals, strict=False))
     return lam, [torch.zeros_like(x) if i is None else by_place[i] for i, x in zip(known, params, strict=True)]
-
-
-def _refuse_changes(record: Record, seen: Seen) -> None:
-    """Raise InvalidField if func is not what it was in the forward pass. Its parameters are checked by autograd."""
-    name = difference(record.seen.found, seen.found)
-    same = all(a is b for a, b in zip(record.seen.tensors, seen.tensors, strict=False))
-    if name is None and same and [x._version for x in seen.tensors] == record.versions:
-        return
-    raise InvalidField(
-        f"func was changed between the forward and the backward pass ({name or 'one of its tensors'}), and the compiled "
-        'gradient="discrete" computes its steps again. Call backward() before the change, use one func for each '
-        'setting, or use gradient="backprop".'
-    )
