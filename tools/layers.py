@@ -1,4 +1,4 @@
-"""The layers of the package, and their picture in the pages: `python tools/layers.py` draws it anew.
+"""The layers of the package, and their picture in docs/architecture.md: `python tools/layers.py` draws it anew.
 
 tests/project/test_architecture.py says that imports point down only, and that the pictures are up to date.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "node_cuda"
-PAGES = ("README.md", "docs/architecture.md")
+PAGES = ("docs/architecture.md",)
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
