@@ -193,8 +193,10 @@ def solve(made: CompiledForward, problem: Problem, method: Method, stats: Stats,
 def _failure(problem: Problem, method: Method, stats: Stats, p: Point, y: Tensor, k1: Tensor) -> SolveError:
     status, detail = Status(p.status), f"The step was {p.proposal:.3g}."
     assert isinstance(method.options, AdaptiveOptions)
-    if status is Status.NON_FINITE and p.accepted == p.rejected == 0:
+    if status is Status.NON_FINITE and p.nfe == 1:
         detail = wrong_at_start(problem.norm, y, k1)
+    elif status is Status.NON_FINITE and p.t + p.proposal > p.t:
+        detail = f"The step was min_step = {p.proposal:.3g}."
     elif status is Status.MAX_STEPS:
         detail = f"max_num_steps = {method.options.max_num_steps}, the step {p.proposal:.3g}."
     return SolveError(status, problem.direction * p.t, stats, detail)

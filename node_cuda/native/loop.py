@@ -66,7 +66,9 @@ def scheme_of(method: Method) -> Scheme:
         dense = dense_of(tableau, options.dense)
         return Scheme(tableau, True, True, dense.weight_rows, (), dense if dense.extra else None, False)
     assert isinstance(options, FixedOptions)
-    cubic = options.interp == "cubic"
+    # On a grid that is t itself each output is the end of a step, and the slopes there are not needed.
+    between = options.perturb or options.step_size is not None or options.grid_constructor is not None
+    cubic = options.interp == "cubic" and between
     rows, end = (HERMITE, HERMITE_END) if cubic else ((), (1.0,))
     return Scheme(tableau, False, options.perturb, rows, end, None, cubic)
 
@@ -238,7 +240,7 @@ def _begin(
         go, nfe, _, _, k1, t, y, *rest = flat
         given, norm, tensors = told(rest)
         proposal, status = _first_step(given.c, _with(field, given.c, tensors), norm, order, t, y, k1)
-        return [go - 1, nfe + 1, proposal, status, k1.clone()]
+        return [go - 1, nfe + (status == 0).long(), proposal, status, k1.clone()]
 
     start = [(p_.fresh > 1).long(), nfe, p_.proposal, p_.status, k1]
     _, nfe, proposal, status, k1 = while_loop(lambda go, *_: go > 0, first_step, start, [p_.t, y, *fixed])
