@@ -15,6 +15,7 @@ from node_cuda.cuda_graphs import capture, first_run_check
 from node_cuda.gradients.adjoint import many_outputs
 from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import self_check
+from node_cuda.native import build as native_build
 from node_cuda.problem.field import VectorField
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -104,6 +105,12 @@ def shim(shim_module, shim_controls, monkeypatch):
     yield shim_controls
     shim_controls.lib.shim_fail_next_launch(0)
     shim_controls.configure()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run compiled solves as traced graphs, without the compiler. Results are the same up to rounding."""
+    monkeypatch.setattr(native_build, "interpreted", True)
 
 
 class Everything:

@@ -88,6 +88,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cuda_graphs",
     ),
     (
+        "native.numbers",
+        "native.step",
+        "native.tracing",
+        "native.build",
+        "native.cache",
+        "native.loop",
+        "native.forward",
+        "native",
+    ),
+    (
         "gradients.parameters",
         "gradients.context",
         "gradients.members",

@@ -38,17 +38,17 @@ class CompiledForward:
     def __init__(self, problem: Problem, method: Method, seen: Seen, begun: Begun, steps: int) -> None:
         start = time.perf_counter()
         self.scheme = scheme_of(method)
-        self.field = TracedField(problem, seen.tensors)
+        field = TracedField(problem, seen.tensors)  # it is not kept: func would exist as long as its compiled code
         state = problem.y0.numel() * problem.y0.element_size()
         rows = BYTES // max(state * (2 + len(self.scheme.rows)), 1)
         self.room = Room(min(max(rows, 1), begun.form.times - 1), steps)
-        self.field.probe()
+        field.probe()
         begin = time.perf_counter()
-        self.field.probe()
+        field.probe()
         self.attempt_seconds = (time.perf_counter() - begin) / 2 * self.scheme.tableau.stages
         shown = tuple(isinstance(tol, Tensor) for tol in (problem.norm.rtol, problem.norm.atol))
         sizes = problem.norm.sizes
-        run = forward(self.scheme, _order(method), sizes, self.room, self.field, begun.form, shown)  # pyright: ignore
+        run = forward(self.scheme, _order(method), sizes, self.room, field, begun.form, shown)  # pyright: ignore
         examples = [torch.zeros_like(x) for x in (*begun.inputs(begun.point), *seen.bare())]
         with refusals(), torch.no_grad():
             graph = graph_of(run, examples)
