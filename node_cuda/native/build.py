@@ -63,16 +63,24 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
         return lambda inputs: list(graph(*inputs))
     folder = folder_of_results()
     path = folder / f"{_digest(graph, examples)}.so"
-    if not path.exists():
-        _log.warning("Compiling %s: some 20 to 60 seconds, once. It is kept in %s.", what, folder)
-        start = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compiled(graph, examples, os.path.join(scratch, "solve.so"))
-            os.replace(made, path)  # two processes may do this at once
-        compilations += 1
-        _log.warning("Compiled %s in %.0f seconds.", what, time.perf_counter() - start)
-    runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        if not path.exists():
+            _log.warning("Compiling %s: some 20 to 60 seconds, once. It is kept in %s.", what, folder)
+            start = time.perf_counter()
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = _compiled(graph, examples, os.path.join(scratch, "solve.so"))
+                os.replace(made, path)  # two processes may do this at once
+            compilations += 1
+            _log.warning("Compiled %s in %.0f seconds.", what, time.perf_counter() - start)
+    except OSError as error:
+        why = f"native code cannot be kept in {folder} ({error.strerror}): set NODE_CUDA_CACHE to a folder for it"
+        raise Refused(why) from None
+    try:
+        runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError as error:
+        words = str(error).strip().split("\n")[0]
+        raise Refused(f"the native code in {path} cannot be loaded ({words:.160}): delete it") from None
     return runner.run
 
 

@@ -18,7 +18,7 @@ from node_cuda.methods.tableau import DenseOutput, Tableau
 from node_cuda.native import step as formulas
 from node_cuda.native.numbers import FIRST, Form, Given, Point, Settings, given_in, packed, point_in
 from node_cuda.native.step import Norm, beside, combine, cut, judge, proposed, weighted
-from node_cuda.native.tracing import Parts, while_loop
+from node_cuda.native.tracing import while_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.status import Status
 
@@ -265,7 +265,9 @@ def _first_step(c: Any, f: Evaluate, norm: Norm, order: int, t: Any, y: Tensor, 
     return formulas.within(c, h), status
 
 
-def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Given) -> tuple[Point, Tensor, Tensor, Step]:
+def _attempt(
+    scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Given
+) -> tuple[Point, Tensor, Tensor, Step]:
     """Take a step whose error decides, and move if it is accepted."""
     at = cut(p, given.tstops, None)
     step = compute(scheme, c, f, p.t, at.t1, at.h, y, k1)
@@ -280,7 +282,16 @@ def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tenso
 
 
 def moved(
-    c: Any, p: Point, law: Any, at: Any, ratio: Tensor, dtype: torch.dtype, output: Tensor, active: Tensor, jumps: Tensor | None, cost: int
+    c: Any,
+    p: Point,
+    law: Any,
+    at: Any,
+    ratio: Tensor,
+    dtype: torch.dtype,
+    output: Tensor,
+    active: Tensor,
+    jumps: Tensor | None,
+    cost: int,
 ) -> Point:
     """Return the point after a step was judged, with the next step proposed, as `StepControl.judge_ratio`."""
     finite = torch.isfinite(ratio)
@@ -307,7 +318,9 @@ def moved(
     return proposed(c, q, active)
 
 
-def _grid_step(scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Given) -> tuple[Point, Tensor, Tensor, Step]:
+def _grid_step(
+    scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Given
+) -> tuple[Point, Tensor, Tensor, Step]:
     """Take the step to the next point of the grid."""
     grid: Any = given.grid
     place: Any = p.place
@@ -341,7 +354,9 @@ def _slopes_if(
     return [*step.k[: 1 if scheme.hermite else n], *found]
 
 
-def _outputs(scheme: Scheme, used: Sequence[int], times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor) -> Tensor:
+def _outputs(
+    scheme: Scheme, used: Sequence[int], times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor
+) -> Tensor:
     """Return y at all times, from the recorded steps. Rows of times that these do not hold have no meaning."""
     t0, t1, signed = ends.unbind(1)
     last = torch.where(torch.arange(len(t1)) < rows, t1, torch.inf)

@@ -174,7 +174,9 @@ def check(graph: torch.fx.GraphModule, inputs: Sequence[int]) -> None:
             continue
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
-            raise Refused(f"func draws random numbers ({node.target}), which a compiled loop would draw in another order")
+            raise Refused(
+                f"func draws random numbers ({node.target}), which a compiled loop would draw in another order"
+            )
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             continue

@@ -140,7 +140,9 @@ def test_a_number_in_an_attribute_is_compiled_again_at_most_twice(built):
     assert run(field).stats.loop == "native" and len(built) == 3
     field.rate = 77.0
     with pytest.raises(ValueError, match="'rate' has changed again"):
-        run(field, kept="require") and [setattr(field, "rate", float(i)) or run(field, kept="require") for i in range(4)]
+        run(field, kept="require") and [
+            setattr(field, "rate", float(i)) or run(field, kept="require") for i in range(4)
+        ]
 
 
 def test_a_parameter_that_is_added_or_replaced_by_one_of_another_shape(built):
