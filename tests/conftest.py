@@ -29,6 +29,7 @@ torch.set_num_threads(1)  # the suite runs with -n 2 on two cores, so more threa
 
 def pytest_addoption(parser):
     parser.addoption("--pretend-gpu", action="store_true", help="run tests marked gpu on the CPU, by the shim")
+    parser.addoption("--compiled", action="store_true", help="run the tests marked compiled, too")
 
 
 def pytest_configure(config):
@@ -36,7 +37,11 @@ def pytest_configure(config):
         pretend_gpu.pretend()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("compiled"):
+        long = [item for item in items if item.get_closest_marker("compiled")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     for item in items:
         if KERNELS in item.path.parents or "shim_library" in item.fixturenames:
             item.add_marker("compiler")

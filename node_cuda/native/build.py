@@ -26,8 +26,8 @@ Native = Callable[[list[Tensor]], list[Tensor]]
 """A compiled graph: from the list of its inputs to the list of its results."""
 
 OPTIONS = {
-    # A loop that runs no iteration returns the memory of its inputs. The compiler does not know that, and would use that
-    # memory again.
+    # A loop that runs no iteration returns the memory of its inputs. The compiler does not know that, and would use
+    # that memory again.
     "allow_buffer_reuse": False,
     "inplace_buffers": False,
     # The numbers of a point are one vector: one allocation, and not one for each.
@@ -101,7 +101,7 @@ def _compiled(graph: torch.fx.GraphModule, examples: Sequence[Tensor], path: str
             return str(torch._inductor.aot_compile(graph, tuple(examples), options=options))
     except Exception as error:
         words = str(error).strip().split("\n")[0]
-        if "compiler" in type(error).__name__.lower() or "g++" in str(error):
+        if "CxxCompiler" in f"{type(error).__name__} {words}" or "g++" in str(error):
             raise Refused(f"the C++ compiler failed ({words:.160}): install g++ 10 or later, or set CXX") from None
         raise Refused(f"torch's compiler failed: {type(error).__name__}: {words:.160}") from None
 

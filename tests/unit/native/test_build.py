@@ -97,13 +97,9 @@ def test_the_folder_of_the_code(monkeypatch, tmp_path):
     assert build.folder_of_results() == tmp_path / ".cache" / "node_cuda"
 
 
-class InvalidCxxCompiler(RuntimeError):
-    pass
-
-
 FAILURES = {
     "no g++": (
-        InvalidCxxCompiler("no working C++ compiler"),
+        RuntimeError("InvalidCxxCompiler: No working C++ compiler found"),
         "the C\\+\\+ compiler failed .*: install g\\+\\+ 10 or later, or set CXX",
     ),
     "an error of torch": (KeyError("a bug\nwith a long text"), "torch's compiler failed: KeyError"),

@@ -246,9 +246,7 @@ def pole(t, y):
     return 50 * y * y
 
 
-QUARTERS = dict(
-    first_step=0.25, max_step=0.25, dfactor=0.25
-)  # exact step ends: no rounding decides when h is too small
+QUARTERS = dict(first_step=0.25, max_step=0.25, dfactor=0.25)  # exact times, also those of tiny steps
 
 
 ENDS = {
