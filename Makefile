@@ -17,10 +17,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-fast pretend-gpu lint types format bench clean
+.PHONY: help install test test-fast test-compiled pretend-gpu lint types format bench docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv with torch (an installed torch is kept), the package (editable) and what its tests need
 
@@ -32,6 +32,9 @@ test-fast: $(INSTALLED)  ## run the fast unit tests, which compile nothing
 
 pretend-gpu: $(INSTALLED)  ## run the tests that need a GPU on the CPU, to find errors in the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m gpu --pretend-gpu
+
+test-compiled: $(INSTALLED)  ## compile more solves for real (options compile=True)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --compiled -m compiled
 
 lint: $(INSTALLED)  ## run ruff: errors and layout
 	$(PY) -m ruff check .
@@ -47,6 +50,11 @@ format: $(INSTALLED)  ## let ruff fix what it can
 bench: $(INSTALLED)  ## train on handwritten digits, then measure memory and time for several numbers of steps: about four minutes
 	$(PY) bench/memory_vs_steps.py
 
+docs: $(VENV)/.docs  ## build the documentation site in build/site/ (a warning is an error), and run every example of the pages
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q tests/project/test_docs.py tests/project/test_readme.py
+	@echo "open build/site/index.html; for the search: $(PY) -m http.server -d build/site"
+
 clean:  ## remove .venv, builds and caches
 	rm -rf .venv build dist *.egg-info .pytest_cache .ruff_cache
 	rm -f node_cuda/_C.*.so node_cuda/_build.json
@@ -60,6 +68,10 @@ $(PY):
 		echo "$$folders" > "$$($(PY) -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/environment_with_torch.pth"; \
 		echo "using the torch of $(PYTHON)"; \
 	fi
+
+$(VENV)/.docs: $(INSTALLED)
+	@$(PY) -m pip install --quiet --no-build-isolation --editable '.[docs]'
+	@touch $@
 
 # A second run starts at once: make repeats this only after a change of one of these files.
 $(INSTALLED): pyproject.toml setup.py node_cuda/_version.py node_cuda/extension/build.py $(shell find csrc) | $(PY)

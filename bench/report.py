@@ -4,10 +4,9 @@
     python bench/report.py --write    fills the blocks between `<!-- bench:NAME -->` and `<!-- /bench -->`
     python bench/report.py --check    fails if a page does not show what the JSON says
 
-The blocks `memory`, `speed`, `speed-small`, `gradients`, `endurance`, `stiff`, `kernels`, `solve`, `device-loop` and
-`gpu` have the command, machine and commit, a sentence and a table; `memory-short` and `speed-short` are for the
+The blocks have the command, machine and commit, and tables or sentences; those that end in `-short` are for the
 project's README. A block without results says "Not measured yet." The pages are README.md, bench/README.md,
-bench/results/README.md and docs/stiff.md.
+bench/results/README.md, docs/choose.md and docs/stiff.md.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The layers of the package, and their picture in the pages: `python tools/layers.py` draws it anew.
+"""The layers of the package, and their picture in docs/architecture.md: `python tools/layers.py` draws it anew.
 
 tests/project/test_architecture.py says that imports point down only, and that the pictures are up to date.
 """
@@ -12,7 +12,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "node_cuda"
-PAGES = ("README.md", "docs/architecture.md")
+PAGES = ("docs/architecture.md",)
 
 # From the bottom up; within a layer a module may import those to its left. "" is node_cuda itself.
 LAYERS: tuple[tuple[str, ...], ...] = (
@@ -86,6 +86,16 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "cuda_graphs.captured",
         "cuda_graphs.forward",
         "cuda_graphs",
+    ),
+    (
+        "native.numbers",
+        "native.step",
+        "native.tracing",
+        "native.build",
+        "native.cache",
+        "native.loop",
+        "native.forward",
+        "native",
     ),
     (
         "gradients.parameters",

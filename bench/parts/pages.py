@@ -15,23 +15,35 @@ from parts.common.tables import Result
 from parts.device_loop.report import device_loop_block
 from parts.endurance.report import endurance_block
 from parts.gpu.report import gpu_block
-from parts.gradients.report import gradients_block
+from parts.gradients.report import gradient_costs, gradients_block
 from parts.kernels.report import kernels_block
+from parts.losses import losses_block
 from parts.memory.report import memory_block, memory_short
+from parts.methods.report import grids_block, methods_block
 from parts.solve.report import solve_block
 from parts.speed.report import small_block, speed_block, speed_short
 from parts.stiff.report import stiff_block
 
-PAGES = (ROOT / "README.md", BENCH / "README.md", PUBLISHED / "README.md", ROOT / "docs" / "stiff.md")
+PAGES = (
+    ROOT / "README.md",
+    BENCH / "README.md",
+    PUBLISHED / "README.md",
+    ROOT / "docs" / "choose.md",
+    ROOT / "docs" / "stiff.md",
+)
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
 
 BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
+    "losses": ("", losses_block),  # of all results
     "memory": ("memory_vs_steps", memory_block),
     "memory-short": ("memory_vs_steps", memory_short),
     "speed": ("speed", speed_block),
     "speed-short": ("speed", speed_short),
     "speed-small": ("speed", small_block),
     "gradients": ("gradients", gradients_block),
+    "gradient-costs": ("gradients", gradient_costs),
+    "methods": ("methods", methods_block),
+    "grids": ("methods", grids_block),
     "endurance": ("endurance", endurance_block),
     "stiff": ("stiff", stiff_block),
     "kernels": ("kernels", kernels_block),

@@ -172,7 +172,7 @@ def backward(
                 return [found.y, found.a]
 
             proposal, status = first_step_by(given.c, f, norm, order, t, [y, a], [k1y, k1a])
-            return [go - 1, nfe + 1, proposal, status]
+            return [go - 1, nfe + (status == 0).long(), proposal, status]
 
         state = [(p.fresh > 1).long(), nfe, p.proposal, p.status]
         _, nfe, proposal, status = while_loop(

@@ -26,8 +26,8 @@ Native = Callable[[list[Tensor]], list[Tensor]]
 """A compiled graph: from the list of its inputs to the list of its results."""
 
 OPTIONS = {
-    # A loop that runs no iteration returns the memory of its inputs. The compiler does not know that, and would use that
-    # memory again.
+    # A loop that runs no iteration returns the memory of its inputs. The compiler does not know that, and would use
+    # that memory again.
     "allow_buffer_reuse": False,
     "inplace_buffers": False,
     # The numbers of a point are one vector: one allocation, and not one for each.
@@ -63,16 +63,24 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
         return lambda inputs: list(graph(*inputs))
     folder = folder_of_results()
     path = folder / f"{_digest(graph, examples)}.so"
-    if not path.exists():
-        _log.warning("Compiling %s: some 20 to 60 seconds, once. It is kept in %s.", what, folder)
-        start = time.perf_counter()
-        folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            made = _compiled(graph, examples, os.path.join(scratch, "solve.so"))
-            os.replace(made, path)  # two processes may do this at once
-        compilations += 1
-        _log.warning("Compiled %s in %.0f seconds.", what, time.perf_counter() - start)
-    runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # pyright: ignore[reportAttributeAccessIssue]
+    try:
+        if not path.exists():
+            _log.warning("Compiling %s: some 20 to 60 seconds, once. It is kept in %s.", what, folder)
+            start = time.perf_counter()
+            folder.mkdir(parents=True, exist_ok=True)
+            with tempfile.TemporaryDirectory(dir=folder) as scratch:
+                made = _compiled(graph, examples, os.path.join(scratch, "solve.so"))
+                os.replace(made, path)  # two processes may do this at once
+            compilations += 1
+            _log.warning("Compiled %s in %.0f seconds.", what, time.perf_counter() - start)
+    except OSError as error:
+        why = f"native code cannot be kept in {folder} ({error.strerror}): set NODE_CUDA_CACHE to a folder for it"
+        raise Refused(why) from None
+    try:
+        runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # pyright: ignore[reportAttributeAccessIssue]
+    except RuntimeError as error:
+        words = str(error).strip().split("\n")[0]
+        raise Refused(f"the native code in {path} cannot be loaded ({words:.160}): delete it") from None
     return runner.run
 
 
@@ -93,7 +101,7 @@ def _compiled(graph: torch.fx.GraphModule, examples: Sequence[Tensor], path: str
             return str(torch._inductor.aot_compile(graph, tuple(examples), options=options))
     except Exception as error:
         words = str(error).strip().split("\n")[0]
-        if "compiler" in type(error).__name__.lower() or "g++" in str(error):
+        if "CxxCompiler" in f"{type(error).__name__} {words}" or "g++" in str(error):
             raise Refused(f"the C++ compiler failed ({words:.160}): install g++ 10 or later, or set CXX") from None
         raise Refused(f"torch's compiler failed: {type(error).__name__}: {words:.160}") from None
 

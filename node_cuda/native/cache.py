@@ -44,9 +44,11 @@ class Seen:
 
     def __init__(self, func: Any) -> None:
         values, tensors = parts(func)
-        self.found: Fingerprint = {**values, **{name: _form(x) for name, x in tensors.items()}}
         self.tensors: list[Tensor] = list({id(x): x for x in tensors.values()}.values())
         self.own: frozenset[str] = frozenset()
+        places = {id(x): i for i, x in enumerate(self.tensors)}
+        shared = tuple(places[id(x)] for x in tensors.values())  # which names are of the same tensor
+        self.found: Fingerprint = {**values, **{name: _form(x) for name, x in tensors.items()}, "shared()": shared}
 
     def bare(self) -> list[Tensor]:
         """Return the tensors without autograd."""

@@ -39,17 +39,17 @@ class CompiledForward:
     def __init__(self, problem: Problem, method: Method, seen: Seen, begun: Begun, steps: int) -> None:
         start = time.perf_counter()
         self.scheme = scheme_of(method)
-        self.field = TracedField(problem, seen.tensors)
+        field = TracedField(problem, seen.tensors)  # it is not kept: func would exist as long as its compiled code
         state = problem.y0.numel() * problem.y0.element_size()
         rows = BYTES // max(state * (2 + len(self.scheme.rows)), 1)
         self.room = Room(min(max(rows, 1), begun.form.times - 1), steps)
-        self.field.probe()
+        field.probe()
         begin = time.perf_counter()
-        self.field.probe()
+        field.probe()
         self.attempt_seconds = (time.perf_counter() - begin) / 2 * self.scheme.tableau.stages
         shown = tuple(isinstance(tol, Tensor) for tol in (problem.norm.rtol, problem.norm.atol))
         sizes = problem.norm.sizes
-        run = forward(self.scheme, order_of(method), sizes, self.room, self.field, begun.form, shown)  # pyright: ignore
+        run = forward(self.scheme, order_of(method), sizes, self.room, field, begun.form, shown)  # pyright: ignore
         examples = [torch.zeros_like(x) for x in (*begun.inputs(begun.point), *seen.bare())]
         with refusals(), torch.no_grad():
             graph = graph_of(run, examples)
@@ -213,8 +213,10 @@ def failure_of(problem: Problem, method: Method, stats: Stats, p: Point, y: Tens
     """Return the error of a solve that ended at this point."""
     status, detail = Status(p.status), f"The step was {p.proposal:.3g}."
     assert isinstance(method.options, AdaptiveOptions)
-    if status is Status.NON_FINITE and p.accepted == p.rejected == 0:
+    if status is Status.NON_FINITE and p.nfe == 1:
         detail = wrong_at_start(problem.norm, y, k1)
+    elif status is Status.NON_FINITE and p.t + p.proposal > p.t:
+        detail = f"The step was min_step = {p.proposal:.3g}."
     elif status is Status.MAX_STEPS:
         detail = f"max_num_steps = {method.options.max_num_steps}, the step {p.proposal:.3g}."
     return SolveError(status, problem.direction * p.t, stats, detail)

@@ -18,7 +18,7 @@ from node_cuda.methods.tableau import DenseOutput, Tableau
 from node_cuda.native import step as formulas
 from node_cuda.native.numbers import FIRST, Form, Given, Point, Settings, given_in, packed, point_in
 from node_cuda.native.step import Norm, beside, combine, cut, judge, proposed, weighted
-from node_cuda.native.tracing import Parts, while_loop
+from node_cuda.native.tracing import while_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.status import Status
 
@@ -71,7 +71,9 @@ def scheme_of(method: Method) -> Scheme:
         dense = dense_of(tableau, options.dense)
         return Scheme(tableau, True, True, dense.weight_rows, (), dense if dense.extra else None, False)
     assert isinstance(options, FixedOptions)
-    cubic = options.interp == "cubic"
+    # On a grid that is t itself each output is the end of a step, and the slopes there are not needed.
+    between = options.perturb or options.step_size is not None or options.grid_constructor is not None
+    cubic = options.interp == "cubic" and between
     rows, end = (HERMITE, HERMITE_END) if cubic else ((), (1.0,))
     return Scheme(tableau, False, options.perturb, rows, end, None, cubic)
 
@@ -246,7 +248,7 @@ def _begin(
         given, norm, tensors = told(rest)
         f = _with(field, given.c, tensors)
         proposal, status = first_step_by(given.c, lambda s, x: [f(s, x[0])], norm, order, t, [y], [k1])
-        return [go - 1, nfe + 1, proposal, status, k1.clone()]
+        return [go - 1, nfe + (status == 0).long(), proposal, status, k1.clone()]
 
     start = [(p_.fresh > 1).long(), nfe, p_.proposal, p_.status, k1]
     _, nfe, proposal, status, k1 = while_loop(lambda go, *_: go > 0, first_step, start, [p_.t, y, *fixed])
@@ -285,7 +287,9 @@ def first_step_by(
     return formulas.within(c, h), torch.where(bad, Status.NON_FINITE.value, 0)
 
 
-def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Given) -> tuple[Point, Tensor, Tensor, Step]:
+def _attempt(
+    scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Given
+) -> tuple[Point, Tensor, Tensor, Step]:
     """Take a step whose error decides, and move if it is accepted."""
     at = cut(p, given.tstops, None)
     step = compute(scheme, c, f, p.t, at.t1, at.h, y, k1)
@@ -300,7 +304,16 @@ def _attempt(scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tenso
 
 
 def moved(
-    c: Any, p: Point, law: Any, at: Any, ratio: Tensor, dtype: torch.dtype, output: Tensor, active: Tensor, jumps: Tensor | None, cost: int
+    c: Any,
+    p: Point,
+    law: Any,
+    at: Any,
+    ratio: Tensor,
+    dtype: torch.dtype,
+    output: Tensor,
+    active: Tensor,
+    jumps: Tensor | None,
+    cost: int,
 ) -> Point:
     """Return the point after a step was judged, with the next step proposed, as `StepControl.judge_ratio`."""
     finite = torch.isfinite(ratio)
@@ -327,7 +340,9 @@ def moved(
     return proposed(c, q, active)
 
 
-def _grid_step(scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Given) -> tuple[Point, Tensor, Tensor, Step]:
+def _grid_step(
+    scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Given
+) -> tuple[Point, Tensor, Tensor, Step]:
     """Take the step to the next point of the grid."""
     grid: Any = given.grid
     place: Any = p.place
@@ -361,7 +376,9 @@ def _slopes_if(
     return [*step.k[: 1 if scheme.hermite else n], *found]
 
 
-def _outputs(scheme: Scheme, used: Sequence[int], times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor) -> Tensor:
+def _outputs(
+    scheme: Scheme, used: Sequence[int], times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor
+) -> Tensor:
     """Return y at all times, from the recorded steps. Rows of times that these do not hold have no meaning."""
     t0, t1, signed = ends.unbind(1)
     last = torch.where(torch.arange(len(t1)) < rows, t1, torch.inf)

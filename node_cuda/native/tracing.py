@@ -114,7 +114,7 @@ class TracedField:
         if self.clips:
             t = torch.minimum(torch.maximum(t, c.low), c.high)
         with _InPlaceOf(dict(zip(map(id, self.tensors), tensors, strict=True))):
-            return self._field(t.to(self.dtype), y)
+            return self._field(t.to(self.dtype), y).contiguous()  # what a loop carries has one layout
 
 
 class _InPlaceOf(TorchFunctionMode):
@@ -140,13 +140,16 @@ class _InPlaceOf(TorchFunctionMode):
 def refusals() -> Iterator[None]:
     """Turn what the tracer raises for code that depends on numbers into Refused, with the reason."""
     from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+    from torch.fx.experimental.symbolic_shapes import GuardOnDataDependentSymNode
 
     cached = torch.is_autocast_cache_enabled()
     torch.set_autocast_cache_enabled(False)  # a cached weight would be one of the graph's
     try:
         yield
-    except (DataDependentOutputException, DynamicOutputShapeException) as error:
-        raise Refused(f"func reads numbers from its tensors ({error}): `if`, float(...), .item(), numpy") from None
+    except (DataDependentOutputException, DynamicOutputShapeException, GuardOnDataDependentSymNode) as error:
+        words = str(error).strip().split("\n")[0]
+        why = f"func reads numbers from its tensors, by `if`, float(...) or .item() ({words:.80}): use torch.where"
+        raise Refused(why) from None
     except Refused:
         raise
     except Exception as error:
@@ -171,7 +174,9 @@ def check(graph: torch.fx.GraphModule, inputs: Sequence[int]) -> None:
             continue
         tags = getattr(node.target, "tags", ())
         if torch.Tag.nondeterministic_seeded in tags:
-            raise Refused(f"func draws random numbers ({node.target}), which a compiled loop would draw in another order")
+            raise Refused(
+                f"func draws random numbers ({node.target}), which a compiled loop would draw in another order"
+            )
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             continue

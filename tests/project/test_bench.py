@@ -48,7 +48,8 @@ def bench(monkeypatch):
 LAYERS = (
     ("common",),
     ("solve",),
-    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "stiff", "gpu"),
+    ("speed", "memory", "gradients", "kernels", "device_loop", "endurance", "stiff", "methods", "gpu"),
+    ("losses",),
     ("pages",),
     ("program",),
 )
@@ -263,8 +264,8 @@ def test_a_page_is_filled_between_its_markers_and_nowhere_else(report, tmp_path)
 def test_an_unknown_marker_is_an_error_that_names_the_known_ones(report, tmp_path):
     with pytest.raises(
         SystemExit,
-        match="device-loop, endurance, gpu, gradients, kernels, memory, memory-short, solve, speed, speed-short, "
-        "speed-small",
+        match="device-loop, endurance, gpu, gradient-costs, gradients, grids, kernels, losses, memory, memory-short, "
+        "methods, solve, speed, speed-short, speed-small",
     ):
         report.filled("<!-- bench:sped -->\n<!-- /bench -->", tmp_path)
 
@@ -276,8 +277,8 @@ def test_every_page_shows_every_block_and_is_up_to_date(report):
         assert report.filled(page.read_text(), BENCH / "results") == page.read_text(), page
 
 
-PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "stiff", "solve", "kernels", "device_loop",
-            "gpu_unpack")  # fmt: skip
+PROGRAMS = ("memory_vs_steps", "speed", "gradients", "endurance", "stiff", "methods", "solve", "kernels",
+            "device_loop", "gpu_unpack")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", PROGRAMS)
@@ -832,6 +833,43 @@ def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_pa
     block = report.block("gradients", tmp_path)
     assert "rows are missing. 0 of 1 promised ratios reached. adjoint, quick: InvalidType" in block
     assert "| quick | adjoint | failed |  |  |  |" in block
+
+
+# ---- methods, losses, the picture
+
+
+def test_methods_compares_evaluations_and_errors(tmp_path, report):
+    result = run_quick("methods", tmp_path)
+    assert {row["method"] for row in result["adaptive"]} == {"dopri5", "dopri8"} and len(result["grids"]) == 4
+    for loose, tight in zip(result["adaptive"][::2], result["adaptive"][1::2], strict=True):
+        assert loose["rtol"] > tight["rtol"] and loose["nfe"] < tight["nfe"] and loose["error"] > tight["error"]
+    assert all(row["nfe"] <= row["budget"] + 1 for row in result["grids"])  # one more tells whether func is the user's
+    assert report.block("methods", tmp_path).count("\n|") == 2 + 2
+    assert report.block("grids", tmp_path).count("\n|") == 2 + 2
+
+
+def test_every_lost_row_is_listed_and_no_other(bench):
+    losses = bench("parts.losses")
+    row = {"case": "a", "target": None, "met": None}
+    rows = [{**row, "ratio": [0.5]}, {**row, "case": "b", "ratio": [1.5]}]
+    rows.append({**row, "case": "c", "ratio": [2.0], "target": 3.0, "met": False})
+    result = {"benchmark": "speed", "machine": {"command": "python bench/speed.py"}, "rows": rows}
+    assert losses.losses_block(result).splitlines()[2:] == [
+        "- a: 0.5 times as fast as torchdiffeq",
+        "- c: 2 times as fast as torchdiffeq, 3 was promised",
+    ]
+    assert losses.losses_block({**result, "rows": rows[1:2]}) == ""
+    cells = [
+        {"library": library, "gradient": "adjoint", "steps": 8, "seconds": seconds, "peak_mib": 1.0}
+        for library, seconds in (("node_cuda", 2.0), ("torchdiffeq", 1.0))
+    ]
+    assert losses.of_memory({"cells": cells}) == ["adjoint, N = 8: 2 s against 1 of torchdiffeq"]
+
+
+def test_the_picture_of_the_readme_is_drawn_from_the_results(bench, tmp_path):
+    pytest.importorskip("matplotlib")
+    bench("picture").draw(BENCH / "results", tmp_path / "picture.png")
+    assert (tmp_path / "picture.png").stat().st_size > 10_000
 
 
 # ---- endurance

@@ -1,4 +1,4 @@
-"""README.md and docs/extending.md are true: their examples print what their comments say, and their links resolve."""
+"""README.md and the pages in docs/ are true: their examples print what their comments say, and their links resolve."""
 
 from __future__ import annotations
 
@@ -20,14 +20,15 @@ from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.options import AdamsOptions
 
 ROOT = Path(__file__).resolve().parents[2]
-PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
-README = PAGES[0].read_text()
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").rglob("*.md"))]
+PAGES += [ROOT / "bench" / "README.md", ROOT / "bench" / "results" / "README.md"]
+README, METHODS_PAGE = PAGES[0].read_text(), (ROOT / "docs" / "methods.md").read_text()
 NUMBER = re.compile(r"-?\d+\.?\d*(?:e-?\d+)?")
 
 
-def table(first: str) -> list[list[str]]:
+def table(first: str, page: str) -> list[list[str]]:
     """Return the body of the table whose first column has this heading: a list of cells for each row."""
-    lines = README.splitlines()
+    lines = page.splitlines()
     start = next(i for i, line in enumerate(lines) if line.startswith(f"| {first} |"))
     rows = []
     for line in lines[start + 2 :]:
@@ -37,7 +38,7 @@ def table(first: str) -> list[list[str]]:
     return rows
 
 
-METHOD_ROWS = {row[0]: row[1:] for row in table("name")}
+METHOD_ROWS = {row[0]: row[1:] for row in table("name", METHODS_PAGE)}
 
 
 # ------------------------------------------------------------------ the examples
@@ -65,25 +66,24 @@ def registry_put_back():
         registry.update(entries)
 
 
-RUN = [
-    pytest.param(example, id=f"{page.rpartition('/')[2]}-{i}")
-    for page in ("README.md", "docs/extending.md")
-    for i, example in enumerate(examples(page))
-]
+RUN = [page.relative_to(ROOT).as_posix() for page in PAGES if examples(page.relative_to(ROOT).as_posix())]
 
 
 @pytest.mark.usefixtures("registry_put_back")
-@pytest.mark.parametrize("example", RUN)
-def test_an_example_prints_what_its_comments_say(example):
-    promised = re.findall(r"^ *print\(.*\) +# (.*)$", example, re.MULTILINE)
-    assert promised and len(promised) == example.count("print(")
-    printed = io.StringIO()
-    with contextlib.redirect_stdout(printed):
-        exec(example, {"__name__": "readme"})
-    lines = printed.getvalue().splitlines()
-    assert len(lines) == len(promised)
-    for line, promise in zip(lines, promised, strict=True):
-        assert agrees(line, promise), f"printed {line!r}, promised {promise!r}"
+@pytest.mark.parametrize("page", RUN)
+def test_the_examples_of_a_page_print_what_their_comments_say(page):
+    """One after another, with the names of those before."""
+    names = {"__name__": "page"}
+    for example in examples(page):
+        promised = re.findall(r"^ *print\(.*\) +# (.*)$", example, re.MULTILINE)
+        assert len(promised) == example.count("print(")
+        printed = io.StringIO()
+        with contextlib.redirect_stdout(printed):
+            exec(example, names)
+        lines = printed.getvalue().splitlines()
+        assert len(lines) == len(promised)
+        for line, promise in zip(lines, promised, strict=True):
+            assert agrees(line, promise), f"printed {line!r}, promised {promise!r}"
 
 
 def test_there_is_an_example_of_at_most_twelve_statements():
@@ -149,20 +149,30 @@ def test_the_rows_of_the_adams_methods_are_their_options():
     for name in ("implicit_adams", "fixed_adams"):
         assert METHOD_ROWS[name][0] == f"up to {MAX_ORDER}"
         assert METHOD_ROWS[name][3] == f"2 to {1 + AdamsOptions().max_iters}"
-    assert f"`max_order` ({MIN_ORDER} to {MAX_ORDER})" in README
+    assert f"`max_order` ({MIN_ORDER} to {MAX_ORDER})" in METHODS_PAGE
 
 
 def test_the_table_of_gradient_modes_is_the_registry():
-    rows = [row[0] for row in table("`gradient=`")]
+    rows = [row[0] for row in table("`gradient=`", README)]
     assert sorted(rows) == sorted(f'`"{name}"`' for name in GRADIENTS)
 
 
 # ------------------------------------------------------------------ links and commands
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
-def test_links_resolve(page):
-    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
-        if "://" not in target:
-            assert (page.parent / target).exists(), f"{page.name} links to {target}"
+def anchors(page: Path) -> set[str]:
+    """Return the anchors of the headings of a page."""
+    text = re.sub(r"^```.*?^```", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    headings = re.findall(r"^#+ +(.*)$", text, re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).strip().replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.relative_to(ROOT).as_posix())
+def test_links_and_their_anchors_resolve(page):
+    for target, anchor in re.findall(r"\]\(([^)#\s]*)#?([^)\s]*)\)", page.read_text()):
+        if "://" in target:
+            continue
+        path = (page.parent / target).resolve() if target else page
+        assert path.exists(), f"{page.name} links to {target}"
+        assert not anchor or anchor in anchors(path), f"{page.name} links to {target}#{anchor}"
 
 
 def test_the_commands_are_targets_of_the_makefile():

@@ -38,9 +38,14 @@ def provenance(result: Result) -> str:
     )
 
 
+def digits(value: float) -> str:
+    """A number to three digits, without an exponent if it is large."""
+    return f"{value:.3g}" if value < 100 else f"{value:.0f}"
+
+
 def spread(values: list[float]) -> str:
     """median (q1-q3), to three digits, on two lines."""
-    median, q1, q3 = (f"{value:.3g}" if value < 100 else f"{value:.0f}" for value in values)
+    median, q1, q3 = map(digits, values)
     return f"{median}\n({q1}-{q3})"
 
 

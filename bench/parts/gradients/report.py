@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 from parts.common.tables import (
     INCOMPLETE,
     Result,
     Rows,
+    digits,
     evaluations,
     markdown,
     outcome,
@@ -66,3 +69,28 @@ def gradients_block(result: Result) -> str:
     """The block `gradients` of the pages."""
     tables = [markdown(rows(result)) for rows in (gradient_time_rows, gradient_error_rows)]
     return "\n\n".join([provenance(result), gradients_sentence(result), *tables])
+
+
+def gradient_costs(result: Result) -> str:
+    """The block `gradient-costs` of the pages: a row for each mode, with its cost in every case and problem."""
+    return "\n\n".join([provenance(result), *(markdown(rows(result)) for rows in (cost_rows, memory_and_error_rows))])
+
+
+def cost_rows(result: Result) -> Rows:
+    """The time of a solve with its gradient, in ms: a row for each mode, a column for each case."""
+    return by_mode(result["times"], "case", lambda record: digits(record["milliseconds"][0]))
+
+
+def memory_and_error_rows(result: Result) -> Rows:
+    """Peak memory and error against the exact gradient: a row for each mode, a column for each problem."""
+    return by_mode(result["problems"], "problem", lambda record: f"{record['peak_mib']:.1f} MiB, {record['error']:.0e}")
+
+
+def by_mode(rows: list[Result], name: str, shown: Callable[[Result], str]) -> Rows:
+    """A row for each mode, a column for each of these rows of the result."""
+    table = [["gradient by", *(row[name] for row in rows)]]
+    for mode in dict.fromkeys(mode for row in rows for mode in row["by"]):
+        records = [row["by"].get(mode) for row in rows]
+        cells = ["" if r is None else "failed" if "failed" in r else shown(r) for r in records]
+        table.append([mode, *cells])
+    return table

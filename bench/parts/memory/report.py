@@ -121,5 +121,16 @@ def memory_block(result: Result) -> str:
 
 
 def memory_short(result: Result) -> str:
-    """The block `memory-short` of the pages."""
-    return "\n\n".join([provenance(result), result["sentence"]])
+    """The block `memory-short` of the pages: memory and time of each mode of ours at the last N."""
+    ours = result["cells"][0]["library"]
+    memory, times = (
+        {gradient: points for (library, gradient), points in series(result, quantity).items() if library == ours}
+        for quantity in ("peak_mib", "seconds")
+    )
+    last = max(cell["steps"] for cell in result["cells"])
+    each = [
+        f"{BY[by]} {memory[by][last]:.0f} MiB and {times[by][last]:.1f} s"
+        for by in BY
+        if last in memory.get(by, {}) and last in times[by]
+    ]
+    return f"A training step of {last} solver steps takes with {listed(each)}. {provenance(result)}"

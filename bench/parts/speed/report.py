@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from parts.common.libraries import OURS, RIVAL
-from parts.common.tables import Result, Rows, evaluations, markdown, provenance, spread, target
+from parts.common.tables import Result, Rows, digits, evaluations, markdown, provenance, spread, target
 from parts.speed.small import HAND
 
 
@@ -46,8 +46,14 @@ def speed_short(result: Result) -> str:
     on small states if they were measured."""
     least = min(row["ratio"][0] for row in result["rows"])
     kept = [row for row in result["rows"] if row["target"] is not None or row["ratio"][0] <= max(least, 1.0)]
+    table = [["what is timed", f"{OURS}, ms", f"{RIVAL}, ms", "times faster", "evaluations of f"]]
+    for row in kept:
+        ours, theirs = row["libraries"][OURS], row["libraries"][RIVAL]
+        counts = dict.fromkeys(evaluations(library).replace("+", " + ") for library in (ours, theirs))
+        times = [digits(library["milliseconds"][0]) for library in (ours, theirs)]
+        table.append([row["case"], *times, digits(row["ratio"][0]), " and ".join(counts)])
     small = [small_sentence(result)] if "small" in result else []
-    return "\n\n".join([speed_block({**result, "rows": kept}), *small])
+    return "\n\n".join([markdown(table), provenance(result), *small])
 
 
 def small_rows(result: Result) -> Rows:

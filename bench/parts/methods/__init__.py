@@ -1,0 +1,1 @@
+"""The problems and the tables of methods.py."""
