@@ -17,10 +17,10 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-fast matrix pretend-gpu lint types format bench examples docs clean
+.PHONY: help install test test-fast test-compiled matrix pretend-gpu lint types format bench examples docs clean
 
 help:  ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: $(INSTALLED)  ## make .venv with torch (an installed torch is kept), the package (editable) and what its tests need
 
@@ -38,6 +38,9 @@ matrix:  ## run the fast unit tests on each Python and torch that this machine h
 
 pretend-gpu: $(INSTALLED)  ## run the tests that need a GPU on the CPU, to find errors in the tests
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m gpu --pretend-gpu
+
+test-compiled: $(INSTALLED)  ## compile more solves for real (options compile=True)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --compiled -m compiled
 
 lint: $(INSTALLED)  ## run ruff: errors and layout
 	$(PY) -m ruff check .

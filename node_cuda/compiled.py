@@ -1,4 +1,4 @@
-"""`compile`: a solver for one function, which keeps the CUDA graphs captured for it."""
+"""`compile`: a solver for one function, which keeps what was captured or compiled for it."""
 
 from __future__ import annotations
 
@@ -8,19 +8,24 @@ from typing import Any
 from torch import Tensor
 
 from node_cuda._typing import Func, S
-from node_cuda.cuda_graphs.cache import GraphCache
+from node_cuda.cuda_graphs.cache import TIERS, GraphCache
+from node_cuda.native.cache import NativeCache
 from node_cuda.odeint import solve
 from node_cuda.options import check_mapping
 from node_cuda.solution import Solution
+from node_cuda.status import InvalidInput
+
+NATIVE = "native"
 
 
 class Compiled:
-    """`solve` for one func by captured graphs; made by `compile`. graphs: the graphs that were captured so far."""
+    """`solve` for one func, captured or compiled; made by `compile`. graphs: what it keeps so far."""
 
     def __init__(self, func: Func, solver: Mapping[str, Any]) -> None:
         self.func = func
         self.solver = solver
-        self.graphs: GraphCache[Any] = solver["options"]["cuda_graph"]
+        options = solver["options"]
+        self.graphs: GraphCache[Any] | NativeCache = options.get("compile") or options["cuda_graph"]
 
     def __call__(self, y0: S, t: Tensor) -> Solution[S]:
         """Return the solution at the times t, from y0."""
@@ -36,18 +41,33 @@ def compile(func: Func, *, tier: str | None = None, **solver: Any) -> Compiled:
     The first call with states of a shape captures one step, with func, as a CUDA graph; later calls launch it. The
     graphs are freed together with the returned function. tier: "while", "batches" or None for the best (see `graphs`).
     The other arguments are those of `solve`. If a solve cannot be captured, as on a CPU, the host loop solves, and
-    `Solution.stats.why` says why. Raises the exceptions of `solve`, and InvalidInput for another tier.
+    `Solution.stats.why` says why.
+
+    On the CPU options=dict(compile=True) compiles the loop over steps, with func, to native code. tier="native" demands
+    that: a solve that cannot be compiled raises Unsupported. Raises the exceptions of `solve`, and InvalidInput for
+    another tier.
     """
+    if tier not in (None, NATIVE, *TIERS):
+        raise InvalidInput(f"tier must be one of {', '.join(map(repr, (*TIERS, NATIVE)))} or None; got {tier!r}.")
     check_mapping(solver.get("options"))
     options = dict(solver.get("options") or {})
-    if not isinstance(options.get("cuda_graph"), GraphCache):
+    if tier == NATIVE:
+        options["compile"] = "require"
+    elif not options.get("compile"):
+        options.setdefault("cuda_graph", True)
+    if tier in TIERS and not isinstance(options.get("cuda_graph"), GraphCache):
         options["cuda_graph"] = GraphCache(tier)
-    return Compiled(func, {**solver, "options": options})
+    return Compiled(func, with_own_graphs({**solver, "options": options}))
 
 
 def with_own_graphs(solver: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the arguments of a solver that keeps its captured graphs, if the arguments ask for that."""
+    """Return the arguments of a solver that keeps its captured graphs and its native code, if it asks for them."""
     options = solver.get("options")
-    if options is None or options.get("cuda_graph") is not True:
+    if options is None:
         return dict(solver)
-    return {**solver, "options": {**options, "cuda_graph": GraphCache()}}
+    options = dict(options)
+    if options.get("cuda_graph") is True:
+        options["cuda_graph"] = GraphCache()
+    if (wanted := options.get("compile")) is True or wanted == "require":
+        options["compile"] = NativeCache(required=wanted == "require")
+    return {**solver, "options": options}

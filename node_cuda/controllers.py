@@ -99,7 +99,7 @@ CONTROLLERS = {
 
 def controller(choice: Any) -> StepSizeController:
     """Return a controller from its name, or the controller itself. Raises InvalidInput if it is neither."""
-    if isinstance(choice, StepSizeController):
+    if type(choice) is Controller or (not isinstance(choice, str) and isinstance(choice, StepSizeController)):
         return choice
     if not isinstance(choice, str) or choice not in CONTROLLERS:
         raise InvalidInput(

@@ -32,6 +32,7 @@ from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
 from node_cuda.loop.request import AdjointSpec, SolveSpec
 from node_cuda.methods.registry import SCIPY, Method, for_one_output, lookup, supported_callbacks
+from node_cuda.native.cache import NativeCache, natives_of
 from node_cuda.options import ARGUMENTS, check_mapping, option_names
 from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
@@ -215,7 +216,7 @@ def _solve(
         check_gradient(gradient, checkpoints)
     refuse_in_capture(y0)
     if options is not None:
-        options = _with_graphs(options, func)
+        options = _with_native(_with_graphs(options, func), func)
     chosen = lookup(method, options)
     if event_fn is not None:
         check_event_fn(event_fn)
@@ -243,7 +244,8 @@ def _solve(
     if isinstance(given.params, Tensor):
         given = with_fields(given, params=(given.params,))  # its rows are not parameters
     if given.options is not None:
-        given = with_fields(given, options=_with_graphs(given.options, func, "adjoint_options"))
+        options_ = _with_graphs(given.options, func, "adjoint_options")
+        given = with_fields(given, options=_with_native(options_, func, "adjoint_options"))
     beside = None
     if integral is not None or of_y is not func:
         beside = _beside(func, problem, integral)
@@ -452,6 +454,19 @@ def _with_graphs(options: Mapping[str, Any] | None, func: Any, name: str = "opti
             f"the captured graphs; got {wanted!r:.60}."
         )
     return {**options, "cuda_graph": graphs_of(func)}
+
+
+def _with_native(options: Mapping[str, Any] | None, func: Any, name: str = "options") -> Mapping[str, Any] | None:
+    """Return the options with a cache for the compiled solves, which exists as long as func."""
+    wanted = None if options is None else options.get("compile")
+    if options is None or not wanted or isinstance(wanted, NativeCache):
+        return options
+    if wanted is not True and wanted != "require":
+        raise InvalidType(
+            f'{name}["compile"] must be True, False, "require" (an error if the solve cannot be compiled), or a '
+            f"`node_cuda.native.cache.NativeCache`, which keeps the compiled solves; got {wanted!r:.60}."
+        )
+    return {**options, "compile": natives_of(func, wanted == "require")}
 
 
 def _refuse_callbacks(problem: Problem, method: Method) -> None:

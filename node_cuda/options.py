@@ -28,11 +28,13 @@ class Common:
     steps, in both passes; it needs tqdm. norm: the norm of the scaled error. check_reconstruction: with
     gradient="adjoint", compare the y that the backward solve reconstructs with the outputs, and warn if they differ too
     much. cuda_graph: capture a step and repeat it on the device, if that is possible; a `cuda_graphs.cache.GraphCache`
-    keeps the captured graphs, True keeps them with func. clip: never evaluate func at a time outside of [t[0], t[-1]],
-    and end the last step at t[-1]. By default a step may go past t[-1], as in torchdiffeq, and y at t[-1] is
-    interpolated. Fixed grids never go past it. compensated: sum y over the steps with compensation (Kahan): each step
-    adds what the rounding of y lost in the step before. So the rounding errors of many small steps do not add up, in a
-    long float32 solve or with a half-precision state. Of explicit Runge-Kutta methods, and of y alone.
+    keeps the captured graphs, True keeps them with func. compile: run the loop over steps as native code on the CPU, if
+    that is possible; "require" raises an error if it is not; a `native.cache.NativeCache` keeps the code. clip: never
+    evaluate func at a time outside of [t[0], t[-1]], and end the last step at t[-1]. By default a step may go past
+    t[-1], as in torchdiffeq, and y at t[-1] is interpolated. Fixed grids never go past it. compensated: sum y over the
+    steps with compensation (Kahan): each step adds what the rounding of y lost in the step before. So the rounding
+    errors of many small steps do not add up, in a long float32 solve or with a half-precision state. Of explicit
+    Runge-Kutta methods, and of y alone.
     """
 
     throw: bool | Literal["deferred"] = True
@@ -40,6 +42,7 @@ class Common:
     record_steps: bool = False
     check_reconstruction: bool = False
     cuda_graph: Any = False
+    compile: Any = False
     clip: bool = False
     compensated: bool = False
     norm: Norm | None = None
@@ -268,6 +271,10 @@ def _check(options: Common) -> None:
         )
     if options.progress:
         _check_progress(options)
+    if options.compile and options.cuda_graph:
+        raise InvalidInput(
+            "compile=True is for the CPU and cuda_graph=True for CUDA; got both. Drop one of them from options."
+        )
     if options.norm is not None and not callable(options.norm):
         raise InvalidType(f'options["norm"] must be a function of the scaled error; got {options.norm!r:.60}.')
     if options.compensated:

@@ -42,11 +42,13 @@ class Stats:
     all steps that were tried, also the rejected ones, as `TriedStep(t, h, error, accepted)`.
 
     loop: where the step loop runs: the "host", or with `options=dict(cuda_graph=True)` the device, in one launch
-    ("while") or in "batches" of launches. why: the reason why a faster loop was not used. loop_backward, why_backward:
-    the same for the backward pass. nfe of a captured solve counts the evaluations on the device. With throw="deferred"
+    ("while") or in "batches" of launches, or with `options=dict(compile=True)` as "native" code. why: the reason why a
+    faster loop was not used. loop_backward, why_backward: the same for the backward pass. nfe of a captured solve counts the evaluations on the device. With throw="deferred"
     the statistics are complete only after `Solution.check()`.
 
     why_gradient: with gradient="auto" the reason why "adjoint" was taken; None where "discrete" was.
+
+    compile_seconds: the time that this solve waited for the compiler, with options=dict(compile=True).
 
     Of implicit methods: jacobians: how often df/dy was computed, each with one of the nfe; factorisations of the
     matrix; linear_solves with it; newton_iterations, each with one of the nfe; rejected_by_newton: those of the
@@ -74,6 +76,7 @@ class Stats:
     loop_backward: str = "host"
     why_backward: str | None = None
     why_gradient: str | None = None
+    compile_seconds: float = 0.0
     checkpoint_slots: int | None = None
     peak_checkpoints: int = 0
     recomputed_steps: int = 0

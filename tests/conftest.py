@@ -15,6 +15,7 @@ from node_cuda.cuda_graphs import capture, first_run_check
 from node_cuda.gradients.adjoint import many_outputs
 from node_cuda.kernels import backend as dispatch
 from node_cuda.kernels import self_check
+from node_cuda.native import build as native_build
 from node_cuda.problem.field import VectorField
 
 KERNELS = Path(__file__).parent / "kernels"
@@ -28,6 +29,7 @@ torch.set_num_threads(1)  # the suite runs with -n 2 on two cores, so more threa
 
 def pytest_addoption(parser):
     parser.addoption("--pretend-gpu", action="store_true", help="run tests marked gpu on the CPU, by the shim")
+    parser.addoption("--compiled", action="store_true", help="run the tests marked compiled, too")
 
 
 def pytest_configure(config):
@@ -35,7 +37,11 @@ def pytest_configure(config):
         pretend_gpu.pretend()
 
 
-def pytest_collection_modifyitems(items):
+def pytest_collection_modifyitems(config, items):
+    if not config.getoption("compiled"):
+        long = [item for item in items if item.get_closest_marker("compiled")]
+        config.hook.pytest_deselected(items=long)
+        items[:] = [item for item in items if item not in long]
     for item in items:
         if KERNELS in item.path.parents or "shim_library" in item.fixturenames:
             item.add_marker("compiler")
@@ -104,6 +110,12 @@ def shim(shim_module, shim_controls, monkeypatch):
     yield shim_controls
     shim_controls.lib.shim_fail_next_launch(0)
     shim_controls.configure()
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Run compiled solves as traced graphs, without the compiler. Results are the same up to rounding."""
+    monkeypatch.setattr(native_build, "interpreted", True)
 
 
 class Everything:

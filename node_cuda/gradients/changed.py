@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -60,6 +60,8 @@ class LastStep:
     """Receives every accepted step, and keeps the last one."""
 
     def __init__(self) -> None:
+        self.seen: Any = None
+        """What func reached in a compiled solve, which shows no steps."""
         self._step: Step | None = None
         self._stepper: Stepper | None = None
 

@@ -19,6 +19,8 @@ from node_cuda.loop.outputs import grid_status, solve_outputs
 from node_cuda.loop.request import SolveSpec
 from node_cuda.loop.scipy_solver import solve_scipy
 from node_cuda.methods.registry import SCIPY
+from node_cuda.native.cache import refused
+from node_cuda.native.forward import try_native
 from node_cuda.options import ScipyOptions
 from node_cuda.status import Status, Unsupported
 
@@ -31,9 +33,15 @@ def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = 
     problem, method = request.problem, request.method
     if isinstance(method.options, ScipyOptions):
         request.stats.why = fallback_reason(problem, method) if method.options.cuda_graph else None
+        if method.options.compile:
+            request.stats.why = refused(method, f"{method.name} is no explicit Runge-Kutta method")
         return solve_scipy(problem, method.options, request.stats)
     if method.options.cuda_graph:
         done = try_captured(problem, method, request.stats, why)
+        if done is not None:
+            return done
+    if method.options.compile:
+        done = try_native(problem, method, request.stats, why, last)
         if done is not None:
             return done
     if plain_grid.applies(problem, method):
@@ -56,6 +64,8 @@ def event(request: SolveSpec, event_fn: EventFunc, last: LastStep | None = None)
         raise Unsupported('method="scipy_solver" finds no events. Use "dopri5", or a fixed grid with a step_size.')
     if method.options.cuda_graph:
         request.stats.why = "an event is looked for by the host"
+    if method.options.compile:
+        request.stats.why = refused(method, "an event is looked for by the host")
     loop, interpolant = make_loop(problem, method, request.stats, endless=True)
     if last is not None:
         loop.accepted = last.watch(loop.stepper)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import logging
 import math
 from collections.abc import Sequence
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -77,6 +77,52 @@ def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
     )
 
 
+def tell_of_length(problem: Problem, t: float, y: Tensor, h: float, rejected: int, endless: bool) -> str | None:
+    """Log where a solve of LONG attempts stands. Return how its field answers by chance, or None. Two evaluations."""
+    _log.warning(
+        "A solve has tried %d steps, and goes on: t = %.6g of %s, h = %.3g, %.0f%% of the steps rejected. If it "
+        'does not end: loosen rtol and atol; for a stiff field use method="rodas5p"; '
+        "name the times where func jumps as options=dict(jump_t=...); or set "
+        "options=dict(max_num_steps=...) as a limit.",
+        LONG,
+        problem.direction * t,
+        "an event" if endless else f"{problem.direction * problem.times[-1]:.6g}",
+        h,
+        100 * rejected / LONG,
+    )
+    at = torch.tensor(problem.direction * t, dtype=problem.time_dtype, device=y.device)
+    first, second = (problem.field(at, y).detach() for _ in range(2))
+    if torch.equal(first, second):
+        return None
+    change, size = float((second - first).abs().max()), float(first.abs().max())
+    if change > ROUNDING * torch.finfo(first.dtype).eps * size:
+        return f"dy/dt changed by {change:.3g}, of {size:.3g}."
+    return None
+
+
+class TimesToStopAt(NamedTuple):
+    """The times that a step must end at, those of them where func is discontinuous, and whether the start is one."""
+
+    times: list[float]
+    jumps: list[float]
+    starts_at_jump: bool
+
+
+def tstops_of(problem: Problem, options: AdaptiveOptions) -> TimesToStopAt:
+    """Return what step_t, jump_t and clip say about the ends of steps. Raises ValueError for a time given twice."""
+    start, direction = problem.times[0], problem.direction
+    step_t = times_option("step_t", options.step_t, direction, start)
+    jump_t = times_option("jump_t", options.jump_t, direction, start)
+    last = [problem.times[-1]] if problem.bounds is not None and problem.times[-1] not in step_t + jump_t else []
+    tstops = sorted(step_t + jump_t + last)
+    if len(set(tstops)) < len(tstops):
+        raise ValueError(
+            "`step_t` and `jump_t` must not have any repeated elements between them; got "
+            f"step_t = {step_t} and jump_t = {jump_t}. Each jump_t is also a step_t: drop it from step_t."
+        )
+    return TimesToStopAt(tstops, jump_t, start in jump_t)
+
+
 class AdaptiveSteps:
     """Steps chosen by the error estimate, and shortened to end at step_t, jump_t and `stops`.
 
@@ -108,24 +154,14 @@ class AdaptiveSteps:
         self.endless = endless
         chosen = controller(options.controller)
         law = (chosen if isinstance(chosen, Controller) else Controller()).law(order, options)
-        start, direction = problem.times[0], problem.direction
-        step_t = times_option("step_t", options.step_t, direction, start)
-        jump_t = times_option("jump_t", options.jump_t, direction, start)
-        self.starts_at_jump = start in jump_t
-        self.judges = True
-        last = [problem.times[-1]] if problem.bounds is not None and problem.times[-1] not in step_t + jump_t else []
-        tstops = sorted(step_t + jump_t + last)
-        if len(set(tstops)) < len(tstops):
-            raise ValueError(
-                "`step_t` and `jump_t` must not have any repeated elements between them; got "
-                f"step_t = {step_t} and jump_t = {jump_t}. Each jump_t is also a step_t: drop it from step_t."
-            )
+        stops_at = tstops_of(problem, options)
+        self.starts_at_jump, self.judges = stops_at.starts_at_jump, True
         self.spec = ControlSpec(
             law,
             order,
             options.max_num_steps,
-            tstops,
-            frozenset(jump_t),
+            stops_at.times,
+            frozenset(stops_at.jumps),
             stops,
             ends=not endless,
             limit=math.inf if problem.bounds is None else problem.times[-1],
@@ -157,7 +193,9 @@ class AdaptiveSteps:
         """Return the next step, or None if the solve has ended."""
         now = self.now
         if now.accepted + now.rejected == LONG and now.active:
-            self._tell_of_length(t, y)
+            chance = tell_of_length(self.problem, t, y, now.proposal, now.rejected, self.endless)
+            if chance is not None:
+                self._fail(Status.BY_CHANCE, t, chance)
         if self.problem.callbacks:
             self._notify("callback_step", t, y, now.proposal)
         if now.status:
@@ -194,28 +232,6 @@ class AdaptiveSteps:
     def ratio(self) -> float:
         """The error of the step judged last, in units of the tolerances."""
         return self.now.ratio
-
-    def _tell_of_length(self, t: float, y: Tensor) -> None:
-        """Log where a long solve stands, and raise SolveError if its field answers by chance. Two evaluations."""
-        now, problem = self.now, self.problem
-        _log.warning(
-            "A solve has tried %d steps, and goes on: t = %.6g of %s, h = %.3g, %.0f%% of the steps rejected. If it "
-            'does not end: loosen rtol and atol; for a stiff field use method="rodas5p"; '
-            "name the times where func jumps as options=dict(jump_t=...); or set "
-            "options=dict(max_num_steps=...) as a limit.",
-            LONG,
-            problem.direction * t,
-            "an event" if self.endless else f"{problem.direction * problem.times[-1]:.6g}",
-            now.proposal,
-            100 * now.rejected / LONG,
-        )
-        at = torch.tensor(problem.direction * t, dtype=problem.time_dtype, device=y.device)
-        first, second = (problem.field(at, y).detach() for _ in range(2))
-        if torch.equal(first, second):
-            return
-        change, size = float((second - first).abs().max()), float(first.abs().max())
-        if change > ROUNDING * torch.finfo(first.dtype).eps * size:
-            self._fail(Status.BY_CHANCE, t, f"dy/dt changed by {change:.3g}, of {size:.3g}.")
 
     def _choose_first_step(self, control: StepControl | DeviceStepControl, t: float, y: Tensor, k1: Tensor) -> None:
         control.start(t, None)

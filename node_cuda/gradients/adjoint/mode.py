@@ -17,6 +17,7 @@ from torch import Tensor
 
 from node_cuda._typing import EventFunc
 from node_cuda.gradients import forward
+from node_cuda.gradients.adjoint import native
 from node_cuda.gradients.adjoint.autonomy import ignores_time
 from node_cuda.gradients.adjoint.backward_solve import Backward, BackwardSettings, BackwardSolve, Found
 from node_cuda.gradients.adjoint.cuda_graph import try_captured
@@ -55,6 +56,7 @@ class _AdjointSolve(DifferentiableSolve):
     what = 'gradient="adjoint"'
     replays = False
     kept: Evaluated | None = None
+    then: Any = None
 
     def __init__(self, request: SolveSpec, event_fn: EventFunc | None) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
@@ -74,6 +76,7 @@ class _AdjointSolve(DifferentiableSolve):
         ys, self.status = forward.outputs(request, self.replaced(request.problem), last)
         if self.status is Status.SUCCESS:
             self.kept = last.evaluated(request.problem.times[-1], self.members)
+            self.then = last.seen
         # A partial solution has gradients where it was reached. If the status is not known yet, NaN stays NaN.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
         return ys, None
@@ -127,6 +130,10 @@ class _AdjointSolve(DifferentiableSolve):
         return found
 
     def _by_graphs(self, backward: Backward, used: UsedParameters, wants_t: bool) -> Found | None:
+        if backward.method.options.compile:
+            why = self.replaced(backward.forward)
+            then, wanted = self.then, self.parameters.wanted
+            return native.try_native(backward, then, self.stats, why, wanted, wants_t=wants_t)
         if not backward.method.options.cuda_graph:
             return None
         return try_captured(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
@@ -145,6 +152,8 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     method = request.backward_method()
     inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
     options = inherited if given.options is None else dict(given.options)
+    if inherited.get("compile") and options.get("compile", True):
+        options = {"compile": inherited["compile"], **options}
     if inherited.get("cuda_graph") and options.get("cuda_graph", True):
         # These two options do not depend on the method, so adjoint_options keep the forward values by default.
         options = {**{name: inherited[name] for name in ("cuda_graph", "throw") if name in inherited}, **options}

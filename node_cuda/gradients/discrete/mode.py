@@ -20,7 +20,7 @@ from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison
-from node_cuda.gradients.discrete import cuda_graph_forward, cuda_graph_reverse
+from node_cuda.gradients.discrete import cuda_graph_forward, cuda_graph_reverse, native
 from node_cuda.gradients.discrete.checkpoints import slots_for
 from node_cuda.gradients.discrete.cuda_graph_forward import SavedTrajectory, why_not_recorded
 from node_cuda.gradients.discrete.implicit_step import ImplicitStepAdjoint
@@ -84,6 +84,7 @@ class _DiscreteSolve(DifferentiableSolve):
     replays = True
     trajectory: Trajectory
     record: SavedTrajectory | None = None
+    compiled: native.Record | None = None
     times: tuple[float, ...]
 
     def __init__(
@@ -111,6 +112,13 @@ class _DiscreteSolve(DifferentiableSolve):
                 self.times = problem.times
                 return ys, None
             stats.why_backward = stats.why
+        if method.options.compile:
+            compiled = native.try_native(request, self._why_not_compiled(request))
+            if compiled is not None:
+                ys, self.status, self.compiled = compiled
+                self.times = problem.times
+                return ys, problem.direction * self.times[-1]
+            stats.why_backward = stats.why
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:
@@ -129,9 +137,33 @@ class _DiscreteSolve(DifferentiableSolve):
         problem = request.problem
         return self.replaced(problem) or why_not_recorded(problem, request.method, self.parameters.wanted)
 
+    def _why_not_compiled(self, request: SolveSpec) -> str | None:
+        if self.event_fn is not None:
+            return "an event is looked for by the host"
+        if self.taped_grid:
+            return "dL/dt of a fixed grid is computed step by step"
+        return self.replaced(request.problem)
+
+    def _by_native(
+        self, record: native.Record, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool
+    ) -> Gradients:
+        """Return the gradients by the compiled reverse loop."""
+        stats, wanted = self.stats, self.parameters.wanted
+        lam, of_params = native.gradients(record, problem, grad_ys, saved.params, wanted, stats)
+        adj_t = None
+        if wants_t:
+            adj_t = saved.ys.new_zeros(len(saved.t), dtype=of_times(saved.ys.dtype))
+            reached = int(torch.isfinite(saved.ys).reshape(len(saved.ys), -1).all(1).sum())
+            by_the_flow(adj_t, range(reached), problem, saved.ys, grad_ys, lam, real_dot)
+            stats.nfe_backward += reached
+            adj_t = adj_t.to(saved.t)
+        return Gradients(adj_t, None, lam + grad_ys[0], of_params)
+
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients, by a captured reverse pass or by the host."""
         stats = self.stats
+        if self.compiled is not None:
+            return self._by_native(self.compiled, problem, saved, grad_ys, wants_t)
         if self.record is not None:
             trial = Trial("backward pass", stats.loop, saved.ys)
             compared = trial.due and self._looked_at(self.record)

@@ -1,0 +1,168 @@
+"""The compiled backward solve of the adjoint method: a native loop for each interval between outputs."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from node_cuda._records import with_fields
+from node_cuda.gradients.adjoint.backward_solve import Backward, Found
+from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.reference import real_dot
+from node_cuda.kernels.stage_times import Clock
+from node_cuda.loop.grids import grid_of
+from node_cuda.loop.step_control import LONG, tell_of_length
+from node_cuda.methods.registry import Method
+from node_cuda.native.adjoint import Shape, backward
+from node_cuda.native.build import native
+from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
+from node_cuda.native.forward import SECONDS, account, begin, failure_of, name_of, order_of
+from node_cuda.native.loop import scheme_of
+from node_cuda.native.numbers import Form, point_of
+from node_cuda.native.tracing import TracedField, check, graph_of, refusals
+from node_cuda.options import AdaptiveOptions, FixedOptions
+from node_cuda.problem.problem import Problem
+from node_cuda.solution import Stats
+from node_cuda.status import Status
+
+
+class CompiledAdjoint:
+    """The compiled backward loop of one kind of solve."""
+
+    def __init__(self, problem: Problem, method: Method, seen: Seen, shape: Shape) -> None:
+        start = time.perf_counter()
+        self.scheme = scheme_of(method)
+        field = TracedField(problem, seen.tensors)
+        field.probe()
+        begun = time.perf_counter()
+        field.probe()
+        self.attempt_seconds = 2 * (time.perf_counter() - begun) * self.scheme.tableau.stages
+        run = backward(self.scheme, order_of(method), shape, field)
+        y = torch.zeros(problem.y0.shape, dtype=problem.y0.dtype)
+        tensors = [torch.zeros_like(x) for x in seen.bare()]
+        sums = [tensors[i].clone() for i in shape.wanted]
+        tolerances = [y.real.clone() for given in shape.per_element if given]
+        numbers = torch.zeros(shape.form.length, dtype=torch.float64)
+        state = [y, *(y.clone() for _ in range(3)), *sums, *(x.clone() for x in sums)]
+        examples = [numbers, *state, *tolerances, *tensors]
+        with refusals(), torch.no_grad():
+            graph = graph_of(run, examples)
+        check(graph, range(len(examples) - len(tensors), len(examples)))
+        self.call = native(graph, examples, f'gradient="adjoint" by {method.name} of {name_of(problem.func)}')
+        self.seconds = time.perf_counter() - start
+        self.told = False
+
+
+def try_native(
+    given: Backward, then: Then | None, stats: Stats, why: str | None, wanted: Sequence[Tensor], *, wants_t: bool
+) -> Found | None:
+    """Return the gradients by a compiled backward solve, or None if the host must do it: see `stats.why_backward`.
+
+    then: what func reached in the forward pass. wanted: the parameters as func knows them.
+    """
+    problem, method, settings, forward = given.problem, given.method, given.settings, given.forward
+    if why is None and settings.checks:
+        why = "check_reconstruction compares y at each output on the host"
+    if why is None and forward.adjoint_callbacks:
+        why = "func has callbacks for the backward solve, and a compiled loop calls no Python"
+    why = why or why_eager(with_fields(problem, callbacks={}), method)
+    if why is not None:
+        stats.why_backward = refused(method, why)
+        return None
+    cache = method.options.compile
+    assert isinstance(cache, NativeCache)
+    # The state of the loop is y and a apart, each like y0, with its tolerances.
+    like = with_fields(
+        problem,
+        y0=given.ys[0].detach().contiguous(),
+        layout=forward.layout,
+        norm=ErrorNorm(settings.rtol, settings.atol, forward.norm.sizes),
+    )
+    begun = begin(like, method)
+    points = None if isinstance(method.options, AdaptiveOptions) else _grids(like, method)
+    room = 0 if points is None else 1 << (max(map(len, points)) - 1).bit_length()
+    form = Form(1, begun.form.tstops, begun.form.jumps, room)
+    seen = Seen(like.func)
+    places = {id(x): i for i, x in enumerate(seen.tensors)}
+    known = [places.get(id(x)) for x in wanted]
+    shape = Shape(
+        form,
+        tuple(sorted({i for i in known if i is not None})),
+        (isinstance(settings.rtol, Tensor), isinstance(settings.atol, Tensor)),
+        like.norm.sizes,
+        given.params_in_norm,
+    )
+    found = cache.get(
+        key_of(like, method, "adjoint", shape), like.func, lambda seen: CompiledAdjoint(like, method, seen, shape), seen
+    )
+    if isinstance(found, str):
+        stats.why_backward = refused(method, found)
+        return None
+    made, seen = found
+    if then is not None:
+        then.refuse_changes(seen, 'gradient="adjoint"')
+    account(made, stats)
+    tensors = seen.bare()
+    for i, x in zip(known, given.params, strict=True):
+        if i is not None:
+            tensors[i] = x.detach()
+    sums_norm = given.params_norm
+    begun = begun._replace(
+        settings=begun.settings._replace(rtol_sums=float(sums_norm.rtol), atol_sums=float(sums_norm.atol))
+    )
+    stops = begun.times[len(problem.times) : len(problem.times) + form.tstops + form.jumps]
+    y, a = like.y0, given.grad_ys[-1].contiguous()
+    y = given.ys[-1].contiguous()
+    changing = [y, y, *(tensors[i] for i in shape.wanted), *(torch.zeros_like(tensors[i]) for i in shape.wanted)]
+    p, last = begun.point._replace(output=0), len(problem.times) - 1
+    after = Clock(1.0, like.time_dtype, y.device).after
+    adj_t = torch.zeros_like(given.t) if wants_t else None
+    cap = float(max(int(SECONDS / max(made.attempt_seconds, 1e-7)), 1))
+    for i in range(last):
+        m = last - i
+        if i:
+            p = p._replace(output=0, place=0, t_k1=after(p.t), fresh=int(made.scheme.adaptive))
+        grid = [] if points is None else [*points[i], *points[i][-1:] * (room - len(points[i]))]
+        while p.output < 1:
+            tried = p.accepted + p.rejected
+            allowed = min(cap, LONG - tried) if tried < LONG else cap
+            numbers = [*p, *begun.settings._replace(cap=allowed), problem.times[i + 1], *stops, *grid]
+            vector = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+            point, y, a, *changing = made.call([vector, y, a, *changing, *begun.tolerances, *tensors])
+            p = point_of(point.tolist())
+            stats.host_reads += 1
+            if p.accepted + p.rejected == LONG and p.output < 1 and made.scheme.adaptive:
+                chance = tell_of_length(like, p.t, y, p.proposal, p.rejected, False)
+                p = p if chance is None else p._replace(status=Status.BY_CHANCE.value)
+            if p.status:
+                stats.nfe_backward += p.nfe
+                raise failure_of(like, method, stats, p, y, changing[0])
+        if adj_t is not None:
+            adj_t[m] = real_dot(given.grad_ys[m], _f(given, m, stats))
+            if m == 1:
+                adj_t[0] = -real_dot(a, _f(given, 0, stats))
+        y, a = given.ys[m - 1].contiguous(), a + given.grad_ys[m - 1]
+    stats.nfe_backward += p.nfe
+    stats.loop_backward = "native"
+    sums = dict(zip(shape.wanted, changing[2 + len(shape.wanted) :], strict=True))
+    return adj_t, a, [torch.zeros_like(x) if i is None else sums[i] for i, x in zip(known, given.params, strict=True)]
+
+
+def _grids(problem: Problem, method: Method) -> list[list[float]]:
+    """Return the points of the grid of each interval. Each interval has a grid of its own, as in torchdiffeq."""
+    assert isinstance(method.options, FixedOptions)
+    pairs = [
+        with_fields(problem, t=problem.t[i : i + 2], times=problem.times[i : i + 2])
+        for i in range(len(problem.times) - 1)
+    ]
+    return [grid_of(pair, method.options)[0] for pair in pairs]
+
+
+def _f(given: Backward, m: int, stats: Stats) -> Tensor:
+    """Return f at the m-th output."""
+    forward = given.forward
+    stats.nfe_backward += 1
+    return forward.field(given.t[m].to(given.ys.device, forward.time_dtype), given.ys[m])

@@ -1,0 +1,1 @@
+"""Compiled solves on the CPU: the loop over steps, with func inside, as native code made by PyTorch's compiler."""
