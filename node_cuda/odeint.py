@@ -95,7 +95,8 @@ def odeint(
     """
     if unknown:
         refuse_unknown("odeint", unknown)
-    refuse_regularized(func, "odeint")
+    if isinstance(func, Regularized):
+        refuse_regularized(func, "odeint")
     solution = _solve(func, y0, t, rtol, atol, method, options, event_fn, wants_status=False)
     return solution.ys if event_fn is None else (solution.event_t, solution.ys)
 
@@ -139,7 +140,8 @@ def odeint_adjoint(
     """
     if unknown:
         refuse_unknown("odeint_adjoint", unknown)
-    refuse_regularized(func, "odeint_adjoint")
+    if isinstance(func, Regularized):
+        refuse_regularized(func, "odeint_adjoint")
     given = AdjointSpec(adjoint_rtol, adjoint_atol, adjoint_method, adjoint_options, adjoint_params)
     solution = _solve(
         func, y0, t, rtol, atol, method, options, event_fn, gradient, checkpoints, given, wants_status=False
@@ -226,7 +228,8 @@ def _solve(
             'options["check_reconstruction"] belongs to gradient="adjoint", which reconstructs y backwards; got '
             f"gradient={gradient!r}, which stores it. Drop the option."
         )
-    if not (given.method or chosen.reads_tolerances or chosen.options.check_reconstruction):
+    none = rtol is None or atol is None
+    if none and not (given.method or chosen.reads_tolerances or chosen.options.check_reconstruction):
         rtol, atol = _of_a_fixed_grid(rtol, atol, event_fn)
     if event_fn is not None and chosen.options.clip:
         raise InvalidInput(

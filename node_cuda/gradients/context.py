@@ -13,8 +13,9 @@ def autocast_state(device_type: str) -> Callable[[], list[Any]]:
 
     It returns no contexts if autocast has not changed by then.
     """
-    kinds = ["cpu"] if device_type == "cpu" else [device_type, "cpu"]
-    kinds = [name for name in kinds if torch.amp.is_autocast_available(name)]
+    kinds = ["cpu"]
+    if device_type != "cpu" and torch.amp.is_autocast_available(device_type):
+        kinds.insert(0, device_type)
     before = _autocast(kinds)
 
     def contexts() -> list[Any]:

@@ -46,8 +46,7 @@ def outputs(request: SolveSpec, why: str | None = None, last: LastStep | None = 
             return done
     if plain_grid.applies(problem, method):
         ys = plain_grid.solve_grid(problem, method, request.stats, None if last is None else last.watch())
-        asked = request.wants_status or not method.options.raises
-        return ys, grid_status(ys, request.stats) if asked else Status.SUCCESS
+        return ys, grid_status(ys, request.stats) if request.wants_status else Status.SUCCESS
     loop, interpolant = make_loop(problem, method, request.stats)
     if last is not None:
         loop.accepted = last.watch(loop.stepper)

@@ -48,7 +48,10 @@ def _entered(name: str) -> Iterator[None]:
 def chosen() -> str:
     """Return the backend of the innermost context, or of the environment if there is no context."""
     inside = _inside.get()
-    return inside if inside is not None else _checked(os.environ.get(VARIABLE) or "auto", VARIABLE)
+    if inside is not None:
+        return inside
+    named = os.environ.get(VARIABLE)
+    return _checked(named, VARIABLE) if named else "auto"
 
 
 def _checked(name: str, where: str) -> str:
@@ -70,6 +73,12 @@ def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, 
             f'The backend "fused" was chosen, but {fallback_reason}. Use "auto" to solve without the kernels.'
         )
     return Arithmetic(y0, direction, norm, times)
+
+
+def is_plain(wanted: str, y0: Tensor) -> bool:
+    """Return whether plain PyTorch computes the steps. Where kernels cannot be, this is known without the other
+    reasons."""
+    return not _has_kernels(y0.device) or why_plain(wanted, y0) is not None
 
 
 def why_plain(wanted: str, y0: Tensor) -> str | None:

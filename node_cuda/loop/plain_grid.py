@@ -15,7 +15,7 @@ from torch import Tensor
 
 from node_cuda._torch_modes import transformed
 from node_cuda._user_code import in_step, tell_step
-from node_cuda.kernels.backend import why_plain
+from node_cuda.kernels.backend import is_plain
 from node_cuda.kernels.reference import combine
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.registry import Method
@@ -48,7 +48,7 @@ def applies(problem: Problem, method: Method) -> bool:
         and not (problem.t.requires_grad and torch.is_grad_enabled())
         and not transformed()
         and problem.backend != "fused"
-        and why_plain(problem.backend, problem.y0) is not None
+        and is_plain(problem.backend, problem.y0)
     )
 
 
@@ -62,19 +62,23 @@ def solve_grid(
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
     t = stage_times(problem, tableau.nodes)
     y = y_before = problem.y0
+    # Stages of a half state that are read several times are widened once.
+    wide = y.itemsize == 2 and stages > 2 and not torch.is_grad_enabled()
     k: list[Tensor] = []
-    ys = _slab(y, len(times))
+    large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
+    ys = _slab(y, len(times)) if large else None
     listed = [y]
     n, h = 0, 0.0
     try:
         for n in range(len(times) - 1):
             h = sign * (times[n + 1] - times[n])
             t_n = t[n * stages : (n + 1) * stages]
-            k = _stages(field, t_n, y, rows, h)
+            start = y.float() if wide else y
+            k, terms = _stages(field, t_n, y, start, rows, h)
             if stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
-                k = _stages(field, t_n, y, rows, h)
-            y_before, y = y, combine(y, k, b, h)
+                k, terms = _stages(field, t_n, y, start, rows, h)
+            y_before, y = y, combine(start, terms, b, h, torch.empty_like(y) if wide else None)
             if ys is None:
                 listed.append(y)
             else:
@@ -90,12 +94,18 @@ def solve_grid(
     return torch.stack(listed) if ys is None else ys
 
 
-def _stages(field: Field, t: Sequence[Tensor], y: Tensor, rows: Sequence[SparseRow], h: float) -> list[Tensor]:
-    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j)."""
+def _stages(
+    field: Field, t: Sequence[Tensor], y: Tensor, start: Tensor, rows: Sequence[SparseRow], h: float
+) -> tuple[list[Tensor], list[Tensor]]:
+    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j), and the same in the dtype of `start`, which is y."""
     k: list[Tensor] = []
+    terms = k if start is y else list[Tensor]()
     for t_i, row in zip(t, rows, strict=True):
-        k.append(field(t_i, combine(y, k, row, h) if row else y))
-    return k
+        z = y if not row else combine(start, terms, row, h, None if terms is k else torch.empty_like(y))
+        k.append(field(t_i, z))
+        if terms is not k:
+            terms.append(k[-1].float())
+    return k, terms
 
 
 def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
@@ -106,18 +116,13 @@ def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
         for c in nodes:
             values.append(sign * (t1 if c == 1.0 else t0 + c * (t1 - t0)))
     dtype, device = problem.y0.dtype.to_real(), problem.y0.device
-    if len(values) <= 2:  # two tensors are made in less time than one and its views
-        return tuple([torch.scalar_tensor(value, dtype=dtype, device=device) for value in values])
+    if len(values) == 1:  # a tensor and its view would take three times as long
+        return (torch.scalar_tensor(values[0], dtype=dtype, device=device),)
     return torch.tensor(values, dtype=dtype, device=device).unbind()
 
 
-def _slab(y0: Tensor, count: int) -> Tensor | None:
-    """Return memory for all outputs if they are many, because a list of them and its stack take twice as much.
-
-    None: use a list.
-    """
-    if torch.is_grad_enabled() or y0.numel() * count < LARGE:
-        return None
+def _slab(y0: Tensor, count: int) -> Tensor:
+    """Return memory for all outputs. A list of them and its stack would take twice as much."""
     ys = y0.new_empty((count, *y0.shape))
     ys[0] = y0
     return ys

@@ -57,6 +57,8 @@ class SolveSpec:
     def backward_tolerances(self) -> tuple[Tolerance, Tolerance]:
         """Return rtol and atol of the backward solve, by default the forward ones. Raises as `check_tolerance`."""
         problem, given = self.problem, self.adjoint
+        if given.rtol is None and given.atol is None:
+            return problem.norm.rtol, problem.norm.atol
         rtol, atol = (
             forward if backward is None else check_tolerance(name, backward, problem.layout, problem.y0)
             for name, forward, backward in (

@@ -134,19 +134,21 @@ class VectorField:
     def _probe(self, t: Tensor, y: Tensor) -> Tensor:
         """Evaluate with copies, and check how the function treats memory."""
         argument = y.clone()
-        version = version_of(argument)
+        version = None if argument.is_inference() else argument._version
         raw = self._call(t, argument)
-        _check(raw, y.shape, self.func)
-        wrote = not torch.equal(argument, y) if version is None else version_of(argument) != version
+        if not isinstance(raw, Tensor) or raw.shape != y.shape:
+            _check(raw, y.shape, self.func)
+        wrote = not torch.equal(argument, y) if version is None else argument._version != version
         self._copies_input = self._copies_input or wrote
         # Both are alive here, so that an equal address means the same buffer.
         if self._last_output is not None and _storage(raw) == _storage(self._last_output):
             self.copies_output = True
-        self._last_output = raw.detach() if self.nfe < self.probes else None
-        copies, self.copies_output = self.copies_output, True
-        out = self._checked(raw, y)
-        self.copies_output = copies
-        return out
+        if self.nfe < self.probes:
+            self._last_output = raw.detach()
+            # Its memory may be written again by the next evaluation.
+            return raw.clone() if raw.dtype is y.dtype else self._checked(raw, y)
+        self._last_output = None
+        return self._checked(raw, y)
 
 
 def _released(*_: Any) -> NoReturn:

@@ -110,16 +110,20 @@ def make_problem(
         raise InvalidState(
             f"y0 must be floating point or complex; got {flat.dtype}. Use `y0.float()` or `y0.double()`."
         )
-    times, direction = _times_of(t, y0)
+    try:
+        times, direction = check_times(t)
+    except (InvalidInput, InvalidType) as error:
+        _refuse_swapped(error, y0)
+        raise
     rtol = rtol if type(rtol) is float and rtol >= 0.0 else check_tolerance("rtol", rtol, layout, flat)
     atol = atol if type(atol) is float and atol >= 0.0 else check_tolerance("atol", atol, layout, flat)
     error_norm = ErrorNorm(
         rtol,
         atol,
-        layout.sizes,
+        None if layout is ONE_TENSOR else layout.sizes,
         None if norm is None else lambda scaled, _: norm(layout.unflatten(scaled)),
     )
-    if _is_zero(error_norm.rtol) and _is_zero(error_norm.atol):
+    if isinstance(rtol, float) and isinstance(atol, float) and rtol == atol == 0.0:
         raise InvalidInput(
             "rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use for example `rtol=1e-12`."
         )
@@ -168,18 +172,15 @@ def _inside(times: tuple[float, ...], direction: float, dtype: torch.dtype) -> t
     return least, most
 
 
-def _times_of(t: Any, y0: State) -> tuple[tuple[float, ...], float]:
-    """Return the result of `check_times`. If t is invalid and y0 would be valid times, the message says so."""
+def _refuse_swapped(error: InvalidInput | InvalidType, y0: State) -> None:
+    """If y0 would be valid times, raise the error of `check_times` with a sentence that says so."""
+    if not isinstance(y0, Tensor) or y0.ndim != 1 or y0.numel() < 2:
+        return
     try:
-        return check_times(t)
-    except (InvalidInput, InvalidType) as error:
-        if not isinstance(y0, Tensor) or y0.ndim != 1 or y0.numel() < 2:
-            raise
-        try:
-            check_times(y0)
-        except Exception:
-            raise error from None
-        raise type(error)(f"{error} If y0 and t are swapped, use `odeint(func, y0, t)`.") from None
+        check_times(y0)
+    except Exception:
+        raise error from None
+    raise type(error)(f"{error} If y0 and t are swapped, use `odeint(func, y0, t)`.") from None
 
 
 def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
@@ -346,7 +347,3 @@ def _callbacks(func: Func) -> tuple[dict[str, Callback], dict[str, Callback]]:
                 if callback is not None:
                     found[i][name] = callback
     return found
-
-
-def _is_zero(tol: Tol) -> bool:
-    return not isinstance(tol, Tensor) and tol == 0

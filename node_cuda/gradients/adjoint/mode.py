@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from node_cuda._records import with_fields
 from node_cuda._typing import EventFunc
 from node_cuda.gradients import forward
 from node_cuda.gradients.adjoint import native
@@ -73,6 +74,8 @@ class _AdjointSolve(DifferentiableSolve):
             event_t, ys = forward.event(request, self.event_fn, last)
             self.kept = last.evaluated(request.problem.direction * float(event_t), self.members)
             return ys, float(event_t)
+        if not (request.wants_status or request.method.options.raises):
+            request = with_fields(request, wants_status=True)  # the gradient of a failed solve is partial
         ys, self.status = forward.outputs(request, self.replaced(request.problem), last)
         if self.status is Status.SUCCESS:
             self.kept = last.evaluated(request.problem.times[-1], self.members)
@@ -87,7 +90,7 @@ class _AdjointSolve(DifferentiableSolve):
         times = torch.stack([t[0], at.to(t)]) if event_mode else t
         # The outputs that a failed solve did not reach are NaN. They give no gradient.
         failed = not event_mode and self.failed
-        count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
+        count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else ys.shape[0]
         solver_times = [problem.direction * s for s in times.cpu().double().tolist()] if event_mode else problem.times
         backward = Backward(
             problem, self.settings, times[:count], solver_times[:count], ys[:count], grad_ys[:count], params
@@ -168,6 +171,5 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     checks = parsed.check_reconstruction or request.method.options.check_reconstruction
     options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
     rtol, atol = request.backward_tolerances()
-    both = request.method.options, parsed
-    jumps = any(getattr(x, "jump_t", None) is not None for x in both)
+    jumps = any([getattr(x, "jump_t", None) is not None for x in (request.method.options, parsed)])
     return BackwardSettings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)
