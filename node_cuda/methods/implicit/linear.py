@@ -35,7 +35,8 @@ class Matrices:
         """Return x of shape (count, size); with `transposed`, by the transposed of real matrices. If the matrix was
         inverted, rows may be a vector."""
         if self._inverse is not None:
-            return rows @ (self._inverse.mT if transposed else self._inverse)
+            inverse = self._inverse.mT if transposed else self._inverse
+            return torch.mv(inverse.mT, rows) if rows.ndim == 1 else rows @ inverse
         return torch.linalg.lu_solve(self._lu, self._pivots, rows[..., None], adjoint=transposed)[..., 0]
 
 

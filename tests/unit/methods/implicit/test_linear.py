@@ -7,7 +7,7 @@ import torch
 from problems import F64, linspace
 
 from node_cuda.methods.implicit.blocks import Blocks
-from node_cuda.methods.implicit.linear import INVERTED, Coupled, Factorised, Transformed, parted
+from node_cuda.methods.implicit.linear import INVERTED, Coupled, Factorised, Matrices, Transformed, parted
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.problem.problem import make_problem
 
@@ -65,3 +65,11 @@ def test_the_matrix_of_all_stages_has_the_jacobian_of_each_stage_and_is_transpos
             x = Coupled(blocks, jacobians, tableau, h).solve(b, transposed=transposed)
             matrix = whole.T if transposed else whole
             assert torch.allclose(matrix @ x[:, sample].reshape(-1), b[:, sample].reshape(-1), atol=1e-12)
+
+
+def test_a_vector_and_a_row_of_a_small_state_are_solved_alike():
+    matrices = Matrices(torch.eye(3, dtype=F64)[None] + torch.triu(torch.ones(1, 3, 3, dtype=F64)))
+    b = torch.randn(3, dtype=F64)
+    for transposed in (False, True):
+        row = matrices.solve(b[None], transposed=transposed)[0]
+        assert matrices.inverted and torch.allclose(matrices.solve(b, transposed=transposed), row, rtol=1e-14)
