@@ -187,6 +187,8 @@ class WithTrace(nn.Module):
         super().__init__()
         self.func = func
         self.noise = noise
+        # The parameters of a replica of DataParallel are found in another way.
+        self._is_replica = getattr(func, "_is_replica", False)
 
     def forward(self, t: Tensor, state: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
         """Return (func(t, x), the trace)."""

@@ -202,6 +202,15 @@ def test_replicas_of_nested_fields_have_gradients():
     assert relative_difference(tuple(p.grad for p in func.parameters()), truth) < 1e-9
 
 
+def test_replicas_of_a_flow_have_gradients():
+    flow = ContinuousFlow(Nested(), 2, trace="exact", gradient="adjoint", **TIGHT)
+    flow.log_prob(batch()).sum().backward()
+    truth = tuple(p.grad.clone() for p in flow.parameters())
+    flow.zero_grad()
+    replica_of(flow).log_prob(batch()).sum().backward()
+    assert relative_difference(tuple(p.grad for p in flow.parameters()), truth) < 1e-9
+
+
 def test_data_parallel_without_a_gpu_has_the_right_gradients():
     net = Net()
     truth = gradients(net, batch())
