@@ -21,6 +21,8 @@ from torch import Tensor
 from torch.utils._pytree import tree_map
 
 from node_cuda._version import __version__
+from node_cuda.kernels.check_record import VARIABLE
+from node_cuda.kernels.check_record import folder as cache_folder
 from node_cuda.native.tracing import Refused
 
 _log = logging.getLogger("node_cuda")
@@ -64,7 +66,7 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
     global compilations
     if interpreted:
         return lambda inputs: list(graph(*inputs))
-    folder = folder_of_results()
+    folder = cache_folder()
     path = folder / f"{_digest(graph, examples)}.so"
     try:
         if not path.exists():
@@ -77,7 +79,7 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
             compilations += 1
             _log.warning("Compiled %s in %.0f seconds.", what, time.perf_counter() - start)
     except OSError as error:
-        why = f"native code cannot be kept in {folder} ({error.strerror}): set NODE_CUDA_CACHE to a folder for it"
+        why = f"native code cannot be kept in {folder} ({error.strerror}): set {VARIABLE} to a folder for it"
         raise Refused(why) from None
     try:
         runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # pyright: ignore[reportAttributeAccessIssue]
@@ -85,15 +87,6 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
         words = str(error).strip().split("\n")[0]
         raise Refused(f"the native code in {path} cannot be loaded ({words:.160}): delete it") from None
     return runner.run
-
-
-def folder_of_results() -> Path:
-    """Return where compiled solves are kept: $NODE_CUDA_CACHE, or a folder of the user's cache."""
-    given = os.environ.get("NODE_CUDA_CACHE")
-    if given:
-        return Path(given)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "node_cuda"
 
 
 def _compiled(graph: torch.fx.GraphModule, examples: Sequence[Tensor], path: str) -> str:

@@ -88,17 +88,6 @@ def test_another_graph_or_other_inputs_have_another_name(compiler):
     assert len(compiler) == len(builds) + 1
 
 
-def test_the_folder_of_the_code(monkeypatch, tmp_path):
-    monkeypatch.setenv("NODE_CUDA_CACHE", str(tmp_path))
-    assert build.folder_of_results() == tmp_path
-    monkeypatch.delenv("NODE_CUDA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert build.folder_of_results() == tmp_path / "cache" / "node_cuda"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert build.folder_of_results() == tmp_path / ".cache" / "node_cuda"
-
-
 FAILURES = {
     "no g++": (
         RuntimeError("InvalidCxxCompiler: No working C++ compiler found"),
