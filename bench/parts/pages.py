@@ -12,6 +12,7 @@ from pathlib import Path
 
 from parts.common.paths import BENCH, PUBLISHED, ROOT
 from parts.common.tables import Result
+from parts.compiled.report import compiled_block, compiled_short
 from parts.device_loop.report import device_loop_block
 from parts.endurance.report import endurance_block
 from parts.gpu.report import gpu_block
@@ -29,6 +30,7 @@ PAGES = (
     BENCH / "README.md",
     PUBLISHED / "README.md",
     ROOT / "docs" / "choose.md",
+    ROOT / "docs" / "compiled.md",
     ROOT / "docs" / "stiff.md",
 )
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -44,6 +46,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "gradient-costs": ("gradients", gradient_costs),
     "methods": ("methods", methods_block),
     "grids": ("methods", grids_block),
+    "compiled": ("compiled", compiled_block),
+    "compiled-short": ("compiled", compiled_short),
     "endurance": ("endurance", endurance_block),
     "stiff": ("stiff", stiff_block),
     "kernels": ("kernels", kernels_block),

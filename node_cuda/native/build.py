@@ -154,7 +154,7 @@ def _quiet() -> Iterator[None]:
 
 def _digest(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> str:
     """Return a name for the native code of this graph, which depends on everything that the code depends on."""
-    found = hashlib.sha256()
+    found = hashlib.sha256(Path(__file__).read_bytes())  # the way in which it is compiled
     capability = torch.backends.cpu.get_cpu_capability()
     told = (__version__, torch.__version__, platform.machine(), platform.node(), capability, torch.get_num_threads())
     for word in (*told, sorted(OPTIONS.items()), [(x.shape, x.stride(), x.dtype) for x in examples]):
