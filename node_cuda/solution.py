@@ -43,8 +43,9 @@ class Stats:
 
     loop: where the step loop runs: the "host", or with `options=dict(cuda_graph=True)` the device, in one launch
     ("while") or in "batches" of launches, or with `options=dict(compile=True)` as "native" code. why: the reason why a
-    faster loop was not used. loop_backward, why_backward: the same for the backward pass. nfe of a captured solve counts the evaluations on the device. With throw="deferred"
-    the statistics are complete only after `Solution.check()`.
+    faster loop was not used. loop_backward, why_backward: the same for the backward pass. nfe of a captured solve
+    counts the evaluations on the device. With throw="deferred" the statistics are complete only after
+    `Solution.check()`.
 
     why_gradient: with gradient="auto" the reason why "adjoint" was taken; None where "discrete" was.
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 from parts.common.libraries import OURS, RIVAL
 from parts.common.tables import Result, digits
+from parts.compiled.report import lost as of_compiled
 from parts.memory.report import series
 
 SAME = 1.1
@@ -111,4 +112,5 @@ OF: dict[str, Callable[[Result], list[str]]] = {
     "memory_vs_steps": of_memory,
     "gradients": of_gradients,
     "stiff": of_stiff,
+    "compiled": of_compiled,
 }

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from parts.common.paths import BENCH, EXAMPLES, PUBLISHED, ROOT
 from parts.common.tables import Result
+from parts.compiled.report import compiled_block, compiled_short
 from parts.device_loop.report import device_loop_block
 from parts.endurance.report import endurance_block
 from parts.examples.report import examples_block
@@ -32,6 +33,7 @@ PAGES = (
     PUBLISHED / "README.md",
     ROOT / "docs" / "choose.md",
     EXAMPLES / "README.md",
+    ROOT / "docs" / "compiled.md",
     ROOT / "docs" / "stiff.md",
 )
 BLOCK = re.compile(r"(<!-- bench:(?P<name>[\w-]+) -->\n).*?(<!-- /bench -->)", re.DOTALL)
@@ -47,6 +49,8 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "gradient-costs": ("gradients", gradient_costs),
     "methods": ("methods", methods_block),
     "grids": ("methods", grids_block),
+    "compiled": ("compiled", compiled_block),
+    "compiled-short": ("compiled", compiled_short),
     "endurance": ("endurance", endurance_block),
     "stiff": ("stiff", stiff_block),
     "peers": ("peers", peers_block),

@@ -45,7 +45,7 @@ class Slope(NamedTuple):
 def backward(
     scheme: Scheme, order: int, shape: Shape, field: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor]
 ) -> Callable[..., tuple[Tensor, ...]]:
-    """Return the loop as a function of (numbers, y, a, k1 of y and of a, k1 of the sums, the sums, tolerances, tensors).
+    """Return the loop as a function of tensors: numbers, y, a, their k1, k1 of the sums, the sums, tolerances, func's.
 
     The numbers hold one output time, the end of the interval. It returns the point and all that changes.
     """

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import logging
 import os
 import platform
 import tempfile
+import threading
 import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
@@ -16,8 +18,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from node_cuda._version import __version__
+from node_cuda.kernels.check_record import VARIABLE
+from node_cuda.kernels.check_record import folder as cache_folder
 from node_cuda.native.tracing import Refused
 
 _log = logging.getLogger("node_cuda")
@@ -61,7 +66,7 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
     global compilations
     if interpreted:
         return lambda inputs: list(graph(*inputs))
-    folder = folder_of_results()
+    folder = cache_folder()
     path = folder / f"{_digest(graph, examples)}.so"
     try:
         if not path.exists():
@@ -74,7 +79,7 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
             compilations += 1
             _log.warning("Compiled %s in %.0f seconds.", what, time.perf_counter() - start)
     except OSError as error:
-        why = f"native code cannot be kept in {folder} ({error.strerror}): set NODE_CUDA_CACHE to a folder for it"
+        why = f"native code cannot be kept in {folder} ({error.strerror}): set {VARIABLE} to a folder for it"
         raise Refused(why) from None
     try:
         runner: Any = torch._C._aoti.AOTIModelContainerRunnerCpu(str(path), 1)  # pyright: ignore[reportAttributeAccessIssue]
@@ -84,26 +89,55 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
     return runner.run
 
 
-def folder_of_results() -> Path:
-    """Return where compiled solves are kept: $NODE_CUDA_CACHE, or a folder of the user's cache."""
-    given = os.environ.get("NODE_CUDA_CACHE")
-    if given:
-        return Path(given)
-    home = os.environ.get("XDG_CACHE_HOME") or os.path.join(os.path.expanduser("~"), ".cache")
-    return Path(home) / "node_cuda"
-
-
 def _compiled(graph: torch.fx.GraphModule, examples: Sequence[Tensor], path: str) -> str:
     options = {**OPTIONS, "aot_inductor.package": False, "aot_inductor.output_path": path}
     try:
-        with torch.no_grad(), warnings.catch_warnings(), _quiet():
+        with _alone, _copies_of_views(), torch.no_grad(), warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
-            return str(torch._inductor.aot_compile(graph, tuple(examples), options=options))
+            made = str(torch._inductor.aot_compile(graph, tuple(examples), options=options))
     except Exception as error:
         words = str(error).strip().split("\n")[0]
         if "CxxCompiler" in f"{type(error).__name__} {words}" or "g++" in str(error):
             raise Refused(f"the C++ compiler failed ({words:.160}): install g++ 10 or later, or set CXX") from None
         raise Refused(f"torch's compiler failed: {type(error).__name__}: {words:.160}") from None
+    called = [node["node"]["target"] for file in Path(path).parent.glob("*.wrapper.json") for node in _nodes(file)]
+    if called:  # the code would call them through Python, which is not there
+        raise Refused(f"torch's compiler has no native code for {', '.join(sorted(set(called)))}")
+    return made
+
+
+def _nodes(file: Path) -> list[dict[str, Any]]:
+    return json.loads(file.read_text())["nodes"]
+
+
+_alone = threading.Lock()
+
+
+@contextlib.contextmanager
+def _copies_of_views() -> Iterator[None]:
+    """Tell torch's compiler what copies of views are, which it makes in a loop inside of a loop and does not know."""
+    from torch._inductor.decomposition import decompositions
+
+    aten = torch.ops.aten
+    rules = {
+        aten.slice_copy.Tensor: aten.slice.Tensor,
+        aten.select_copy.int: aten.select.int,
+        aten.split_copy.Tensor: aten.split.Tensor,
+        aten.detach_copy.default: aten.detach.default,
+        aten.view_as_real_copy.default: aten.view_as_real.default,
+        aten.view_as_complex_copy.default: aten.view_as_complex.default,
+    }
+    added = {op: _copied(view) for op, view in rules.items() if op not in decompositions}
+    decompositions.update(added)
+    try:
+        yield
+    finally:
+        for op in added:
+            del decompositions[op]
+
+
+def _copied(view: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda *arguments, **options: tree_map(torch.clone, view(*arguments, **options))
 
 
 @contextlib.contextmanager
@@ -120,7 +154,7 @@ def _quiet() -> Iterator[None]:
 
 def _digest(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> str:
     """Return a name for the native code of this graph, which depends on everything that the code depends on."""
-    found = hashlib.sha256()
+    found = hashlib.sha256(Path(__file__).read_bytes())  # the way in which it is compiled
     capability = torch.backends.cpu.get_cpu_capability()
     told = (__version__, torch.__version__, platform.machine(), platform.node(), capability, torch.get_num_threads())
     for word in (*told, sorted(OPTIONS.items()), [(x.shape, x.stride(), x.dtype) for x in examples]):

@@ -60,6 +60,7 @@ LAYERS = (
         "methods",
         "peers",
         "examples",
+        "compiled",
         "gpu",
     ),
     ("losses",),
@@ -983,6 +984,42 @@ def test_methods_compares_evaluations_and_errors(tmp_path, report):
     assert all(row["nfe"] <= row["budget"] + 1 for row in result["grids"])  # one more tells whether func is the user's
     assert report.block("methods", tmp_path).count("\n|") == 2 + 2
     assert report.block("grids", tmp_path).count("\n|") == 2 + 2
+
+
+@pytest.mark.slow
+def test_compiled_compares_with_the_others_and_writes_its_results(tmp_path, report, bench):
+    """The graphs run without the compiler here, so that the time of the compiled solve is not its own."""
+    pytest.importorskip("torchdiffeq")
+    result = run_quick("compiled", tmp_path)
+    assert result["machine"].keys() >= MACHINE_FIELDS
+    (row,) = result["rows"]
+    ours, eager = row["by"]["node_cuda compiled"], row["by"]["node_cuda eager"]
+    assert (ours["loop"], ours["why"], eager["loop"]) == ("native", None, "host")
+    assert ours["nfe"] == eager["nfe"] == row["by"]["torchdiffeq"]["nfe"] > 0
+    for found in row["by"].values():
+        assert "failed" not in found and 0 < found["error"] < 1e-3 and len(found["milliseconds"]) == 3
+    assert ours["compile_seconds"] > eager["compile_seconds"] >= 0
+    for library in ("torchode", "diffrax"):
+        assert library in row["by"] or any(line.startswith(f"{library} is left out") for line in result["missing"])
+    assert "| MLP 4x2 | forward | node_cuda compiled |" in report.block("compiled", tmp_path)
+    assert "pays after" in report.block("compiled-short", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("ours", "eager", "solves"), [(1.0, 3.0, 5000), (2.0, 3.0, 10000), (3.0, 3.0, None), (4.0, 3.0, None)]
+)
+def test_a_compiled_solve_pays_after_so_many_solves(bench, ours, eager, solves):
+    found = bench("parts.compiled.report")
+    by = {
+        "node_cuda compiled": {"milliseconds": [ours] * 3, "ratio": [1.0] * 3, "compile_seconds": 10.0},
+        "node_cuda eager": {"milliseconds": [eager] * 3, "ratio": [eager / ours] * 3},
+        "diffrax": {"ratio": [0.5] * 3},
+    }
+    row = {"case": "a", "timed": "forward", "goal": 1.5, "by": by}
+    assert found.solves_to_pay(row) == solves
+    lost = found.lost({"rows": [row]})
+    assert "a, forward: 2 times the time of diffrax, 1.5 was the limit" in lost
+    assert len(lost) == (2 if ours > eager else 1)
 
 
 def test_every_lost_row_is_listed_and_no_other(bench):

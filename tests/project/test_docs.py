@@ -61,6 +61,7 @@ EXAMPLES = [
 ]
 
 
+@pytest.mark.usefixtures("interpreted")
 @pytest.mark.parametrize(("example", "method"), EXAMPLES)
 def test_an_example_of_an_option_solves(example, method):
     arguments = {"method": method, **eval(f"dict({example})", {"torch": torch})}

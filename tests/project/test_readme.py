@@ -69,7 +69,7 @@ def registry_put_back():
 RUN = [page.relative_to(ROOT).as_posix() for page in PAGES if examples(page.relative_to(ROOT).as_posix())]
 
 
-@pytest.mark.usefixtures("registry_put_back")
+@pytest.mark.usefixtures("registry_put_back", "interpreted")
 @pytest.mark.parametrize("page", RUN)
 def test_the_examples_of_a_page_print_what_their_comments_say(page):
     """One after another, with the names of those before."""

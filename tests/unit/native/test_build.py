@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -86,17 +88,6 @@ def test_another_graph_or_other_inputs_have_another_name(compiler):
     assert len(compiler) == len(builds) + 1
 
 
-def test_the_folder_of_the_code(monkeypatch, tmp_path):
-    monkeypatch.setenv("NODE_CUDA_CACHE", str(tmp_path))
-    assert build.folder_of_results() == tmp_path
-    monkeypatch.delenv("NODE_CUDA_CACHE")
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    assert build.folder_of_results() == tmp_path / "cache" / "node_cuda"
-    monkeypatch.delenv("XDG_CACHE_HOME")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    assert build.folder_of_results() == tmp_path / ".cache" / "node_cuda"
-
-
 FAILURES = {
     "no g++": (
         RuntimeError("InvalidCxxCompiler: No working C++ compiler found"),
@@ -118,6 +109,38 @@ def test_a_compiler_that_fails_is_a_reason_and_the_host_solves(compiler, monkeyp
         solve(Timed(), start(), T, method="midpoint", options=dict(compile="require"))
     with torch.no_grad():
         assert re.search(why, reason(Timed(), start(), T, method="midpoint"))
+
+
+def test_operations_that_the_code_would_call_through_python_are_a_reason(compiler, monkeypatch, tmp_path):
+    with_stub = torch._inductor.aot_compile
+
+    def aot_compile(graph, examples, options):
+        made = with_stub(graph, examples, options)
+        nodes = [{"node": {"target": "my::operator"}}] * 2
+        Path(made).with_name("code.wrapper.json").write_text(json.dumps({"nodes": nodes}))
+        return made
+
+    monkeypatch.setattr(torch._inductor, "aot_compile", aot_compile)
+    with torch.no_grad():
+        why = reason(Timed(), start(), T, method="midpoint")
+    assert why == "torch's compiler has no native code for my::operator"
+    assert not list((tmp_path / "kept").glob("*"))
+
+
+def test_the_compiler_knows_copies_of_views_while_it_runs(compiler, monkeypatch):
+    from torch._inductor.decomposition import decompositions
+
+    before, during = dict(decompositions), {}
+    with_stub = torch._inductor.aot_compile
+    monkeypatch.setattr(
+        torch._inductor, "aot_compile", lambda *x, **k: during.update(decompositions) or with_stub(*x, **k)
+    )
+    build.native(graph(), [X], "")
+    copies, x = torch.ops.aten, torch.arange(6.0).reshape(2, 3)
+    assert torch.equal(during[copies.slice_copy.Tensor](x, 1, 1, 3), x[:, 1:3])
+    assert torch.equal(during[copies.select_copy.int](x, 1, 2), x[:, 2])
+    assert [part.tolist() for part in during[copies.split_copy.Tensor](x, 1)] == [[[0, 1, 2]], [[3, 4, 5]]]
+    assert decompositions == before
 
 
 def test_a_folder_that_cannot_be_written_is_a_reason(compiler, monkeypatch, tmp_path):
