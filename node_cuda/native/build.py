@@ -119,7 +119,7 @@ def _copies_of_views() -> Iterator[None]:
     from torch._inductor.decomposition import decompositions
 
     aten = torch.ops.aten
-    rules = {
+    rules: Any = {
         aten.slice_copy.Tensor: aten.slice.Tensor,
         aten.select_copy.int: aten.select.int,
         aten.split_copy.Tensor: aten.split.Tensor,
@@ -127,7 +127,7 @@ def _copies_of_views() -> Iterator[None]:
         aten.view_as_real_copy.default: aten.view_as_real.default,
         aten.view_as_complex_copy.default: aten.view_as_complex.default,
     }
-    added = {op: _copied(view) for op, view in rules.items() if op not in decompositions}
+    added: Any = {op: _copied(view) for op, view in rules.items() if op not in decompositions}
     decompositions.update(added)
     try:
         yield

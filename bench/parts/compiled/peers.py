@@ -6,6 +6,7 @@ diffrax are imported when they are asked for.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -89,8 +90,7 @@ def by_torchdiffeq(case: Case, timed: str) -> Contestant:
 
 def by_torchode(case: Case, timed: str) -> Contestant:
     """torchode, which solves each sample with steps of its own: with its joint adjoint, or by backprop."""
-    import torchode
-
+    torchode = importlib.import_module("torchode")
     field, batch = case.field(), case.shape[0]
     t = case.t().expand(batch, -1).contiguous()
 
@@ -113,9 +113,7 @@ def by_torchode(case: Case, timed: str) -> Contestant:
 
 def by_diffrax(case: Case, timed: str) -> Contestant:
     """diffrax, jitted: RecursiveCheckpointAdjoint for the discrete adjoint, BacksolveAdjoint for the adjoint."""
-    import diffrax
-    import jax
-
+    diffrax, jax = map(importlib.import_module, ("diffrax", "jax"))
     field = case.field()
     formula, parameters = in_jax(field), [jax.numpy.array(p.detach().numpy()) for p in field.parameters()]
     y0, ts = (jax.numpy.array(x.numpy()) for x in (case.start(), case.t()))
@@ -157,9 +155,8 @@ def by_diffrax(case: Case, timed: str) -> Contestant:
 
 def in_jax(field: nn.Module) -> Callable[[Any, Any, Any], Any]:
     """The formula of a field of the cases in JAX, as a function of (t, y, parameters)."""
-    import jax
-    from jax import numpy as jnp
-
+    jax = importlib.import_module("jax")
+    jnp = jax.numpy
     activation = {MLPField: jnp.tanh, DeepField: jax.nn.elu, FlowField: jnp.tanh}.get(type(field), jax.nn.relu)
 
     def layers(x: Any, p: Any) -> Any:
