@@ -28,6 +28,11 @@ class Blocks:
                 f"implicit methods solve linear systems, which torch does in float32 and float64; got a state of "
                 f"{y0.dtype}. Use `y0.float()`."
             )
+        if y0.numel() == 0:
+            raise InvalidInput(
+                f"y0 has no elements, so an implicit method has no equations to solve; got shape {tuple(y0.shape)}. "
+                'Skip the solve for an empty batch, or take an explicit method on a fixed grid: method="rk4".'
+            )
         shapes = problem.layout.shapes or (y0.shape,)
         leads = {tuple(shape[:batch_dims]) for shape in shapes}
         if batch_dims and (len(leads) > 1 or any(len(shape) < batch_dims for shape in shapes)):

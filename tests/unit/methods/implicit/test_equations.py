@@ -160,6 +160,12 @@ def test_options_of_these_methods_are_checked_and_named():
 
 
 @pytest.mark.parametrize("method", KINDS)
+def test_an_empty_state_is_refused_in_words(method):
+    with pytest.raises(ValueError, match=r"y0 has no elements.* method=\"rk4\""):
+        odeint(lambda t, y: -y, torch.zeros(0, 2, dtype=F64), T, method=method)
+
+
+@pytest.mark.parametrize("method", KINDS)
 def test_a_given_jacobian_and_samples_apart_give_the_same_solution(method):
     rates = torch.tensor([1.0, 50.0, 1e4], dtype=F64)
     y0 = torch.ones(3, 1, dtype=F64)
