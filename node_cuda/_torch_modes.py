@@ -44,6 +44,16 @@ def batched(x: Tensor) -> bool:
     return False
 
 
+def numbers(x: Tensor) -> list[float]:
+    """Return the numbers in a 1-D tensor. Inside a transform torch 2.6 reads only one at a time."""
+    try:
+        return x.tolist()
+    except RuntimeError:
+        if not transformed():
+            raise
+        return [value.item() for value in x]
+
+
 def refuse_batched(*tensors: Tensor) -> None:
     """Raise UnsupportedTransform if the samples of a torch.func.vmap would have to share a step."""
     if any(map(batched, tensors)):

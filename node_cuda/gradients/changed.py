@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from node_cuda._torch_modes import numbers
 from node_cuda.gradients.context import autocasts
 from node_cuda.gradients.members import Members
 from node_cuda.kernels.arithmetic import position
@@ -152,7 +153,7 @@ class Comparison:
     def _off(self, f: Tensor, slope: Tensor, z: Tensor, at: Interval) -> bool:
         """Return whether f differs from the interpolant's slope by more than is allowed. Usually one host read."""
         off = f - slope
-        largest, size = torch.stack([torch.linalg.vector_norm(x, math.inf) for x in (off, slope)]).tolist()
+        largest, size = numbers(torch.stack([torch.linalg.vector_norm(x, math.inf) for x in (off, slope)]))
         if not largest > GUESSED * size:
             return False
         return bool((off.abs() * at.h > INTERPOLATION * self.norm.scale(z.abs())).any())

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from node_cuda._torch_modes import forward_mode
+from node_cuda._torch_modes import forward_mode, numbers
 from node_cuda._typing import Tolerance
 from node_cuda._user_code import tell
 
@@ -31,7 +31,7 @@ def rms(tensors: Sequence[Tensor]) -> float:
         return _norm(tensors[0]).item() / math.sqrt(tensors[0].numel())
     norms = [_norm(x) for x in tensors] if _mixed(tensors) else torch._foreach_norm(tensors)
     widest = max((x.dtype for x in norms), key=lambda dtype: dtype.itemsize)
-    values = torch.stack([x.to(widest) for x in norms]).tolist()
+    values = numbers(torch.stack([x.to(widest) for x in norms]))
     values = [v / math.sqrt(x.numel()) for v, x in zip(values, tensors, strict=True)]
     return math.nan if any(map(math.isnan, values)) else max(values)
 

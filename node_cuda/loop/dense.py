@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
-from node_cuda._torch_modes import recorded
+from node_cuda._torch_modes import numbers, recorded
 from node_cuda._typing import S_co
 from node_cuda.loop.assemble import make_loop
 from node_cuda.loop.host_loop import HostLoop
@@ -56,7 +56,7 @@ class DenseSolution(Generic[S_co]):
         flat = t.reshape(-1)
         ys = [
             self._at(self._inside(value, t.dtype), flat[i] if on_tape else None)
-            for i, value in enumerate(flat.detach().cpu().double().tolist())
+            for i, value in enumerate(numbers(flat.detach().cpu().double()))
         ]
         stacked = torch.stack(ys) if ys else problem.y0.new_empty((0, *problem.y0.shape))
         state: Any = problem.layout.unflatten(stacked.reshape(*t.shape, *problem.y0.shape), t.shape)

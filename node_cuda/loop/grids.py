@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from node_cuda import options as opt
-from node_cuda._torch_modes import recorded
+from node_cuda._torch_modes import numbers, recorded
 from node_cuda.methods.step import ProposedStep, Step
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -100,7 +100,7 @@ def grid_of(problem: Problem, options: opt.FixedOptions) -> tuple[list[float], T
         grid = _uniform_grid(t, options.step_size * problem.direction)
     else:
         grid = t
-    points = [problem.direction * value for value in grid.detach().cpu().double().tolist()]
+    points = [problem.direction * value for value in numbers(grid.detach().cpu().double())]
     if any(not a < b for a, b in itertools.pairwise(points)):
         raise InvalidInput(f"grid_constructor must return strictly monotonic times in the direction of t; got {grid}.")
     return points, grid if recorded(t) else None

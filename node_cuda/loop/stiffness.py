@@ -11,6 +11,7 @@ import warnings
 
 import torch
 
+from node_cuda._torch_modes import numbers
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.step import Step
 from node_cuda.methods.tableau import SparseRow
@@ -48,9 +49,9 @@ class StiffnessTest:
         with torch.no_grad():
             k = [x.detach() if x.dtype.itemsize > 2 else x.detach().float() for x in step.k]  # squares overflow in half
             z = self.arithmetic.combine(torch.zeros_like(k[0]), k, self._row, 1.0)
-            slopes, states = torch.stack(
-                [torch.linalg.vector_norm(x) for x in (k[self.second] - k[self.first], z)]
-            ).tolist()
+            slopes, states = numbers(
+                torch.stack([torch.linalg.vector_norm(x) for x in (k[self.second] - k[self.first], z)])
+            )
         # z has no factor h, so the ratio is h |lambda|.
         if not (states > 0.0 and slopes / states > self._tableau.stability_boundary):
             self._misses += 1

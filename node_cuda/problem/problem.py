@@ -10,6 +10,7 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
+from node_cuda._torch_modes import numbers
 from node_cuda._typing import EventFunc, Func, Norm, State
 from node_cuda._typing import Tolerance as Tol
 from node_cuda._user_code import tell
@@ -196,7 +197,7 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
             "Use `torch.linspace(t0, t1, n)`."
         )
     try:
-        values: list[float] = t.tolist()
+        values = numbers(t)
     except RuntimeError as failure:
         raise InvalidInput(
             "t must be numbers that the host can read, the same for all samples of a vmap; got a tensor without data "
