@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.controllers import Controller, controller
+from node_cuda.cuda_graphs.parts import Unseen, parts
 from node_cuda.kernels.stage_times import Clock
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import grid_status
@@ -279,8 +280,13 @@ def try_native(
 def _gradient_obstacle(problem: Problem) -> str | None:
     if not torch.is_grad_enabled():
         return None
-    func = problem.func
-    records = problem.y0.requires_grad or problem.t.requires_grad or not isinstance(func, nn.Module)
-    if records or (isinstance(func, nn.Module) and any(p.requires_grad for p in func.parameters())):
+    func, records = problem.func, problem.y0.requires_grad or problem.t.requires_grad
+    if not records and isinstance(func, nn.Module):
+        records = any(p.requires_grad for p in func.parameters())
+    try:
+        records = records or any(x.requires_grad for x in parts(func)[1].values())
+    except Unseen as why:
+        return str(why)
+    if records:
         return 'autograd records the steps; gradient="adjoint" and "discrete" compile them, and so does torch.no_grad()'
     return None

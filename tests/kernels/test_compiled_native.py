@@ -163,10 +163,6 @@ class Flow(nn.Module):
         return dz, -trace.unsqueeze(1)
 
 
-def spiral(t, y):
-    return (-0.2 + 3j) * y * (1 + 0.5 * torch.sin(t))
-
-
 def jumps(t, y):
     return torch.where(t < 0.5, -y, 2 * y)
 
@@ -193,7 +189,6 @@ EACH = torch.tensor([[1e-3, 1e-4], [1e-5, 1e-6], [1e-7, 1e-8]], dtype=F64)
 TWO = (start(), torch.zeros(3, 1, dtype=F64))
 CASES = {
     "flow": lambda: compare(Flow(), TWO, T, **DOPRI5),
-    "complex": lambda: compare(spiral, torch.tensor([1 + 0.5j, -0.3j], dtype=torch.complex128), T, **DOPRI5),
     "jumps": lambda: compare(
         jumps, start(), T, method="bosh3", rtol=1e-4, atol=1e-4, options=dict(jump_t=[0.5], step_t=[0.3])
     ),

@@ -88,17 +88,24 @@ def by_torchdiffeq(case: Case, timed: str) -> Contestant:
     return run
 
 
+class Flattened(nn.Module):
+    """A field as torchode calls it: with a time for each sample, and states of two dimensions."""
+
+    def __init__(self, field: nn.Module, shape: tuple[int, ...]) -> None:
+        super().__init__()
+        self.field, self.shape = field, shape
+
+    def forward(self, t: Tensor, y: Tensor) -> Tensor:
+        wide = t.reshape(-1, *[1] * (len(self.shape) - 1))
+        return self.field(wide, y.view(self.shape)).flatten(1)
+
+
 def by_torchode(case: Case, timed: str) -> Contestant:
     """torchode, which solves each sample with steps of its own: with its joint adjoint, or by backprop."""
     torchode = importlib.import_module("torchode")
-    field, batch = case.field(), case.shape[0]
-    t = case.t().expand(batch, -1).contiguous()
-
-    def flat(t: Tensor, y: Tensor) -> Tensor:
-        wide = t.reshape(-1, *[1] * (len(case.shape) - 1))
-        return field(wide, y.view(case.shape)).flatten(1)
-
-    term = torchode.ODETerm(flat)
+    field = case.field()
+    t = case.t().expand(case.shape[0], -1).contiguous()
+    term = torchode.ODETerm(Flattened(field, case.shape))
     method = torchode.Dopri5(term=term)
     control = torchode.IntegralController(atol=case.atol, rtol=case.rtol, term=term)
     adjoint = torchode.JointBacksolveAdjoint if timed == ADJOINT else torchode.AutoDiffAdjoint

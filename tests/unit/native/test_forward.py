@@ -358,7 +358,23 @@ def test_a_state_in_half_precision_is_not_compiled():
 
 def test_a_solve_that_autograd_records_is_not_compiled():
     assert "autograd records the steps" in reason(Timed(), start(), T, gradient="backprop")
-    assert "autograd records the steps" in reason(pendulum, TWO, T, gradient="backprop")
+    y0 = start().requires_grad_()
+    assert "autograd records the steps" in reason(lambda t, y: -y, y0, T, method="midpoint", gradient="backprop")
+
+
+def test_a_solve_in_which_nothing_requires_a_gradient_is_compiled_while_autograd_is_on():
+    frozen = Timed().requires_grad_(False)
+    for field in (frozen, lambda t, y: -y * torch.cos(t)):
+        ys = solve(field, start(), T, method="midpoint", options=dict(compile="require"), gradient="backprop").ys
+        assert torch.allclose(ys, solve(field, start(), T, method="midpoint").ys, rtol=1e-12)
+
+
+def test_a_tensor_that_is_no_parameter_may_require_a_gradient():
+    scale = torch.tensor(0.5, dtype=F64, requires_grad=True)
+    frozen = Timed().requires_grad_(False)
+    frozen.scale = [scale]
+    for field in (lambda t, y: -scale * y, frozen):
+        assert "autograd records" in reason(field, start(), T, method="midpoint", gradient="backprop")
 
 
 def test_an_event_is_looked_for_by_the_host():
