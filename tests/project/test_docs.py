@@ -22,8 +22,9 @@ OPTIONS = (DOCS / "options.md").read_text()
 FAMILIES = {
     "Every method": (options.Common, "dopri5"),
     "Step control": (options.AdaptiveOptions, "dopri5"),
-    "Implicit methods": (options.ImplicitOptions, "rodas5p"),
+    "Implicit methods": (options.EquationOptions, "rodas5p"),
     "Fixed grids": (options.FixedOptions, "rk4"),
+    "Implicit methods on fixed grids": (options.FixedImplicitOptions, "trapezoid"),
     "Adams methods": (options.AdamsOptions, "implicit_adams"),
     "scipy_solver": (options.ScipyOptions, "scipy_solver"),
 }
@@ -38,9 +39,9 @@ def rows(heading: str) -> list[list[str]]:
 
 
 def own(family: type) -> dict[str, dataclasses.Field[Any]]:
-    """Return the fields that this class adds to those of its base."""
-    (base,) = family.__bases__
-    inherited = {f.name for f in dataclasses.fields(base)} if dataclasses.is_dataclass(base) else set()
+    """Return the fields that this class adds to those of its bases."""
+    bases = [base for base in family.__bases__ if dataclasses.is_dataclass(base)]
+    inherited = {f.name for base in bases for f in dataclasses.fields(base)}
     return {f.name: f for f in dataclasses.fields(family) if f.name not in inherited}
 
 
