@@ -261,6 +261,8 @@ def _solve(
         if chosen.name == SCIPY:
             _warn_of_scipy(problem, gradient)
         ys, status = mode.outputs(request)
+        if beside is None and problem.layout.shapes is None and stats.reached is None:
+            return Solution(t, ys, stats, status)
         return _solution(request, beside, t, ys, status)
     if len(t) != 2:
         raise ValueError(
@@ -369,8 +371,6 @@ def _solution(
     event_t: Tensor | None = None,
 ) -> Solution[Any]:
     """Return the solution in the structure of y0."""
-    if beside is None and request.problem.layout.shapes is None and request.stats.reached is None:
-        return Solution(ts, ys, request.stats, status, event_t)
 
     def as_given(flat: Tensor, lead: tuple[int, ...] = ()) -> tuple[State, Tensor | None]:
         state = request.problem.layout.unflatten(flat, lead)
