@@ -24,7 +24,7 @@ class Shape(NamedTuple):
     """What is fixed in a backward loop.
 
     wanted: the tensors of func that get a gradient. per_element: whether rtol, and atol, is a tensor. sizes: the
-    segments of y. sums_in_norm: the errors of the sums take part in the norm. pairs: see `Norm`.
+    segments of y. sums_in_norm: the errors of the sums take part in the norm.
     """
 
     form: Form
@@ -32,7 +32,6 @@ class Shape(NamedTuple):
     per_element: tuple[bool, bool]
     sizes: tuple[int, ...] | None
     sums_in_norm: bool
-    pairs: bool
 
 
 class Slope(NamedTuple):
@@ -58,7 +57,7 @@ def backward(
     def told(rest: Sequence[Tensor]) -> tuple[Given, Norm, Sequence[Tensor]]:
         tols = iter(rest[1 : 1 + n_tols])
         rtol, atol = (next(tols) if is_tensor else None for is_tensor in shape.per_element)
-        norm = Norm(rtol, atol, shape.sizes, shape.pairs)
+        norm = Norm(rtol, atol, shape.sizes)
         return given_in(shape.form, rest[0]), norm, rest[1 + n_tols :]
 
     def slope(c: Any, s: Tensor, y: Tensor, a: Tensor, tensors: Sequence[Tensor], *, sums: bool = True) -> Slope:
@@ -109,14 +108,13 @@ def backward(
         values = []
         for x0, x1, slopes in ((y, y1, [x.y for x in k]), (a, a1, [x.a for x in k])):
             error = weighted(slopes, scheme.b_err, signed)
-            scale = norm.scale(c, torch.maximum(norm.magnitude(x0), norm.magnitude(x1)))
-            values.append(norm(error / scale))
+            values.append(norm(error / norm.scale(c, torch.maximum(x0.abs(), x1.abs()))))
         if shape.sums_in_norm:
             after = [x + d for x, d in zip(sums, summed(k, b, signed, sums), strict=True)]
             for x0, x1, error in zip(sums, after, summed(k, e, signed, sums), strict=True):
                 if x0.numel():
                     scale = real(c.atol_sums, x0) + real(c.rtol_sums, x0) * torch.maximum(x0.abs(), x1.abs())
-                    values.append(rms(error / scale, error.numel()))
+                    values.append(rms(error / scale))
         return largest(values)
 
     def body(point: Tensor, y: Tensor, a: Tensor, k1y: Tensor, k1a: Tensor, *flat: Tensor) -> list[Tensor]:

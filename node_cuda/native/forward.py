@@ -21,7 +21,7 @@ from node_cuda.native.build import Native, native
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.loop import Room, forward, scheme_of
 from node_cuda.native.numbers import Form, Point, Settings, point_of, settings_of_law
-from node_cuda.native.tracing import TracedField, as_given, as_real, check, graph_of, refusals
+from node_cuda.native.tracing import TracedField, check, graph_of, refusals
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -50,7 +50,7 @@ class CompiledForward:
         self.attempt_seconds = (time.perf_counter() - begin) / 2 * self.scheme.tableau.stages
         shown = tuple(isinstance(tol, Tensor) for tol in (problem.norm.rtol, problem.norm.atol))
         sizes = problem.norm.sizes
-        run = forward(self.scheme, order_of(method), sizes, self.room, field, begun.form, shown, field.pairs)  # pyright: ignore
+        run = forward(self.scheme, order_of(method), sizes, self.room, field, begun.form, shown)  # pyright: ignore
         examples = [torch.zeros_like(x) for x in (*begun.inputs(begun.point), *seen.bare())]
         with refusals(), torch.no_grad():
             graph = graph_of(run, examples)
@@ -96,7 +96,7 @@ class Begun(NamedTuple):
 
 def begin(problem: Problem, method: Method) -> Begun:
     """Return the inputs of the first call."""
-    options, norm, y0 = method.options, problem.norm, as_real(problem.y0.detach()).contiguous()
+    options, norm, y0 = method.options, problem.norm, problem.y0.detach().contiguous()
     rtol, atol = norm.rtol, norm.atol
     real = problem.time_dtype
     point = Point(t=problem.times[0], t_k1=problem.times[0])
@@ -127,15 +127,9 @@ def begin(problem: Problem, method: Method) -> Begun:
         points, _ = grid_of(problem, options)
         room = 1 << (len(points) - 1).bit_length()  # grids of nearly the same length need the same code
         grid = [*points, *points[-1:] * (room - len(points))]
-    tolerances = [tolerance_like(tol, problem.y0) for tol in (rtol, atol) if isinstance(tol, Tensor)]
+    tolerances = [tol.to(real).expand(y0.shape).contiguous() for tol in (rtol, atol) if isinstance(tol, Tensor)]
     form = Form(len(problem.times), len(tstops), len(jumps), len(grid))
     return Begun(form, point, settings, [*problem.times, *tstops, *jumps, *grid], y0, tolerances)
-
-
-def tolerance_like(tol: Tensor, y: Tensor) -> Tensor:
-    """Return a tolerance for each element of y, as the loop needs it."""
-    each = tol.to(y.dtype.to_real()).expand(y.shape)
-    return (each.unsqueeze(-1) if y.is_complex() else each).contiguous()
 
 
 class Segment(NamedTuple):
@@ -200,7 +194,7 @@ def solve(
         if p.status or p.output >= count:
             break
         if p.accepted + p.rejected == LONG and made.scheme.adaptive:
-            chance = tell_of_length(problem, p.t, as_given(y, problem.y0), p.proposal, p.rejected, False)
+            chance = tell_of_length(problem, p.t, y, p.proposal, p.rejected, False)
             if chance is not None:
                 p = p._replace(status=Status.BY_CHANCE.value)
                 break
@@ -209,11 +203,11 @@ def solve(
     status = Status(p.status)
     if status is not Status.SUCCESS:
         ys[p.output :] = torch.nan
-        failure = failure_of(problem, method, stats, p, as_given(y, problem.y0), as_given(k1, problem.y0))
-        stats.reached = problem.direction * p.t, as_given(y, problem.y0)
+        failure = failure_of(problem, method, stats, p, y, k1)
+        stats.reached = problem.direction * p.t, y
         if options.raises:
             raise failure
-    return Result(as_given(ys, problem.y0), status)
+    return Result(ys, status)
 
 
 def failure_of(problem: Problem, method: Method, stats: Stats, p: Point, y: Tensor, k1: Tensor) -> SolveError:

@@ -140,13 +140,12 @@ def forward(
     field: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor],
     form: Form,
     per_element: tuple[bool, bool],
-    pairs: bool,
 ) -> Callable[..., tuple[Tensor, ...]]:
     """Return the forward loop as a function of (numbers, y, k1, rtol and atol as far as tensors, func's tensors).
 
-    per_element: whether rtol, and atol, is a tensor. pairs: see `Norm`. It returns the point, y, k1, the outputs (of
-    which the rows from the first to before the last output of this call hold), and with a record of steps: their y0,
-    their (t0, h, t1, time of k1, carried), and their k1 if it is kept.
+    per_element: whether rtol, and atol, is a tensor. It returns the point, y, k1, the outputs (of which the rows from
+    the first to before the last output of this call hold), and with a record of steps: their y0, their (t0, h, t1, time
+    of k1, carried), and their k1 if it is kept.
     """
     used = scheme.used
     n_tape = 0 if not room.steps else 3 if scheme.keeps_k1 else 2
@@ -156,7 +155,7 @@ def forward(
         """Return what stays the same, from (numbers, tolerances, func's tensors)."""
         tols = iter(rest[1 : 1 + n_tols])
         rtol, atol = (next(tols) if is_tensor else None for is_tensor in per_element)
-        norm = Norm(rtol, atol, sizes, pairs)
+        norm = Norm(rtol, atol, sizes)
         return given_in(form, rest[0]), norm, rest[1 + n_tols :]
 
     def going(point: Tensor, *rest: Tensor) -> Tensor:
@@ -270,7 +269,7 @@ def first_step_by(
 
     y, k1: the parts of the state, and of its slope. The norm is the largest of the parts.
     """
-    scales = [norm.scale(c, norm.magnitude(x)) for x in y]
+    scales = [norm.scale(c, x.abs()) for x in y]
 
     def size(parts: Sequence[Tensor]) -> Tensor:
         return formulas.largest([norm(x / scale) for x, scale in zip(parts, scales, strict=True)])
@@ -295,7 +294,7 @@ def _attempt(
     at = cut(p, given.tstops, None)
     step = compute(scheme, c, f, p.t, at.t1, at.h, y, k1)
     error = weighted(step.k, scheme.b_err, step.signed)
-    ratio = norm(error / norm.scale(c, torch.maximum(norm.magnitude(y), norm.magnitude(step.y1))))
+    ratio = norm(error / norm.scale(c, torch.maximum(y.abs(), step.y1.abs())))
     law = judge(c, at.h, ratio, p)
     accept = law.accept & torch.isfinite(ratio)
     output = torch.where(accept, (given.times <= at.t1).sum(), p.output)

@@ -21,18 +21,12 @@ from node_cuda.status import Status
 class Norm(NamedTuple):
     """The scaled rms norm. rtol, atol: tensors like the state, or None for the numbers of the settings.
 
-    sizes: the lengths of the segments of a flat state; None for a single one. pairs: the state is complex, and its last
-    dimension holds the real and the imaginary parts.
+    sizes: the lengths of the segments of a flat state; None for a single one.
     """
 
     rtol: Tensor | None
     atol: Tensor | None
     sizes: tuple[int, ...] | None
-    pairs: bool = False
-
-    def magnitude(self, x: Tensor) -> Tensor:
-        """Return |x|; of a complex state with a last dimension of 1."""
-        return torch.linalg.vector_norm(x, dim=-1, keepdim=True) if self.pairs else x.abs()
 
     def scale(self, c: Settings, magnitude: Tensor) -> Tensor:
         """Return atol + rtol * magnitude."""
@@ -42,13 +36,12 @@ class Norm(NamedTuple):
 
     def __call__(self, scaled: Tensor) -> Tensor:
         """Return the largest rms of a segment, a 0-d double."""
-        segments = scaled.split(list(self.sizes)) if self.sizes else (scaled,)
-        return largest([rms(x, x.numel() // (1 + self.pairs)) for x in segments if x.numel()])
+        return largest([rms(x) for x in (scaled.split(list(self.sizes)) if self.sizes else (scaled,)) if x.numel()])
 
 
-def rms(x: Tensor, count: int) -> Tensor:
-    """Return the root mean square of `count` numbers, a 0-d double."""
-    return torch.linalg.vector_norm(x).double() / math.sqrt(count)
+def rms(x: Tensor) -> Tensor:
+    """Return the root mean square of x, a 0-d double."""
+    return torch.linalg.vector_norm(x).double() / math.sqrt(x.numel())
 
 
 def largest(values: Sequence[Tensor]) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -84,7 +84,6 @@ class TracedField:
     def __init__(self, problem: Problem, tensors: Sequence[Tensor]) -> None:
         self.direction, self.dtype = problem.direction, problem.time_dtype
         self.clips = problem.bounds is not None
-        self.pairs = problem.y0.is_complex()
         self.tensors = tensors
         self._field = VectorField(problem.func, problem.layout, None, problem.ends)
         self._field.probes = 0
@@ -115,29 +114,8 @@ class TracedField:
         t = c.direction * s
         if self.clips:
             t = torch.minimum(torch.maximum(t, c.low), c.high)
-        state = torch.view_as_complex(y) if self.pairs else y
         with _InPlaceOf(dict(zip(map(id, self.tensors), tensors, strict=True))):
-            slope = self._field(t.to(self.dtype), state)
-        return as_real(slope).contiguous()  # what a loop carries has one layout
-
-
-def as_real(x: Tensor) -> Tensor:
-    """Return a complex tensor as pairs of real numbers, and a real one as it is.
-
-    torch's compiler takes functions of complex numbers, but no loop that carries them.
-    """
-    return torch.view_as_real(x.resolve_conj()) if x.is_complex() else x
-
-
-def refuse_complex(tensors: Iterable[Tensor]) -> None:
-    """Raise Refused if a gradient by a complex tensor would be carried by a loop."""
-    if any(x.is_complex() for x in tensors):
-        raise Refused("a parameter is complex: let it be two real ones, and `torch.complex` in func")
-
-
-def as_given(x: Tensor, like: Tensor) -> Tensor:
-    """Return the tensor of `as_real` as a complex one, if `like` is complex."""
-    return torch.view_as_complex(x) if like.is_complex() else x
+            return self._field(t.to(self.dtype), y).contiguous()  # what a loop carries has one layout
 
 
 class _InPlaceOf(TorchFunctionMode):

@@ -19,10 +19,10 @@ from node_cuda.methods.registry import Method
 from node_cuda.native.adjoint import Shape, backward
 from node_cuda.native.build import native
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
-from node_cuda.native.forward import SECONDS, account, begin, failure_of, name_of, order_of, tolerance_like
+from node_cuda.native.forward import SECONDS, account, begin, failure_of, name_of, order_of
 from node_cuda.native.loop import scheme_of
 from node_cuda.native.numbers import Form, point_of
-from node_cuda.native.tracing import TracedField, as_given, as_real, check, graph_of, refusals, refuse_complex
+from node_cuda.native.tracing import TracedField, check, graph_of, refusals
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -41,12 +41,10 @@ class CompiledAdjoint:
         field.probe()
         self.attempt_seconds = 2 * (time.perf_counter() - begun) * self.scheme.tableau.stages
         run = backward(self.scheme, order_of(method), shape, field)
-        refuse_complex(seen.tensors[i] for i in shape.wanted)
-        given = torch.zeros(problem.y0.shape, dtype=problem.y0.dtype)
-        y = as_real(given)
+        y = torch.zeros(problem.y0.shape, dtype=problem.y0.dtype)
         tensors = [torch.zeros_like(x) for x in seen.bare()]
         sums = [tensors[i].clone() for i in shape.wanted]
-        tolerances = [tolerance_like(given.real, given) for is_tensor in shape.per_element if is_tensor]
+        tolerances = [y.real.clone() for given in shape.per_element if given]
         numbers = torch.zeros(shape.form.length, dtype=torch.float64)
         state = [y, *(y.clone() for _ in range(3)), *sums, *(x.clone() for x in sums)]
         examples = [numbers, *state, *tolerances, *tensors]
@@ -96,7 +94,6 @@ def try_native(
         (isinstance(settings.rtol, Tensor), isinstance(settings.atol, Tensor)),
         like.norm.sizes,
         given.params_in_norm,
-        like.y0.is_complex(),
     )
     found = cache.get(
         key_of(like, method, "adjoint", shape), like.func, lambda seen: CompiledAdjoint(like, method, seen, shape), seen
@@ -117,8 +114,8 @@ def try_native(
         settings=begun.settings._replace(rtol_sums=float(sums_norm.rtol), atol_sums=float(sums_norm.atol))
     )
     stops = begun.times[len(problem.times) : len(problem.times) + form.tstops + form.jumps]
-    ys, grad_ys = as_real(given.ys.detach()).contiguous(), as_real(given.grad_ys).contiguous()
-    y, a = ys[-1], grad_ys[-1]
+    y, a = like.y0, given.grad_ys[-1].contiguous()
+    y = given.ys[-1].contiguous()
     changing = [y, y, *(tensors[i] for i in shape.wanted), *(torch.zeros_like(tensors[i]) for i in shape.wanted)]
     p, last = begun.point._replace(output=0), len(problem.times) - 1
     after = Clock(1.0, like.time_dtype, y.device).after
@@ -138,25 +135,20 @@ def try_native(
             p = point_of(point.tolist())
             stats.host_reads += 1
             if p.accepted + p.rejected == LONG and p.output < 1 and made.scheme.adaptive:
-                chance = tell_of_length(like, p.t, as_given(y, like.y0), p.proposal, p.rejected, False)
+                chance = tell_of_length(like, p.t, y, p.proposal, p.rejected, False)
                 p = p if chance is None else p._replace(status=Status.BY_CHANCE.value)
             if p.status:
                 stats.nfe_backward += p.nfe
-                raise failure_of(like, method, stats, p, as_given(y, like.y0), as_given(changing[0], like.y0))
+                raise failure_of(like, method, stats, p, y, changing[0])
         if adj_t is not None:
             adj_t[m] = real_dot(given.grad_ys[m], _f(given, m, stats))
             if m == 1:
-                adj_t[0] = -real_dot(as_given(a, like.y0), _f(given, 0, stats))
-        y, a = ys[m - 1], a + grad_ys[m - 1]
+                adj_t[0] = -real_dot(a, _f(given, 0, stats))
+        y, a = given.ys[m - 1].contiguous(), a + given.grad_ys[m - 1]
     stats.nfe_backward += p.nfe
     stats.loop_backward = "native"
     sums = dict(zip(shape.wanted, changing[2 + len(shape.wanted) :], strict=True))
-    of_y0 = as_given(a, like.y0)
-    return (
-        adj_t,
-        of_y0,
-        [torch.zeros_like(x) if i is None else sums[i] for i, x in zip(known, given.params, strict=True)],
-    )
+    return adj_t, a, [torch.zeros_like(x) if i is None else sums[i] for i, x in zip(known, given.params, strict=True)]
 
 
 def _grids(problem: Problem, method: Method) -> list[list[float]]:

@@ -19,16 +19,7 @@ from node_cuda.native.forward import Begun, CompiledForward, Segment, account, b
 from node_cuda.native.loop import Scheme, extra_evaluations
 from node_cuda.native.numbers import point_of
 from node_cuda.native.reverse import Shape, reverse
-from node_cuda.native.tracing import (
-    Refused,
-    TracedField,
-    as_given,
-    as_real,
-    check,
-    graph_of,
-    refusals,
-    refuse_complex,
-)
+from node_cuda.native.tracing import Refused, TracedField, check, graph_of, refusals
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import Status
@@ -135,8 +126,7 @@ class CompiledReverse:
         field = TracedField(problem, seen.tensors)
         field.probe()
         run = reverse(scheme, shape, field)
-        refuse_complex(seen.tensors[i] for i in shape.wanted)
-        y = as_real(torch.zeros(problem.y0.shape, dtype=problem.y0.dtype))
+        y = torch.zeros(problem.y0.shape, dtype=problem.y0.dtype)
         numbers = torch.zeros(shape.form.length, dtype=torch.float64)
         count = torch.zeros((), dtype=torch.int64)
         tape = [y.new_zeros(shape.steps, *y.shape), numbers.new_zeros(shape.steps, 5)]
@@ -181,7 +171,7 @@ def gradients(
             tensors[i] = x.detach()
     lam, kappa = torch.zeros_like(begun.y0), torch.zeros_like(begun.y0)
     sums: list[Tensor] | None = None
-    g = as_real(grad_ys.to(problem.y0.dtype)).contiguous()
+    g = grad_ys.to(begun.y0.dtype).contiguous()
 
     def back(segment: Segment) -> None:
         nonlocal lam, kappa, sums
@@ -222,6 +212,4 @@ def gradients(
     stats.graph_of, stats.loop_backward = "step", "native"
     totals = sums or []
     by_place = dict(zip(shape.wanted, totals, strict=False))
-    return as_given(lam, problem.y0), [
-        torch.zeros_like(x) if i is None else by_place[i] for i, x in zip(known, params, strict=True)
-    ]
+    return lam, [torch.zeros_like(x) if i is None else by_place[i] for i, x in zip(known, params, strict=True)]
