@@ -181,6 +181,8 @@ def why_eager(problem: Problem, method: Method) -> str | None:
         return f"{method.name} has a stage at the end of a step of a fixed grid"
     if problem.y0.dtype in (torch.float16, torch.bfloat16):
         return "the compiler rounds a state in half precision at other places"
+    if problem.y0.is_complex():
+        return "torch's compiler has no native code for most operations on complex numbers"
     if problem.callbacks:
         return f"func has callbacks ({', '.join(sorted(problem.callbacks))}), and a compiled loop calls no Python"
     if problem.norm.custom is not None:
