@@ -64,6 +64,8 @@ def try_native(
     then: what func reached in the forward pass. wanted: the parameters as func knows them.
     """
     problem, method, settings, forward = given.problem, given.method, given.settings, given.forward
+    if len(problem.times) < 2:  # the solve failed before its first output
+        return None
     if why is None and settings.checks:
         why = "check_reconstruction compares y at each output on the host"
     if why is None and forward.adjoint_callbacks:
