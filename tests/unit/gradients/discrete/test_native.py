@@ -39,7 +39,7 @@ def recorded(field: Any, *, compiled: Any = "require", **solver: Any) -> tuple[A
 # ------------------------------------------------------------------ checkpoints and repeated passes
 @pytest.mark.parametrize("method", ["adaptive_heun", "bosh3"])
 def test_checkpoints_repeat_calls_and_a_second_pass_gives_the_same(method):
-    """With room for 8 states a call records 4 steps. The states at the start of two calls are kept, not those of all."""
+    """With room for 8 states a call records 4 steps, and the states at the start of two calls are kept."""
     field = Timed()
     tols = dict(rtol=1e-3, atol=1e-3) if method == "bosh3" else dict(rtol=1e-2, atol=1e-2)
     options = dict(first_step=0.04, max_step=0.04)
@@ -167,7 +167,9 @@ def test_autocast_around_the_solve_holds_in_the_backward_pass():
     for options in ({}, dict(compile="require")):
         y0, field = start(torch.float32).requires_grad_(), Rounded(torch.float32)
         with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(solve(field, y0, T, gradient="discrete", method="euler", options=dict(options, step_size=0.3)))
+            loss = loss_of(
+                solve(field, y0, T, gradient="discrete", method="euler", options=dict(options, step_size=0.3))
+            )
         rounds.clear()
         grads.append(torch.autograd.grad(loss, [y0, *field.parameters()]))
         assert rounds and all(rounds)
@@ -202,7 +204,9 @@ def test_a_training_loop_builds_its_graphs_once(monkeypatch):
         monkeypatch.setattr(module, lambda *given: built.append(1) or interpret(*given))
     trained = []
     for compiled in (False, True):
-        layer = NeuralODE(Timed(), T, gradient="auto", options=dict(compile=compiled), rtol=3e-2, atol=3e-2, method="bosh3")
+        layer = NeuralODE(
+            Timed(), T, gradient="auto", options=dict(compile=compiled), rtol=3e-2, atol=3e-2, method="bosh3"
+        )
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
