@@ -215,6 +215,8 @@ def key_of(problem: Problem, method: Method, *kinds: Any) -> tuple[Any, ...]:
         getattr(options, "dense", None),
         getattr(options, "interp", None),
         getattr(options, "perturb", None),
+        # With a grid that is t itself no output lies between two points, and interp has no effect.
+        getattr(options, "step_size", None) is None and getattr(options, "grid_constructor", None) is None,
         (y0.shape, y0.dtype),
         problem.bounds is not None,
         problem.layout,

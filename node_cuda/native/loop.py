@@ -201,7 +201,7 @@ def forward(
         slope = k1.clone()
         if scheme.adaptive:
             p, slope = _begin(given, field, norm, order, p, y, slope, fixed, told)
-        record, ends = y.new_zeros(room.outputs, 2 + len(used), *y.shape), y.new_zeros(room.outputs, 3).double()
+        record, ends = y.new_zeros(room.outputs, 2 + len(used), *y.shape), numbers.new_zeros(room.outputs, 3)
         tape = [y.new_zeros(room.steps, *y.shape), numbers.new_zeros(room.steps, 5), y.new_zeros(room.steps, *y.shape)]
         tape = tape[:n_tape]
         written = range(2 + n_tape)

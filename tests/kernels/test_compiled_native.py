@@ -1,6 +1,7 @@
 """Compiled solves, compiled for real. The code is kept in build/tests, so that a second run compiles nothing.
 
-A compilation takes some 30 seconds: `make test` has two for forward solves. `make test-compiled` runs the tests marked
+A compilation takes some 30 seconds: `make test` has two for forward solves and three
+for gradients. `make test-compiled` runs the tests marked
 `compiled`, too.
 """
 
@@ -15,6 +16,7 @@ from pathlib import Path
 import pytest
 import torch
 from native import CLOSE_IN_FLOAT, Timed, compare, start
+from native_gradients import compare_gradients
 from problems import F64, linspace
 from torch import nn
 
@@ -148,6 +150,17 @@ def test_native_code_of_a_grid_in_float32():
     """Products of small matrices, outputs between points of the grid, and tensors of a module."""
     options = dict(step_size=0.07, interp="cubic")
     compare(Field(), start(torch.float32), linspace(0.0, 1.0, 50), method="rk4", options=options, limit=CLOSE_IN_FLOAT)
+
+
+@pytest.mark.parametrize(("gradient", "method"), [("discrete", "bosh3"), ("adjoint", "dopri5")])
+def test_native_code_of_a_backward_pass(gradient, method):
+    """A second solve with other numbers compiles nothing. The adjoint's forward solve is that of the tests above."""
+    backward = dict(adjoint_method="bosh3", adjoint_options={}) if gradient == "adjoint" else {}
+    field, compiled = Timed(), []
+    for t, tol in ((T, 1e-6), (2 * T, 1e-4)):
+        compare_gradients(field, start(), t, gradient=gradient, method=method, rtol=tol, atol=tol, **backward)
+        compiled.append(build.compilations)
+    assert compiled[0] == compiled[1]
 
 
 class Flow(nn.Module):

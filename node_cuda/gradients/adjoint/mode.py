@@ -79,7 +79,7 @@ class _AdjointSolve(DifferentiableSolve):
         ys, self.status = forward.outputs(request, self.replaced(request.problem), last)
         if self.status is Status.SUCCESS:
             self.kept = last.evaluated(request.problem.times[-1], self.members)
-            self.then = last.seen
+        self.then = last.seen
         # A partial solution has gradients where it was reached. If the status is not known yet, NaN stays NaN.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
         return ys, None
@@ -120,6 +120,8 @@ class _AdjointSolve(DifferentiableSolve):
         return found
 
     def _by_the_host(self, backward: Backward, used: UsedParameters, wants_t: bool) -> Found:
+        if self.then is not None and self.replaced(backward.forward) is None:
+            native.refuse_changes(self.then, backward.forward)
         plain = GridBackwardSolve.applies(backward)
         solve = GridBackwardSolve(backward, used) if plain else BackwardSolve(backward, used)
         if self.kept is not None and not self.by_chance:

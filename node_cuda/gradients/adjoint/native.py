@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Sequence
 
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._records import with_fields
+from node_cuda.cuda_graphs.parts import Unseen
 from node_cuda.gradients.adjoint.backward_solve import Backward, Found
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import real_dot
@@ -64,13 +66,21 @@ def try_native(
     then: what func reached in the forward pass. wanted: the parameters as func knows them.
     """
     problem, method, settings, forward = given.problem, given.method, given.settings, given.forward
+    if len(problem.times) < 2:  # the solve failed before its first output
+        return None
     if why is None and settings.checks:
         why = "check_reconstruction compares y at each output on the host"
     if why is None and forward.adjoint_callbacks:
         why = "func has callbacks for the backward solve, and a compiled loop calls no Python"
     why = why or why_eager(with_fields(problem, callbacks={}), method)
-    if why is not None:
-        stats.why_backward = refused(method, why)
+    seen = None
+    if why is None:
+        try:
+            seen = Seen(problem.func)
+        except Unseen as unseen:
+            why = str(unseen)
+    if seen is None:
+        stats.why_backward = refused(method, str(why))
         return None
     cache = method.options.compile
     assert isinstance(cache, NativeCache)
@@ -85,7 +95,6 @@ def try_native(
     points = None if isinstance(method.options, AdaptiveOptions) else _grids(like, method)
     room = 0 if points is None else 1 << (max(map(len, points)) - 1).bit_length()
     form = Form(1, begun.form.tstops, begun.form.jumps, room)
-    seen = Seen(like.func)
     places = {id(x): i for i, x in enumerate(seen.tensors)}
     known = [places.get(id(x)) for x in wanted]
     shape = Shape(
@@ -149,6 +158,12 @@ def try_native(
     stats.loop_backward = "native"
     sums = dict(zip(shape.wanted, changing[2 + len(shape.wanted) :], strict=True))
     return adj_t, a, [torch.zeros_like(x) if i is None else sums[i] for i, x in zip(known, given.params, strict=True)]
+
+
+def refuse_changes(then: Then, problem: Problem) -> None:
+    """Raise InvalidField if func has changed since a compiled forward pass. For a backward pass by the host."""
+    with contextlib.suppress(Unseen):
+        then.refuse_changes(Seen(problem.func), 'gradient="adjoint"')
 
 
 def _grids(problem: Problem, method: Method) -> list[list[float]]:

@@ -170,14 +170,14 @@ def gradients(
         if i is not None:
             tensors[i] = x.detach()
     lam, kappa = torch.zeros_like(begun.y0), torch.zeros_like(begun.y0)
-    sums: list[Tensor] | None = None
+    sums = [torch.zeros_like(tensors[i]) for i in shape.wanted]
     g = grad_ys.to(begun.y0.dtype).contiguous()
 
     def back(segment: Segment) -> None:
         nonlocal lam, kappa, sums
         given = [begun.inputs(segment.point)[0], torch.tensor(segment.steps), g, segment.end, lam, kappa]
         lam, kappa, *more = reverse_.call([*given, *(segment.tape or ()), *tensors])
-        sums = more if sums is None else [a + b for a, b in zip(sums, more, strict=True)]
+        sums = [a + b for a, b in zip(sums, more, strict=True)]
         stats.host_reads += 1
 
     def again(i: int, start: Start) -> tuple[Segment, Start]:
@@ -210,6 +210,5 @@ def gradients(
     cost = scheme.tableau.stages - (scheme.tableau.fsal and scheme.extra is None) - scheme.keeps_k1
     stats.nfe_backward += steps * (cost + extra_evaluations(scheme)) + len(record.segments)
     stats.graph_of, stats.loop_backward = "step", "native"
-    totals = sums or []
-    by_place = dict(zip(shape.wanted, totals, strict=False))
+    by_place = dict(zip(shape.wanted, sums, strict=True))
     return lam, [torch.zeros_like(x) if i is None else by_place[i] for i, x in zip(known, params, strict=True)]

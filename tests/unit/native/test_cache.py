@@ -85,6 +85,16 @@ def test_gradients_on_or_off_need_no_other_code(built):
 
 
 # ------------------------------------------------------------------ what does
+def test_a_cubic_interpolant_needs_other_code_than_a_grid_that_is_t_itself(built):
+    """Both grids have five points, the same room. Only one has outputs between its points."""
+    field, t = Timed(), linspace(0.0, 1.0, 5)
+    for options in (dict(interp="cubic"), dict(interp="cubic", step_size=0.3)):
+        with torch.no_grad():
+            found = solve(field, start(), t, method="rk4", options=dict(options, compile=True)).ys
+            assert torch.allclose(found, solve(field, start(), t, method="rk4", options=options).ys, rtol=1e-12)
+    assert len(built) == 2
+
+
 def test_other_shapes_dtypes_methods_and_numbers_of_outputs_need_other_code(built):
     field = Timed()
     for i, change in enumerate(

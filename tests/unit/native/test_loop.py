@@ -58,18 +58,19 @@ def test_the_record_of_steps_holds_each_accepted_step_once(method):
     with torch.no_grad():
         begun = begin(problem, chosen)
         made, seen = compiled_or_why(problem, chosen, begun, None, steps=4)
-        result = run(made, problem, chosen, stats, seen, begun)
+        segments = []
+        run(made, problem, chosen, stats, seen, begun, segments.append)
         expected = solve(field, start(), T, method=method, options=dict(options, record_steps=True), **tols)
     assert (stats.accepted, stats.rejected) == (expected.stats.accepted, expected.stats.rejected)
-    assert len(result.tapes) > 1 and sum(tape.count for tape in result.tapes) == stats.accepted
-    assert all(1 <= tape.count <= 4 for tape in result.tapes)
-    y0, times = (torch.cat([tape.tensors[i][: tape.count] for tape in result.tapes]) for i in range(2))
+    assert len(segments) > 1 and sum(s.steps for s in segments) == stats.accepted
+    assert all(1 <= s.steps <= 4 for s in segments)
+    y0, times = (torch.cat([s.tape[i][: s.steps] for s in segments]) for i in range(2))
     steps = torch.tensor(expected.stats.step_times, dtype=F64)
     assert torch.allclose(times[:, 0], steps[:-1], rtol=1e-9) and torch.allclose(times[:, 2], steps[1:], rtol=1e-9)
     assert torch.allclose(times[:, 1], steps.diff(), rtol=1e-9)
     assert torch.equal(y0[0], start()) and torch.equal(times[1:, 0], times[:-1, 2])
     if made.scheme.keeps_k1:
-        k1 = torch.cat([tape.tensors[2][: tape.count] for tape in result.tapes])
+        k1 = torch.cat([s.tape[2][: s.steps] for s in segments])
         ends = y0 + times[:, 1, None, None] * k1  # the last stage is the first of the next step
         last = torch.stack([field(t, y) for t, y in zip(times[:, 2], ends, strict=True)]).detach()
         assert torch.allclose(k1[1:], last[:-1], rtol=1e-12)
