@@ -51,7 +51,7 @@ def main() -> None:
         expected = exact(problem)
         for rtol in problem.rtols:
             print(f"{problem.name}, rtol {rtol:g}", file=sys.stderr, flush=True)
-            makers = ours(problem, rtol)
+            makers = ours(problem, rtol, quick=arguments.quick)
             for make in peers.values():
                 makers |= make(problem, rtol)
             rows += measure(problem, rtol, makers, expected, device, rounds, arguments.budget)

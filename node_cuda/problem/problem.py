@@ -197,12 +197,9 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
             "Use `torch.linspace(t0, t1, n)`."
         )
     try:
-        values = numbers(t)
-    except RuntimeError as failure:
-        raise InvalidInput(
-            "t must be numbers that the host can read, the same for all samples of a vmap; got a tensor without data "
-            f"({failure!s:.80}). Solve once for each t, with in_dims=None for it."
-        ) from failure
+        values: list[float] = t.tolist()
+    except RuntimeError:
+        values = _times_in_a_transform(t)
     direction = -1.0 if len(values) > 1 and values[0] > values[1] else 1.0
     times = tuple(values) if direction > 0.0 else tuple([-value for value in values])
     for i in range(1, len(times)):
@@ -214,6 +211,17 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
     if not (abs(values[0]) < math.inf and abs(values[-1]) < math.inf):  # those between are finite: they ascend
         raise InvalidInput(f"t must be finite; got {values}.")
     return times, direction
+
+
+def _times_in_a_transform(t: Tensor) -> list[float]:
+    """Return the times in a tensor that cannot be read at once. Raises InvalidInput if it cannot be read at all."""
+    try:
+        return numbers(t)
+    except RuntimeError as failure:
+        raise InvalidInput(
+            "t must be numbers that the host can read, the same for all samples of a vmap; got a tensor without data "
+            f"({failure!s:.80}). Solve once for each t, with in_dims=None for it."
+        ) from failure
 
 
 def combined_event(event_fn: EventFunc, problem: Problem) -> Callable[[Tensor, Tensor], Tensor]:

@@ -405,7 +405,7 @@ def test_compile_keeps_separate_graphs():
     assert "bosh3" in repr(solver)
     shared = GraphCache()
     assert node_cuda.compile(func, options=dict(cuda_graph=shared)).graphs is shared
-    with pytest.raises(InvalidInput, match="tier must be one of 'while', 'batches' or None; got 'best'"):
+    with pytest.raises(InvalidInput, match="tier must be one of 'while', 'batches', 'native' or None; got 'best'"):
         node_cuda.compile(func, tier="best")
 
 

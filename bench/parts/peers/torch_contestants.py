@@ -110,14 +110,14 @@ class Torchode(TorchContestant):
         return found.ys.transpose(0, 1), int(found.stats["n_steps"].max())
 
 
-def ours(problem: Problem, rtol: float) -> dict[str, Any]:
-    """The contestants of node_cuda; the first is the one that the others are compared with."""
+def ours(problem: Problem, rtol: float, *, quick: bool = False) -> dict[str, Any]:
+    """The contestants of node_cuda; the first is the one that the others are compared with. quick: compile nothing."""
     gradient_modes = (DISCRETE, ADJOINT, BACKPROP) if problem.gradient else (BACKPROP,)
     found: dict[str, Any] = {}
     for gradient in gradient_modes:
         name = f"{OURS} {gradient}" if problem.gradient else OURS
         found[name] = lambda gradient=gradient: Ours(problem, rtol, gradient)
-    if "compile" in importlib.import_module(f"{OURS}.options").option_names():
+    if not quick:
         found[f"{OURS} {COMPILED}"] = lambda: Ours(problem, rtol, gradient_modes[0], compile=True)
     return found
 

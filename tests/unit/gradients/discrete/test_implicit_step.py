@@ -156,7 +156,7 @@ GRIDS = {
 }
 
 
-@pytest.mark.parametrize("grid, backwards", zip(GRIDS, (False, False, True, True), strict=True))
+@pytest.mark.parametrize("grid, backwards", list(zip(GRIDS, (False, False, True, True), strict=True)))
 @pytest.mark.parametrize("method", ["trapezoid", "sdirk2", "gl4"])
 def test_on_a_fixed_grid_the_gradient_of_the_times_is_exact_too(method, grid, backwards):
     """The first stage is explicit and carried on, or implicit, or all stages depend on each other; the dense output is
