@@ -17,6 +17,7 @@ from torch import nn
 from node_cuda import NeuralODE, Status, solve
 from node_cuda.gradients.discrete import native
 from node_cuda.native import build
+from node_cuda.native.cache import NativeCache
 from node_cuda.status import InvalidField
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -186,9 +187,10 @@ CHANGES = {
 
 
 def test_a_func_that_was_changed_is_refused():
+    kept = NativeCache()
     for name, change in CHANGES.items():
         field = Layers()
-        found, _ = recorded(field, **EULER)
+        found, _ = recorded(field, compiled=kept, **EULER)
         change(field)
         with pytest.raises(InvalidField, match="was changed between the forward and the backward pass"):
             loss_of(found).backward()
