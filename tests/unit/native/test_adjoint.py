@@ -110,19 +110,6 @@ def test_a_tolerance_for_each_element():
     compare(Timed(), start(), T, method="adaptive_heun", rtol=each, atol=1e-2, **adjoint)
 
 
-class Spiral(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rate = nn.Parameter(torch.tensor(-0.2 + 3j, dtype=torch.complex128))
-
-    def forward(self, t, y):
-        return self.rate * y * (1 + 0.5 * torch.sin(t))
-
-
-def test_a_complex_state_and_a_complex_parameter():
-    compare(Spiral(), torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128), T, **HEUN)
-
-
 def test_a_field_that_does_not_depend_on_the_state():
     class Drift(nn.Module):
         def __init__(self):

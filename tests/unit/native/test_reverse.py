@@ -116,20 +116,6 @@ def test_a_tolerance_for_each_element():
     compare(Timed(), start(), T, method="adaptive_heun", rtol=each, atol=1e-2)
 
 
-class Spiral(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rate = nn.Parameter(torch.tensor(-0.2 + 3j, dtype=torch.complex128))
-
-    def forward(self, t, y):
-        return self.rate * y * (1 + 0.5 * torch.sin(t))
-
-
-def test_a_complex_state_and_a_complex_parameter():
-    y0 = torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128)
-    compare(Spiral(), y0, T, **EULER)
-
-
 def test_a_state_without_dimensions():
     class Decay(nn.Module):
         def __init__(self):
