@@ -1,8 +1,7 @@
 """Compiled solves, compiled for real. The code is kept in build/tests, so that a second run compiles nothing.
 
-A compilation takes some 30 seconds: `make test` has two for forward solves and three
-for gradients. `make test-compiled` runs the tests marked
-`compiled`, too.
+A compilation takes 10 to 30 seconds: `make test` has two for forward solves and three for gradients. `make
+test-compiled` runs the tests marked `compiled`, too.
 """
 
 from __future__ import annotations

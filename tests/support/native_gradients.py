@@ -38,7 +38,8 @@ def gradients(
     """Return the solution, and the gradients by y0, by t if wanted, and by the parameters."""
     leaves = [x.detach().clone().requires_grad_() for x in parts_of(y0)]
     t = t.detach().clone().requires_grad_(wants_t)
-    found = solve(func, tuple(leaves) if isinstance(y0, tuple) else leaves[0], t, **solver)
+    begin: Any = tuple(leaves) if isinstance(y0, tuple) else leaves[0]
+    found = solve(func, begin, t, **solver)
     own = [p for p in func.parameters() if p.requires_grad] if isinstance(func, nn.Module) else []
     of = [*leaves, *([t] if wants_t else []), *own, *params]
     return found, list(torch.autograd.grad(loss_of(found), of, allow_unused=True))

@@ -67,7 +67,7 @@ def test_an_update_of_the_parameters_needs_no_other_code(built):
 def test_other_times_tolerances_states_and_steps_need_no_other_code(built):
     field = Timed()
     for t in (T, T * 2 - 1, T.flip(0), torch.tensor([0.0, 1e-3, 5.0])):
-        run(field, start() * 2, t, method="bosh3", rtol=1e-3 * (1 + len(built)), atol=1e-4)
+        run(field, start() * 2, t, method="adaptive_heun", rtol=1e-3 * (1 + len(built)), atol=1e-4)
     assert len(built) == 1
     for step in (0.25, 0.24, 0.22):  # grids of nearly the same length
         run(field, step=step)
@@ -103,8 +103,8 @@ def test_other_shapes_dtypes_methods_and_numbers_of_outputs_need_other_code(buil
             lambda: run(field, start()[:2]),
             lambda: run(field, t=linspace(0.0, 1.0, 4)),
             lambda: run(field, method="heun3"),
-            lambda: run(field, method="bosh3", rtol=1e-3),
-            lambda: run(field, method="bosh3", rtol=torch.full((3, 2), 1e-3, dtype=F64)),
+            lambda: run(field, method="adaptive_heun", rtol=1e-3),
+            lambda: run(field, method="adaptive_heun", rtol=torch.full((3, 2), 1e-3, dtype=F64)),
         )
     ):
         for _ in range(2):

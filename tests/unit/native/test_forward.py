@@ -74,35 +74,29 @@ def test_a_grid_constructor():
 
 @pytest.mark.parametrize("method", WITH_EXTRA_STAGES)
 def test_stages_of_the_accurate_interpolant_are_evaluated_and_counted_only_in_steps_with_outputs(method):
-    rtol = tolerance(method)
-    found = [
-        compare(Timed(), start(), T, method=method, rtol=rtol, atol=rtol, options=dict(dense=dense, first_step=0.02))
-        for dense in ("accurate", "torchdiffeq")
-    ]
-    assert found[0].stats.nfe > found[1].stats.nfe and found[0].stats.accepted == found[1].stats.accepted
-
-
-def test_the_interpolants_of_dopri5():
-    for dense in ("accurate", "torchdiffeq"):
-        compare(Timed(), start(), T, rtol=1e-5, atol=1e-5, options=dict(dense=dense))
+    solver = dict(method=method, rtol=1e-4, atol=1e-4)
+    found = compare(Timed(), start(), T, **solver, options=dict(dense="accurate", first_step=0.02)).stats
+    with torch.no_grad():
+        without = solve(Timed(), start(), T, **solver, options=dict(first_step=0.02)).stats
+    assert found.nfe > without.nfe and found.accepted == without.accepted
 
 
 @pytest.mark.parametrize("count", [2, 50])
 def test_few_and_many_outputs(count):
-    found = compare(Timed(), start(), linspace(0.0, 2.0, count), rtol=1e-5, atol=1e-6)
+    found = compare(Timed(), start(), linspace(0.0, 2.0, count), method="bosh3", rtol=1e-4, atol=1e-4)
     assert found.ys.shape == (count, 3, 2)
 
 
 def test_outputs_that_lie_close_together_and_at_the_start():
     t = torch.tensor([0.0, 1e-9, 2e-9, 1.0, 1.0 + 1e-12, 2.0], dtype=F64)
-    compare(Timed(), start(), t, rtol=1e-4, atol=1e-4)
+    compare(Timed(), start(), t, method="bosh3", rtol=1e-3, atol=1e-3)
 
 
 def test_float32():
-    for method in ("dopri5", "rk4"):
+    for method in ("bosh3", "euler"):
         field = Timed(torch.float32)
         for t in (T, T.float()):
-            compare(field, start(torch.float32), t, method=method, rtol=1e-5, atol=1e-5, limit=CLOSE_IN_FLOAT)
+            compare(field, start(torch.float32), t, method=method, rtol=1e-4, atol=1e-4, limit=CLOSE_IN_FLOAT)
 
 
 # ------------------------------------------------------------------ several calls
@@ -116,7 +110,7 @@ def test_a_solve_in_many_calls_is_the_same(monkeypatch, name):
 
 def test_a_solve_is_one_call():
     with torch.no_grad():
-        stats = solve(Timed(), start(), T, options=dict(compile=cache())).stats
+        stats = solve(Timed(), start(), T, method="bosh3", options=dict(compile=cache())).stats
     assert stats.host_reads == 2  # the times, and the point where the loop ended
 
 
@@ -144,7 +138,7 @@ def test_ctrl_c_between_calls_says_where_the_solve_stood(monkeypatch):
 
 # ------------------------------------------------------------------ numbers of options
 def test_other_numbers_of_options_need_no_other_graph():
-    field, kept = Timed(), NativeCache()
+    field, kept, bosh3 = Timed(), NativeCache(), dict(method="bosh3", rtol=1e-4, atol=1e-4)
     controllers = ["torchdiffeq", "I", "PI", "PID", Controller(0.2, 0.9, 0.05, keep=True)]
     numbers = [
         dict(first_step=0.3),
@@ -158,9 +152,9 @@ def test_other_numbers_of_options_need_no_other_graph():
     ]
     found = set()
     for options in numbers:
-        eager, native = pair(field, start(), T, rtol=1e-6, atol=1e-7, options=options)
+        eager, native = pair(field, start(), T, **bosh3, options=options)
         same(eager, native)
-        again = solve(field, start(), T, rtol=1e-6, atol=1e-7, options=dict(options, compile=kept), gradient="adjoint")
+        again = solve(field, start(), T, **bosh3, options=dict(options, compile=kept), gradient="adjoint")
         assert again.stats.loop == "native" and counts(again) == counts(native)
         found.add(counts(native))
     assert kept.count == 1 and len(found) > len(numbers) // 2
@@ -172,22 +166,22 @@ def test_stops_and_jumps():
 
     jump = torch.tensor([0.7], dtype=F64)
     stops = torch.tensor([0.25, 0.9, 1.6], dtype=F64)
-    bosh3 = dict(method="bosh3", rtol=1e-4, atol=1e-5)
+    heun = dict(method="adaptive_heun", rtol=1e-2, atol=1e-2)
     for t in (T, T.flip(0)):
-        compare(field, start(), t, **bosh3, options=dict(jump_t=jump))
-    compare(field, start(), T, **bosh3, options=dict(step_t=stops))
-    compare(field, start(), T, **bosh3, options=dict(step_t=stops, jump_t=jump))
+        compare(field, start(), t, **heun, options=dict(jump_t=jump))
+    compare(field, start(), T, **heun, options=dict(step_t=stops))
+    compare(field, start(), T, **heun, options=dict(step_t=stops, jump_t=jump))
     at_start = torch.tensor([0.0, 0.7], dtype=F64)
-    compare(field, start(), T, **bosh3, options=dict(jump_t=at_start))
+    compare(field, start(), T, **heun, options=dict(jump_t=at_start))
 
 
-@pytest.mark.parametrize("method", ["dopri5", "tsit5"])
+@pytest.mark.parametrize("method", ["bosh3", "tsit5"])
 def test_clip_keeps_the_field_between_the_times(method):
     def field(t, y):
         return -y * torch.sqrt(t * (2.0 - t))  # NaN outside of [0, 2]
 
     for t in (linspace(0.0, 2.0, 3), linspace(2.0, 0.0, 3)):
-        found = compare(field, start(), t, method=method, rtol=1e-6, atol=1e-6, options=dict(clip=True))
+        found = compare(field, start(), t, method=method, rtol=1e-4, atol=1e-4, options=dict(clip=True))
         assert torch.isfinite(found.ys).all()
 
 
@@ -200,13 +194,13 @@ def pendulum(t, state):
 TWO = (torch.tensor([[0.5, 1.0], [-0.3, 2.0]], dtype=F64), torch.zeros(2, 2, dtype=F64))
 
 
-@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+@pytest.mark.parametrize("method", ["bosh3", "euler"])
 def test_a_tuple(method):
-    compare(pendulum, TWO, T, method=method, rtol=1e-6, atol=1e-7)
+    compare(pendulum, TWO, T, method=method, rtol=1e-4, atol=1e-4)
 
 
 def test_tolerances_of_the_parts_of_a_tuple():
-    compare(pendulum, TWO, T, rtol=(1e-5, 1e-6), atol=(1e-4, 1e-7))
+    compare(pendulum, TWO, T, method="adaptive_heun", rtol=(1e-2, 1e-3), atol=(1e-3, 1e-4))
 
 
 def test_a_complex_state_is_solved_by_the_host_without_a_try_of_the_compiler():
@@ -219,16 +213,16 @@ def test_a_complex_state_is_solved_by_the_host_without_a_try_of_the_compiler():
 def test_a_tolerance_for_each_element():
     """Other numbers in the same places need no other graph."""
     field = Timed()
-    each = torch.tensor([[1e-3, 1e-4], [1e-5, 1e-4], [1e-3, 1e-6]], dtype=F64)
+    each = torch.tensor([[1e-2, 1e-3], [1e-4, 1e-3], [1e-2, 1e-4]], dtype=F64)
     taken = {
         counts(compare(field, start(), T, rtol=rtol, atol=atol, method="bosh3"))
-        for rtol, atol in ((each, 1e-7), (each.flip(0), 1e-7), (1e-5, each), (each, each / 10))
+        for rtol, atol in ((each, 1e-3), (each.flip(0), 1e-3), (1e-3, each), (each, each / 10))
     }
     assert len(taken) > 1
 
 
 def test_a_state_without_dimensions():
-    compare(lambda t, y: -y * torch.cos(t), torch.tensor(1.5, dtype=F64), T, rtol=1e-6, atol=1e-7)
+    compare(lambda t, y: -y * torch.cos(t), torch.tensor(1.5, dtype=F64), T, method="bosh3", rtol=1e-4, atol=1e-4)
 
 
 # ------------------------------------------------------------------ how a solve ends
@@ -285,25 +279,26 @@ def energy(t, y, dy):
 
 def test_an_integral_and_a_regularized_field():
     field = Timed()
-    eager, native = pair(field, start(), T, rtol=1e-6, atol=1e-7, integral=energy)
+    heun = dict(method="adaptive_heun", rtol=1e-3, atol=1e-3)
+    eager, native = pair(field, start(), T, integral=energy, **heun)
     same(eager, native)
     assert torch.allclose(native.integral, eager.integral, rtol=1e-12)
     noise = torch.ones_like(start())
-    eager, native = pair(regularized(field, kinetic=0.1, jacobian=0.2, noise=noise), start(), T, rtol=1e-6, atol=1e-7)
+    eager, native = pair(regularized(field, kinetic=0.1, jacobian=0.2, noise=noise), start(), T, **heun)
     same(eager, native)
     assert torch.allclose(native.integral, eager.integral, rtol=1e-12)
 
 
 # ------------------------------------------------------------------ the public solvers
 def test_every_public_solver_takes_the_option():
-    field, y0 = Timed(), start()
+    field, y0, bosh3 = Timed(), start(), dict(method="bosh3", rtol=1e-4, atol=1e-4)
     with torch.no_grad():
-        expected = odeint(field, y0, T, rtol=1e-6, atol=1e-7)
+        expected = odeint(field, y0, T, **bosh3)
         options = dict(compile="require")
-        assert torch.allclose(odeint(field, y0, T, rtol=1e-6, atol=1e-7, options=options), expected, rtol=1e-12)
-        ys = odeint_adjoint(field, y0, T, rtol=1e-6, atol=1e-7, options=options)
+        assert torch.allclose(odeint(field, y0, T, **bosh3, options=options), expected, rtol=1e-12)
+        ys = odeint_adjoint(field, y0, T, **bosh3, options=options)
         assert torch.allclose(ys, expected, rtol=1e-12)
-        layer = NeuralODE(field, T, rtol=1e-6, atol=1e-7, options=options)
+        layer = NeuralODE(field, T, **bosh3, options=options)
         assert torch.allclose(layer(y0), expected, rtol=1e-12)
     assert layer.stats is not None and layer.stats.loop == "native"
 

