@@ -142,7 +142,9 @@ def _uses(name: str, module: Any) -> bool:
     if name.split(".")[0] in ("torchdiffeq", "node_cuda"):
         return False
     values = list(vars(module).values()) if isinstance(module, ModuleType) else []
-    origins = [x.__name__ if isinstance(x, ModuleType) else x.__module__ for x in values if isinstance(x, _KINDS)]
+    # Not isinstance, which reads `x.__class__`: an object may warn of each attribute that is read.
+    known = [x for x in values if issubclass(type(x), _KINDS)]
+    origins = [x.__name__ if isinstance(x, ModuleType) else x.__module__ for x in known]
     return any(isinstance(origin, str) and origin.split(".")[0] == "torchdiffeq" for origin in origins)
 
 

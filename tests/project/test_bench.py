@@ -280,13 +280,9 @@ def test_a_contestant_that_is_wrong_or_fails_keeps_its_row_and_is_not_timed(benc
     assert "the relative error is" in wrong["failed"] and "no such mode" in lost["failed"]
 
 
-def test_compiled_solves_take_part_once_the_option_exists(bench, monkeypatch):
-    contestants, options = bench("parts.peers.torch_contestants"), importlib.import_module("node_cuda.options")
-    problem = bench("parts.peers.problems").QUICK_PROBLEMS[0]
-    names = set(options.option_names())
-    monkeypatch.setattr(options, "option_names", lambda: names - {"compile"})
-    assert "node_cuda compiled" not in contestants.ours(problem, 1e-3)
-    monkeypatch.setattr(options, "option_names", lambda: names | {"compile"})
+def test_compiled_solves_take_part_but_in_a_quick_run(bench):
+    contestants, problem = bench("parts.peers.torch_contestants"), bench("parts.peers.problems").QUICK_PROBLEMS[0]
+    assert "node_cuda compiled" not in contestants.ours(problem, 1e-3, quick=True)
     made = contestants.ours(problem, 1e-3)["node_cuda compiled"]()
     assert made.arguments == {"gradient": "discrete", "options": {"compile": True}}
 

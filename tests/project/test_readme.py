@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -66,10 +67,23 @@ def registry_put_back():
         registry.update(entries)
 
 
+@pytest.fixture
+def torchdiffeq_put_back(monkeypatch):
+    """Let an example import torchdiffeq as if it was not imported before, and restore it afterwards."""
+    monkeypatch.setattr(sys, "meta_path", list(sys.meta_path))
+    before = {name: module for name, module in sys.modules.items() if name.split(".")[0] == "torchdiffeq"}
+    for name in before:
+        del sys.modules[name]
+    yield
+    for name in [name for name in sys.modules if name.split(".")[0] == "torchdiffeq"]:
+        del sys.modules[name]
+    sys.modules.update(before)
+
+
 RUN = [page.relative_to(ROOT).as_posix() for page in PAGES if examples(page.relative_to(ROOT).as_posix())]
 
 
-@pytest.mark.usefixtures("registry_put_back", "interpreted")
+@pytest.mark.usefixtures("registry_put_back", "torchdiffeq_put_back", "interpreted")
 @pytest.mark.parametrize("page", RUN)
 def test_the_examples_of_a_page_print_what_their_comments_say(page):
     """One after another, with the names of those before."""
