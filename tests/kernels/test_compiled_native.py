@@ -145,13 +145,16 @@ class Field(nn.Module):
         return self.net(torch.cat([y, t.expand(len(y), 1)], 1)) * self.scale
 
 
+@pytest.mark.compiled
 def test_native_code_of_a_grid_in_float32():
     """Products of small matrices, outputs between points of the grid, and tensors of a module."""
     options = dict(step_size=0.07, interp="cubic")
     compare(Field(), start(torch.float32), linspace(0.0, 1.0, 50), method="rk4", options=options, limit=CLOSE_IN_FLOAT)
 
 
-@pytest.mark.parametrize(("gradient", "method"), [("discrete", "bosh3"), ("adjoint", "dopri5")])
+@pytest.mark.parametrize(
+    ("gradient", "method"), [("discrete", "bosh3"), pytest.param("adjoint", "dopri5", marks=pytest.mark.compiled)]
+)
 def test_native_code_of_a_backward_pass(gradient, method):
     """A second solve with other numbers compiles nothing. The adjoint's forward solve is that of the tests above."""
     backward = dict(adjoint_method="bosh3", adjoint_options={}) if gradient == "adjoint" else {}

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
+import pytest
 import torch
 from problems import F64, relative_difference
 from torch import Tensor, nn
@@ -15,6 +17,14 @@ from node_cuda import Solution, solve
 CLOSE = 1e-12
 # In float32: a hundred roundings of 6e-8.
 CLOSE_IN_FLOAT = 1e-5
+
+
+def first_of(count: int, cases: Iterable[Any]) -> list[Any]:
+    """Return the cases for `parametrize`; only the first ones without `--compiled`, because each traces its graphs."""
+    return [
+        case if i < count else pytest.param(*(case if isinstance(case, tuple) else (case,)), marks=pytest.mark.compiled)
+        for i, case in enumerate(cases)
+    ]
 
 
 class Timed(nn.Module):
