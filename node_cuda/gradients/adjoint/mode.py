@@ -32,7 +32,7 @@ from node_cuda.gradients.reached import UsedParameters
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.registry import lookup
 from node_cuda.problem.problem import Problem
-from node_cuda.status import SolveError, Status, users_level
+from node_cuda.status import InvalidInput, SolveError, Status, users_level
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
@@ -169,7 +169,14 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
             "adjoint pass, and will not appear as a tensor in the adjoint norm.",
             stacklevel=users_level(),
         )
-    parsed = lookup(method, options).options
+    chosen = lookup(method, options)
+    if chosen.implicit is not None:
+        raise InvalidInput(
+            f"adjoint_method={method!r} is implicit, and rebuilding y backwards explodes for a stiff field; got it "
+            f"with method={request.method.name!r}. Use method={method!r} for both solves: then the solution is stored. "
+            'Or use gradient="discrete".'
+        )
+    parsed = chosen.options
     checks = parsed.check_reconstruction or request.method.options.check_reconstruction
     options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
     rtol, atol = request.backward_tolerances()

@@ -11,7 +11,7 @@ from tolerances import GLOBAL_ERROR_OVER_RTOL, SLOPE, rtol_and_limit
 from torch import nn
 
 import node_cuda
-from node_cuda import TABLEAUS, SolveError, Status, odeint, odeint_adjoint
+from node_cuda import TABLEAUS, InvalidInput, SolveError, Status, odeint, odeint_adjoint
 
 ADAPTIVE = [name for name, tableau in TABLEAUS.items() if tableau.adaptive]
 FIXED = [name for name, tableau in TABLEAUS.items() if not tableau.adaptive]
@@ -347,3 +347,9 @@ def test_retain_graph_lets_the_backward_pass_run_twice():
     (first,) = torch.autograd.grad(loss, y0, retain_graph=True)
     (second,) = torch.autograd.grad(loss, y0)
     assert torch.equal(first, second)
+
+
+def test_an_implicit_method_for_the_backward_solve_alone_is_refused_in_words():
+    with pytest.raises(InvalidInput, match="for both solves"):
+        odeint_adjoint(nn.Linear(2, 2), torch.ones(2), torch.linspace(0, 1, 2), adjoint_method="kvaerno5",
+                       method="dopri5", adjoint_options={})  # fmt: skip
