@@ -21,9 +21,10 @@ Number = Any
 class Settings(NamedTuple):
     """The settings of a solve. Each is a float on the host, and a 0-d double while a loop is traced.
 
-    direction: t = direction * s. rtol, atol: 0 where a tensor is given instead. limit: the Euler step that probes the
-    first step size does not go past it. cap: the attempts of one call. low, high:
-    func is evaluated between these user's times only. rtol_sums, atol_sums: those of the gradients of the parameters.
+    direction: t = direction * s. rtol, atol: 0 where a tensor is given instead. e0 to max_step: the law of the
+    controller (`kernels.reference.ControllerParams`). limit: the Euler step that probes the first step size does not go
+    past it. low, high: func is evaluated between these user's times only. cap: the attempts of one call. rtol_sums,
+    atol_sums: those of the gradients of the parameters.
     """
 
     direction: Number
