@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from types import MethodType
 from typing import Any
 
@@ -61,19 +61,28 @@ class Then:
     def __init__(self, seen: Seen) -> None:
         self.seen = seen
         self._versions = [x._version for x in seen.tensors]
+        self._sizes = _sizes(seen.tensors)
 
     def refuse_changes(self, now: Seen, what: str) -> None:
         """Raise InvalidField if func has changed. what: the gradient mode."""
         own = self.seen.own | now.own
         name = difference(without(self.seen.found, own), without(now.found, own))
         same = all(a is b for a, b in zip(self.seen.tensors, now.tensors, strict=False))
-        if name is None and same and [x._version for x in now.tensors] == self._versions:
+        unwritten = same and [x._version for x in now.tensors] == self._versions
+        if name is None and unwritten and torch.equal(_sizes(now.tensors), self._sizes):
             return
         raise InvalidField(
             f"func was changed between the forward and the backward pass ({name or 'one of its tensors'}), and the "
             f"compiled {what} evaluates it again. Call backward() before the change, use one func for each setting, or "
             'use gradient="backprop".'
         )
+
+
+def _sizes(tensors: Sequence[Tensor]) -> Tensor:
+    """Return a number for each tensor, which shows that it was written into through `.data`: that counts no version."""
+    floats = [x.detach() for x in tensors if x.is_floating_point() and x.numel()]
+    norms = [x.double() for x in torch._foreach_norm(floats)] if floats else []
+    return torch.nan_to_num(torch.stack(norms)) if norms else torch.zeros(0)
 
 
 def _form(x: Tensor) -> Any:
@@ -139,7 +148,13 @@ class NativeCache:
             made: Any = make(seen)
         except (Refused, Unseen) as why:
             made = str(why)
-        after = Seen(func)
+        try:
+            after = Seen(func)
+        except Unseen:
+            made, after = (
+                "func keeps something of each evaluation (a list that grows?), also of the one that is traced",
+                seen,
+            )
         own = written(seen.found, after.found)
         self._entries = [*self._entries[1 - MOST :], _Entry(key, without(after.found, own), own, made)]
         after.own = own

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import contextlib
+import random
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 
 from node_cuda._torch_modes import _functorch
+from node_cuda.cuda_graphs.parts import parts
 from node_cuda.problem.field import VectorField
 from node_cuda.problem.problem import Problem
 
@@ -90,23 +93,28 @@ class TracedField:
         self._problem = problem
 
     def probe(self) -> None:
-        """Evaluate func twice as it is. Raises InvalidField, and Refused if it writes into its tensors.
+        """Evaluate func twice as it is. Raises InvalidField, and Refused if its code is not all that it depends on.
 
         From then on func gets a copy of its argument if it writes into that.
         """
         problem, field = self._problem, self._field
         field.probes = field.nfe + 2
-        before = [x._version for x in self.tensors]
-        random = torch.get_rng_state()
+        kept, versions = parts(problem.func)[1], [x._version for x in self.tensors]
+        random_before = _random_states()
         with torch.no_grad():
             t = problem.t[0].detach().to(problem.y0.device, problem.time_dtype)
-            for _ in range(2):
-                field(t, problem.y0.detach())
-        if not torch.equal(random, torch.get_rng_state()):
-            torch.set_rng_state(random)
-            raise Refused("func draws random numbers, which a compiled loop would draw in another order")
-        if [x._version for x in self.tensors] != before:
+            first, second = (field(t, problem.y0.detach()) for _ in range(2))
+        if not _same_states(random_before, _random_states()):
+            torch.set_rng_state(random_before[0])
+            raise Refused("func draws random numbers, which a compiled loop would not, or in another order")
+        if [x._version for x in self.tensors] != versions:
             raise Refused("func writes into a tensor that it keeps, such as a running mean")
+        now = parts(problem.func)[1]
+        changed = next((name for name in (*now, *kept) if now.get(name) is not kept.get(name)), None)
+        if changed is not None:
+            raise Refused(f"func keeps a tensor of each evaluation, {changed!r}, which a compiled loop would not set")
+        if not torch.equal(torch.nan_to_num(first), torch.nan_to_num(second)):
+            raise Refused("func answers differently at the same t and y: it counts its calls, or draws random numbers")
         field.copies_output = False  # a buffer that func keeps is refused when it is traced
 
     def __call__(self, c: Any, s: Tensor, y: Tensor, tensors: Sequence[Tensor]) -> Tensor:
@@ -116,6 +124,16 @@ class TracedField:
             t = torch.minimum(torch.maximum(t, c.low), c.high)
         with _InPlaceOf(dict(zip(map(id, self.tensors), tensors, strict=True))):
             return self._field(t.to(self.dtype), y).contiguous()  # what a loop carries has one layout
+
+
+def _random_states() -> tuple[Tensor, Any, Any]:
+    """Return the states of the random generators of torch, Python and numpy."""
+    return torch.get_rng_state(), random.getstate(), np.random.get_state()
+
+
+def _same_states(a: tuple[Tensor, Any, Any], b: tuple[Tensor, Any, Any]) -> bool:
+    same_numpy = all(np.array_equal(x, y) for x, y in zip(a[2], b[2], strict=True))
+    return torch.equal(a[0], b[0]) and a[1] == b[1] and same_numpy
 
 
 class _InPlaceOf(TorchFunctionMode):

@@ -16,6 +16,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from node_cuda._records import with_fields
 from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
@@ -51,11 +52,12 @@ from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.registry import Method
+from node_cuda.native.tracing import Refused
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.field import VectorField
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
-from node_cuda.status import Status, Unsupported
+from node_cuda.status import InvalidField, Status, Unsupported
 
 
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
@@ -71,6 +73,10 @@ def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     refuse_transforms("An event")
     ys, at = _DiscreteSolve(request, event_fn, None)()
     return at.to(request.problem.t), ys
+
+
+SAME = 1e-3
+"""The relative difference of the outputs by which two loops over the same steps may differ in float32."""
 
 
 class _DiscreteSolve(DifferentiableSolve):
@@ -149,7 +155,14 @@ class _DiscreteSolve(DifferentiableSolve):
     ) -> Gradients:
         """Return the gradients by the compiled reverse loop."""
         stats, wanted = self.stats, self.parameters.wanted
-        lam, of_params = native.gradients(record, problem, grad_ys, saved.params, wanted, stats)
+        try:
+            if (why := self.replaced(problem)) is not None:
+                raise Refused(why)
+            lam, of_params = native.gradients(record, problem, grad_ys, saved.params, wanted, stats)
+        except Refused as why:
+            stats.why_backward = str(why)
+            self._record_by_the_host(problem, saved.ys)
+            return self._walked(problem, saved, grad_ys, wants_t, False, self.reached(problem), stats)
         adj_t = None
         if wants_t:
             adj_t = saved.ys.new_zeros(len(saved.t), dtype=of_times(saved.ys.dtype))
@@ -158,6 +171,25 @@ class _DiscreteSolve(DifferentiableSolve):
             stats.nfe_backward += reached
             adj_t = adj_t.to(saved.t)
         return Gradients(adj_t, None, lam + grad_ys[0], of_params)
+
+    def _record_by_the_host(self, problem: Problem, ys: Tensor) -> None:
+        """Take the steps of a compiled solve again in the host loop, because its backward pass cannot be compiled.
+
+        Raises InvalidField if the outputs are not those of the compiled solve.
+        """
+        self.compiled = None
+        problem = replace(problem, y0=ys[0].detach(), field=problem.field_of(problem.func))
+        again = Stats()
+        loop, interpolant = make_loop(problem, self.method, again, points=self.points)
+        self.trajectory = _recorded(loop, with_fields(self._request, problem=problem), None)
+        outputs, _ = solve_outputs(loop, interpolant, throw=False)
+        self.stats.recomputed_steps += again.accepted
+        if not torch.allclose(outputs, ys, rtol=SAME, atol=SAME * float(ys.abs().nan_to_num().max()), equal_nan=True):
+            raise InvalidField(
+                "func was changed between the forward and the backward pass: the host takes the steps of the compiled "
+                f"solve again ({self.stats.why_backward}), and they end elsewhere. Call backward() before the change, "
+                'or use gradient="backprop".'
+            )
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients, by a captured reverse pass or by the host."""

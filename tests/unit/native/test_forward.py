@@ -109,7 +109,8 @@ def test_a_solve_in_many_calls_is_the_same(monkeypatch, name):
     assert calls >= 4
 
 
-def test_a_solve_is_one_call():
+def test_a_solve_is_one_call(monkeypatch):
+    monkeypatch.setattr(forward, "SECONDS", 1e6)  # on a busy machine the call would end sooner
     with torch.no_grad():
         stats = solve(Timed(), start(), T, method="bosh3", options=dict(compile=cache())).stats
     assert stats.host_reads == 2  # the times, and the point where the loop ended

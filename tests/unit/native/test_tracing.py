@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import math
+import random
 
 import numpy as np
 import pytest
@@ -11,8 +13,9 @@ from native import Timed, compare, reason, start
 from problems import F64, linspace
 from torch import nn
 from torch.nn.utils import parametrizations
+from torch.utils.checkpoint import checkpoint
 
-from node_cuda import solve
+from node_cuda import InvalidField, NeuralODE, solve
 from node_cuda.native import build
 from node_cuda.native.tracing import graph_of, while_loop
 
@@ -293,3 +296,86 @@ def test_the_solution_does_not_share_memory_with_the_state():
         ys = solve(Timed(), y0, T, method="midpoint", options=dict(compile="require")).ys
     y0.zero_()
     assert torch.equal(ys[0], start())
+
+
+class Linear(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(2, 2)
+        self.calls, self.last, self.log = 0, torch.zeros(3, 2), []
+
+    def forward(self, t, y):
+        return self.layer(y)
+
+
+class Keeps(Linear):
+    def forward(self, t, y):
+        self.last = self.layer(y)
+        return self.last
+
+
+class CountsInItsAnswer(Linear):
+    def forward(self, t, y):
+        self.calls += 1
+        return self.layer(y) * min(1.0, self.calls / 500)
+
+
+class DrawsInPython(Linear):
+    def forward(self, t, y):
+        return self.layer(y) * (random.random() < 2.0)
+
+
+class DrawsInNumpy(Linear):
+    def forward(self, t, y):
+        return self.layer(y) * float(np.random.rand() < 2.0)
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(
+    ("kind", "why"),
+    [
+        (Keeps, "keeps a tensor of each evaluation, 'last'"),
+        (CountsInItsAnswer, "answers differently"),
+        (DrawsInPython, "random numbers"),
+        (DrawsInNumpy, "random numbers"),
+    ],
+)
+def test_a_field_that_is_more_than_its_code_is_not_traced(kind, why):
+    field = kind()
+    with torch.no_grad():
+        stats = solve(field, torch.ones(3, 2), torch.linspace(0, 1, 3), options=dict(compile=True)).stats
+    assert stats.loop == "host" and why in stats.why
+    copy.deepcopy(field)  # no attribute is a tensor of the trace
+
+
+@pytest.mark.usefixtures("interpreted")
+def test_a_write_that_counts_no_version_is_noticed_before_the_backward_pass():
+    field = Linear()
+    ys = solve(field, torch.ones(3, 2), torch.linspace(0, 1, 3), gradient="discrete", options=dict(compile=True)).ys
+    field.layer.weight.data.mul_(2.0)
+    with pytest.raises(InvalidField, match="changed between"):
+        ys.sum().backward()
+
+
+class Checkpointed(Linear):
+    def forward(self, t, y):
+        return checkpoint(self.layer, y, use_reentrant=False)
+
+
+def gradient(make, called, options):
+    torch.manual_seed(0)
+    layer = NeuralODE(make(), torch.linspace(0, 1, 3), gradient="discrete", options=options)
+    named = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    ys = torch.func.functional_call(layer, named, (torch.ones(3, 2),)) if called else layer(torch.ones(3, 2))
+    ys.sum().backward()
+    found = named if called else dict(layer.named_parameters())
+    return found["func.layer.weight"].grad, layer.stats
+
+
+@pytest.mark.usefixtures("interpreted")
+@pytest.mark.parametrize(("make", "called"), [(Checkpointed, False), (Linear, True)])
+def test_the_host_takes_the_steps_again_if_only_the_backward_pass_cannot_be_compiled(make, called):
+    expected, _ = gradient(make, called, {})
+    found, stats = gradient(make, called, dict(compile=True))
+    assert stats.loop == "native" and stats.loop_backward == "host" and stats.why_backward
+    torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-6)  # float32, steps that differ by rounding
