@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from node_cuda._version import __version__
 from node_cuda.kernels.check_record import VARIABLE
 from node_cuda.kernels.check_record import folder as cache_folder
-from node_cuda.native.tracing import Refused
+from node_cuda.native.tracing import Refused, check, graph_of, refusals
 
 _log = logging.getLogger("node_cuda")
 
@@ -56,6 +56,17 @@ def why_not() -> str | None:
     if version < NEEDED:
         return f"torch {NEEDED[0]}.{NEEDED[1]} or later is needed to compile a solve, and this is {torch.__version__}"
     return None
+
+
+def traced(run: Callable[..., Any], examples: Sequence[Tensor], of_func: int, what: str) -> Native:
+    """Return a function of tensors as native code. of_func: how many of the last inputs are func's tensors.
+
+    what: as for `native`. Raises Refused if func or the compiler does not allow it.
+    """
+    with refusals(), torch.no_grad():
+        graph = graph_of(run, examples)
+    check(graph, range(len(examples) - of_func, len(examples)))
+    return native(graph, examples, what)
 
 
 def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -> Native:

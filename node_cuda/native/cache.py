@@ -151,10 +151,7 @@ class NativeCache:
         try:
             after = Seen(func)
         except Unseen:
-            made, after = (
-                "func keeps something of each evaluation (a list that grows?), also of the one that is traced",
-                seen,
-            )
+            made, after = "func keeps something of each evaluation, such as a list that grows", seen
         own = written(seen.found, after.found)
         self._entries = [*self._entries[1 - MOST :], _Entry(key, without(after.found, own), own, made)]
         after.own = own

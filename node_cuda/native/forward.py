@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -17,11 +17,11 @@ from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import grid_status
 from node_cuda.loop.step_control import LONG, tell_of_length, tstops_of, wrong_at_start
 from node_cuda.methods.registry import Method
-from node_cuda.native.build import Native, native
+from node_cuda.native.build import Native, traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.loop import Room, forward, scheme_of
 from node_cuda.native.numbers import Form, Point, Settings, point_of, settings_of_law
-from node_cuda.native.tracing import TracedField, check, graph_of, refusals
+from node_cuda.native.tracing import TracedField
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -52,11 +52,8 @@ class CompiledForward:
         sizes = problem.norm.sizes
         run = forward(self.scheme, order_of(method), sizes, self.room, field, begun.form, shown)  # pyright: ignore
         examples = [torch.zeros_like(x) for x in (*begun.inputs(begun.point), *seen.bare())]
-        with refusals(), torch.no_grad():
-            graph = graph_of(run, examples)
-        first = len(examples) - len(seen.tensors)
-        check(graph, range(first, len(examples)))
-        self.call: Native = native(graph, examples, f"the solve by {method.name} of {name_of(problem.func)}")
+        what = f"the solve by {method.name} of {name_of(problem.func)}"
+        self.call: Native = traced(run, examples, len(seen.tensors), what)
         self.seconds = time.perf_counter() - start
         self.told = False
 
@@ -125,11 +122,20 @@ def begin(problem: Problem, method: Method) -> Begun:
     else:
         assert isinstance(options, FixedOptions)
         points, _ = grid_of(problem, options)
-        room = 1 << (len(points) - 1).bit_length()  # grids of nearly the same length need the same code
-        grid = [*points, *points[-1:] * (room - len(points))]
+        grid = padded(points, room_of(points))
     tolerances = [tol.to(real).expand(y0.shape).contiguous() for tol in (rtol, atol) if isinstance(tol, Tensor)]
     form = Form(len(problem.times), len(tstops), len(jumps), len(grid))
     return Begun(form, point, settings, [*problem.times, *tstops, *jumps, *grid], y0, tolerances)
+
+
+def room_of(points: Sequence[float]) -> int:
+    """Return the length to which a grid is padded: a power of two, so that similar grids need the same code."""
+    return 1 << (len(points) - 1).bit_length()
+
+
+def padded(points: Sequence[float], room: int) -> list[float]:
+    """Return a grid with its last point repeated. The loop ends before the repeated points."""
+    return [*points, *[points[-1]] * (room - len(points))]
 
 
 class Segment(NamedTuple):
@@ -149,7 +155,7 @@ class Segment(NamedTuple):
 
 
 class Result(NamedTuple):
-    """A solve that has ended. segments: its calls, if they record their steps."""
+    """A solve that has ended: y at the outputs, NaN where they were not reached."""
 
     ys: Tensor
     status: Status

@@ -96,6 +96,7 @@ def test_a_second_process_compiles_nothing(folder):
     assert out == "0 native None" and "Compiling" not in err
 
 
+@pytest.mark.compiled
 def test_two_processes_may_compile_the_same_solve_at_once(folder):
     """With the code there, both load it. (In an empty folder both would compile; the later one replaces the file.)"""
     test_native_code_takes_the_steps_of_the_host_loop()

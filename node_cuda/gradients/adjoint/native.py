@@ -19,12 +19,12 @@ from node_cuda.loop.grids import grid_of
 from node_cuda.loop.step_control import LONG, tell_of_length
 from node_cuda.methods.registry import Method
 from node_cuda.native.adjoint import Shape, backward
-from node_cuda.native.build import native
+from node_cuda.native.build import traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
-from node_cuda.native.forward import SECONDS, account, begin, failure_of, name_of, order_of
+from node_cuda.native.forward import SECONDS, account, begin, failure_of, name_of, order_of, padded, room_of
 from node_cuda.native.loop import scheme_of
 from node_cuda.native.numbers import Form, point_of
-from node_cuda.native.tracing import TracedField, check, graph_of, refusals
+from node_cuda.native.tracing import TracedField
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -50,10 +50,8 @@ class CompiledAdjoint:
         numbers = torch.zeros(shape.form.length, dtype=torch.float64)
         state = [y, *(y.clone() for _ in range(3)), *sums, *(x.clone() for x in sums)]
         examples = [numbers, *state, *tolerances, *tensors]
-        with refusals(), torch.no_grad():
-            graph = graph_of(run, examples)
-        check(graph, range(len(examples) - len(tensors), len(examples)))
-        self.call = native(graph, examples, f'gradient="adjoint" by {method.name} of {name_of(problem.func)}')
+        what = f'gradient="adjoint" by {method.name} of {name_of(problem.func)}'
+        self.call = traced(run, examples, len(tensors), what)
         self.seconds = time.perf_counter() - start
         self.told = False
 
@@ -93,7 +91,7 @@ def try_native(
     )
     begun = begin(like, method)
     points = None if isinstance(method.options, AdaptiveOptions) else _grids(like, method)
-    room = 0 if points is None else 1 << (max(map(len, points)) - 1).bit_length()
+    room = 0 if points is None else room_of(max(points, key=len))
     form = Form(1, begun.form.tstops, begun.form.jumps, room)
     places = {id(x): i for i, x in enumerate(seen.tensors)}
     known = [places.get(id(x)) for x in wanted]
@@ -123,8 +121,7 @@ def try_native(
         settings=begun.settings._replace(rtol_sums=float(sums_norm.rtol), atol_sums=float(sums_norm.atol))
     )
     stops = begun.times[len(problem.times) : len(problem.times) + form.tstops + form.jumps]
-    y, a = like.y0, given.grad_ys[-1].contiguous()
-    y = given.ys[-1].contiguous()
+    y, a = given.ys[-1].contiguous(), given.grad_ys[-1].contiguous()
     changing = [y, y, *(tensors[i] for i in shape.wanted), *(torch.zeros_like(tensors[i]) for i in shape.wanted)]
     p, last = begun.point._replace(output=0), len(problem.times) - 1
     after = Clock(1.0, like.time_dtype, y.device).after
@@ -134,7 +131,7 @@ def try_native(
         m = last - i
         if i:
             p = p._replace(output=0, place=0, t_k1=after(p.t), fresh=int(made.scheme.adaptive))
-        grid = [] if points is None else [*points[i], *points[i][-1:] * (room - len(points[i]))]
+        grid = [] if points is None else padded(points[i], room)
         while p.output < 1:
             tried = p.accepted + p.rejected
             allowed = min(cap, LONG - tried) if tried < LONG else cap

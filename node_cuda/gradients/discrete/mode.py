@@ -52,6 +52,7 @@ from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.registry import Method
+from node_cuda.native.cache import refused
 from node_cuda.native.tracing import Refused
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.field import VectorField
@@ -157,7 +158,7 @@ class _DiscreteSolve(DifferentiableSolve):
         stats, wanted = self.stats, self.parameters.wanted
         try:
             if (why := self.replaced(problem)) is not None:
-                raise Refused(why)
+                raise Refused(refused(self.method, why))
             lam, of_params = native.gradients(record, problem, grad_ys, saved.params, wanted, stats)
         except Refused as why:
             stats.why_backward = str(why)

@@ -13,13 +13,13 @@ from node_cuda.gradients.discrete.checkpoints import Checkpoints, slots_for
 from node_cuda.loop.outputs import grid_status
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.registry import Method
-from node_cuda.native.build import native
+from node_cuda.native.build import traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.forward import Begun, CompiledForward, Segment, account, begin, compiled_or_why, name_of, solve
 from node_cuda.native.loop import Scheme, extra_evaluations
 from node_cuda.native.numbers import point_of
 from node_cuda.native.reverse import Shape, reverse
-from node_cuda.native.tracing import Refused, TracedField, check, graph_of, refusals
+from node_cuda.native.tracing import Refused, TracedField
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import Status
@@ -134,10 +134,8 @@ class CompiledReverse:
         g = y.new_zeros(shape.form.times, *y.shape)
         tensors = [torch.zeros_like(x) for x in seen.bare()]
         examples = [numbers, count, g, y, y.clone(), y.clone(), *tape, *tensors]
-        with refusals(), torch.no_grad():
-            graph = graph_of(run, examples)
-        check(graph, range(len(examples) - len(tensors), len(examples)))
-        self.call = native(graph, examples, f'gradient="discrete" by {method.name} of {name_of(problem.func)}')
+        what = f'gradient="discrete" by {method.name} of {name_of(problem.func)}'
+        self.call = traced(run, examples, len(tensors), what)
         self.seconds = time.perf_counter() - start
         self.told = False
 

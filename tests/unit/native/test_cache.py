@@ -17,8 +17,8 @@ from torch import nn
 
 import node_cuda
 from node_cuda import InvalidInput, NeuralODE, odeint, solve
+from node_cuda.native import build
 from node_cuda.native import cache as module
-from node_cuda.native import forward
 from node_cuda.native.cache import PATIENCE, NativeCache, natives_of
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -29,8 +29,8 @@ T = linspace(0.0, 1.0, 3)
 def built(monkeypatch):
     """Count the graphs that are built."""
     made = []
-    native = forward.native
-    monkeypatch.setattr(forward, "native", lambda *arguments: made.append(1) or native(*arguments))
+    native = build.native
+    monkeypatch.setattr(build, "native", lambda *arguments: made.append(1) or native(*arguments))
     return made
 
 

@@ -14,7 +14,7 @@ from problems import F64, linspace
 from node_cuda import TABLEAUS, InvalidInput, NeuralODE, SolveError, Status, odeint, odeint_adjoint, solve
 from node_cuda.controllers import Controller
 from node_cuda.integrals.regularized import regularized
-from node_cuda.native import forward
+from node_cuda.native import build, forward
 from node_cuda.native.cache import NativeCache
 
 pytestmark = pytest.mark.usefixtures("interpreted")
@@ -129,7 +129,7 @@ def test_ctrl_c_between_calls_says_where_the_solve_stood(monkeypatch):
 
         return run
 
-    monkeypatch.setattr(forward, "native", native)
+    monkeypatch.setattr(build, "native", native)
     with pytest.raises(KeyboardInterrupt) as raised, torch.no_grad():
         options = dict(compile=cache(), first_step=0.125, max_step=0.125)
         solve(Timed(), start(), T, rtol=1e-3, atol=1e-3, options=options)
