@@ -105,6 +105,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "native.numbers",
         "native.step",
         "native.tracing",
+        "native.allocation",
         "native.build",
         "native.cache",
         "native.loop",

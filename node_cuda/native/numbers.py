@@ -93,8 +93,11 @@ def settings_in(vector: Tensor) -> Settings:
 
 
 def packed(values: Sequence[Tensor]) -> Tensor:
-    """Return 0-d tensors as one vector of doubles, while a loop is traced."""
-    return torch.stack([x.double() for x in values])
+    """Return 0-d tensors as one vector of doubles, while a loop is traced.
+
+    A loop returns the copy: its parts are then allocated before the loop (see `native.allocation`).
+    """
+    return torch.stack([x.double() for x in values]).clone()
 
 
 def point_of(values: Sequence[float]) -> Point:
