@@ -72,9 +72,10 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     name = DEFAULT if name is None else name
     if not isinstance(name, str):
         raise InvalidType(f'method must be a string; got {name!r:.60}. Use method="dopri5", for example.')
-    tableau, none = TABLEAUS.get(name), options is None or options == {}
-    if none and (plain := _PLAIN.get(name)) is not None and plain.tableau is tableau:
-        return plain
+    tableau = TABLEAUS.get(name)
+    known, key = _known(name, options) if options else (_PLAIN, name)
+    if key is not None and (found := known.get(key)) is not None and found.tableau is tableau:
+        return found
     others: dict[str, type[opt.Common]] = {
         **dict.fromkeys(ADAMS, opt.AdamsOptions),
         **{
@@ -98,13 +99,39 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
     defaults = {} if implicit is None else implicit.defaults
     parsed = opt.parse(family, name, {**defaults, **(options or {})}, quiet=quiet)
     method = Method(name, parsed, tableau, implicit)
-    if none:
-        _PLAIN[name] = method
+    if key is not None and all(x in parsed.__dataclass_fields__ for x in options or ()):  # the others warn each time
+        if len(known) >= MOST:
+            known.clear()
+        known[key] = method
     return method
 
 
-_PLAIN: dict[str, Method] = {}
-"""The methods without options, as `lookup` made them. A method that was registered anew has another tableau."""
+MOST = 256
+"""The number of methods with options that are kept."""
+
+_PLAIN: dict[Any, Method] = {}
+"""The methods as `lookup` made them, by the content of their options. One that was registered anew has another
+tableau."""
+
+_WORDS = frozenset((bool, int, float, str, type(None)))
+
+
+def _known(name: str, options: Any) -> tuple[dict[Any, Method], Any]:
+    """Return where the method with these options is kept, and its key there; None if an option has no plain value.
+
+    Options with a cache of compiled solves are kept in that cache, so that they do not keep it alive.
+    """
+    if type(options) is not dict:
+        return _PLAIN, None
+    known, key = _PLAIN, [name]
+    for option, value in options.items():
+        if (kind := type(value)) in _WORDS:
+            key += (option, kind, value)
+        elif option == "compile" and (kept := getattr(value, "methods", None)) is not None:
+            known = kept
+        else:
+            return known, None
+    return known, tuple(key)
 
 
 def supported_callbacks(method: Method) -> frozenset[str]:

@@ -18,20 +18,21 @@ than to allocate, and is freed as early as possible."""
 @contextlib.contextmanager
 def allocated_once() -> Iterator[None]:
     """Let torch's compiler allocate the intermediate tensors of loops before the loops."""
-    from torch._inductor.codegen.cpp_wrapper_cpu import CppWrapperCpu
+    from torch._inductor.codegen import cpp_wrapper_cpu
 
-    original = CppWrapperCpu.codegen_while_loop
+    compiler: Any = cpp_wrapper_cpu.CppWrapperCpu
+    original = compiler.codegen_while_loop
 
     def codegen_while_loop(wrapper: Any, loop: Any, *more: Any, **options: Any) -> None:
         start = len(wrapper.lines)
         original(wrapper, loop, *more, **options)
         wrapper.lines[start:] = _moved(wrapper.lines[start:], loop.cond_subgraph.graph, loop.body_subgraph.graph)
 
-    CppWrapperCpu.codegen_while_loop = codegen_while_loop
+    compiler.codegen_while_loop = codegen_while_loop
     try:
         yield
     finally:
-        CppWrapperCpu.codegen_while_loop = original
+        compiler.codegen_while_loop = original
 
 
 def _moved(lines: list[Any], condition: Any, body: Any) -> list[Any]:

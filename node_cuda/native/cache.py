@@ -101,6 +101,7 @@ class NativeCache:
 
     def __init__(self, required: bool = False) -> None:
         self.required = required
+        self.methods: dict[Any, Method] = {}  # of options with this cache (see `methods.registry.lookup`)
         self._entries: list[_Entry] = []
         self._again: dict[str, int] = {}
         self._lock = threading.RLock()

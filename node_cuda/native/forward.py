@@ -20,7 +20,7 @@ from node_cuda.methods.registry import Method
 from node_cuda.native.build import Native, traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.loop import Room, forward, scheme_of
-from node_cuda.native.numbers import Form, Point, Settings, point_of, settings_of_law
+from node_cuda.native.numbers import CAP, Form, Point, Settings, point_of, settings_of_law
 from node_cuda.native.tracing import TracedField
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
@@ -81,7 +81,8 @@ class Begun(NamedTuple):
 
     def inputs(self, point: Point, y: Tensor | None = None, k1: Tensor | None = None, cap: float = 0.0) -> list[Tensor]:
         """Return the inputs of a call, before func's tensors."""
-        numbers = [*point, *self.settings._replace(cap=cap), *self.times]
+        numbers = [*point, *self.settings, *self.times]
+        numbers[CAP] = cap
         y = self.y0 if y is None else y
         return [
             torch.tensor(numbers, dtype=torch.float64, device="cpu"),
@@ -95,13 +96,9 @@ def begin(problem: Problem, method: Method) -> Begun:
     """Return the inputs of the first call."""
     options, norm, y0 = method.options, problem.norm, problem.y0.detach().contiguous()
     rtol, atol = norm.rtol, norm.atol
-    real = problem.time_dtype
-    point = Point(t=problem.times[0], t_k1=problem.times[0])
-    settings = Settings(
-        problem.direction, 0.0 if isinstance(rtol, Tensor) else rtol, 0.0 if isinstance(atol, Tensor) else atol
-    )
-    if problem.bounds is not None:
-        settings = settings._replace(low=problem.bounds[0], high=problem.bounds[1], limit=problem.times[-1])
+    real, start = problem.time_dtype, problem.times[0]
+    t_k1, proposal, fresh = start, 0.0, 0
+    of_method: dict[str, float] = {}
     tstops: list[float] = []
     jumps: list[float] = []
     grid: list[float] = []
@@ -109,20 +106,27 @@ def begin(problem: Problem, method: Method) -> Begun:
         chosen = controller(options.controller)
         assert isinstance(chosen, Controller)
         law = chosen.law(order_of(method), options)
-        settings = settings._replace(**settings_of_law(law), max_num_steps=float(options.max_num_steps))
+        of_method = {**settings_of_law(law), "max_num_steps": float(options.max_num_steps)}
         if options.step_t is not None or options.jump_t is not None or problem.bounds is not None:
             tstops, jumps, at_jump = tstops_of(problem, options)
             if at_jump:
-                point = point._replace(t_k1=Clock(1.0, real, y0.device).after(problem.times[0]))
-        first = options.first_step
-        if first is None:
-            point = point._replace(fresh=2)
-        else:
-            point = point._replace(fresh=1, proposal=min(max(float(first), law.min_step), law.max_step))
+                t_k1 = Clock(1.0, real, y0.device).after(start)
+        first, fresh = options.first_step, 2
+        if first is not None:
+            proposal, fresh = min(max(float(first), law.min_step), law.max_step), 1
     else:
         assert isinstance(options, FixedOptions)
         points, _ = grid_of(problem, options)
         grid = padded(points, room_of(points))
+    if problem.bounds is not None:
+        of_method.update(low=problem.bounds[0], high=problem.bounds[1], limit=problem.times[-1])
+    settings = Settings(
+        problem.direction,
+        0.0 if isinstance(rtol, Tensor) else rtol,
+        0.0 if isinstance(atol, Tensor) else atol,
+        **of_method,
+    )
+    point = Point(start, proposal, t_k1=t_k1, fresh=fresh)
     tolerances = [tol.to(real).expand(y0.shape).contiguous() for tol in (rtol, atol) if isinstance(tol, Tensor)]
     form = Form(len(problem.times), len(tstops), len(jumps), len(grid))
     return Begun(form, point, settings, [*problem.times, *tstops, *jumps, *grid], y0, tolerances)

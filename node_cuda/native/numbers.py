@@ -135,6 +135,8 @@ class Given(NamedTuple):
 
 FIRST = len(Point._fields)
 SECOND = FIRST + len(Settings._fields)
+CAP = FIRST + Settings._fields.index("cap")
+"""The places in the vector: the settings, the times, and the cap on the attempts."""
 
 
 def given_in(form: Form, vector: Tensor) -> Given:

@@ -23,7 +23,7 @@ from node_cuda.native.build import traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.forward import SECONDS, account, begin, failure_of, name_of, order_of, padded, room_of
 from node_cuda.native.loop import scheme_of
-from node_cuda.native.numbers import Form, point_of
+from node_cuda.native.numbers import CAP, Form, point_of
 from node_cuda.native.tracing import TracedField
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.problem.problem import Problem
@@ -135,7 +135,8 @@ def try_native(
         while p.output < 1:
             tried = p.accepted + p.rejected
             allowed = min(cap, LONG - tried) if tried < LONG else cap
-            numbers = [*p, *begun.settings._replace(cap=allowed), problem.times[i + 1], *stops, *grid]
+            numbers = [*p, *begun.settings, problem.times[i + 1], *stops, *grid]
+            numbers[CAP] = allowed
             vector = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             point, y, a, *changing = made.call([vector, y, a, *changing, *begun.tolerances, *tensors])
             p = point_of(point.tolist())
