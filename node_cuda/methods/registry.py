@@ -123,10 +123,11 @@ def _known(name: str, options: Any) -> tuple[dict[Any, Method], Any]:
     """
     if type(options) is not dict:
         return _PLAIN, None
-    known, key = _PLAIN, [name]
+    known: dict[Any, Method] = _PLAIN
+    key: list[Any] = [name]
     for option, value in options.items():
         if (kind := type(value)) in _WORDS:
-            key += (option, kind, value)
+            key += option, kind, value
         elif option == "compile" and (kept := getattr(value, "methods", None)) is not None:
             known = kept
         else:

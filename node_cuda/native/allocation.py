@@ -39,21 +39,26 @@ def _moved(lines: list[Any], condition: Any, body: Any) -> list[Any]:
     """Return the lines of a loop, with the allocations of its iterations before it. condition, body: its graphs.
 
     What an iteration returns is the input of the next one, so that it needs new memory each time. If a returned tensor
-    is not allocated in the loop, it may be a view of another one, and nothing is moved.
+    is not allocated in the loop, it may be a view of another one, and nothing is moved. What is allocated in a loop
+    inside of this one is returned there, or was moved before that loop already.
     """
-    from torch._inductor.codegen.wrapper import AllocateLine, FreeIfNotReusedLine, ReinterpretLine
+    from torch._inductor.codegen import wrapper as of
 
     first = lines.index("while (1) {")
     returned = {x.get_name() for x in (*condition.graph_outputs, *body.graph_outputs)}
     found: set[str] = set()
     moved: dict[str, Any] = {}
+    depth = 0
     for line in lines[first:]:
-        if isinstance(line, AllocateLine):
+        depth += isinstance(line, of.EnterSubgraphLine) - isinstance(line, of.ExitSubgraphLine)
+        if depth > 1:
+            continue
+        if isinstance(line, of.AllocateLine):
             name = line.node.get_name()
             found.add(name)
             if name not in returned and _bytes(line.node) <= LARGEST:
                 moved[name] = line
-        elif isinstance(line, ReinterpretLine) and line.node.get_name() in moved:  # a part of a moved tensor
+        elif isinstance(line, of.ReinterpretLine) and line.node.get_name() in moved:  # a part of a moved tensor
             moved[line.reused_as.get_name()] = line
     if not returned <= found:
         return lines
@@ -62,7 +67,7 @@ def _moved(lines: list[Any], condition: Any, body: Any) -> list[Any]:
         line
         for line in lines[first:]
         if id(line) not in lines_of_moved
-        and not (isinstance(line, FreeIfNotReusedLine) and line.node.get_name() in moved)
+        and not (isinstance(line, of.FreeIfNotReusedLine) and line.node.get_name() in moved)
     ]
     return [*lines[:first], *moved.values(), *kept]
 

@@ -23,7 +23,7 @@ from torch.utils._pytree import tree_map
 from node_cuda._version import __version__
 from node_cuda.kernels.check_record import VARIABLE
 from node_cuda.kernels.check_record import folder as cache_folder
-from node_cuda.native.allocation import allocated_once
+from node_cuda.native import allocation
 from node_cuda.native.tracing import Refused, check, graph_of, refusals
 
 _log = logging.getLogger("node_cuda")
@@ -104,7 +104,14 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
 def _compiled(graph: torch.fx.GraphModule, examples: Sequence[Tensor], path: str) -> str:
     options = {**OPTIONS, "aot_inductor.package": False, "aot_inductor.output_path": path}
     try:
-        with _alone, _copies_of_views(), allocated_once(), torch.no_grad(), warnings.catch_warnings(), _quiet():
+        with (
+            _alone,
+            _copies_of_views(),
+            allocation.allocated_once(),
+            torch.no_grad(),
+            warnings.catch_warnings(),
+            _quiet(),
+        ):
             warnings.simplefilter("ignore")
             made = str(torch._inductor.aot_compile(graph, tuple(examples), options=options))
     except Exception as error:
@@ -166,7 +173,9 @@ def _quiet() -> Iterator[None]:
 
 def _digest(graph: torch.fx.GraphModule, examples: Sequence[Tensor]) -> str:
     """Return a name for the native code of this graph, which depends on everything that the code depends on."""
-    found = hashlib.sha256(Path(__file__).read_bytes())  # the way in which it is compiled
+    found = hashlib.sha256()
+    for file in (__file__, allocation.__file__):  # the way in which it is compiled
+        found.update(Path(file).read_bytes())
     capability = torch.backends.cpu.get_cpu_capability()
     told = (__version__, torch.__version__, platform.machine(), platform.node(), capability, torch.get_num_threads())
     for word in (*told, sorted(OPTIONS.items()), [(x.shape, x.stride(), x.dtype) for x in examples]):

@@ -17,13 +17,21 @@ def _node(name: str, size: int = 32, of: str | None = None) -> Any:
     return SimpleNamespace(get_name=lambda: name, get_layout=lambda: layout, get_dtype=lambda: torch.float32, of=of)
 
 
-def _line(kind: str, name: str, **more: Any) -> Any:
+def _line(kind: str, name: str = "", **more: Any) -> Any:
     """Return a line of torch's compiler, without its registration in a graph."""
     from torch._inductor.codegen import wrapper
 
     line = object.__new__(getattr(wrapper, kind))
     vars(line).update(node=_node(name, **more))
     return line
+
+
+def _enter() -> Any:
+    return _line("EnterSubgraphLine")
+
+
+def _leave() -> Any:
+    return _line("ExitSubgraphLine")
 
 
 def _part(name: str, whole: str) -> Any:
@@ -43,9 +51,10 @@ def _moved(lines: list[Any], *returned: str) -> list[Any]:
 def test_what_an_iteration_does_not_return_is_allocated_before_the_loop_and_not_freed_in_it() -> None:
     go, hidden, y = (_line("AllocateLine", name) for name in ("go", "hidden", "y"))
     free = _line("FreeIfNotReusedLine", "hidden")
-    lines = ["before", "while (1) {", go, "if (!go) break;", hidden, y, "compute", free, "}"]
-    moved = _moved(lines, "y")
-    assert moved == ["before", hidden, "while (1) {", go, "if (!go) break;", y, "compute", "}"]
+    a, b, c, d = _enter(), _leave(), _enter(), _leave()
+    lines = ["before", "while (1) {", a, go, "if (!go) break;", b, c, hidden, y, "compute", free, d, "}"]
+    moved = ["before", hidden, "while (1) {", a, go, "if (!go) break;", b, c, y, "compute", d, "}"]
+    assert _moved(lines, "y") == moved
 
 
 def test_a_part_of_a_moved_tensor_goes_with_it_and_a_part_of_a_returned_one_stays() -> None:
@@ -53,6 +62,14 @@ def test_a_part_of_a_moved_tensor_goes_with_it_and_a_part_of_a_returned_one_stay
     of_row, of_y = _part("first", "row"), _part("second", "y")
     lines = ["while (1) {", go, row, of_row, y, of_y, _line("FreeIfNotReusedLine", "first"), "}"]
     assert _moved(lines, "y") == [row, of_row, "while (1) {", go, y, of_y, "}"]
+
+
+def test_what_a_loop_inside_of_a_loop_returns_stays_in_it() -> None:
+    go, y, inner_go, inner_y, hidden = (_line("AllocateLine", x) for x in ("go", "y", "inner_go", "inner_y", "hidden"))
+    a, b, c, d, e, f, g, h = _enter(), _leave(), _enter(), _enter(), _leave(), _enter(), _leave(), _leave()
+    inner = ["while (1) {", d, inner_go, e, f, inner_y, g, "}"]  # hidden was moved before it
+    lines = ["while (1) {", a, go, b, c, hidden, *inner, y, h, "}"]
+    assert _moved(lines, "y") == [hidden, "while (1) {", a, go, b, c, *inner, y, h, "}"]
 
 
 def test_a_large_tensor_stays_and_is_freed_as_early_as_before() -> None:
