@@ -24,6 +24,7 @@ from node_cuda._version import __version__
 from node_cuda.kernels.check_record import VARIABLE
 from node_cuda.kernels.check_record import folder as cache_folder
 from node_cuda.native import allocation
+from node_cuda.native.allocation import allocated_once
 from node_cuda.native.tracing import Refused, check, graph_of, refusals
 
 _log = logging.getLogger("node_cuda")
@@ -104,14 +105,7 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
 def _compiled(graph: torch.fx.GraphModule, examples: Sequence[Tensor], path: str) -> str:
     options = {**OPTIONS, "aot_inductor.package": False, "aot_inductor.output_path": path}
     try:
-        with (
-            _alone,
-            _copies_of_views(),
-            allocation.allocated_once(),
-            torch.no_grad(),
-            warnings.catch_warnings(),
-            _quiet(),
-        ):
+        with _alone, _copies_of_views(), allocated_once(), torch.no_grad(), warnings.catch_warnings(), _quiet():
             warnings.simplefilter("ignore")
             made = str(torch._inductor.aot_compile(graph, tuple(examples), options=options))
     except Exception as error:
