@@ -43,6 +43,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     ),
     "project/test_build.py": ("extension.build", "extension.loading"),
     "project/test_packaging.py": ("_needs_torch", "_typing", "_version"),
+    "project/test_readme.py": ("gradients.registry",),
     "unit/cuda_graphs/test_fingerprint.py": ("cuda_graphs.parts",),
     "unit/gradients/test_auto.py": ("gradients.by_adjoint",),
     "unit/gradients/adjoint/test_mode.py": (
