@@ -23,6 +23,7 @@ from torch.utils._pytree import tree_map
 from node_cuda._version import __version__
 from node_cuda.kernels.check_record import VARIABLE
 from node_cuda.kernels.check_record import folder as cache_folder
+from node_cuda.native.complex_pairs import as_reals, has_complex, without_complex
 from node_cuda.native.tracing import Refused, check, graph_of, refusals
 
 _log = logging.getLogger("node_cuda")
@@ -66,7 +67,11 @@ def traced(run: Callable[..., Any], examples: Sequence[Tensor], of_func: int, wh
     with refusals(), torch.no_grad():
         graph = graph_of(run, examples)
     check(graph, range(len(examples) - of_func, len(examples)))
-    return native(graph, examples, what)
+    if not has_complex(graph):
+        return native(graph, examples, what)
+    reals, again = without_complex(graph, examples)
+    call = native(reals, as_reals(examples), what)
+    return lambda inputs: again(call(as_reals(inputs)))
 
 
 def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -> Native:
