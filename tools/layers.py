@@ -105,6 +105,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "native.numbers",
         "native.step",
         "native.tracing",
+        "native.pairs",
+        "native.complex_pairs",
         "native.build",
         "native.cache",
         "native.loop",
