@@ -108,7 +108,7 @@ GROUPS = {
         z.gather(0, torch.zeros(3, 3, dtype=torch.long)) + z.repeat(1, 1)[None].squeeze(0),
         torch.diag(z) + torch.diagonal(w) + torch.diag_embed(z[0]).sum(0),
         z.tril() + w.triu() + functional.pad(z[1:, 1:], (1, 0, 1, 0), value=2.0),
-        torch.kron(z[:2], w[:2]),
+        torch.kron(z[:2], w[:2]) + torch.index_add(z, 0, torch.tensor([1, 1]), w[:2], alpha=2).sum(),
     ],
     "choices and constants": lambda z, w, x, s: [
         torch.where(x > 0, z, w) + torch.where(x > 0, 1j * z, 0.0),
