@@ -106,6 +106,8 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "native.step",
         "native.tracing",
         "native.allocation",
+        "native.pairs",
+        "native.complex_pairs",
         "native.build",
         "native.cache",
         "native.loop",

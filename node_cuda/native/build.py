@@ -25,6 +25,7 @@ from node_cuda.kernels.check_record import VARIABLE
 from node_cuda.kernels.check_record import folder as cache_folder
 from node_cuda.native import allocation
 from node_cuda.native.allocation import allocated_once
+from node_cuda.native.complex_pairs import as_reals, has_complex, without_complex
 from node_cuda.native.tracing import Refused, check, graph_of, refusals
 
 _log = logging.getLogger("node_cuda")
@@ -68,7 +69,11 @@ def traced(run: Callable[..., Any], examples: Sequence[Tensor], of_func: int, wh
     with refusals(), torch.no_grad():
         graph = graph_of(run, examples)
     check(graph, range(len(examples) - of_func, len(examples)))
-    return native(graph, examples, what)
+    if not has_complex(graph):
+        return native(graph, examples, what)
+    reals, again = without_complex(graph, examples)
+    call = native(reals, as_reals(examples), what)
+    return lambda inputs: again(call(as_reals(inputs)))
 
 
 def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -> Native:

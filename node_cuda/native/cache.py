@@ -80,7 +80,7 @@ class Then:
 
 def _sizes(tensors: Sequence[Tensor]) -> bytes:
     """Return the norm of each tensor, which shows that it was written into through `.data`: that counts no version."""
-    floats = [x.detach() for x in tensors if x.is_floating_point() and x.numel()]
+    floats = [x.detach() for x in tensors if (x.is_floating_point() or x.is_complex()) and x.numel()]
     norms: Sequence[Tensor] = torch._foreach_norm(floats) if floats else ()
     if len({x.dtype for x in norms}) > 1:
         norms = [x.double() for x in norms]
@@ -196,8 +196,6 @@ def why_eager(problem: Problem, method: Method) -> str | None:
         return f"{method.name} has a stage at the end of a step of a fixed grid"
     if problem.y0.dtype in (torch.float16, torch.bfloat16):
         return "the compiler rounds a state in half precision at other places"
-    if problem.y0.is_complex():
-        return "torch's compiler has no native code for most operations on complex numbers"
     if problem.callbacks:
         return f"func has callbacks ({', '.join(sorted(problem.callbacks))}), and a compiled loop calls no Python"
     if problem.norm.custom is not None:

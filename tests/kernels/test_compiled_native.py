@@ -166,6 +166,27 @@ def test_native_code_of_a_backward_pass(gradient, method):
     assert compiled[0] == compiled[1]
 
 
+class Turning(nn.Module):
+    """A complex state, a complex and a real parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.h = nn.Parameter(torch.tensor([[1.0, 0.5j], [-0.5j, 2.0]], dtype=torch.complex128))
+        self.rate = nn.Parameter(torch.tensor(1.7, dtype=F64))
+
+    def forward(self, t, y):
+        return -1j * torch.tanh(self.h @ y) * torch.exp(1j * self.rate * t)
+
+
+@pytest.mark.compiled
+@pytest.mark.parametrize("gradient", ["discrete", "adjoint"])
+def test_native_code_of_a_complex_state(gradient):
+    """The steps that a loop records are read after it, both parts of them."""
+    y0 = torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128)
+    for t in (T, T.flip(0)):
+        compare_gradients(Turning(), y0, t, gradient=gradient, method="bosh3", rtol=1e-4, atol=1e-4)
+
+
 class Flow(nn.Module):
     def __init__(self):
         super().__init__()

@@ -205,13 +205,6 @@ def test_tolerances_of_the_parts_of_a_tuple():
     compare(pendulum, TWO, T, method="adaptive_heun", rtol=(1e-2, 1e-3), atol=(1e-3, 1e-4))
 
 
-def test_a_complex_state_is_solved_by_the_host_without_a_try_of_the_compiler():
-    y0 = torch.tensor([1.0 + 0.5j, -0.3j], dtype=torch.complex128)
-    solution = solve(lambda t, y: 3j * y, y0, T, options={"compile": True})
-    assert solution.stats.loop == "host" and "complex" in solution.stats.why
-    torch.testing.assert_close(solution.ys[-1], y0 * torch.exp(3j * (T[-1] - T[0])), rtol=1e-5, atol=0.0)
-
-
 def test_a_tolerance_for_each_element():
     """Other numbers in the same places need no other graph."""
     field = Timed()
