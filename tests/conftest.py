@@ -44,6 +44,9 @@ def pytest_collection_modifyitems(config, items):
     long = {item for item in items if any(item.get_closest_marker(marker) for marker in left_out)}
     config.hook.pytest_deselected(items=list(long))
     items[:] = [item for item in items if item not in long]
+    items.sort(
+        key=lambda item: item.get_closest_marker("slow") is None
+    )  # first, so that no process is alone at the end
     for item in items:
         if KERNELS in item.path.parents or "shim_library" in item.fixturenames:
             item.add_marker("compiler")

@@ -209,6 +209,7 @@ def keeps_the_rules(report: str, ptx: list[str], budget: dict[str, dict]) -> Non
     assert [sentence for text in ptx for sentence in narrow_access_in(text)] == []
 
 
+@pytest.mark.slow
 @has_nvcc
 def test_a_kernel_for_all_types_keeps_registers_spills_and_width_of_access(tmp_path):
     budget = json.loads(BUDGET.read_text())

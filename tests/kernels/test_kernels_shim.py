@@ -403,6 +403,7 @@ SANITIZERS = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
 @pytest.mark.parametrize(("sanitizer", "options"), SANITIZERS)
 def test_the_sanitizers_find_nothing(sanitizer, options, tmp_path):

@@ -505,6 +505,7 @@ int main() {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "said"),
     [

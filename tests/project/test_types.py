@@ -84,6 +84,7 @@ MISTAKES = {
 }
 
 
+@pytest.mark.slow
 def test_pyright_accepts_a_typical_program_and_finds_each_mistake_in_it(tmp_path: Path) -> None:
     program = tmp_path / "program.py"
     program.write_text(PROGRAM + "\n".join(MISTAKES))
