@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from native import Timed, start
+from native import Timed, shared, start
 from native_gradients import (
     CASES,
     CHANGES,
@@ -48,7 +48,7 @@ def test_a_case_of_both_adjoint_methods_has_the_gradient_of_the_host(case):
 # ------------------------------------------------------------------ options of the backward solve
 def test_the_norm_with_and_without_the_gradients_of_the_parameters():
     """They take other steps."""
-    field, nfe = Timed(), []
+    field, nfe = shared(), []
     for options in ({}, dict(norm="seminorm")):
         tols = dict(rtol=1e-1, atol=1e-1, adjoint_rtol=1e-3, adjoint_atol=1e-3)
         found = compare(field, method="adaptive_heun", adjoint_options=options, **tols)
@@ -57,7 +57,7 @@ def test_the_norm_with_and_without_the_gradients_of_the_parameters():
 
 
 def test_a_method_tolerances_and_options_for_the_backward_solve_alone():
-    field = Timed()
+    field = shared()
     backward = dict(adjoint_method="adaptive_heun", adjoint_rtol=1e-2, adjoint_atol=1e-2)
     nfe = []
     for step in (0.05, 0.2):
@@ -68,9 +68,15 @@ def test_a_method_tolerances_and_options_for_the_backward_solve_alone():
 
 def test_a_backward_solve_that_is_not_compiled_after_one_that_is():
     found, grads = gradients(
-        Timed(), start(), T, gradient="adjoint", options=dict(compile=True), adjoint_options=dict(compile=False), **HEUN
+        shared(),
+        start(),
+        T,
+        gradient="adjoint",
+        options=dict(compile=True),
+        adjoint_options=dict(compile=False),
+        **HEUN,
     )
-    _, expected = gradients(Timed(), start(), T, gradient="adjoint", **HEUN)
+    _, expected = gradients(shared(), start(), T, gradient="adjoint", **HEUN)
     close(grads, expected, CLOSE)
     assert (found.stats.loop, found.stats.loop_backward) == ("native", "host")
 
@@ -88,7 +94,7 @@ REASONS = {
 
 @pytest.mark.parametrize("why", REASONS)
 def test_a_backward_solve_that_is_not_compiled_says_why(why):
-    field = Timed()
+    field = shared()
     found, grads = gradients(field, start(), T, gradient="adjoint", options=dict(compile=True), **REASONS[why])
     _, expected = gradients(field, start(), T, gradient="adjoint", **REASONS[why])
     close(grads, expected, CLOSE)
@@ -136,7 +142,7 @@ def test_a_backward_solve_that_fails_raises_the_error_of_the_host():
 # ------------------------------------------------------------------ beside the state
 @pytest.mark.parametrize("solver", [HEUN, EULER])
 def test_the_gradient_by_the_times(solver):
-    field = Timed()
+    field = shared()
     if solver is HEUN:
         for t in (T, T.flip(0)):
             compare(field, t=t, wants_t=True, **HEUN)
