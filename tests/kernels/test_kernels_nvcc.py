@@ -217,6 +217,12 @@ def test_a_kernel_for_all_types_keeps_registers_spills_and_width_of_access(tmp_p
     keeps_the_rules(*compile_for_all(CSRC / "kernels" / "jump.cu", tmp_path), budget)
 
 
+def test_the_budget_names_every_kernel():
+    kernel = re.compile(r"__global__[^;{]*?\b(\w+_kernel)\(")
+    named = [name for source in CSRC.rglob("*.cu") for name in kernel.findall(source.read_text())]
+    assert sorted(named) == sorted(json.loads(BUDGET.read_text())["registers"])
+
+
 @pytest.mark.builds
 @has_nvcc
 def test_registers_spills_and_width_of_access():
