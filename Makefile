@@ -17,7 +17,7 @@ INSTALLED := $(VENV)/.installed
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install test test-fast test-compiled matrix pretend-gpu lint types format bench examples docs clean
+.PHONY: help install test test-fast test-compiled test-builds matrix pretend-gpu lint types format bench examples docs clean
 
 help:  ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-13s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -41,6 +41,9 @@ pretend-gpu: $(INSTALLED)  ## run the tests that need a GPU on the CPU, to find 
 
 test-compiled: $(INSTALLED)  ## compile more solves for real (options compile=True)
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --compiled -m compiled
+
+test-builds: $(INSTALLED)  ## compile all of csrc/ for real: by nvcc, if there is one, and with the thread sanitizer
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) --builds -m builds
 
 lint: $(INSTALLED)  ## run ruff: errors and layout
 	$(PY) -m ruff check .

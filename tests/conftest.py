@@ -19,6 +19,7 @@ from node_cuda.native import build as native_build
 from node_cuda.problem.field import VectorField
 
 KERNELS = Path(__file__).parent / "kernels"
+LONG = ("compiled", "builds")  # markers of tests that `make test` leaves out
 
 # on the CPU, where the shim runs the kernels; kernels/test_self_check.py checks them there
 self_check.trust(torch.device("cpu"))
@@ -29,7 +30,8 @@ torch.set_num_threads(1)  # the suite runs with -n 2 on two cores, so more threa
 
 def pytest_addoption(parser):
     parser.addoption("--pretend-gpu", action="store_true", help="run tests marked gpu on the CPU, by the shim")
-    parser.addoption("--compiled", action="store_true", help="run the tests marked compiled, too")
+    for marker in LONG:
+        parser.addoption(f"--{marker}", action="store_true", help=f"run the tests marked {marker}, too")
 
 
 def pytest_configure(config):
@@ -38,10 +40,13 @@ def pytest_configure(config):
 
 
 def pytest_collection_modifyitems(config, items):
-    if not config.getoption("compiled"):
-        long = [item for item in items if item.get_closest_marker("compiled")]
-        config.hook.pytest_deselected(items=long)
-        items[:] = [item for item in items if item not in long]
+    left_out = [marker for marker in LONG if not config.getoption(marker)]
+    long = {item for item in items if any(item.get_closest_marker(marker) for marker in left_out)}
+    config.hook.pytest_deselected(items=list(long))
+    items[:] = [item for item in items if item not in long]
+    items.sort(
+        key=lambda item: item.get_closest_marker("slow") is None
+    )  # first, so that no process is alone at the end
     for item in items:
         if KERNELS in item.path.parents or "shim_library" in item.fixturenames:
             item.add_marker("compiler")

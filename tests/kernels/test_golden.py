@@ -15,6 +15,7 @@ import pytest
 from golden.problems import PROBLEMS
 from golden.record import machine, record
 
+pytestmark = pytest.mark.slow
 PATH = Path(__file__).parents[1] / "support" / "golden" / "golden.json"
 ANEW = "RECORD_GOLDEN" in os.environ
 SLOW = ("adaptive_heun", "no event", "explodes", "limits", "explicit_", "fixed_", "fehlberg2", "bosh3 adjoint")

@@ -1,5 +1,7 @@
 """nvcc compiles every kernel for every architecture of the build: registers, spills, and accesses of 16 bytes.
 
+`make test` compiles one source, and `make test-builds` all of them.
+
 `broken_rules` lists the rules that always hold. The budget (kernel_budget.json) is the last output of nvcc: the most
 registers of any variant of a kernel on each architecture, and the spills that the rules allow, by name and bytes. To
 write it again run `python tests/kernels/test_kernels_nvcc.py`, and check the difference.
@@ -196,18 +198,40 @@ def kept(folder: Path) -> Path:
     return folder / "said.json"
 
 
-@pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+has_nvcc = pytest.mark.skipif(shutil.which("nvcc") is None, reason="no nvcc on this machine")
+
+
+def keeps_the_rules(report: str, ptx: list[str], budget: dict[str, dict]) -> None:
+    usages = usages_in(report)
+    assert {usage.architecture for usage in usages} == set(ARCHITECTURES)
+    assert broken_rules(usages) == []
+    assert over_budget(usages, budget) == []
+    assert [sentence for text in ptx for sentence in narrow_access_in(text)] == []
+
+
+@pytest.mark.slow
+@has_nvcc
+def test_a_kernel_for_all_types_keeps_registers_spills_and_width_of_access(tmp_path):
+    budget = json.loads(BUDGET.read_text())
+    budget["registers"] = {"jump_kernel": budget["registers"]["jump_kernel"]}
+    keeps_the_rules(*compile_for_all(CSRC / "kernels" / "jump.cu", tmp_path), budget)
+
+
+def test_the_budget_names_every_kernel():
+    kernel = re.compile(r"__global__[^;{]*?\b(\w+_kernel)\(")
+    named = [name for source in CSRC.rglob("*.cu") for name in kernel.findall(source.read_text())]
+    assert sorted(named) == sorted(json.loads(BUDGET.read_text())["registers"])
+
+
+@pytest.mark.builds
+@has_nvcc
 def test_registers_spills_and_width_of_access():
     """nvcc takes a minute or two. Its output is kept as long as the sources, this file and nvcc do not change."""
     from shim.library import built  # if this file runs as a program, this cannot be imported
 
     version = subprocess.run(["nvcc", "--version"], check=True, capture_output=True, text=True).stdout
     report, ptx = json.loads(built("nvcc", kept, Path(__file__).read_text() + version).read_text())
-    usages = usages_in(report)
-    assert {usage.architecture for usage in usages} == set(ARCHITECTURES)
-    assert broken_rules(usages) == []
-    assert over_budget(usages, json.loads(BUDGET.read_text())) == []
-    assert [sentence for text in ptx for sentence in narrow_access_in(text)] == []
+    keeps_the_rules(report, ptx, json.loads(BUDGET.read_text()))
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import itertools
 import math
 import os
 import random
+import re
 import shutil
 import struct
 import subprocess
@@ -376,6 +377,12 @@ def test_without_elements_nothing_is_launched(shim_module, shim_controls):
     assert shim_controls.lib.shim_launches() == before
 
 
+def test_every_launcher_is_bound(shim_module):
+    declared = re.findall(r"^int launch_(\w+)\(", (shim.CSRC / "launchers.h").read_text(), re.MULTILINE)
+    assert len(declared) > 10
+    assert set(declared) <= set(dir(shim_module))
+
+
 def test_the_kernels_do_not_include_torch():
     allowed = {"cuda_runtime.h", "cuda_fp16.h", "cuda_bf16.h", "cmath", "cstddef", "cstdint", "type_traits"}
     headers = sorted(shim.CSRC.rglob("*.h"))
@@ -389,15 +396,17 @@ def test_the_kernels_do_not_include_torch():
 
 # --- sanitizers ------------------------------------------------------------------------------------------------
 
-SANITIZERS = {
-    "address,undefined": dict(ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0"),
-    "thread": dict(TSAN_OPTIONS="halt_on_error=1"),
-}
+ASAN = dict(ASAN_OPTIONS="detect_leaks=0:detect_stack_use_after_return=0")
+SANITIZERS = [
+    pytest.param("address,undefined", ASAN, id="address"),
+    pytest.param("thread", dict(TSAN_OPTIONS="halt_on_error=1"), id="thread", marks=pytest.mark.builds),
+]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("g++") is None, reason="no g++ to compile the kernels with")
-@pytest.mark.parametrize("sanitizer", SANITIZERS)
-def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
+@pytest.mark.parametrize(("sanitizer", "options"), SANITIZERS)
+def test_the_sanitizers_find_nothing(sanitizer, options, tmp_path):
     flags = ("-O0", "-g1", f"-fsanitize={sanitizer}", "-fno-sanitize-recover=all", "-DNODE_CUDA_FEW_TYPES")
     probe = tmp_path / "probe.cpp"
     probe.write_text("int main() {}")
@@ -415,7 +424,7 @@ def test_the_sanitizers_find_nothing(sanitizer, tmp_path):
         # The thread sanitizer cannot map its shadow memory if addresses are too random.
         run = subprocess.run(
             ["setarch", "-R", str(program), str(seed), str(workers)],
-            env={**os.environ, **SANITIZERS[sanitizer]},
+            env={**os.environ, **options},
             capture_output=True,
             text=True,
         )

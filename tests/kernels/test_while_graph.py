@@ -505,11 +505,12 @@ int main() {
 """
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("version", "said"),
     [
         (12030, "a loop on the GPU needs node_cuda to be compiled with CUDA 12.4 or newer, and it was with 12.3"),
-        (12040, "launched"),  # by functions without edge data
+        pytest.param(12040, "launched", marks=pytest.mark.builds),  # by functions without edge data
     ],
 )
 def test_every_toolkit_compiles_it_and_with_an_old_one_the_message_says_what_is_missing(tmp_path, version, said):
@@ -529,6 +530,7 @@ def test_every_toolkit_compiles_it_and_with_an_old_one_the_message_says_what_is_
     assert subprocess.run([program], check=True, capture_output=True, text=True).stdout == said + "\n"
 
 
+@pytest.mark.builds
 @pytest.mark.skipif(build.find_toolkit() is None, reason="no CUDA toolkit on this machine")
 @pytest.mark.skipif(
     torch.cuda.is_available(), reason="there is a driver, which does more than to say that it is missing"

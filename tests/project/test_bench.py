@@ -24,8 +24,8 @@ BENCH = ROOT / "bench"
 MACHINE_FIELDS = {"date", "command", "commit", "dirty", "device", "cores", "threads", "torch", "node_cuda"}
 
 
-def run_quick(script: str, out: Path) -> dict:
-    """Return the JSON that `bench/SCRIPT --quick` writes."""
+def run_as_a_program(script: str, out: Path) -> dict:
+    """Return the JSON that `bench/SCRIPT --quick` writes, in a new process, as a user runs it."""
     paths = [str(ROOT), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, paths))}
     run = subprocess.run(
@@ -43,6 +43,19 @@ def bench(monkeypatch):
     """Imports a module of bench/ by its name."""
     monkeypatch.syspath_prepend(str(BENCH))
     return importlib.import_module
+
+
+@pytest.fixture
+def run_quick(bench, monkeypatch, tmp_path):
+    """Runs `bench/SCRIPT --quick` in this process, and returns the JSON that it writes into tmp_path."""
+    monkeypatch.setenv("MPLBACKEND", "Agg")
+
+    def run(script: str) -> dict:
+        monkeypatch.setattr(sys, "argv", [str(BENCH / f"{script}.py"), "--quick", "--out", str(tmp_path)])
+        bench(script).main()
+        return json.loads((tmp_path / f"{script}-cpu.json").read_text())
+
+    return run
 
 
 # From the bottom up: a folder or module of bench/parts/ imports only from itself and from the lines above its line.
@@ -104,7 +117,7 @@ def report(bench):
 def test_memory_vs_steps_trains_measures_and_writes_its_results(tmp_path):
     for needed in ("matplotlib", "rich", "sklearn"):
         pytest.importorskip(needed)
-    result = run_quick("memory_vs_steps", tmp_path)
+    result = run_as_a_program("memory_vs_steps", tmp_path)
     assert result["machine"].keys() >= MACHINE_FIELDS
     assert result["training"]["test_accuracy"] > 0.1  # guessing gets a tenth of the digits right
     assert len(result["cells"]) == 8
@@ -123,10 +136,10 @@ def test_memory_vs_steps_trains_measures_and_writes_its_results(tmp_path):
 
 
 @pytest.mark.slow
-def test_speed_compares_with_torchdiffeq_and_writes_its_results(tmp_path):
+def test_speed_compares_with_torchdiffeq_and_writes_its_results(run_quick):
     for needed in ("rich", "torchdiffeq"):
         pytest.importorskip(needed)
-    result = run_quick("speed", tmp_path)
+    result = run_quick("speed")
     assert result["machine"].keys() >= MACHINE_FIELDS
     forward, backward = result["rows"]
     for row in (forward, backward):
@@ -219,8 +232,8 @@ def test_results_without_small_states_leave_their_table_unmeasured_and_the_other
 
 
 @pytest.mark.slow
-def test_stiff_solves_beside_scipy_and_its_tables_hold_all_rows(tmp_path, bench, report):
-    result = run_quick("stiff", tmp_path)
+def test_stiff_solves_beside_scipy_and_its_tables_hold_all_rows(tmp_path, report, run_quick):
+    result = run_quick("stiff")
     methods = [row["method"] for row in result["work"]]
     assert methods == ["rodas5p", "kvaerno5", "SciPy Radau", "SciPy LSODA"]
     assert all(row["error"] < 5 and row["ms"] > 0 for row in result["work"])
@@ -234,9 +247,9 @@ def test_stiff_solves_beside_scipy_and_its_tables_hold_all_rows(tmp_path, bench,
 
 
 @pytest.mark.slow
-def test_peers_measures_who_is_installed_and_says_who_is_left_out(tmp_path, report):
+def test_peers_measures_who_is_installed_and_says_who_is_left_out(tmp_path, report, run_quick):
     pytest.importorskip("torchdiffeq")
-    result = run_quick("peers", tmp_path)
+    result = run_quick("peers")
     assert result["complete"] and result["machine"].keys() >= MACHINE_FIELDS
     there = {name for name in ("torchdiffeq", "torchode", "diffrax") if importlib.util.find_spec(name)}
     assert result["peers"].keys() - {"jax"} == there
@@ -681,9 +694,9 @@ def test_the_report_of_the_kernels_says_what_is_met_and_what_is_not(bench, primi
 
 
 @pytest.mark.slow
-def test_solve_runs_without_a_gpu_and_writes_its_results(tmp_path):
+def test_solve_runs_without_a_gpu_and_writes_its_results(run_quick):
     pytest.importorskip("torchdiffeq")
-    result = run_quick("solve", tmp_path)
+    result = run_quick("solve")
     assert result["machine"].keys() >= MACHINE_FIELDS
     assert [row["case"].split(",")[0] for row in result["rows"]] == ["forward", "step"] * 2
     for row in result["rows"]:
@@ -891,10 +904,10 @@ def test_the_cells_of_device_loop_run_without_a_gpu_as_far_as_they_can(bench, an
 
 
 @pytest.mark.slow
-def test_gradients_compares_its_modes_and_writes_its_results(tmp_path, report):
+def test_gradients_compares_its_modes_and_writes_its_results(tmp_path, report, run_quick):
     for needed in ("matplotlib", "torchdiffeq"):
         pytest.importorskip(needed)
-    result = run_quick("gradients", tmp_path)
+    result = run_quick("gradients")
     assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
     (times,), (errors,) = result["times"], result["problems"]
     theirs, ours = times["by"]["torchdiffeq adjoint"], times["by"]["discrete"]
@@ -972,8 +985,8 @@ def test_a_mode_that_fails_or_is_wrong_keeps_its_line(bench, monkeypatch, tmp_pa
 # ---- methods, losses, the picture
 
 
-def test_methods_compares_evaluations_and_errors(tmp_path, report):
-    result = run_quick("methods", tmp_path)
+def test_methods_compares_evaluations_and_errors(tmp_path, report, run_quick):
+    result = run_quick("methods")
     assert {row["method"] for row in result["adaptive"]} == {"dopri5", "dopri8"} and len(result["grids"]) == 4
     for loose, tight in zip(result["adaptive"][::2], result["adaptive"][1::2], strict=True):
         assert loose["rtol"] > tight["rtol"] and loose["nfe"] < tight["nfe"] and loose["error"] > tight["error"]
@@ -983,10 +996,12 @@ def test_methods_compares_evaluations_and_errors(tmp_path, report):
 
 
 @pytest.mark.slow
-def test_compiled_compares_with_the_others_and_writes_its_results(tmp_path, report, bench):
+@pytest.mark.usefixtures("interpreted")
+def test_compiled_compares_with_the_others_and_writes_its_results(tmp_path, report, run_quick, monkeypatch):
     """The graphs run without the compiler here, so that the time of the compiled solve is not its own."""
     pytest.importorskip("torchdiffeq")
-    result = run_quick("compiled", tmp_path)
+    monkeypatch.setenv("NODE_CUDA_CACHE", "")  # which the program sets
+    result = run_quick("compiled")
     assert result["machine"].keys() >= MACHINE_FIELDS
     (row,) = result["rows"]
     ours, eager = row["by"]["node_cuda compiled"], row["by"]["node_cuda eager"]
@@ -1048,7 +1063,7 @@ def test_the_picture_of_the_readme_is_drawn_from_the_results(bench, tmp_path):
 @pytest.mark.slow
 def test_endurance_tests_every_gradient_mode_and_writes_its_results(tmp_path, report):
     pytest.importorskip("rich")
-    result = run_quick("endurance", tmp_path)
+    result = run_as_a_program("endurance", tmp_path)
     assert result["machine"].keys() >= MACHINE_FIELDS and result["complete"]
     assert [row["gradient"] for row in result["rows"]] == [
         "backprop", "adjoint", "discrete", "discrete, 1 checkpoint", "event, adjoint",
@@ -1078,6 +1093,7 @@ def test_endurance_ends_with_an_error_if_memory_grew(bench, monkeypatch, tmp_pat
     pytest.importorskip("rich")
     endurance, kept = bench("endurance"), []
     leak = {"a leak": lambda: kept.append(torch.zeros(1)), "none": lambda: torch.zeros(1)}
+    monkeypatch.setattr(endurance, "SAMPLES", 2)  # each searches all objects of this large process
     monkeypatch.setattr(endurance, "loops", lambda device: leak)
     monkeypatch.setattr(endurance.program, "begin", lambda arguments: torch.device("cpu"))  # torch's threads stay
     monkeypatch.setattr(sys, "argv", ["endurance.py", "--quick", "--out", str(tmp_path)])
@@ -1088,7 +1104,7 @@ def test_endurance_ends_with_an_error_if_memory_grew(bench, monkeypatch, tmp_pat
 
 def test_memory_that_is_not_freed_counts_as_growth(bench, tmp_path, report):
     endurance, kept = bench("endurance"), []
-    samples = endurance.repeated(lambda: kept.append(torch.zeros(1)), 40, torch.device("cpu"), lambda done: None)
+    samples = endurance.repeated(lambda: kept.append(torch.zeros(1)), 10, torch.device("cpu"), lambda done: None)
     assert endurance.judged(samples)["grew"] == ["tensors"]
     many = [endurance.Sample(solves, 100 * solves, 6, 512) for solves in range(0, 20001, 1000)]
     row = endurance.judged(many)

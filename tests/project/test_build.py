@@ -21,14 +21,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from filelock import FileLock  # torch depends on it
+from installs import DECIDING, SETTINGS, checkout, clean, contents, pip, run, write_csrc
 
 from node_cuda._version import __version__
 from node_cuda.extension import build
 from node_cuda.extension import loading as extension
 
 ROOT = Path(__file__).resolve().parents[2]
-DECIDING = ("NODE_CUDA_BUILD", "FORCE_CUDA", "CUDA_HOME", "CUDA_PATH", "TORCH_CUDA_ARCH_LIST", "CXX", "PYTHONPATH")
 TOOLKIT = build.find_toolkit()
 
 has_compiler = pytest.mark.skipif(build.missing_compiler() is not None, reason=build.missing_compiler() or "")
@@ -50,10 +49,10 @@ extern "C" int launch_nothing();
 #endif
 static PyObject* build_info(PyObject*, PyObject*) {
 #ifdef NODE_CUDA_WITH_KERNELS
-  return Py_BuildValue("{s:O,s:s,s:s,s:s,s:i}", "kernels", Py_True, "torch", NODE_CUDA_TORCH, "cuda", "13.0", "archs",
+  return Py_BuildValue("{s:s,s:O,s:s,s:s,s:i}", "torch", NODE_CUDA_TORCH, "kernels", Py_True, "cuda", "13.0", "archs",
                        NODE_CUDA_ARCHS, "code", launch_nothing());
 #else
-  return Py_BuildValue("{s:O,s:s,s:O,s:s}", "kernels", Py_False, "torch", NODE_CUDA_TORCH, "cuda", Py_None, "archs",
+  return Py_BuildValue("{s:s,s:O,s:O,s:s}", "torch", NODE_CUDA_TORCH, "kernels", Py_False, "cuda", Py_None, "archs",
                        "");
 #endif
 }
@@ -71,48 +70,6 @@ extern "C" int launch_nothing() { nothing<<<1, 1>>>(); return static_cast<int>(c
 HEADER = "#include <cuda_runtime.h>\n"
 WITH_KERNEL = {"bind/bind.cpp": STAND_IN, "kernels/nothing.cu": KERNEL, "common/launch.h": HEADER}
 BROKEN = "#error this does not compile\n"
-
-
-def clean(**environ: str) -> dict[str, str]:
-    """Return this process's environment without the variables that decide a build, and with the given ones."""
-    return {**{key: value for key, value in os.environ.items() if key not in DECIDING}, **environ}
-
-
-def checkout(folder: Path, csrc: Mapping[str, str] | None = None) -> Path:
-    """Copy the tree, so that no build leaves files in it. If files are given, they replace those of csrc/."""
-    folder.mkdir()
-    for name in ("pyproject.toml", "setup.py", "README.md", "LICENSE"):
-        shutil.copy(ROOT / name, folder)
-    products = shutil.ignore_patterns("__pycache__", "*.so", build.NOTE)
-    shutil.copytree(ROOT / "node_cuda", folder / "node_cuda", ignore=products)
-    if csrc is None:
-        shutil.copytree(ROOT / "csrc", folder / "csrc")
-    else:
-        write_csrc(folder / "csrc", csrc)
-    return folder
-
-
-def write_csrc(folder: Path, files: Mapping[str, str]) -> Path:
-    for name, text in files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        (folder / name).write_text(text)
-    return folder
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    """Return every file, by its path in the folder."""
-    return {path.relative_to(folder).as_posix(): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def run(*command: str | Path, cwd: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([*map(str, command)], cwd=cwd, env=clean(**environ), capture_output=True, text=True)
-
-
-def pip(source: Path, target: Path, **environ: str) -> subprocess.CompletedProcess[str]:
-    """Run `pip install --no-build-isolation` into a new folder, without a network."""
-    options = ["--no-build-isolation", "--no-deps", "--no-index", "--target", target]
-    python_m_pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-    return run(*python_m_pip, "install", "-v", *options, source, cwd=source.parent, **environ)
 
 
 def ask(target: Path, code: str, **environ: str) -> str:
@@ -135,47 +92,6 @@ def report(target: Path, code: str) -> tuple[list[str], dict[str, str]]:
 
 def note(package: Path) -> dict[str, str]:
     return json.loads((package / build.NOTE).read_text())
-
-
-SETTINGS = {
-    "python": {"NODE_CUDA_BUILD": "python"},
-    "cpu": {"NODE_CUDA_BUILD": "cpu"},
-    # Other tests check the code that nvcc generates. Here it need not be fast.
-    "cuda": {"FORCE_CUDA": "1", "TORCH_CUDA_ARCH_LIST": "8.0", "NVCC_APPEND_FLAGS": "-Xptxas=-O0 -Xcicc=-O0"},
-}
-
-
-@pytest.fixture(scope="session")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
-    """Install this tree in one of the settings, once for all processes of the test run, and return the folder.
-
-    pip makes a wheel from the source archive, unpacked, which must be complete, and installs that file. The wheel lies
-    in wheel_{setting} beside the folder.
-    """
-    base = tmp_path_factory.getbasetemp()
-    shared = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
-
-    def folder(setting: str) -> Path:
-        target = shared / f"installed_{setting}"
-        with FileLock(shared / f"{setting}.lock"):
-            if not target.exists():
-                source = checkout(shared / f"source_{setting}")
-                done = run(sys.executable, "-m", "build", "--sdist", "--no-isolation", cwd=source)
-                assert done.returncode == 0, done.stdout + done.stderr
-                (archive,) = (source / "dist").iterdir()
-                shutil.unpack_archive(archive, shared / f"unpacked_{setting}")
-                (unpacked,) = (shared / f"unpacked_{setting}").iterdir()
-                wheels = shared / f"wheel_{setting}"
-                python_m_pip = [sys.executable, "-m", "pip", "--disable-pip-version-check"]
-                options = ["--no-build-isolation", "--no-deps", "--no-index", "--wheel-dir", wheels]
-                done = run(*python_m_pip, "wheel", "-v", *options, unpacked, cwd=shared, **SETTINGS[setting])
-                assert done.returncode == 0, done.stdout + done.stderr
-                (wheel,) = wheels.iterdir()
-                done = pip(wheel, target)
-                assert done.returncode == 0, done.stdout + done.stderr
-        return target
-
-    return folder
 
 
 INFO = "import torch, node_cuda._C; print(node_cuda._C.__file__, *node_cuda._C.build_info().values(), sep='|')"
@@ -239,6 +155,28 @@ def test_a_compiled_wheel_is_for_this_machine_and_solves_in_a_fresh_environment(
 @compiler
 @nvcc
 @cpu_torch
+def test_force_cuda_builds_a_kernel_against_a_cpu_torch_and_the_report_says_so(tmp_path: Path) -> None:
+    """The next test builds all kernels."""
+    source, target = checkout(tmp_path / "source", WITH_KERNEL), tmp_path / "target"
+    done = pip(source, target, **SETTINGS["cuda"])
+    assert done.returncode == 0, done.stdout + done.stderr
+    (info,), rows = report(target, INFO)
+    is_built_with_kernels(target, info, rows)
+
+
+def is_built_with_kernels(target: Path, info: str, rows: dict[str, str]) -> None:
+    """info: what INFO prints. rows: of `python -m node_cuda`."""
+    file, version, kernels, _, archs, *_ = info.split("|")
+    assert file.startswith(str(target))
+    assert (version, kernels, archs) == (str(torch.__version__), "True", "8.0")
+    assert "was compiled at installation" in rows["because"]
+    assert "sees no CUDA device" in rows["because"]
+
+
+@pytest.mark.builds
+@compiler
+@nvcc
+@cpu_torch
 def test_force_cuda_builds_the_kernels_against_a_cpu_torch_and_each_explains_a_missing_driver(
     installed: Callable[[str], Path],
 ) -> None:
@@ -254,24 +192,44 @@ def test_force_cuda_builds_the_kernels_against_a_cpu_torch_and_each_explains_a_m
         "print(*dir(_C))"
     )
     (info, launch, argument, bound), rows = report(target, f"{INFO}\n{calls}")
-    file, version, kernels, cuda, archs = info.split("|")
-    assert file.startswith(str(target))
+    is_built_with_kernels(target, info, rows)
+    assert info.split("|")[3] == "{}.{}".format(*TOOLKIT.version)
     assert launch.startswith("RuntimeError node_cuda: step_control failed: cudaError")
     assert argument.startswith("ValueError node_cuda: the address of a struct")
     declared = re.findall(r"^int launch_(\w+)\(", (ROOT / "csrc" / "launchers.h").read_text(), re.MULTILINE)
     assert len(declared) > 10
     assert set(declared) <= set(bound.split())
-    assert (version, kernels, archs) == (str(torch.__version__), "True", "8.0")
-    assert cuda == "{}.{}".format(*TOOLKIT.version)
-    assert "was compiled at installation" in rows["because"]
-    assert "sees no CUDA device" in rows["because"]
+
+
+USED = """
+import sys, torch, node_cuda
+from node_cuda.extension import build
+y0 = torch.linspace(0.1, 2.0, 7, requires_grad=True)
+y = node_cuda.odeint(lambda t, y: torch.sin(t) - y * y, y0, torch.tensor([0.0, 0.3, 1.0]))
+y.sum().backward()
+print(y.detach().numpy().tobytes().hex(), y0.grad.numpy().tobytes().hex(), 'node_cuda._C' in sys.modules)
+print(build.find_csrc())
+"""
+
+
+@pytest.fixture(scope="session")
+def used(installed: Callable[[str], Path]) -> Callable[[str], tuple[list[str], dict[str, str]]]:
+    """Return what a process tells that solves by the install in one of the settings. One process serves all tests."""
+    known: dict[str, tuple[list[str], dict[str, str]]] = {}
+
+    def of(setting: str) -> tuple[list[str], dict[str, str]]:
+        if setting not in known:
+            known[setting] = report(installed(setting), USED if setting == "python" else USED + INFO)
+        return known[setting]
+
+    return of
 
 
 @pytest.mark.slow
-def test_a_pure_python_install_has_no_compiled_module_and_says_why(installed: Callable[[str], Path]) -> None:
+def test_a_pure_python_install_has_no_compiled_module_and_says_why(installed: Callable[[str], Path], used) -> None:
     target = installed("python")
     assert not [*target.rglob("*.so")]
-    (found,), rows = report(target, "from node_cuda.extension import build; print(build.find_csrc())")
+    (_, found), rows = used("python")
     assert "is not installed (NODE_CUDA_BUILD=python is set)" in rows["because"]
     assert Path(found) == target / "node_cuda" / "csrc"
 
@@ -308,10 +266,10 @@ def test_the_sources_in_a_pure_python_install_include_only_headers_in_it(
 @pytest.mark.slow
 @compiler
 def test_the_c_plus_plus_part_builds_against_a_cpu_torch_and_says_that_it_has_no_kernels(
-    installed: Callable[[str], Path],
+    installed: Callable[[str], Path], used
 ) -> None:
     target = installed("cpu")
-    (info,), rows = report(target, INFO)
+    (_, _, info), rows = used("cpu")
     file, version, kernels, cuda, archs = info.split("|")
     assert file.startswith(str(target))
     assert (version, kernels, cuda, archs) == (str(torch.__version__), "False", "None", "")
@@ -321,19 +279,11 @@ def test_the_c_plus_plus_part_builds_against_a_cpu_torch_and_says_that_it_has_no
 
 @pytest.mark.slow
 @compiler
-def test_a_solve_on_the_cpu_imports_no_compiled_module_and_has_the_same_bits(
-    installed: Callable[[str], Path],
-) -> None:
-    code = (
-        "import sys, torch, node_cuda\n"
-        "y0 = torch.linspace(0.1, 2.0, 7, requires_grad=True)\n"
-        "y = node_cuda.odeint(lambda t, y: torch.sin(t) - y * y, y0, torch.tensor([0.0, 0.3, 1.0]))\n"
-        "y.sum().backward()\n"
-        "print(y.detach().numpy().tobytes().hex(), y0.grad.numpy().tobytes().hex(), 'node_cuda._C' in sys.modules)"
-    )
-    without = ask(installed("python"), code)
-    assert ask(installed("cpu"), code) == without
-    assert without.endswith("False\n")
+def test_a_solve_on_the_cpu_imports_no_compiled_module_and_has_the_same_bits(used) -> None:
+    (without, _), _ = used("python")
+    (solved, _, _), _ = used("cpu")
+    assert solved == without
+    assert without.endswith("False")
 
 
 @pytest.mark.slow
@@ -358,8 +308,8 @@ def test_an_editable_install_builds_in_place_and_a_later_pure_python_one_removes
     done = run(python, "-c", INFO, cwd=tmp_path)
     assert done.stdout.startswith(f"{source / 'node_cuda' / '_C'}"), done.stdout + done.stderr
     install("python")
-    done = run(python, "-m", "node_cuda", cwd=tmp_path)
-    assert "is not installed (NODE_CUDA_BUILD=python is set)" in done.stdout, done.stdout + done.stderr
+    assert not [*(source / "node_cuda").glob("_C*")]
+    assert note(source / "node_cuda")["setting"] == "python"
 
 
 # --- builds that fail --------------------------------------------------------------------------------------------

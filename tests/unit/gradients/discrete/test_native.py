@@ -10,24 +10,38 @@ from typing import Any
 import pytest
 import torch
 from native import Timed, start
-from native_gradients import CLOSE, close, compare_gradients, gradients, loss_of
-from problems import F64, linspace
-from torch import nn
+from native_gradients import (
+    CASES,
+    CHANGES,
+    CLOSE,
+    EULER,
+    HEUN,
+    FailsAtOnce,
+    Layers,
+    T,
+    autocast_holds_in_the_backward_pass,
+    close,
+    compare_gradients,
+    gradients,
+    loss_of,
+    trains_as_the_host_and_builds_two_graphs,
+)
 
-from node_cuda import NeuralODE, Status, solve
+from node_cuda import Status, solve
 from node_cuda.gradients.discrete import native
-from node_cuda.native import build
 from node_cuda.native.cache import NativeCache
 from node_cuda.status import InvalidField
 
 pytestmark = pytest.mark.usefixtures("interpreted")
-T = linspace(0.0, 1.0, 3)
-HEUN = dict(method="adaptive_heun", rtol=3e-2, atol=3e-2)
-EULER = dict(method="euler", options=dict(step_size=0.3))
 
 
 def compare(func: Any, y0: Any = None, t: torch.Tensor = T, **solver: Any) -> Any:
     return compare_gradients(func, start() if y0 is None else y0, t, gradient="discrete", **solver)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_a_case_of_both_adjoint_methods_has_the_gradient_of_the_host(case):
+    CASES[case](compare)
 
 
 def recorded(field: Any, *, compiled: Any = "require", **solver: Any) -> tuple[Any, list[torch.Tensor]]:
@@ -74,116 +88,23 @@ def test_a_call_records_what_fits_into_its_memory(monkeypatch):
 
 
 # ------------------------------------------------------------------ how a solve ends
-class Fails(Timed):
-    """NaN from t = 0.6 on."""
-
-    def forward(self, t, y):
-        return super().forward(t, y) * torch.where(t < 0.6, 1.0, torch.nan)
-
-
-def test_a_solve_that_fails_half_way_has_the_gradient_of_the_outputs_that_it_reached():
-    options = dict(throw=False, first_step=0.125, max_step=0.125, dfactor=0.25)
-    found = compare(Fails(), method="adaptive_heun", rtol=1e-1, atol=1e-1, options=options)
-    assert found.status is Status.NON_FINITE and torch.isfinite(found.ys[1]).all() and torch.isnan(found.ys[2]).all()
-
-
 def test_a_solve_that_fails_in_its_first_step_has_the_gradient_of_its_start():
-    class FailsAtOnce(Timed):
-        def forward(self, t, y):
-            return super().forward(t, y) * torch.nan
-
     found = compare(FailsAtOnce(), options=dict(throw=False), **HEUN)
     assert found.status is Status.NON_FINITE and found.stats.accepted == 0
 
 
 # ------------------------------------------------------------------ beside the state
-def test_an_integral():
-    compare(Timed(), integral=lambda t, y, dy: dy.square().sum(-1), **EULER)
-
-
 def test_the_gradient_by_the_times():
     field = Timed()
     for t in (T, T.flip(0)):
         compare(field, t=t, wants_t=True, **HEUN)
 
 
-# ------------------------------------------------------------------ parameters and tensors of func
-class Layers(nn.Module):
-    """A weight that two layers share, a parameter that is not used, a frozen one, and a buffer."""
-
-    def __init__(self):
-        super().__init__()
-        self.a, self.b = nn.Linear(2, 2).double(), nn.Linear(2, 2).double()
-        self.b.weight = self.a.weight
-        self.unused = nn.Parameter(torch.ones(3, dtype=F64))
-        self.frozen = nn.Parameter(torch.tensor(0.5, dtype=F64), requires_grad=False)
-        self.register_buffer("scale", torch.tensor([0.5, -1.0], dtype=F64))
-        self.rate = 1.5
-
-    def forward(self, t, y):
-        return self.b(torch.tanh(self.a(y))) * self.scale * self.frozen * self.rate
-
-
-def test_a_shared_weight_an_unused_parameter_and_a_buffer():
-    field = Layers()
-    compare(field, **EULER)
-    field.scale.mul_(2.0)
-    compare(field, **EULER)
-
-
-def test_parameters_that_are_passed():
-    scale, other = (torch.tensor(x, dtype=F64, requires_grad=True) for x in (0.5, 2.0))
-    given = dict(adjoint_params=(scale, other), params=(scale, other))
-    compare(lambda t, y: -scale * y * torch.cos(t), **given, **EULER)
-
-
-class Flow(nn.Module):
-    """A continuous normalizing flow with the exact trace, by autograd.grad inside of the field."""
-
-    def __init__(self):
-        super().__init__()
-        self.net = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
-
-    def forward(self, t, state):
-        z, _ = state
-        with torch.enable_grad():
-            z = z.requires_grad_(True)
-            dz = self.net(torch.cat([z, t.expand(len(z), 1)], 1))
-            trace = sum(torch.autograd.grad(dz[:, i].sum(), z, create_graph=True)[0][:, i] for i in range(2))
-        return dz, -trace.unsqueeze(1)
-
-
-def test_the_exact_trace_of_a_flow():
-    compare(Flow(), (start(), torch.zeros(3, 1, dtype=F64)), **EULER)
-
-
 def test_autocast_around_the_solve_holds_in_the_backward_pass():
-    class Rounded(Timed):
-        def forward(self, t, y):
-            rounds.append(torch.is_autocast_enabled("cpu"))
-            return super().forward(t, y)
-
-    rounds, grads = [], []
-    for options in ({}, dict(compile="require")):
-        y0, field = start(torch.float32).requires_grad_(), Rounded(torch.float32)
-        with torch.autocast("cpu", dtype=torch.bfloat16):
-            loss = loss_of(
-                solve(field, y0, T, gradient="discrete", method="euler", options=dict(options, step_size=0.3))
-            )
-        rounds.clear()
-        grads.append(torch.autograd.grad(loss, [y0, *field.parameters()]))
-        assert rounds and all(rounds)
-    close(grads[1], grads[0], 1e-2)  # products are rounded to 8 bits
+    autocast_holds_in_the_backward_pass("discrete")
 
 
 # ------------------------------------------------------------------ func is changed before backward()
-CHANGES = {
-    "an attribute": lambda field: setattr(field, "rate", 2.0),
-    "a buffer in place": lambda field: field.scale.mul_(2.0),
-    "train and eval": lambda field: field.eval(),
-}
-
-
 def test_a_func_that_was_changed_is_refused():
     kept = NativeCache()
     for name, change in CHANGES.items():
@@ -197,23 +118,7 @@ def test_a_func_that_was_changed_is_refused():
 
 # ------------------------------------------------------------------ training
 def test_a_training_loop_builds_its_graphs_once(monkeypatch):
-    """Three steps of SGD give the parameters of the host's training. "auto" takes "discrete"."""
-    built = []
-    interpret = build.native
-    monkeypatch.setattr(build, "native", lambda *given: built.append(1) or interpret(*given))
-    trained = []
-    for compiled in (False, True):
-        layer = NeuralODE(Timed(), T, gradient="auto", options=dict(compile=compiled), **HEUN)
-        optimizer = torch.optim.SGD(layer.parameters(), lr=0.1)
-        for _ in range(3):
-            optimizer.zero_grad()
-            layer(start()).square().sum().backward()
-            optimizer.step()
-        stats: Any = layer.stats
-        assert stats.loop_backward == ("native" if compiled else "host") and stats.why_gradient is None
-        trained.append(layer.func.w.detach().clone())
-    assert len(built) == 2
-    assert torch.allclose(trained[0], trained[1], rtol=CLOSE) and not torch.equal(trained[0], Timed().w)
+    trains_as_the_host_and_builds_two_graphs("auto", monkeypatch)
 
 
 def test_the_seconds_of_both_builds_are_told_by_the_first_solve():
