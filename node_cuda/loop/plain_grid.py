@@ -62,8 +62,9 @@ def solve_grid(
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
     t = stage_times(problem, tableau.nodes)
     y = y_before = problem.y0
-    # Stages of a half state that are read several times are widened once.
-    wide = y.itemsize == 2 and stages > 2 and not torch.is_grad_enabled()
+    # A half y, and stages that are read several times, are widened once. In a graph the gradient would round otherwise.
+    half = y.itemsize == 2 and not torch.is_grad_enabled()
+    widens = half and max(map(len, (*rows, b))) > 1
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
     ys = _slab(y, len(times)) if large else None
@@ -73,12 +74,12 @@ def solve_grid(
         for n in range(len(times) - 1):
             h = sign * (times[n + 1] - times[n])
             t_n = t[n * stages : (n + 1) * stages]
-            start = y.float() if wide else y
-            k, terms = _stages(field, t_n, y, start, rows, h)
+            start = y.float() if half else y
+            k, terms = _stages(field, t_n, y, start, rows, h, widens)
             if stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
-                k, terms = _stages(field, t_n, y, start, rows, h)
-            y_before, y = y, combine(start, terms, b, h, torch.empty_like(y) if wide else None)
+                k, terms = _stages(field, t_n, y, start, rows, h, widens)
+            y_before, y = y, combine(start, terms, b, h, torch.empty_like(y) if half else None)
             if ys is None:
                 listed.append(y)
             else:
@@ -95,15 +96,18 @@ def solve_grid(
 
 
 def _stages(
-    field: Field, t: Sequence[Tensor], y: Tensor, start: Tensor, rows: Sequence[SparseRow], h: float
+    field: Field, t: Sequence[Tensor], y: Tensor, start: Tensor, rows: Sequence[SparseRow], h: float, widens: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j), and the same in the dtype of `start`, which is y."""
+    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j), and the same as terms of the next sums.
+
+    start: y, a half y in float32. widens: the terms are in float32, too.
+    """
     k: list[Tensor] = []
-    terms = k if start is y else list[Tensor]()
+    terms = list[Tensor]() if widens else k
     for t_i, row in zip(t, rows, strict=True):
-        z = y if not row else combine(start, terms, row, h, None if terms is k else torch.empty_like(y))
+        z = y if not row else combine(start, terms, row, h, None if start is y else torch.empty_like(y))
         k.append(field(t_i, z))
-        if terms is not k:
+        if widens:
             terms.append(k[-1].float())
     return k, terms
 
@@ -116,8 +120,8 @@ def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
         for c in nodes:
             values.append(sign * (t1 if c == 1.0 else t0 + c * (t1 - t0)))
     dtype, device = problem.y0.dtype.to_real(), problem.y0.device
-    if len(values) == 1:  # a tensor and its view would take three times as long
-        return (torch.scalar_tensor(values[0], dtype=dtype, device=device),)
+    if len(values) <= 2:  # a tensor and its views would take twice as long
+        return tuple([torch.scalar_tensor(value, dtype=dtype, device=device) for value in values])
     return torch.tensor(values, dtype=dtype, device=device).unbind()
 
 
