@@ -7,6 +7,7 @@ does every solve for which `applies` is False.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -60,8 +61,8 @@ def solve_grid(
     assert tableau is not None
     field, times, sign = problem.field, problem.times, problem.direction
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
-    t = stage_times(problem, tableau.nodes)
     y = y_before = problem.y0
+    t = stage_times(times, sign, tableau.nodes, y)
     # A half y, and stages that are read several times, are widened once. In a graph the gradient would round otherwise.
     half = y.itemsize == 2 and not torch.is_grad_enabled()
     widens = half and max(map(len, (*rows, b))) > 1
@@ -112,16 +113,15 @@ def _stages(
     return k, terms
 
 
-def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
-    """Return the times of all stages of all steps."""
+def stage_times(times: Sequence[float], sign: float, nodes: Sequence[float], y: Tensor) -> tuple[Tensor, ...]:
+    """Return the times of all stages of all steps between these solver times, for states like y."""
     values: list[float] = []
-    sign = problem.direction
-    for t0, t1 in itertools.pairwise(problem.times):
+    for t0, t1 in itertools.pairwise(times):
         for c in nodes:
             values.append(sign * (t1 if c == 1.0 else t0 + c * (t1 - t0)))
-    dtype, device = problem.y0.dtype.to_real(), problem.y0.device
+    dtype, device = y.dtype.to_real(), y.device
     if len(values) <= 2:  # a tensor and its views would take twice as long
-        return tuple([torch.scalar_tensor(value, dtype=dtype, device=device) for value in values])
+        return tuple(map(functools.partial(torch.scalar_tensor, dtype=dtype, device=device), values))
     return torch.tensor(values, dtype=dtype, device=device).unbind()
 
 

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from node_cuda._torch_modes import vjp
+from node_cuda._torch_modes import set_recording, vjp
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused_sums import FusedGradientAccumulator, SavedIntegrands
@@ -41,14 +41,17 @@ class Rates:
         f is the tensor that func returned, and no copy.
         """
         self.nfe += 1
-        params = self.params if self._with_params else ()
-        with torch.enable_grad():
+        params, recorded = self.params if self._with_params else (), torch.is_grad_enabled()
+        set_recording(True)
+        try:
             y = y.detach().requires_grad_(True)
             f = self.field(t, y)
             if f.requires_grad:
                 vjp_y, *self.integrands = vjp(f, (y, *params), a)
             else:
                 vjp_y, self.integrands = None, [None] * len(params)
+        finally:
+            set_recording(recorded)
         if params:
             self.reached.see(self.integrands)
         if self.first is not None:
