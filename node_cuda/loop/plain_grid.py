@@ -17,7 +17,7 @@ from torch import Tensor
 from node_cuda._torch_modes import transformed
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import is_plain
-from node_cuda.kernels.reference import combine
+from node_cuda.kernels.reference import combine, combine_recorded
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step
@@ -63,8 +63,8 @@ def solve_grid(
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
     y = y_before = problem.y0
     t = stage_times(times, sign, tableau.nodes, y)
-    # A half y, and stages that are read several times, are widened once. In a graph the gradient would round otherwise.
-    half = y.itemsize == 2 and not torch.is_grad_enabled()
+    # A half y, and stages that are read several times, are widened once.
+    half = y.itemsize == 2
     widens = half and max(map(len, (*rows, b))) > 1
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
@@ -80,7 +80,7 @@ def solve_grid(
             if stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
                 k, terms = _stages(field, t_n, y, start, rows, h, widens)
-            y_before, y = y, combine(start, terms, b, h, torch.empty_like(y) if half else None)
+            y_before, y = y, _half_sum(y, k, b, h, start, terms) if half else combine(y, k, b, h)
             if ys is None:
                 listed.append(y)
             else:
@@ -106,11 +106,22 @@ def _stages(
     k: list[Tensor] = []
     terms = list[Tensor]() if widens else k
     for t_i, row in zip(t, rows, strict=True):
-        z = y if not row else combine(start, terms, row, h, None if start is y else torch.empty_like(y))
+        z = y
+        if row:
+            z = combine(y, k, row, h) if start is y else _half_sum(y, k, row, h, start, terms)
         k.append(field(t_i, z))
         if widens:
             terms.append(k[-1].float())
     return k, terms
+
+
+def _half_sum(
+    y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, start: Tensor, terms: Sequence[Tensor]
+) -> Tensor:
+    """Return y + h sum_j a_j k_j of a half state. start: y in float32. terms: k, or the same in float32."""
+    if torch.is_grad_enabled():
+        return combine_recorded(y, k, row, h, start, terms)
+    return combine(start, terms, row, h, torch.empty_like(y))
 
 
 def stage_times(times: Sequence[float], sign: float, nodes: Sequence[float], y: Tensor) -> tuple[Tensor, ...]:
