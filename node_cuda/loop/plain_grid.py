@@ -109,7 +109,7 @@ def _stages(
         z = y
         if row:
             z = combine(y, k, row, h) if start is y else _half_sum(y, k, row, h, start, terms)
-        k.append(field(t_i, z))
+        k.append(field(t_i, z, spare=z is not y))
         if widens:
             terms.append(k[-1].float())
     return k, terms

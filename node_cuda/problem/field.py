@@ -70,13 +70,17 @@ class VectorField:
         self._copies_input = False
         self._last_memory: torch.UntypedStorage | None = None
 
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """Return dy/dt at the 0-d tensor t and the state y, which is not changed."""
+    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False) -> Tensor:
+        """Return dy/dt at the 0-d tensor t and the state y, which is not changed.
+
+        spare: the caller does not use y again, so a first evaluation needs no copy to see whether func writes into it.
+        """
         self.nfe += 1
         if self.bounds is not None:
             t = t.clamp(*self.bounds)
         probes = self.nfe <= self.probes
-        argument = y.clone() if probes or self._copies_input else y
+        spare = spare and not y.is_inference()  # whose writes are only seen in a copy
+        argument = y.clone() if self._copies_input or (probes and not spare) else y
         version = None if argument.is_inference() else argument._version
         shapes = self.layout.shapes
         state = argument if shapes is None else self.layout.unflatten(argument)
@@ -88,7 +92,7 @@ class VectorField:
         if shapes is not None:
             out = self._flat(out, shapes)
         wrote = version is not None and argument._version != version
-        if wrote and argument is y:
+        if wrote and argument is y and not probes:
             raise InvalidField(
                 f"func wrote into its argument y at t = {float(t):.6g}, but not in its first calls. "
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place."

@@ -32,12 +32,13 @@ Callback = Callable[[Tensor, Any, Tensor], Any]
 
 
 class Field(Protocol):
-    """dy/dt of a flat state; counts its evaluations. copies_output: the result is a copy that the caller may keep."""
+    """dy/dt of a flat state; counts its evaluations. copies_output: the result is a copy that the caller may keep.
+    spare: the caller does not use y again."""
 
     nfe: int
     copies_output: bool
 
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
+    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
