@@ -79,6 +79,10 @@ def vjp(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> tuple[Te
 _run_backward: Any = getattr(torch.autograd.graph, "_engine_run_backward", None)
 
 
+set_recording = torch._C._set_grad_enabled
+"""Sets whether autograd records, in a third of the time of `torch.enable_grad()`. The caller sets it back."""
+
+
 def capturing(device: torch.device) -> bool:
     """Return whether the current stream of this device is being captured into a CUDA graph."""
     return device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import torch
@@ -47,7 +48,7 @@ class Common:
     compensated: bool = False
     norm: Norm | None = None
 
-    @property
+    @cached_property
     def raises(self) -> bool:
         """Whether the solve itself raises SolveError if it fails."""
         return bool(self.throw) and self.throw != "deferred"

@@ -20,7 +20,7 @@ from node_cuda._eager import eager
 from node_cuda._records import with_fields
 from node_cuda._torch_modes import refuse_second_derivative, transformed
 from node_cuda.cuda_graphs.cache import refuse_in_capture
-from node_cuda.gradients.context import autocast_state
+from node_cuda.gradients.context import autocast_contexts, autocast_state
 from node_cuda.gradients.inspection import Inspection, refuse_hidden
 from node_cuda.gradients.members import Members
 from node_cuda.gradients.parameters import Parameters
@@ -59,7 +59,8 @@ class DifferentiableSolve(ABC):
     """A solve that can be differentiated once. It computes with plain tensors, without the wrappers of torch.func.
 
     what: the gradient mode as the user writes it. replays: the backward pass computes the steps again. samples: under
-    vmap, the solves of the samples. status: how the solve ended.
+    vmap, the solves of the samples. status: how the solve ended. by_chance: func is known to be non-deterministic.
+    shown: the attributes that the user finds in `ys.grad_fn`.
     """
 
     what: ClassVar[str]
@@ -69,6 +70,8 @@ class DifferentiableSolve(ABC):
         self.stats = request.stats
         self.parameters = parameters
         self.status = Status.SUCCESS
+        self.by_chance = False
+        self.shown: dict[str, Any] = {}
         self.samples: list[DifferentiableSolve] = []
         self._request = request
         self._inspects = torch.is_grad_enabled()
@@ -82,11 +85,6 @@ class DifferentiableSolve(ABC):
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients: the backward pass. problem.y0 has a shape and a dtype, but no values."""
 
-    @property
-    def shown(self) -> dict[str, Any]:
-        """The attributes that the user finds in `ys.grad_fn`."""
-        return {}
-
     def __call__(self, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Return y at the outputs, on the tape, and the time of the event (empty: no event), without a gradient."""
         problem = self._request.problem
@@ -98,8 +96,12 @@ class DifferentiableSolve(ABC):
 
     def forward(self, t: Tensor, y0: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
         """Solve from these tensors. Without transforms they are those of the request."""
-        problem = _computing_with(self.parameters.bound(params, unchanged=True), self._request.problem)
-        problem = with_fields(problem, y0=y0, t=t)
+        request = self._request
+        problem, func = request.problem, self.parameters.bound(params, unchanged=True)
+        if func is not problem.func or y0 is not problem.y0 or t is not problem.t:
+            field = problem.field if func is problem.func else problem.field_of(func)
+            problem = with_fields(problem, func=func, field=field, y0=y0, t=t)
+            request = with_fields(request, problem=problem)
         self.autocast = autocast_state(y0.device.type)
         self.members = Members(self.parameters)
         if self._inspects:
@@ -109,31 +111,37 @@ class DifferentiableSolve(ABC):
                 problem.field, self.parameters.func, named, self.what, self.replays, self.members
             )
             problem.field.func = self._inspection
-        ys, at = self.solve(with_fields(self._request, problem=problem))
+        ys, at = self.solve(request)
         if self._inspection is not None:
             self._inspection.leave()
+            self.by_chance = self._inspection.by_chance
             self.members.settle()
         self._let_go(problem)
         return ys, ys.new_empty(0) if at is None else torch.tensor(at, dtype=torch.float64, device="cpu")
 
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        """Return the gradients of the inputs from those of the outputs."""
-        refuse_in_capture(grad_ys)
+        """Return the gradients of the inputs from those of the outputs. autograd calls this without recording."""
+        if grad_ys.is_cuda:
+            refuse_in_capture(grad_ys)
+        contexts = self.members.put_back()
+        if self.autocast != autocast_state(grad_ys.device.type):
+            contexts = [*autocast_contexts(self.autocast), *contexts]
+        if not contexts:
+            return self._backward(saved, grad_ys, wants_t, wants_grid)
+        with contextlib.ExitStack() as stack:
+            for context in contexts:
+                stack.enter_context(context)
+            return self._backward(saved, grad_ys, wants_t, wants_grid)
+
+    def _backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         # A transform may pass parameters that require no gradient. func is then bound to new leaves.
         count = len(self.parameters.wanted)
         params = tuple([p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count]])
-        with torch.no_grad(), contextlib.ExitStack() as stack:
-            for context in (*self.autocast(), *self.members.put_back()):
-                stack.enter_context(context)
-            func = self.parameters.bound((*params, *saved.params[count:]))
-            problem = _computing_with(func, self._request.problem)
-            saved = Saved(saved.t, saved.grid, saved.ys, saved.at, params)
-            return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
-
-    @property
-    def by_chance(self) -> bool:
-        """Whether func is known to be non-deterministic."""
-        return self._inspection is not None and self._inspection.by_chance
+        problem, func = self._request.problem, self.parameters.bound((*params, *saved.params[count:]))
+        if func is not problem.func:
+            problem = with_fields(problem, func=func, field=problem.field_of(func))
+        saved = Saved(saved.t, saved.grid, saved.ys, saved.at, params)
+        return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
 
     def replaced(self, problem: Problem) -> str | None:
         """Return the reason to solve on the host if func computes with other tensors than its own, else None."""
@@ -181,11 +189,6 @@ def refuse_transforms(what: str) -> None:
     """Raise Unsupported inside a transform of torch.func."""
     if transformed():
         raise Unsupported(f"{what} cannot be transformed by torch.func. Solve outside the transform.")
-
-
-def _computing_with(func: Any, problem: Problem) -> Problem:
-    """Return the problem with this func."""
-    return problem if func is problem.func else with_fields(problem, func=func, field=problem.field_of(func))
 
 
 class _Solve(torch.autograd.Function):
@@ -251,7 +254,9 @@ class _Gradient(torch.autograd.Function):
     @staticmethod
     def forward(task, wants_t, wants_grid, grad_ys, t, grid, ys, at, *params):
         found = task.backward(Saved(t, grid, ys, at, params), grad_ys, wants_t, wants_grid)
-        return *[g for g in (found.t, found.grid) if g is not None], found.y0, *found.params
+        of_times = () if found.t is None else (found.t,)
+        of_grid = () if found.grid is None else (found.grid,)
+        return *of_times, *of_grid, found.y0, *found.params
 
     @staticmethod
     def setup_context(ctx, inputs, output):

@@ -2,35 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 
+State = tuple[bool, list[tuple[str, bool, torch.dtype]]]
+"""Whether autocast's cache is enabled, and for each kind of device whether autocast is, and its dtype."""
 
-def autocast_state(device_type: str) -> Callable[[], list[Any]]:
-    """Return a function that returns the contexts that restore the present autocast, for this device and the CPU.
 
-    It returns no contexts if autocast has not changed by then.
-    """
-    kinds = ["cpu"]
+def autocast_state(device_type: str) -> State:
+    """Return the state of autocast for this device and the CPU."""
+    states = [("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
     if device_type != "cpu" and torch.amp.is_autocast_available(device_type):
-        kinds.insert(0, device_type)
-    before = _autocast(kinds)
-
-    def contexts() -> list[Any]:
-        states, cache = before
-        if _autocast(kinds) == before:
-            return []
-        return [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
-
-    return contexts
+        states.append((device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)))
+    return torch.is_autocast_cache_enabled(), states
 
 
-def _autocast(kinds: Sequence[str]) -> tuple[list[tuple[str, bool, torch.dtype]], bool]:
-    """Return the state of autocast for these kinds of device, and whether its cache is enabled."""
-    states = [(name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in kinds]
-    return states, torch.is_autocast_cache_enabled()
+def autocast_contexts(state: State) -> list[Any]:
+    """Return the contexts that restore this state."""
+    cache, states = state
+    return [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
 
 
 def autocasts(device_type: str) -> bool:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from node_cuda._torch_modes import set_recording
 from node_cuda._typing import Func, State
 from node_cuda.gradients.members import Members
 from node_cuda.gradients.parameters import is_wrapped
@@ -30,6 +31,10 @@ functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIss
 class AnswersByChance(InvalidField):
     """func is non-deterministic: a second call differs. It was evaluated twice, and the random generators are as they
     were before."""
+
+
+_States = tuple[list[Tensor], list[int]]
+"""The states of random generators and, if steps are computed again, the versions of func's buffers."""
 
 
 class Inspection:
@@ -59,12 +64,15 @@ class Inspection:
             self.field.func = self.called
 
     def __call__(self, t: Tensor, y: State) -> Any:
-        self.leave()
+        self.field.func = self.called
         self.field.probes += 1  # func may treat memory differently when autograd records
-        before = _copied(y)
-        states = self._states(t.device)
-        with torch.enable_grad():
+        before = y.clone() if isinstance(y, Tensor) else tuple([x.clone() for x in y])
+        states, recorded = self._states(t.device), torch.is_grad_enabled()
+        set_recording(True)
+        try:
             out = self.called(t, y)
+        finally:
+            set_recording(recorded)
         self.members.look()
         self._refuse_chance(t, before, out, states)
         self._warn_of_unnamed(out, (t, *_parts(y)))
@@ -76,23 +84,23 @@ class Inspection:
         """Return the indices of those tensors that func used."""
         return [i for i, x in enumerate(tensors) if id(x) in self._reached]
 
-    def _refuse_chance(self, t: Tensor, y: State, out: Any, states: list[Any]) -> None:
+    def _refuse_chance(self, t: Tensor, y: State, out: Any, before: _States) -> None:
         """Raise or warn if func is non-deterministic.
 
         func is evaluated a second time only if its first evaluation changed one of `_states`.
         """
-        after = self._states(t.device)
-        if all(map(_same, states, after)):
+        (random, versions), (random_after, versions_after) = before, self._states(t.device)
+        if versions == versions_after and all(map(torch.equal, random, random_after)):
             return
         self.field.nfe += 1
         with torch.no_grad():
             again = self.called(t, y)
-        _restore_random(after, t.device)  # so that this check changes no random state
+        _restore_random(random_after, t.device)  # so that this check changes no random state
         if all(map(_equal, _parts(out), _parts(again))):
             return
         words = "func is non-deterministic: a second call at the same t and y differs (dropout, spectral norm, noise?)"
         if self.replays:
-            _restore_random(states, t.device)
+            _restore_random(random, t.device)
             raise AnswersByChance(
                 f"{words}, and {self.what} takes every step again to differentiate it. Put func in evaluation mode, "
                 'draw the noise once before the solve, or use gradient="backprop".'
@@ -104,15 +112,14 @@ class Inspection:
             stacklevel=users_level(),
         )
 
-    def _states(self, device: torch.device) -> list[Any]:
-        """Return the states that an evaluation changes if it is random, or if it depends on earlier evaluations.
-
-        These are random generators and, if steps are computed again, the versions of func's buffers.
-        """
-        states: list[Any] = _random_states(device)
+    def _states(self, device: torch.device) -> _States:
+        """Return the states that an evaluation changes if it is random, or if it depends on earlier evaluations."""
+        random, versions = [torch.default_generator.get_state()], list[int]()
+        if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
+            random.append(torch.cuda.get_rng_state(device))
         if self.replays and isinstance(self.func, nn.Module):
-            states += [x._version for x in self.func.buffers() if not x.is_inference()]
-        return states
+            versions = [x._version for x in self.func.buffers() if not x.is_inference()]
+        return random, versions
 
     def _warn_of_unnamed(self, out: Any, arguments: tuple[Tensor, ...]) -> None:
         named = (*self.named, *arguments)
@@ -176,18 +183,23 @@ def sources(
     They are the ids of the named tensors; other leaves with a reference outside of the graph, and tensors in `known`;
     and leaves that only the graph holds.
     """
-    stop = {id(x) for x in named}
+    stop = set(map(id, named))
     # The nodes are kept alive here, or another could get the same id.
-    ends = {x.grad_fn: x for _, x in known.values() if x.grad_fn is not None}
-    ends |= {x.grad_fn: x for x in named if x.grad_fn is not None}
+    ends: dict[Any, Tensor] = {}
+    for x in (*[x for _, x in known.values()], *named) if known else named:
+        if x.grad_fn is not None:
+            ends[x.grad_fn] = x
     reached, others, loose = set[int](), dict[int, Tensor](), dict[int, Tensor]()
-    parts = [x for x in _parts(out) if isinstance(x, Tensor) and x.requires_grad]
-    for x in parts:
-        if x.grad_fn is None and id(x) not in stop:
-            others[id(x)] = x  # func returned a leaf
-        elif x.grad_fn is None:
+    waiting: list[Any] = []
+    for x in _parts(out):
+        if not isinstance(x, Tensor) or not x.requires_grad:
+            continue
+        if x.grad_fn is not None:
+            waiting.append(x.grad_fn)
+        elif id(x) in stop:
             reached.add(id(x))
-    waiting = [x.grad_fn for x in parts if x.grad_fn is not None]
+        else:
+            others[id(x)] = x  # func returned a leaf
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
@@ -212,14 +224,7 @@ def sources(
     return reached, list(others.values()), list(loose.values())
 
 
-def _random_states(device: torch.device) -> list[Tensor]:
-    states = [torch.get_rng_state()]
-    if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
-        states.append(torch.cuda.get_rng_state(device))
-    return states
-
-
-def _restore_random(states: list[Any], device: torch.device) -> None:
+def _restore_random(states: list[Tensor], device: torch.device) -> None:
     torch.set_rng_state(states[0])
     if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
         torch.cuda.set_rng_state(states[1], device)
@@ -255,10 +260,6 @@ def _names(func: Func) -> Iterator[tuple[str, Tensor]]:
             yield from ((f"{name}[{i}]", x) for i, x in enumerate(value) if isinstance(x, Tensor))
 
 
-def _same(a: Any, b: Any) -> bool:
-    return torch.equal(a, b) if isinstance(a, Tensor) else a == b
-
-
 def _equal(a: Any, b: Any) -> bool:
     """Return whether a and b are equal, where NaN equals NaN. Values that are not tensors are checked elsewhere."""
     if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
@@ -268,10 +269,6 @@ def _equal(a: Any, b: Any) -> bool:
 
 def _parts(state: Any) -> tuple[Any, ...]:
     return tuple(state) if isinstance(state, (tuple, list)) else (state,)
-
-
-def _copied(state: State) -> State:
-    return state.clone() if isinstance(state, Tensor) else tuple(x.clone() for x in state)
 
 
 def _references_of_a_leaf() -> int:

@@ -46,7 +46,7 @@ class Members:
 
     def __init__(self, parameters: Parameters) -> None:
         self._holder = parameters.func if parameters.owner is None else parameters.owner
-        self._named = {id(x) for x in parameters.every}
+        self._named = set(map(id, parameters.every))
         self._looked = False
         self.tensors: list[Held] = []
         self.others: list[tuple[dict[str, Any], str, Any]] = []
@@ -84,6 +84,8 @@ class Members:
 
     def put_back(self) -> list[contextlib.AbstractContextManager[None]]:
         """Return the context that puts back the tensor attributes that were replaced since the solve, if any were."""
+        if not self.tensors:
+            return []
         replaced = [x for x in self.tensors if x.attribute and not x.there()]
         return [self._with(replaced)] if replaced else []
 

@@ -31,15 +31,16 @@ class Parameters:
                 "the tensors to differentiate by as `adjoint_params=(...)`, or `adjoint_params=()` if there are none."
             )
         self.func = func
-        self.owner = _owner(func)
+        self.owner: Any = func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
         self._links: list[Link] = []
         params, buffers = _tensors(self.owner, self._links)
         self._members = {**params, **buffers}
         if named is None:
             assert isinstance(func, nn.Module)
-            plain = not _is_replica(func) and type(func).parameters is nn.Module.parameters
-            named = params.values() if plain else _of_replica(func) if _is_replica(func) else func.parameters()
-        self.every = tuple({id(x): x for x in named}.values())
+            plain = type(func).parameters is nn.Module.parameters
+            named = _of_replica(func) if _is_replica(func) else params.values() if plain else func.parameters()
+        named = list(named)
+        self.every = tuple(dict(zip(map(id, named), named, strict=True)).values())
         self.wanted = tuple([x for x in self.every if x.requires_grad or is_wrapped(x)])
         if torch.is_grad_enabled():
             _refuse_shards_inside(self.owner, self.wanted, method)
@@ -128,11 +129,6 @@ def _of_replica(func: nn.Module) -> Iterable[Tensor]:
     return (x for values in members for x in values if isinstance(x, Tensor) and x.requires_grad)
 
 
-def _owner(func: Func) -> Any:
-    """Return the module with the parameters of func: func itself, or the object that it is a method of."""
-    return func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
-
-
 Link = tuple[dict[str, Any], str, Any]
 """A member of a module: the dict that holds it, its name there, and the member."""
 
@@ -158,7 +154,7 @@ def _tensors(owner: Any, links: list[Link] | None = None) -> tuple[dict[str, Ten
     else:
         params.update(owner.named_parameters(remove_duplicate=False))
         buffers.update(owner.named_buffers(remove_duplicate=False))
-    return ({} if _is_replica(owner) else params), buffers
+    return ({} if owner.__dict__.get("_is_replica") else params), buffers
 
 
 def _collect(owner: nn.Module, params: dict[str, Tensor], buffers: dict[str, Tensor], links: list[Link]) -> None:

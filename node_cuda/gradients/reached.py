@@ -20,7 +20,9 @@ class UsedParameters:
         """Note the gradients of one vjp. They are None for tensors that were not used."""
         self._vjps += 1
         if self._missing:
-            self._missing = {i for i in self._missing if vjp[i] is None}
+            for i in tuple(self._missing):
+                if vjp[i] is not None:
+                    self._missing.discard(i)
 
     def reach_as(self, other: UsedParameters) -> None:
         """Note the vjps that `other` has seen, because a captured solve repeats them."""

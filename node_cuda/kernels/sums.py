@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -47,7 +48,10 @@ class GradientAccumulator:
         zeros."""
         if at is not None:
             weight, error_weight = at.signed * weight, at.signed * error_weight
-        given = [self._zero(i) if x is None else x for i, x in enumerate(tensors)]
+        given: list[Any] = list(tensors)
+        for i, x in enumerate(given):
+            if x is None:
+                given[i] = self._zero(i)
         if weight and not self._sum and self._total is None:
             self._sum = self._zero_sums()  # which becomes the total, so that no -0.0 gets into it
         if weight:

@@ -7,6 +7,7 @@ does every solve for which `applies` is False.
 
 from __future__ import annotations
 
+import functools
 import itertools
 from collections.abc import Callable, Sequence
 
@@ -16,7 +17,7 @@ from torch import Tensor
 from node_cuda._torch_modes import transformed
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import is_plain
-from node_cuda.kernels.reference import combine
+from node_cuda.kernels.reference import combine, combine_recorded
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step
@@ -60,10 +61,11 @@ def solve_grid(
     assert tableau is not None
     field, times, sign = problem.field, problem.times, problem.direction
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
-    t = stage_times(problem, tableau.nodes)
     y = y_before = problem.y0
-    # Stages of a half state that are read several times are widened once.
-    wide = y.itemsize == 2 and stages > 2 and not torch.is_grad_enabled()
+    t = stage_times(times, sign, tableau.nodes, y)
+    # A half y, and stages that are read several times, are widened once.
+    half = y.itemsize == 2
+    widens = half and max(map(len, (*rows, b))) > 1
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
     ys = _slab(y, len(times)) if large else None
@@ -73,12 +75,12 @@ def solve_grid(
         for n in range(len(times) - 1):
             h = sign * (times[n + 1] - times[n])
             t_n = t[n * stages : (n + 1) * stages]
-            start = y.float() if wide else y
-            k, terms = _stages(field, t_n, y, start, rows, h)
+            start = y.float() if half else y
+            k, terms = _stages(field, t_n, y, start, rows, h, widens)
             if stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
-                k, terms = _stages(field, t_n, y, start, rows, h)
-            y_before, y = y, combine(start, terms, b, h, torch.empty_like(y) if wide else None)
+                k, terms = _stages(field, t_n, y, start, rows, h, widens)
+            y_before, y = y, _half_sum(y, k, b, h, start, terms) if half else combine(y, k, b, h)
             if ys is None:
                 listed.append(y)
             else:
@@ -95,29 +97,42 @@ def solve_grid(
 
 
 def _stages(
-    field: Field, t: Sequence[Tensor], y: Tensor, start: Tensor, rows: Sequence[SparseRow], h: float
+    field: Field, t: Sequence[Tensor], y: Tensor, start: Tensor, rows: Sequence[SparseRow], h: float, widens: bool
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j), and the same in the dtype of `start`, which is y."""
+    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j), and the same as terms of the next sums.
+
+    start: y, a half y in float32. widens: the terms are in float32, too.
+    """
     k: list[Tensor] = []
-    terms = k if start is y else list[Tensor]()
+    terms = list[Tensor]() if widens else k
     for t_i, row in zip(t, rows, strict=True):
-        z = y if not row else combine(start, terms, row, h, None if terms is k else torch.empty_like(y))
-        k.append(field(t_i, z))
-        if terms is not k:
+        z = y
+        if row:
+            z = combine(y, k, row, h) if start is y else _half_sum(y, k, row, h, start, terms)
+        k.append(field(t_i, z, spare=z is not y))
+        if widens:
             terms.append(k[-1].float())
     return k, terms
 
 
-def stage_times(problem: Problem, nodes: Sequence[float]) -> tuple[Tensor, ...]:
-    """Return the times of all stages of all steps."""
+def _half_sum(
+    y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, start: Tensor, terms: Sequence[Tensor]
+) -> Tensor:
+    """Return y + h sum_j a_j k_j of a half state. start: y in float32. terms: k, or the same in float32."""
+    if torch.is_grad_enabled():
+        return combine_recorded(y, k, row, h, start, terms)
+    return combine(start, terms, row, h, torch.empty_like(y))
+
+
+def stage_times(times: Sequence[float], sign: float, nodes: Sequence[float], y: Tensor) -> tuple[Tensor, ...]:
+    """Return the times of all stages of all steps between these solver times, for states like y."""
     values: list[float] = []
-    sign = problem.direction
-    for t0, t1 in itertools.pairwise(problem.times):
+    for t0, t1 in itertools.pairwise(times):
         for c in nodes:
             values.append(sign * (t1 if c == 1.0 else t0 + c * (t1 - t0)))
-    dtype, device = problem.y0.dtype.to_real(), problem.y0.device
-    if len(values) == 1:  # a tensor and its view would take three times as long
-        return (torch.scalar_tensor(values[0], dtype=dtype, device=device),)
+    dtype, device = y.dtype.to_real(), y.device
+    if len(values) <= 2:  # a tensor and its views would take twice as long
+        return tuple(map(functools.partial(torch.scalar_tensor, dtype=dtype, device=device), values))
     return torch.tensor(values, dtype=dtype, device=device).unbind()
 
 

@@ -68,28 +68,41 @@ class VectorField:
         self.probes = 2
         self.copies_output = False  # func returns memory that it writes into again
         self._copies_input = False
-        self._last_output: Tensor | None = None
+        self._last_memory: torch.UntypedStorage | None = None
 
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor:
-        """Return dy/dt at the 0-d tensor t and the state y, which is not changed."""
+    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False) -> Tensor:
+        """Return dy/dt at the 0-d tensor t and the state y, which is not changed.
+
+        spare: the caller does not use y again, so a first evaluation needs no copy to see whether func writes into it.
+        """
         self.nfe += 1
         if self.bounds is not None:
             t = t.clamp(*self.bounds)
-        if self.nfe <= self.probes:
-            return self._probe(t, y)
-        if self._copies_input:
-            y = y.clone()
-            return self._checked(self._call(t, y), y)
-        version = None if y.is_inference() else y._version
-        out = self._call(t, y)
-        if version is not None and y._version != version:
+        probes = self.nfe <= self.probes
+        spare = spare and not y.is_inference()  # whose writes are only seen in a copy
+        argument = y.clone() if self._copies_input or (probes and not spare) else y
+        version = None if argument.is_inference() else argument._version
+        shapes = self.layout.shapes
+        state = argument if shapes is None else self.layout.unflatten(argument)
+        try:
+            out = self.func(t, state)
+        except Exception as error:
+            tell(error, "func", self.func, self.ends, t=t, y=state)
+            raise
+        if shapes is not None:
+            out = self._flat(out, shapes)
+        wrote = version is not None and argument._version != version
+        if wrote and argument is y and not probes:
             raise InvalidField(
                 f"func wrote into its argument y at t = {float(t):.6g}, but not in its first calls. "
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place."
             )
-        if isinstance(out, Tensor) and out.shape == y.shape and out.dtype is y.dtype and not self.copies_output:
-            return out
-        return self._checked(out, y)
+        if not isinstance(out, Tensor) or out.shape != y.shape:
+            _check(out, y.shape, self.func)
+        if probes:
+            self._copies_input = self._copies_input or wrote or (version is None and not torch.equal(argument, y))
+            return self._first(out, y)
+        return out if out.dtype is y.dtype and not self.copies_output else self._own(out, y)
 
     def watch_again(self) -> None:
         """Probe the next two evaluations as the first two: func may act differently when autograd records."""
@@ -98,18 +111,10 @@ class VectorField:
     def release(self) -> None:
         """Drop the references to the user's function and to its output. The field cannot be evaluated after this."""
         self.func = _released
-        self._last_output = None
+        self._last_memory = None
 
-    def _call(self, t: Tensor, y: Tensor) -> Any:
-        shapes = self.layout.shapes
-        state = y if shapes is None else self.layout.unflatten(y)
-        try:
-            out = self.func(t, state)
-        except Exception as error:
-            tell(error, "func", self.func, self.ends, t=t, y=state)
-            raise
-        if shapes is None:
-            return out
+    def _flat(self, out: Any, shapes: Sequence[torch.Size]) -> Tensor:
+        """Return the components that func returned as one tensor."""
         if not isinstance(out, (tuple, list)) or len(out) != len(shapes):
             got = f"{len(out)} of them" if isinstance(out, (tuple, list)) else f"a {type(out).__name__}"
             raise InvalidField(
@@ -119,36 +124,29 @@ class VectorField:
             _check(part, shape, self.func)
         return self.layout.flatten(out)
 
-    def _checked(self, out: Any, y: Tensor) -> Tensor:
-        if not isinstance(out, Tensor) or out.shape != y.shape:
-            _check(out, y.shape, self.func)
-        if out.dtype is not y.dtype:
-            if out.is_complex() and not y.is_complex():
-                raise InvalidField(
-                    f"func returned {out.dtype} for a state of {y.dtype}: the imaginary part would be lost. "
-                    f"Start from a complex state, `y0.to({out.dtype})`, or return `out.real`."
-                )
-            return out.to(y.dtype)
-        return out.clone() if self.copies_output else out
-
-    def _probe(self, t: Tensor, y: Tensor) -> Tensor:
-        """Evaluate with copies, and check how the function treats memory."""
-        argument = y.clone()
-        version = None if argument.is_inference() else argument._version
-        raw = self._call(t, argument)
-        if not isinstance(raw, Tensor) or raw.shape != y.shape:
-            _check(raw, y.shape, self.func)
-        wrote = not torch.equal(argument, y) if version is None else argument._version != version
-        self._copies_input = self._copies_input or wrote
+    def _first(self, out: Tensor, y: Tensor) -> Tensor:
+        """Return the output of one of the first evaluations, as a copy if func may write into its memory again."""
+        last, memory = self._last_memory, _memory(out)
         # Both are alive here, so that an equal address means the same buffer.
-        if self._last_output is not None and _storage(raw) == _storage(self._last_output):
+        if last is not None and memory is not None and last.data_ptr() == memory.data_ptr():
             self.copies_output = True
         if self.nfe < self.probes:
-            self._last_output = raw.detach()
-            # Its memory may be written again by the next evaluation.
-            return raw.clone() if raw.dtype is y.dtype else self._checked(raw, y)
-        self._last_output = None
-        return self._checked(raw, y)
+            self._last_memory = memory
+            # It may be written again by the next evaluation.
+            return out.clone() if out.dtype is y.dtype else self._own(out, y)
+        self._last_memory = None
+        return self._own(out, y)
+
+    def _own(self, out: Tensor, y: Tensor) -> Tensor:
+        """Return the output in y's dtype, as a copy if func writes into its memory again."""
+        if out.dtype is y.dtype:
+            return out.clone() if self.copies_output else out
+        if out.is_complex() and not y.is_complex():
+            raise InvalidField(
+                f"func returned {out.dtype} for a state of {y.dtype}: the imaginary part would be lost. "
+                f"Start from a complex state, `y0.to({out.dtype})`, or return `out.real`."
+            )
+        return out.to(y.dtype)
 
 
 def _released(*_: Any) -> NoReturn:
@@ -160,18 +158,19 @@ def version_of(x: Tensor) -> int | None:
     return None if x.is_inference() else x._version
 
 
-def _storage(x: Tensor) -> int:
+def _memory(x: Tensor) -> torch.UntypedStorage | None:
+    """Return the memory of x, or None. Under a torch.func transform x has no memory, and is always new."""
     try:
-        return x.untyped_storage().data_ptr()
-    # a tensor under a torch.func transform has no storage, and is always new
+        memory = x.untyped_storage()
+        return memory if memory.data_ptr() else None
     except (NotImplementedError, RuntimeError):
-        return id(x)
+        return None
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:
     """Return whether two of these tensors start at the same address."""
     try:
-        return len({x.data_ptr() for x in tensors}) < len(tensors)
+        return len(set(map(Tensor.data_ptr, tensors))) < len(tensors)
     except (NotImplementedError, RuntimeError):
         return False
 

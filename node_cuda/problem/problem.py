@@ -21,6 +21,8 @@ from node_cuda.problem.field import ONE_TENSOR, Layout, VectorField
 from node_cuda.status import InvalidInput, InvalidState, InvalidType
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
+_FORWARD = [(name, name) for name in CALLBACKS]
+_ADJOINT = [(name, name + "_adjoint") for name in CALLBACKS]
 
 
 NO_DOUBLES = ("mps",)
@@ -30,12 +32,13 @@ Callback = Callable[[Tensor, Any, Tensor], Any]
 
 
 class Field(Protocol):
-    """dy/dt of a flat state; counts its evaluations. copies_output: the result is a copy that the caller may keep."""
+    """dy/dt of a flat state; counts its evaluations. copies_output: the result is a copy that the caller may keep.
+    spare: the caller does not use y again."""
 
     nfe: int
     copies_output: bool
 
-    def __call__(self, t: Tensor, y: Tensor) -> Tensor: ...
+    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False) -> Tensor: ...
 
 
 @dataclass(frozen=True)
@@ -344,15 +347,16 @@ def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
 
 def _callbacks(func: Func) -> tuple[dict[str, Callback], dict[str, Callback]]:
     """Return the callbacks of func for the forward solve, and those for the backward solve."""
-    found: tuple[dict[str, Callback], dict[str, Callback]] = {}, {}
     kind = type(func)
     # Module.__getattr__ is slow for a name that does not exist.
-    looks_up = getattr(kind, "__getattr__", None) is not nn.Module.__getattr__
-    for i, suffix in enumerate(("", "_adjoint")):
-        for name in CALLBACKS:
-            full = name + suffix
-            if looks_up or hasattr(kind, full) or full in func.__dict__ or full in func._modules:  # pyright: ignore
+    plain = getattr(kind, "__getattr__", None) is nn.Module.__getattr__
+    found: list[dict[str, Callback]] = []
+    for names in (_FORWARD, _ADJOINT):
+        called: dict[str, Callback] = {}
+        for name, full in names:
+            if not plain or hasattr(kind, full) or full in func.__dict__ or full in func._modules:  # pyright: ignore
                 callback = getattr(func, full, None)
                 if callback is not None:
-                    found[i][name] = callback
-    return found
+                    called[name] = callback
+        found.append(called)
+    return found[0], found[1]

@@ -22,7 +22,7 @@ from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.loop.assemble import arithmetic_of, make_loop, show_steps
 from node_cuda.loop.progress import Progress
 from node_cuda.loop.scipy_solver import ScipySolve
-from node_cuda.methods.registry import SCIPY, Method
+from node_cuda.methods.registry import SCIPY, lookup
 from node_cuda.methods.step import Step
 from node_cuda.options import ScipyOptions
 from node_cuda.problem.field import Layout
@@ -34,14 +34,14 @@ from node_cuda.solution import Stats
 class BackwardSettings:
     """The settings of the backward solve.
 
-    rtol, atol: the tolerances of the flat state. method: returns the method from the options. options: the dict that
-    the user sees in `grad_fn.adjoint_options`; the backward solve reads it when it runs. checks: compare the
+    rtol, atol: the tolerances of the flat state. method_name: of the method, as the user gave it. options: the dict
+    that the user sees in `grad_fn.adjoint_options`; the backward solve reads it when it runs. checks: compare the
     reconstructed y with the outputs. jumps: the field has discontinuities in time.
     """
 
     rtol: Tolerance
     atol: Tolerance
-    method: Callable[[dict[str, Any]], Method]
+    method_name: str | None
     options: dict[str, Any]
     checks: bool
     jumps: bool
@@ -73,8 +73,9 @@ class Backward:
         self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
         self.times = times
         self.params = params
-        self.norm = settings.options["norm"]
-        self.method = settings.method({name: value for name, value in settings.options.items() if name != "norm"})
+        options = dict(settings.options)
+        self.norm = options.pop("norm")
+        self.method = lookup(settings.method_name, options, quiet=True)
 
     @cached_property
     def problem(self) -> Problem:

@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from node_cuda._torch_modes import vjp
+from node_cuda._torch_modes import set_recording, vjp
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused_sums import FusedGradientAccumulator, SavedIntegrands
@@ -41,14 +41,17 @@ class Rates:
         f is the tensor that func returned, and no copy.
         """
         self.nfe += 1
-        params = self.params if self._with_params else ()
-        with torch.enable_grad():
+        params, recorded = self.params if self._with_params else (), torch.is_grad_enabled()
+        set_recording(True)
+        try:
             y = y.detach().requires_grad_(True)
             f = self.field(t, y)
             if f.requires_grad:
                 vjp_y, *self.integrands = vjp(f, (y, *params), a)
             else:
                 vjp_y, self.integrands = None, [None] * len(params)
+        finally:
+            set_recording(recorded)
         if params:
             self.reached.see(self.integrands)
         if self.first is not None:
@@ -73,7 +76,7 @@ class AdjointField(Rates):
         self.shape = problem.y0.shape
         self.copies_output = True
 
-    def __call__(self, t: Tensor, z: Tensor) -> Tensor:
+    def __call__(self, t: Tensor, z: Tensor, *, spare: bool = False) -> Tensor:
         """Return dz/dt at z."""
         y, a = (part.view(self.shape) for part in z.chunk(2))
         f, vjp_y = self.vjp(t, y, a)

@@ -7,6 +7,7 @@ import warnings
 
 from node_cuda.gradients.adjoint.backward_solve import BackwardSettings
 from node_cuda.loop.request import SolveSpec
+from node_cuda.methods.registry import lookup
 from node_cuda.status import PerformanceWarning, users_level
 
 MANY = 10
@@ -16,13 +17,14 @@ _untold = threading.Lock()  # the first warning acquires it, and it is never rel
 
 
 def warn_of_many_outputs(request: SolveSpec, settings: BackwardSettings, solves: int) -> None:
-    """Warn, once a process, if the outputs and not the steps decide what the backward solve costs. The solve is over
-    and succeeded. solves: how many there were, each with these outputs; the statistics are their sum."""
+    """Warn, once a process, if the outputs and not the steps decide what the backward solve costs. The solve, by an
+    adaptive method, is over and succeeded. solves: how many there were, each with these outputs; the statistics are
+    their sum."""
     method, stats = request.method, request.stats
     landings = solves * (len(request.problem.times) - 1)
-    if not method.adaptive or method.tableau is None or landings <= MANY * stats.accepted:
+    if method.tableau is None or landings <= MANY * stats.accepted:
         return
-    backward = settings.method(dict(settings.options))
+    backward = lookup(settings.method_name, settings.options, quiet=True)
     if not backward.adaptive or backward.tableau is None or not _untold.acquire(blocking=False):
         return
     # y and a are changed at an output, so that no stage is carried beyond it.

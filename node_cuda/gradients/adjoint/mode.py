@@ -39,7 +39,7 @@ def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """Return y at the problem's times, with its gradient by the adjoint method, and the status."""
     task = _AdjointSolve(request, None)
     ys, _ = task()
-    if ys.requires_grad and task.status is Status.SUCCESS and not task.by_chance:
+    if request.method.adaptive and ys.requires_grad and task.status is Status.SUCCESS and not task.by_chance:
         warn_of_many_outputs(request, task.settings, max(len(task.samples), 1))
     return ys, task.status
 
@@ -62,11 +62,8 @@ class _AdjointSolve(DifferentiableSolve):
     def __init__(self, request: SolveSpec, event_fn: EventFunc | None) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "adjoint method"))
         self.settings = _settings(request, self.parameters)
+        self.shown = {"adjoint_options": self.settings.options}
         self.event_fn = event_fn
-
-    @property
-    def shown(self) -> dict[str, Any]:
-        return {"adjoint_options": self.settings.options}
 
     def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
         last = LastStep()
@@ -97,7 +94,9 @@ class _AdjointSolve(DifferentiableSolve):
         )
         used = self.reached(problem)
         try:
-            found = self._by_graphs(backward, used, wants_t)
+            options = backward.method.options
+            graphs = options.compile or options.cuda_graph
+            found = self._by_graphs(backward, used, wants_t) if graphs else None
             adj_t, adj_y0, adj_params = self._by_the_host(backward, used, wants_t) if found is None else found
         except SolveError as failure:
             raise _of_the_loss(failure, backward.grad_ys) from None
@@ -139,8 +138,6 @@ class _AdjointSolve(DifferentiableSolve):
             why = self.replaced(backward.forward)
             then, wanted = self.then, self.parameters.wanted
             return native.try_native(backward, then, self.stats, why, wanted, wants_t=wants_t)
-        if not backward.method.options.cuda_graph:
-            return None
         return try_captured(backward, used, self.stats, self.replaced(backward.forward), timed=wants_t)
 
 
@@ -155,7 +152,8 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     """Return the backward solve's settings, by default the forward ones. They are checked before the forward solve."""
     problem, given = request.problem, request.adjoint
     method = request.backward_method()
-    inherited = {name: value for name, value in (request.options or {}).items() if name != "norm"}
+    inherited = dict(request.options or ())
+    inherited.pop("norm", None)
     options = inherited if given.options is None else dict(given.options)
     if inherited.get("compile") and options.get("compile", True):
         options = {"compile": inherited["compile"], **options}
@@ -180,5 +178,5 @@ def _settings(request: SolveSpec, parameters: Parameters) -> BackwardSettings:
     checks = parsed.check_reconstruction or request.method.options.check_reconstruction
     options["norm"] = chosen_norm(problem.layout, norm, request.method.options.norm)
     rtol, atol = request.backward_tolerances()
-    jumps = any([getattr(x, "jump_t", None) is not None for x in (request.method.options, parsed)])
-    return BackwardSettings(rtol, atol, lambda options: lookup(method, options, quiet=True), options, checks, jumps)
+    jumps = getattr(request.method.options, "jump_t", None) is not None or getattr(parsed, "jump_t", None) is not None
+    return BackwardSettings(rtol, atol, method, options, checks, jumps)

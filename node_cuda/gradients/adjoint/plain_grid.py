@@ -6,10 +6,11 @@ stages are sums by element. y at the end of an interval is not computed, because
 
 from __future__ import annotations
 
+import operator
+
 import torch
 from torch import Tensor
 
-from node_cuda._records import with_fields
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.gradients.adjoint.backward_solve import Backward, Found
 from node_cuda.gradients.adjoint.field import Rates
@@ -38,8 +39,8 @@ class GridBackwardSolve:
         backward, field, tableau = self.backward, self.field, self.backward.method.tableau
         assert tableau is not None
         ys, grad_ys, sign, stages = backward.ys, backward.grad_ys, -backward.forward.direction, tableau.stages
-        times = tuple([-s for s in reversed(backward.times)])
-        t = plain_grid.stage_times(with_fields(backward.forward, times=times, direction=sign), tableau.nodes)
+        times = tuple(map(operator.neg, reversed(backward.times)))
+        t = plain_grid.stage_times(times, sign, tableau.nodes, ys)
         sums = GradientAccumulator(field.params, with_error=False)
         adj_t = torch.zeros_like(backward.t) if wants_t else None
         a, i, h = grad_ys[-1], 0, 0.0

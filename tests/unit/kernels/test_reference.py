@@ -129,3 +129,28 @@ def test_an_event_on_a_grid_of_single_precision_is_that_of_torchdiffeq(method, t
         return abs(float(event_t - times[2]))
 
     assert error(odeint) <= MOST * error(torchdiffeq.odeint)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("method", ["midpoint", "heun3", "rk4"])
+def test_a_recorded_half_sum_has_the_value_of_one_that_is_not_and_gradients_that_are_rounded_once_without_casts(
+    method, dtype
+):
+    made = torch.Generator().manual_seed(5)
+    y0, *k = [torch.randn(50, generator=made).to(dtype).requires_grad_() for _ in range(TABLEAUS[method].stages + 1)]
+    row, h = TABLEAUS[method].b_row, 0.37
+    with torch.no_grad():
+        expected = reference.combine(y0, k, row, h)
+    used = [y0, *(k[j] for j, _ in row)]
+    y1 = reference.combine(y0, k, row, h)
+    assert y1.dtype is dtype
+    assert torch.equal(y1, expected)
+    g = torch.randn(50, generator=made).to(dtype)
+    for found, weight in zip(torch.autograd.grad(y1, used, g), [1.0, *(h * a for _, a in row)], strict=True):
+        assert torch.equal(found, (g.float() * weight).to(dtype))
+    waiting, names = [reference.combine(y0, k, row, h).grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        names.add(node.name())
+        waiting += [below for below, _ in node.next_functions if below is not None]
+    assert names == {"AddBackward0", "torch::autograd::AccumulateGrad"}

@@ -11,6 +11,7 @@ from torch import nn
 
 from node_cuda import TABLEAUS, odeint, odeint_adjoint
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
+from node_cuda.problem.field import Layout, VectorField
 
 T = linspace(0.0, 1.0, 6)
 # the errors of the methods themselves at these settings
@@ -373,3 +374,19 @@ def test_an_output_of_odeint_changed_in_place_is_differentiated_as_changed_or_ra
         assert "inplace" in str(error) or "in-place" in str(error)
     else:
         assert torch.allclose(grad, 2 * plain)
+
+
+def test_a_spare_state_is_not_copied_and_shows_as_well_whether_func_writes_into_its_argument():
+    seen = []
+
+    def func(t, y):
+        seen.append(y)
+        return y.mul_(2.0) if len(seen) > 1 else y + 1.0
+
+    field, y, z = VectorField(func, Layout()), torch.ones(3), torch.ones(3)
+    field(T[0], y)
+    field(T[0], z, spare=True)
+    assert seen[0] is not y and seen[1] is z  # y may be the user's y0
+    later = torch.ones(3)
+    assert torch.equal(field(T[0], later), torch.full((3,), 2.0))
+    assert torch.equal(later, torch.ones(3))
