@@ -179,7 +179,7 @@ def refusals() -> Iterator[None]:
 
 
 def check(graph: torch.fx.GraphModule, inputs: Sequence[int]) -> None:
-    """Raise Refused if a graph draws random numbers, or writes into one of these inputs."""
+    """Raise Refused if a graph draws random numbers, writes into one of these inputs, or would lose precision."""
     placeholders = [node for node in graph.graph.nodes if node.op == "placeholder"]
     kept = {placeholders[i] for i in inputs}
     for node in graph.graph.nodes:
@@ -196,9 +196,18 @@ def check(graph: torch.fx.GraphModule, inputs: Sequence[int]) -> None:
             raise Refused(
                 f"func draws random numbers ({node.target}), which a compiled loop would draw in another order"
             )
+        if node.target is torch.ops.aten._local_scalar_dense.default and _is_double(node.args[0]):
+            raise Refused(
+                "func reads a number from a float64 tensor (`float(...)` or `.item()`), and torch's compiler rounds it "
+                "to float32: compute with the tensor itself"
+            )
         schema = getattr(node.target, "_schema", None)
         if schema is None:
             continue
         for argument, x in zip(schema.arguments, node.args, strict=False):
             if argument.alias_info is not None and argument.alias_info.is_write and x in kept:
                 raise Refused("func writes into a tensor that it keeps, such as a running mean")
+
+
+def _is_double(node: torch.fx.Node) -> bool:
+    return node.meta["val"].dtype in (torch.float64, torch.complex128)

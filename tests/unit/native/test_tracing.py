@@ -9,7 +9,7 @@ import random
 import numpy as np
 import pytest
 import torch
-from native import Timed, compare, reason, start
+from native import CLOSE_IN_FLOAT, Timed, compare, reason, start
 from problems import F64, linspace
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -239,6 +239,15 @@ def test_a_field_that_cannot_be_compiled_is_solved_by_the_host_with_the_reason(c
 def test_fields_with_dropout_or_batch_norm_are_compiled_in_eval():
     for make in (Dropout, Batched):
         compare(make().eval(), start(), T, **MIDPOINT)
+
+
+def reads_a_number(t, y):
+    return -y / (1 + y.norm().item())
+
+
+def test_a_number_read_from_a_double_is_refused_because_the_compiler_rounds_it_to_float32():
+    assert "from a float64 tensor" in reason(reads_a_number, start(), T, **MIDPOINT)
+    compare(reads_a_number, start(torch.float32), T, limit=CLOSE_IN_FLOAT, **MIDPOINT)
 
 
 def test_a_refused_field_is_not_traced_again(monkeypatch):
