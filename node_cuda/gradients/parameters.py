@@ -28,7 +28,8 @@ class Parameters:
         if named is None and not isinstance(func, nn.Module):
             raise ValueError(
                 f"func must be an nn.Module to find its parameters by the {method}; got a {type(func).__name__}. Pass "
-                "the tensors to differentiate by as `adjoint_params=(...)`, or `adjoint_params=()` if there are none."
+                "the tensors to differentiate by, `adjoint_params=tuple(net.parameters())`, or `adjoint_params=()` if "
+                "there are none."
             )
         self.func = func
         self.owner = _owner(func)
