@@ -88,7 +88,8 @@ class VectorField:
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place."
             )
         if isinstance(out, Tensor) and out.shape == y.shape and out.dtype is y.dtype and not self.copies_output:
-            return out
+            # func may enable autograd for itself; its graph is not kept in a step that autograd does not record
+            return out.detach() if out.requires_grad and not torch.is_grad_enabled() else out
         return self._checked(out, y)
 
     def watch_again(self) -> None:
@@ -129,7 +130,9 @@ class VectorField:
                     f"Start from a complex state, `y0.to({out.dtype})`, or return `out.real`."
                 )
             return out.to(y.dtype)
-        return out.clone() if self.copies_output else out
+        if self.copies_output:
+            return out.clone()
+        return out.detach() if out.requires_grad and not torch.is_grad_enabled() else out
 
     def _probe(self, t: Tensor, y: Tensor) -> Tensor:
         """Evaluate with copies, and check how the function treats memory."""
