@@ -16,7 +16,7 @@ lightning: Any = pytest.importorskip("lightning")  # no other test needs it
 pytestmark = pytest.mark.filterwarnings("ignore")  # those of lightning about loaders and loggers
 
 T = torch.linspace(0.0, 1.0, 4)
-TOL = dict(rtol=1e-4, atol=1e-4)
+TOL: Any = dict(rtol=1e-4, atol=1e-4)
 
 
 class Field(nn.Module):
