@@ -119,9 +119,15 @@ class DifferentiableSolve(ABC):
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients of the inputs from those of the outputs."""
         refuse_in_capture(grad_ys)
-        # A transform may pass parameters that require no gradient. func is then bound to new leaves.
+        # func is bound to new leaves in the place of some parameters: a transform may pass those that require no
+        # gradient, and a hook of a parameter is for its whole gradient, not for the part of each evaluation.
         count = len(self.parameters.wanted)
-        params = tuple([p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count]])
+        params = tuple(
+            [
+                p.detach().requires_grad_() if not p.requires_grad or (p._backward_hooks and self._binds(p)) else p
+                for p in saved.params[:count]
+            ]
+        )
         with torch.no_grad(), contextlib.ExitStack() as stack:
             for context in (*self.autocast(), *self.members.put_back()):
                 stack.enter_context(context)
@@ -129,6 +135,10 @@ class DifferentiableSolve(ABC):
             problem = _computing_with(func, self._request.problem)
             saved = Saved(saved.t, saved.grid, saved.ys, saved.at, params)
             return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
+
+    def _binds(self, p: Tensor) -> bool:
+        """Return whether func can compute with another tensor in the place of p. Native code and graphs cannot."""
+        return self.stats.loop == "host" and self.parameters.replaceable(p)
 
     @property
     def by_chance(self) -> bool:

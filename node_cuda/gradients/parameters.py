@@ -81,6 +81,10 @@ class Parameters:
         members = {f"owner.{name}": x for name, x in members.items()}
         return lambda t, y: functional_call(method, members, (t, y), tie_weights=False)
 
+    def replaceable(self, p: Tensor) -> bool:
+        """Return whether `bound` can put another tensor in the place of p."""
+        return not isinstance(self.owner, torch.jit.ScriptModule) and any(x is p for x in self._members.values())
+
     def _all_in_place(self) -> bool:
         """Return whether every member was found by `_collect` and is still where it was. False: this is not known."""
         for place, name, x in self._links:
