@@ -36,7 +36,7 @@ _FENCE = re.compile(r"^(```|~~~).*?^\1 *$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 _PARAGRAPH = re.compile(r"<p>.*?</p>", re.DOTALL)
-_ARGUMENT = re.compile(r"(?:(?<=<p>)|(?<=\.\s))([a-z_]\w*(?:,\s[a-z_]\w*)*): ")
+_ARGUMENT = re.compile(r"(?:(?<=<p>)|(?<=\.\s))([a-z_]\w*(?:,\s[a-z_]\w*)*):\s")
 _LOADS = re.compile(
     r'<(?:script|img|iframe)[^>]* src="https?:[^"]*"|<link[^>]* rel="stylesheet"[^>]* href="https?:[^"]*"'
 )
