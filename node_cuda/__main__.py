@@ -138,12 +138,15 @@ def main() -> None:
     words = "What is installed, which devices there are, which path computes the steps, and why."
     parser = argparse.ArgumentParser(
         "python -m node_cuda",
+        usage="python -m node_cuda [-h]\n"
+        "       python -m node_cuda run PROGRAM.py [ARGUMENTS]\n"
+        "       python -m node_cuda run -m MODULE [ARGUMENTS]",
         description=words,
         epilog="python -m node_cuda run PROGRAM.py [ARGUMENTS] runs a program, and `run -m MODULE` a module, with "
         "node_cuda in the place of torchdiffeq.",
     )
-    if sys.argv[1:2] != ["run"]:
-        parser.parse_args()
+    if sys.argv[1:2] != ["run"] or sys.argv[2:3] in (["-h"], ["--help"]):
+        parser.parse_args([x for x in sys.argv[1:] if x != "run"])
         print(report())
         return
     program = sys.argv[2:]

@@ -22,7 +22,8 @@ STEP = "\nThe solve stood at "
 
 _HAS_NOTES = hasattr(BaseException, "add_note")  # Python 3.11
 _REWRITTEN = (TypeError, ValueError, IndexError, AttributeError, RuntimeError)
-"""Before Python 3.11 the note follows the message of these exceptions, if the message is their only argument."""
+"""The text of the note follows the message of these exceptions, if the message is their only argument. Others get it
+as a note of Python 3.11."""
 
 
 def tell(error: Exception, name: str, code: Any, ends: tuple[float, float] | None = None, /, **arguments: Any) -> None:
@@ -109,12 +110,11 @@ def _mend(error: Exception, func: Any, y: Any) -> str:
     words = str(error)
     if mend := order_mend(func):
         return mend
-    if isinstance(error, TypeError) and _takes_y_alone(func):
+    if isinstance(error, TypeError) and takes(func, 1):
         if isinstance(func, torch.nn.Module):
             return (
-                f"{type(func).__name__} takes y alone, and is called as func(t, y). Use `lambda t, y: func(y)`, with "
-                "adjoint_params=tuple(func.parameters()) where the gradient is the adjoint; or a module with "
-                "`def forward(self, t, y): return self.net(y)`."
+                f"{type(func).__name__} takes y alone, and is called as func(t, y). {of_y_alone(func)} Or use "
+                "`lambda t, y: func(y)`, with adjoint_params=tuple(func.parameters()) for the gradient."
             )
         return "func takes y alone, and is called as func(t, y). Use `lambda t, y: func(y)`."
     if "zero-dimensional" in words and "concatenated" in words:
@@ -141,7 +141,8 @@ def _names_two_dtypes(words: str) -> bool:
 
 def _signature(func: Any) -> inspect.Signature | None:
     with contextlib.suppress(TypeError, ValueError):  # raised for a builtin
-        return inspect.signature(func.forward if isinstance(func, torch.nn.Module) else func)
+        # A decorator may take other arguments than the function that it wraps.
+        return inspect.signature(func.forward if isinstance(func, torch.nn.Module) else func, follow_wrapped=False)
     return None
 
 
@@ -150,34 +151,43 @@ def _names(func: Any) -> list[str]:
     return [] if signature is None else list(signature.parameters)
 
 
-def _takes_y_alone(func: Any) -> bool:
+def takes(func: Any, count: int) -> bool:
+    """Return whether func can be called with so many arguments and with no other number, of 1 and 2."""
     signature = _signature(func)
-    if signature is None:
+    if signature is None or getattr(func, "_forward_pre_hooks", None):  # a hook may change the arguments
         return False
     with contextlib.suppress(TypeError):
-        signature.bind(None, None)
+        signature.bind(*(None,) * (3 - count))
         return False
     with contextlib.suppress(TypeError):
-        signature.bind(None)
+        signature.bind(*(None,) * count)
         return True
     return False
 
 
+def of_y_alone(func: torch.nn.Module) -> str:
+    """Return how to make a field of a module that takes y alone."""
+    return (
+        "Use a module with `def forward(self, t, y): return self.net(y)`, or the layer "
+        f"`node_cuda.nn.ODEBlock({type(func).__name__}(...))`, which takes such a module."
+    )
+
+
 def _note_of(error: BaseException) -> str | None:
     """Return the note that this file added, or None."""
-    for note in getattr(error, "__notes__", ()) if _HAS_NOTES else error.args[:1]:
+    for note in (*error.args[:1], *getattr(error, "__notes__", ())):
         if isinstance(note, str) and BEGINNING in note:
             return note[note.index(BEGINNING) :]
     return None
 
 
 def _write(error: BaseException, note: str, instead_of: str | None = None) -> None:
-    if _HAS_NOTES:
+    if type(error) in _REWRITTEN and len(error.args) == 1 and type(error.args[0]) is str:
+        words = error.args[0] if instead_of is None else error.args[0].removesuffix(f"\n{instead_of}")
+        error.args = (f"{words}\n{note}",)
+    elif _HAS_NOTES:
         notes: list[str] = getattr(error, "__notes__", [])
         if instead_of in notes:
             notes[notes.index(instead_of)] = note
         else:
             error.add_note(note)  # pyright: ignore[reportAttributeAccessIssue]
-    elif type(error) in _REWRITTEN and len(error.args) == 1 and type(error.args[0]) is str:
-        words = error.args[0] if instead_of is None else error.args[0].removesuffix(f"\n{instead_of}")
-        error.args = (f"{words}\n{note}",)

@@ -29,14 +29,14 @@ OUTSIDE = {
 
 PICTURES = "bench/results"
 EXAMPLES = ROOT / "examples"
-"""Each program here becomes a page: its docstring, its picture from examples/pictures/ if it is there, its code."""
+"""Each program here becomes a page: its docstring, its picture from docs/images/examples/, its code."""
 SITE_OF = {**{path: page for page, path in OUTSIDE.items()}, "README.md": "index.md"}
 
 _FENCE = re.compile(r"^(```|~~~).*?^\1 *$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"(\]\()([^)\s#]+)((?:#[^)\s]*)?\))")
 _FORMULA = re.compile(r'<(span|div) class="arithmatex">(.*?)</\1>', re.DOTALL)
 _PARAGRAPH = re.compile(r"<p>.*?</p>", re.DOTALL)
-_ARGUMENT = re.compile(r"(?:(?<=<p>)|(?<=\.\s))([a-z_]\w*(?:,\s[a-z_]\w*)*): ")
+_ARGUMENT = re.compile(r"(?:(?<=<p>)|(?<=\.\s))([a-z_]\w*(?:,\s[a-z_]\w*)*):\s")
 _LOADS = re.compile(
     r'<(?:script|img|iframe)[^>]* src="https?:[^"]*"|<link[^>]* rel="stylesheet"[^>]* href="https?:[^"]*"'
 )
@@ -73,8 +73,6 @@ def on_files(files: Any, config: Any) -> Any:
         files.append(File.generated(config, page, abs_src_path=str(ROOT / path)))
     for picture in sorted((ROOT / PICTURES).glob("*.png")):
         files.append(File.generated(config, f"pictures/{picture.name}", abs_src_path=str(picture)))
-    for picture in sorted((EXAMPLES / "pictures").glob("*.png")):
-        files.append(File.generated(config, f"examples/pictures/{picture.name}", abs_src_path=str(picture)))
     names = example_names()
     for name in names:
         files.append(File.generated(config, f"examples/{name}.md", content=example_page(name)))
@@ -93,17 +91,15 @@ def about(name: str) -> tuple[str, str, str]:
 
 
 def picture(name: str) -> str:
-    """Return the picture of an example in Markdown; empty if there is none."""
-    there = (EXAMPLES / "pictures" / f"{name}.png").is_file()
-    return f"![What it draws](pictures/{name}.png)\n\n" if there else ""
+    """Return the picture of an example in Markdown. The strict build fails if there is none."""
+    return f"![What it draws](../images/examples/{name}.png)\n\n"
 
 
 def example_page(name: str) -> str:
     """Return the page of an example."""
     title, rest, code = about(name)
-    return (
-        f"---\ntitle: {name.replace('_', ' ')}\n---\n\n# {title}\n\n{rest}\n\n{picture(name)}```python\n{code}\n```\n"
-    )
+    head = f"title: {name.replace('_', ' ')}\nhide: [toc]"  # the code is wide
+    return f"---\n{head}\n---\n\n# {title}\n\n{rest}\n\n{picture(name)}```python\n{code}\n```\n"
 
 
 def gallery(names: list[str]) -> str:

@@ -134,14 +134,24 @@ class DifferentiableSolve(ABC):
             return self._backward(saved, grad_ys, wants_t, wants_grid)
 
     def _backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        # A transform may pass parameters that require no gradient. func is then bound to new leaves.
+        # func is bound to new leaves in the place of some parameters: a transform may pass those that require no
+        # gradient, and a hook of a parameter is for its whole gradient, not for the part of each evaluation.
         count = len(self.parameters.wanted)
-        params = tuple([p if p.requires_grad else p.detach().requires_grad_() for p in saved.params[:count]])
+        params = tuple(
+            [
+                p.detach().requires_grad_() if not p.requires_grad or (p._backward_hooks and self._binds(p)) else p
+                for p in saved.params[:count]
+            ]
+        )
         problem, func = self._request.problem, self.parameters.bound((*params, *saved.params[count:]))
         if func is not problem.func:
             problem = with_fields(problem, func=func, field=problem.field_of(func))
         saved = Saved(saved.t, saved.grid, saved.ys, saved.at, params)
         return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
+
+    def _binds(self, p: Tensor) -> bool:
+        """Return whether func can compute with another tensor in the place of p. Native code and graphs cannot."""
+        return self.stats.loop == "host" and self.parameters.replaceable(p)
 
     def replaced(self, problem: Problem) -> str | None:
         """Return the reason to solve on the host if func computes with other tensors than its own, else None."""

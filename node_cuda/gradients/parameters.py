@@ -28,7 +28,8 @@ class Parameters:
         if named is None and not isinstance(func, nn.Module):
             raise ValueError(
                 f"func must be an nn.Module to find its parameters by the {method}; got a {type(func).__name__}. Pass "
-                "the tensors to differentiate by as `adjoint_params=(...)`, or `adjoint_params=()` if there are none."
+                "the tensors to differentiate by, `adjoint_params=tuple(net.parameters())`, or `adjoint_params=()` if "
+                "there are none."
             )
         self.func = func
         self.owner: Any = func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
@@ -80,6 +81,10 @@ class Parameters:
         method = _Method(self.owner, self.func)
         members = {f"owner.{name}": x for name, x in members.items()}
         return lambda t, y: functional_call(method, members, (t, y), tie_weights=False)
+
+    def replaceable(self, p: Tensor) -> bool:
+        """Return whether `bound` can put another tensor in the place of p."""
+        return not isinstance(self.owner, torch.jit.ScriptModule) and any(x is p for x in self._members.values())
 
     def _all_in_place(self) -> bool:
         """Return whether every member was found by `_collect` and is still where it was. False: this is not known."""

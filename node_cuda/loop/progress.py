@@ -50,6 +50,8 @@ class Progress:
         if self._latest is None:
             return
         t, h, nfe, rejected = self._latest
+        if not self.endless:  # the last step may pass the end
+            t = min(t, self.end)
         share = 1.0 if self.end == self.start else (t - self.start) / (self.end - self.start)
-        self._bar.n = 0 if self.endless else min(share, 1.0)
+        self._bar.n = 0 if self.endless else share
         self._bar.set_postfix_str(f"t = {self.direction * t:.4g}, h = {h:.2g}, nfe = {nfe}, rejected = {rejected}")

@@ -31,6 +31,9 @@ from node_cuda.status import InvalidInput, SolveError, Status
 LONG = 10_000
 """Number of attempts after which a solve is logged, once, because it may not end."""
 
+EARLY = 1_000
+"""Number of attempts after which a solve is looked at for the first time."""
+
 ROUNDING = 100.0
 """In eps of the largest element: two answers of one field may differ so much, as sums on a GPU may."""
 
@@ -77,8 +80,35 @@ def wrong_at_start(norm: ErrorNorm, y: Tensor, f0: Tensor) -> str:
     )
 
 
-def tell_of_length(problem: Problem, t: float, y: Tensor, h: float, rejected: int, endless: bool) -> str | None:
-    """Log where a solve of LONG attempts stands. Return how its field answers by chance, or None. Two evaluations."""
+def next_look(tried: int) -> float:
+    """Return the number of attempts at which a solve is looked at next, by `look_at_length`."""
+    return next((n for n in (EARLY, LONG) if tried < n), math.inf)
+
+
+def look_at_length(
+    problem: Problem, t: float, y: Tensor, h: float, tried: int, rejected: int, endless: bool
+) -> str | None:
+    """Look at a solve of EARLY or of LONG attempts. Return how its field answers by chance, or None.
+
+    At LONG attempts it logs where the solve stands. It evaluates the field twice, at EARLY attempts only where so many
+    have come so near that LONG will not be enough.
+    """
+    first, last = problem.times[0], problem.times[-1]
+    if tried < LONG and (endless or t - first > (last - first) * EARLY / LONG):
+        return None
+    if tried == LONG:
+        _log_length(problem, t, h, rejected, endless)
+    at = torch.tensor(problem.direction * t, dtype=problem.time_dtype, device=y.device)
+    one, other = (problem.field(at, y).detach() for _ in range(2))
+    if torch.equal(one, other):
+        return None
+    change, size = float((other - one).abs().max()), float(one.abs().max())
+    if change > ROUNDING * torch.finfo(one.dtype).eps * size:
+        return f"dy/dt changed by {change:.3g}, of {size:.3g}."
+    return None
+
+
+def _log_length(problem: Problem, t: float, h: float, rejected: int, endless: bool) -> None:
     _log.warning(
         "A solve has tried %d steps, and goes on: t = %.6g of %s, h = %.3g, %.0f%% of the steps rejected. If it "
         'does not end: loosen rtol and atol; for a stiff field use method="rodas5p"; '
@@ -90,14 +120,6 @@ def tell_of_length(problem: Problem, t: float, y: Tensor, h: float, rejected: in
         h,
         100 * rejected / LONG,
     )
-    at = torch.tensor(problem.direction * t, dtype=problem.time_dtype, device=y.device)
-    first, second = (problem.field(at, y).detach() for _ in range(2))
-    if torch.equal(first, second):
-        return None
-    change, size = float((second - first).abs().max()), float(first.abs().max())
-    if change > ROUNDING * torch.finfo(first.dtype).eps * size:
-        return f"dy/dt changed by {change:.3g}, of {size:.3g}."
-    return None
 
 
 class TimesToStopAt(NamedTuple):
@@ -192,8 +214,9 @@ class AdaptiveSteps:
     def propose(self, t: float, y: Tensor) -> ProposedStep | None:
         """Return the next step, or None if the solve has ended."""
         now = self.now
-        if now.accepted + now.rejected == LONG and now.active:
-            chance = tell_of_length(self.problem, t, y, now.proposal, now.rejected, self.endless)
+        tried = now.accepted + now.rejected
+        if tried in (EARLY, LONG) and now.active:
+            chance = look_at_length(self.problem, t, y, now.proposal, tried, now.rejected, self.endless)
             if chance is not None:
                 self._fail(Status.BY_CHANCE, t, chance)
         if self.problem.callbacks:

@@ -15,7 +15,7 @@ from node_cuda.cuda_graphs.parts import Unseen, parts
 from node_cuda.kernels.stage_times import Clock
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.outputs import grid_status
-from node_cuda.loop.step_control import LONG, tell_of_length, tstops_of, wrong_at_start
+from node_cuda.loop.step_control import look_at_length, next_look, tstops_of, wrong_at_start
 from node_cuda.methods.registry import Method
 from node_cuda.native.build import Native, traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
@@ -183,8 +183,8 @@ def solve(
     y = k1 = begun.y0
     cap = float(max(int(SECONDS / max(made.attempt_seconds, 1e-7)), 1))
     while True:
-        tried = p.accepted + p.rejected
-        allowed = min(cap, LONG - tried) if tried < LONG else cap
+        looked_at = next_look(p.accepted + p.rejected)
+        allowed = min(cap, looked_at - p.accepted - p.rejected)
         before = p, y, k1
         try:
             point, y, k1, outputs, *tape = made.call([*begun.inputs(p, y, k1, allowed), *tensors])
@@ -203,8 +203,8 @@ def solve(
             ys[first : p.output] = outputs[first : p.output]
         if p.status or p.output >= count:
             break
-        if p.accepted + p.rejected == LONG and made.scheme.adaptive:
-            chance = tell_of_length(problem, p.t, y, p.proposal, p.rejected, False)
+        if p.accepted + p.rejected == looked_at and made.scheme.adaptive:
+            chance = look_at_length(problem, p.t, y, p.proposal, p.accepted + p.rejected, p.rejected, False)
             if chance is not None:
                 p = p._replace(status=Status.BY_CHANCE.value)
                 break

@@ -142,6 +142,11 @@ class ContinuousFlow(nn.Module):
     @torch.no_grad()
     def sample(self, n: int) -> Tensor:
         """Return n samples of x, of shape (n, *shape), without a gradient. `inverse` has one."""
+        if not hasattr(n, "__index__") or n < 0:
+            use = "flow.sample(3)"
+            if isinstance(n, (tuple, list)):
+                use = f"flow.sample({math.prod(n)}).unflatten(0, {tuple(n)})"
+            raise InvalidInput(f"n must be the number of samples; got {n!r:.60}. Use for example `{use}`.")
         if self.base is not None:
             z = self.base.sample((n,))
         else:

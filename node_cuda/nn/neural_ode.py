@@ -10,12 +10,13 @@ from torch import Tensor, nn
 
 from node_cuda._eager import eager
 from node_cuda._typing import AdjointArguments, Func, GradientName, MethodName, NoArguments
+from node_cuda._user_code import of_y_alone, takes
 from node_cuda.compiled import with_own_graphs
 from node_cuda.methods.registry import lookup
 from node_cuda.odeint import ATOL, RTOL, check_gradient, refuse_unknown, solve
 from node_cuda.problem.problem import check_func, check_times
 from node_cuda.solution import Solution, Stats
-from node_cuda.status import InvalidInput
+from node_cuda.status import InvalidInput, InvalidType
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
@@ -56,7 +57,16 @@ class NeuralODE(nn.Module):
         super().__init__()
         refuse_unknown("NeuralODE", unknown)
         check_func(func, "NeuralODE(func, t)")
+        if isinstance(func, nn.Module) and takes(func, 1):
+            name = type(func).__name__
+            raise InvalidType(f"func must take (t, y); got a {name}, which takes y alone. {of_y_alone(func)}")
         check_gradient(gradient, checkpoints)
+        if not isinstance(func, nn.Module) and adjoint_params is None and gradient != "backprop":
+            raise InvalidInput(
+                f"NeuralODE needs an nn.Module as func, to find its parameters; got a {type(func).__name__}. Write a "
+                "module with `def forward(self, t, y)`, whose parameters the layer then has. A func without parameters "
+                "works as it is with `NeuralODE(func, adjoint_params=())`."
+            )
         lookup(method, options)
         if adjoint_method is not None or adjoint_options is not None:
             lookup(method if adjoint_method is None else adjoint_method, adjoint_options)

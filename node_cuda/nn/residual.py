@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._typing import AdjointArguments
+from node_cuda._user_code import takes
 from node_cuda.methods.registry import lookup
 from node_cuda.nn.neural_ode import NeuralODE, refuse_others
 from node_cuda.options import AdaptiveOptions
@@ -49,9 +50,14 @@ class ODEBlock(NeuralODE):
         **solver: Unpack[AdjointArguments],
     ) -> None:
         refuse_others("ODEBlock", solver)
-        if not callable(f):
+        if not callable(f) or isinstance(f, type):
+            got = f"the class {f.__name__}" if isinstance(f, type) else f"a {type(f).__name__}"
+            raise InvalidType(f"f must be an nn.Module of h; got {got}. Use for example nn.Linear(2, 2).")
+        if takes(f, 1 if timed else 2):
+            needed, got = ("(t, h)", "h alone") if timed else ("h alone", "(t, h)")
+            use = "ODEBlock(f)" if timed else "ODEBlock(f, timed=True)"
             raise InvalidType(
-                f"f must be an nn.Module of h; got a {type(f).__name__}. Use for example nn.Linear(2, 2)."
+                f"f must take {needed} with timed={timed}; got a {type(f).__name__}, which takes {got}. Use `{use}`."
             )
         if isinstance(depth, bool) or not isinstance(depth, (int, float)) or not 0 < depth < float("inf"):
             raise InvalidInput(f"depth must be a positive number, the end of the interval; got {depth!r:.60}. Use 1.0.")

@@ -99,6 +99,8 @@ class VectorField:
             )
         if not isinstance(out, Tensor) or out.shape != y.shape:
             _check(out, y.shape, self.func)
+        if out.requires_grad and not torch.is_grad_enabled():
+            out = out.detach()  # func enables autograd for itself; no graph is kept in a step that is not recorded
         if probes:
             self._copies_input = self._copies_input or wrote or (version is None and not torch.equal(argument, y))
             return self._first(out, y)

@@ -103,7 +103,7 @@ def make_problem(
 
     Raises InvalidType, InvalidInput or InvalidState; the message says what to change.
     """
-    if not callable(func):
+    if not callable(func) or isinstance(func, type):
         check_func(func, "odeint(func, y0, t)", swapped=callable(y0))
     if isinstance(y0, Tensor):
         layout, flat = ONE_TENSOR, y0
@@ -152,7 +152,13 @@ def make_problem(
 
 
 def check_func(func: Any, call: str, *, swapped: bool = False) -> None:
-    """Raise InvalidType if func is not callable. call: the call to type. swapped: y0 is callable."""
+    """Raise InvalidType if func is not callable, or is a class. call: the call to type. swapped: y0 is callable."""
+    if isinstance(func, type):
+        name = func.__name__
+        raise InvalidType(
+            f"func must be callable as func(t, y); got the class {name}, whose call makes an object. Make the object "
+            f"first: `func = {name}(...)`, then `{call}`."
+        )
     if not callable(func):
         words = "func and y0 are swapped: use" if swapped else "Use"
         raise InvalidType(f"func must be callable as func(t, y); got a {type(func).__name__}. {words} `{call}`.")

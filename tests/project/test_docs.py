@@ -118,6 +118,12 @@ def test_the_navigation_has_every_page_once():
     assert sorted(listed) == sorted([*pages, *outside])
 
 
+def test_every_example_has_its_picture_where_the_site_looks_for_it():
+    names = {path.stem for path in (ROOT / "examples").glob("*.py")}
+    assert names == {path.stem for path in (DOCS / "images" / "examples").glob("*.png")}
+    assert "](../images/examples/{name}.png)" in (ROOT / "tools" / "docs_site.py").read_text()
+
+
 def test_the_site_asks_the_network_for_nothing():
     """Fonts of a server are off, and no page has a script or picture of one; a hook checks the built pages."""
     settings = (ROOT / "mkdocs.yml").read_text()

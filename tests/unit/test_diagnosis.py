@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from problems import F64, MLP, linspace
 from torch import nn
 
 import node_cuda
-from node_cuda import InvalidInput, diagnose
+from node_cuda import InvalidInput, SolveError, diagnose
 
 Y = torch.tensor([[0.7, -0.4], [0.1, 0.2]])
 T = linspace(0.0, 1.0, 3).float()
@@ -37,10 +39,60 @@ def test_every_gradient_mode_is_compared_with_a_tight_solve(of_a_network):
     assert by["discrete"].error == pytest.approx(by["backprop"].error, rel=0.1)  # the same steps, in single precision
 
 
-def test_the_line_to_type_runs(of_a_network):
-    func, found = of_a_network
-    solution = eval(found.line, {"node_cuda": node_cuda, "func": func, "y0": Y, "t": T})
-    assert solution.ys.shape == (3, 2, 2)
+class Root(nn.Module):
+    """dy/dt has no real value where t > 0.5."""
+
+    def forward(self, t, y):
+        return torch.sqrt(0.5 - t) + 0 * y
+
+
+ONE = torch.ones(1, dtype=F64)
+
+# name: (func, y0, t, options, words of the notes or, after "Use:", of the line)
+FIELDS = {
+    "a network": (MLP(dim=2).float(), Y, T, None, "Use:"),
+    "one that jumps": (lambda t, y: torch.where(t < 0.3, -y, y + 1), ONE, T, None, "Use:"),
+    "one whose jump is named": (
+        lambda t, y: torch.where(t < 0.3, -y, y + 1),
+        ONE,
+        T,
+        dict(jump_t=[0.3]),
+        "Use:.*, options=options",
+    ),
+    "one that becomes infinite": (lambda t, y: y * y, ONE, 2 * T, None, "seems to become infinite near t = 1: .* 1 to"),
+    "NaN at the start": (lambda t, y: torch.sqrt(-y), ONE, T, None, r"NaN or infinite at t = 0. Look at `y0`"),
+    "NaN later": (Root(), torch.ones(1), T, None, "returns NaN or infinity near t = 0.5.* Check func there"),
+    "too many steps": (lambda t, y: y, ONE, T, dict(max_num_steps=1), r"came to the end.*max_num_steps=\.\.\."),
+    "a slope that becomes infinite": (
+        lambda t, y: -0.2 * y**-9,
+        ONE,
+        T,
+        dict(max_num_steps=300),
+        "step size goes to zero near t = 0.5",
+    ),
+    "too large for its dtype": (
+        lambda t, y: 40 * y,
+        torch.ones(1),
+        4 * T,
+        None,
+        r"infinite near t = 2.*In double precision.*y0.double\(\)",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FIELDS)
+def test_a_line_works_when_it_is_typed_and_a_problem_that_fails_gets_none(name):
+    func, y0, t, options, words = FIELDS[name]
+    found = diagnose(func, y0, t, options=options)
+    assert re.search(words, repr(found).replace("\n", " ")), found
+    typed = found.line or "node_cuda.solve(func, y0, t, options=options, adjoint_params=())"
+    names = {"node_cuda": node_cuda, "func": func, "y0": y0, "t": t, "options": options}
+    if words.startswith("Use:"):
+        assert found.line and eval(typed, names).ys.shape == (3, *y0.shape)
+        return
+    assert found.line is None and not found.stiff and not found.gradients and "Use:" not in repr(found)
+    with pytest.raises(SolveError):
+        eval(typed, names)
 
 
 def test_it_reads_as_a_report(of_a_network):
@@ -74,7 +126,8 @@ def test_a_stiff_field_gets_an_implicit_method():
         return -2000 * (y - torch.cos(t))
 
     found = diagnose(stiff, torch.zeros(1, dtype=F64), linspace(0.0, 1.0, 2))
-    assert found.stiff and found.implicit.accepted < min(run.accepted for run in found.solves) / 5
+    assert found.stiff and found.implicit and found.line
+    assert found.implicit.accepted < min(run.accepted for run in found.solves) / 5
     assert 'method="rodas5p"' in found.line and found.line.endswith("adjoint_params=())")
     assert any("func is stiff" in note for note in found.notes)
     assert eval(found.line, {"node_cuda": node_cuda, "func": stiff, "y0": torch.zeros(1, dtype=F64), "t": T.double()})
@@ -86,8 +139,8 @@ def test_a_solve_that_fails_is_a_line_of_the_report():
 
     found = diagnose(blows_up, torch.ones(1, dtype=F64), linspace(0.0, 2.0, 2), options=dict(max_num_steps=200))
     assert all(run.failure for run in found.solves)
-    assert found.reference.startswith("nothing: the solve at 1e-12 did not end")
-    assert found.solves[0].failure in repr(found)
+    assert found.reference.startswith("nothing: no solve came to the end")
+    assert str(found.solves[0].failure) in repr(found)
 
 
 def test_a_field_without_double_precision_has_no_reference():

@@ -161,6 +161,7 @@ def test_run_gets_the_program_and_all_of_its_arguments(monkeypatch: pytest.Monke
     ("given", "words"),
     [
         (["nofile.py"], "run needs a program; got 'nofile.py', which is no file"),
+        ([], "python -m node_cuda run PROGRAM.py [ARGUMENTS]"),
         ([], "run needs a program"),
         (["-m"], "run -m needs the name of a module"),
     ],
@@ -172,6 +173,16 @@ def test_run_without_a_program_says_what_it_needs(
     with pytest.raises(SystemExit) as ended:
         environment.main()
     assert ended.value.code == 2 and words in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", [["-h"], ["run", "-h"], ["run", "--help"]])
+def test_help_shows_how_to_run_a_program(
+    given: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["node_cuda", *given])
+    with pytest.raises(SystemExit) as ended:
+        environment.main()
+    assert ended.value.code == 0 and "node_cuda run PROGRAM.py [ARGUMENTS]" in capsys.readouterr().out
 
 
 def test_run_takes_the_name_of_a_module(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:

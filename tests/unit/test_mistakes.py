@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import re
 import typing
 import warnings
@@ -15,6 +16,7 @@ from torch import nn
 import node_cuda
 from node_cuda import SolveError, Status, _typing, backend, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from node_cuda.gradients.registry import GRADIENTS
+from node_cuda.nn import ContinuousFlow, NeuralODE, ODEBlock
 
 Y = torch.ones(2, dtype=F64)
 T = linspace(0.0, 1.0, 3)
@@ -22,6 +24,11 @@ T = linspace(0.0, 1.0, 3)
 
 def f(t, y):
     return -y
+
+
+class Field(nn.Module):
+    def forward(self, t, y):
+        return -y
 
 
 def crossing(t, y):
@@ -62,6 +69,61 @@ MISTAKES = {
     "ode15s": (lambda: odeint(f, Y, T, method="ode15s"), ValueError, 'method="rodas5p"', 'solver="Radau"'),
     "LSODA": (lambda: odeint(f, Y, T, method="LSODA"), ValueError, 'method="scipy_solver"', 'solver="LSODA"'),
     "a method that is no string": (lambda: odeint(f, Y, T, method=5), TypeError, "got 5", 'method="dopri5"'),
+    # what func takes
+    "a class": (lambda: odeint(Field, Y, T), TypeError, "got the class Field", "`func = Field(...)`", "odeint(func"),
+    "a class, in odeint_adjoint": (lambda: odeint_adjoint(Field, Y, T), TypeError, "got the class Field"),
+    "a class, in a layer": (lambda: NeuralODE(Field), TypeError, "got the class Field", "NeuralODE(func, t)"),
+    "a class, in a block": (lambda: ODEBlock(Field), TypeError, "got the class Field", "nn.Linear(2, 2)"),
+    "a function of y alone": (lambda: odeint(lambda y: -y, Y, T), TypeError, "takes y alone", "`lambda t, y: func(y)`"),
+    "a module of y alone": (
+        lambda: odeint(nn.Linear(2, 2), Y.float(), T.float()),
+        TypeError,
+        "Linear takes y alone",
+        "def forward(self, t, y): return self.net(y)",
+        "`lambda t, y: func(y)`",
+    ),
+    "a layer of a module of y alone": (
+        lambda: NeuralODE(nn.Sequential(nn.Linear(2, 2)), T),
+        TypeError,
+        "must take (t, y)",
+        "got a Sequential, which takes y alone",
+        "def forward(self, t, y)",
+        "node_cuda.nn.ODEBlock(Sequential(...))",
+    ),
+    "a flow of a module of y alone": (lambda: ContinuousFlow(nn.Linear(2, 2), 2), TypeError, "Linear, which takes y"),
+    "a block of a module of t and h": (
+        lambda: ODEBlock(Field()),
+        TypeError,
+        "h alone",
+        "got a Field, which takes (t, h)",
+        "`ODEBlock(f, timed=True)`",
+    ),
+    "a timed block of a module of h": (
+        lambda: ODEBlock(nn.Linear(2, 2), timed=True),
+        TypeError,
+        "got a Linear, which takes h alone",
+        "`ODEBlock(f)`",
+    ),
+    "a layer of a function": (
+        lambda: NeuralODE(f, T),
+        ValueError,
+        "got a function",
+        "`def forward(self, t, y)`",
+        "adjoint_params=()",
+    ),
+    "odeint_adjoint of a function": (
+        lambda: odeint_adjoint(f, Y, T),
+        ValueError,
+        "got a function",
+        "adjoint_params=tuple(net.parameters())",
+    ),
+    "a shape as a number of samples": (
+        lambda: ContinuousFlow(Field(), 2).sample((2, 3)),
+        ValueError,
+        "number of samples; got (2, 3)",
+        "`flow.sample(6).unflatten(0, (2, 3))`",
+    ),
+    "a fraction of a sample": (lambda: ContinuousFlow(Field(), 2).sample(0.5), ValueError, "got 0.5", "flow.sample(3)"),
     "a misprint of a gradient": (lambda: solve(f, Y, T, gradient="adjont"), ValueError, "'adjont'", "mean 'adjoint'?"),
     "a backend, at the call": (lambda: backend("fusd"), ValueError, "'auto'", "got 'fusd'", "mean 'fused'?"),
     # options
@@ -209,6 +271,23 @@ def test_the_tolerances_are_compared_with_y0_only_where_they_are_small():
     attempts = [solve(f, Y.float(), T, rtol=rtol, atol=1e-3).stats for rtol in (1e-3, 1e-12)]
     steps = [stats.accepted + stats.rejected for stats in attempts]
     assert reads[1] - steps[1] == reads[0] - steps[0] + 1
+
+
+def test_a_module_whose_hook_or_decorator_changes_its_arguments_is_not_refused():
+    class Decorated(nn.Module):
+        @functools.wraps(nn.Linear.forward)
+        def forward(self, *args):
+            return -args[-1]
+
+    hooked = nn.Identity()
+    hooked.register_forward_pre_hook(lambda module, args: args[-1:])
+    for func in (Decorated(), hooked):
+        assert NeuralODE(func, T, last_only=True)(Y).shape == Y.shape
+
+
+def test_a_layer_of_a_function_works_without_parameters_and_by_autograd():
+    for more in (dict(adjoint_params=()), dict(gradient="backprop")):
+        assert NeuralODE(f, T, **more)(Y).shape == (3, 2)
 
 
 def test_callbacks_that_are_never_called_warn_at_the_line_of_the_user():

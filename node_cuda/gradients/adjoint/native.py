@@ -16,7 +16,7 @@ from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import real_dot
 from node_cuda.kernels.stage_times import Clock
 from node_cuda.loop.grids import grid_of
-from node_cuda.loop.step_control import LONG, tell_of_length
+from node_cuda.loop.step_control import look_at_length, next_look
 from node_cuda.methods.registry import Method
 from node_cuda.native.adjoint import Shape, backward
 from node_cuda.native.build import traced
@@ -134,15 +134,16 @@ def try_native(
         grid = [] if points is None else padded(points[i], room)
         while p.output < 1:
             tried = p.accepted + p.rejected
-            allowed = min(cap, LONG - tried) if tried < LONG else cap
+            looked_at = next_look(tried)
             numbers = [*p, *begun.settings, problem.times[i + 1], *stops, *grid]
-            numbers[CAP] = allowed
+            numbers[CAP] = min(cap, looked_at - tried)
             vector = torch.tensor(numbers, dtype=torch.float64, device="cpu")
             point, y, a, *changing = made.call([vector, y, a, *changing, *begun.tolerances, *tensors])
             p = point_of(point.tolist())
             stats.host_reads += 1
-            if p.accepted + p.rejected == LONG and p.output < 1 and made.scheme.adaptive:
-                chance = tell_of_length(like, p.t, y, p.proposal, p.rejected, False)
+            tried = p.accepted + p.rejected
+            if tried == looked_at and p.output < 1 and made.scheme.adaptive:
+                chance = look_at_length(like, p.t, y, p.proposal, tried, p.rejected, False)
                 p = p if chance is None else p._replace(status=Status.BY_CHANCE.value)
             if p.status:
                 stats.nfe_backward += p.nfe

@@ -364,6 +364,31 @@ def test_weights_of_a_hyper_network_are_right_if_they_are_replaced_between_the_p
 
 
 @both
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_a_hook_of_a_parameter_meets_its_whole_gradient_once(mode, method):
+    """As in autograd: not the part of each evaluation, and then their sum again. torchdiffeq's meets both."""
+    func, y0, seen = MLP(hidden=4), leaf(Y), []
+    run = functools.partial(solve, func, y0, T, method=method, gradient=mode, **TOLERANCES)
+    params = tuple(func.parameters())
+    expected = torch.autograd.grad(loss_of(run().ys), (y0, *params))
+
+    def doubled(g):
+        seen.append(g)
+        return 2 * g
+
+    handles = [params[0].register_hook(doubled), y0.register_hook(doubled)]
+    loss_of(run().ys).backward()
+    assert len(seen) == 2
+    assert_equal((y0.grad, *(p.grad for p in params)), (2 * expected[0], 2 * expected[1], *expected[2:]))
+    for handle in handles:
+        handle.remove()
+    outside = leaf(Y)  # a tensor that no module holds keeps its place
+    outside.register_hook(doubled)
+    named = dict(adjoint_params=(outside,), method=method, gradient=mode)
+    assert torch.autograd.grad(loss_of(solve(lambda t, y: -outside * y, Y, T, **named).ys), outside)[0].isfinite().all()
+
+
+@both
 def test_the_backward_pass_may_run_twice(mode):
     net = Net(mode)
     given = leaves(detached(net))

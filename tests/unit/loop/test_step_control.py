@@ -163,6 +163,36 @@ def test_a_field_of_chance_that_does_not_end_is_a_solve_error(monkeypatch, caplo
     assert caught.value.status is Status.BY_CHANCE and len(caplog.records) == 1
 
 
+def drawn(size):
+    return lambda t, y: -y + size * torch.randn_like(y)
+
+
+def test_a_field_of_chance_that_will_not_end_is_noticed_early(monkeypatch, caplog):
+    """Steps that it shrinks are accepted: the share of rejected ones says nothing."""
+    monkeypatch.setattr(step_control, "EARLY", 20)
+    monkeypatch.setattr(step_control, "LONG", 200)
+    with pytest.raises(SolveError, match="BY_CHANCE at t = ") as caught:
+        odeint(drawn(1.0), Y, linspace(0.0, 4.0, 2))
+    assert caught.value.stats.accepted + caught.value.stats.rejected == 20 and not caplog.records
+
+
+def test_only_a_slow_solve_is_asked_early_and_goes_on_in_silence(monkeypatch, caplog):
+    t = linspace(0.0, 4.0, 2)
+    monkeypatch.setattr(step_control, "EARLY", 20)
+    quiet = solve(wave, Y, t, options=dict(first_step=1e-9))
+    for long, asked in ((300, 2), (4000, 0)):  # 20 attempts come to less than 20/300 of t, and to more than 20/4000
+        monkeypatch.setattr(step_control, "LONG", long)
+        func = Counting(wave)
+        solution = solve(func, Y, t, options=dict(first_step=1e-9))
+        assert 20 < attempts(quiet) < 300 and solution.stats.nfe == func.nfe == quiet.stats.nfe + asked
+        assert torch.equal(solution.ys, quiet.ys)
+    monkeypatch.setattr(step_control, "LONG", 4000)
+    torch.manual_seed(0)
+    ended = solve(drawn(1e-3), Y, t, rtol=1e-6, atol=1e-6)
+    assert ended.status is Status.SUCCESS and attempts(ended) > 20
+    assert not caplog.records
+
+
 def test_a_difference_of_rounding_is_no_chance(monkeypatch, caplog):
     monkeypatch.setattr(step_control, "LONG", 50)
     signs = itertools.cycle((1.0, -1.0))

@@ -6,6 +6,8 @@ inputs of a graph, so that many rows here share one graph: `compare` with the sa
 
 from __future__ import annotations
 
+from functools import partial
+
 import pytest
 import torch
 from native import CLOSE_IN_FLOAT, Timed, compare, counts, first_of, pair, reason, same, shared, start
@@ -14,6 +16,7 @@ from problems import F64, linspace
 from node_cuda import TABLEAUS, InvalidInput, NeuralODE, SolveError, Status, odeint, odeint_adjoint, solve
 from node_cuda.controllers import Controller
 from node_cuda.integrals.regularized import regularized
+from node_cuda.loop import step_control
 from node_cuda.native import build, forward
 from node_cuda.native.cache import NativeCache
 
@@ -33,6 +36,27 @@ def tolerance(method: str) -> float:
 
 def cache() -> NativeCache:
     return NativeCache(required=True)
+
+
+@torch.no_grad()
+def test_a_long_solve_is_looked_at_as_the_host_does_and_may_end_there(monkeypatch):
+    monkeypatch.setattr(step_control, "EARLY", 5)
+    monkeypatch.setattr(step_control, "LONG", 9)
+    looks, answers = [], {}
+
+    def look(problem, t, y, h, tried, rejected, endless):
+        looks.append(tried)
+        return answers.get(tried)
+
+    monkeypatch.setattr(forward, "look_at_length", look)
+    plain = dict(first_step=0.125, max_step=0.125)
+    run = partial(solve, Timed(), start(), T, rtol=1e-3, atol=1e-3)
+    found = run(options=dict(compile=cache(), **plain))
+    torch.testing.assert_close(found.ys, run(options=plain).ys, rtol=1e-12, atol=0.0)
+    assert looks == [5, 9] and found.stats.accepted == 16
+    answers[9] = "by chance"
+    found = run(options=dict(compile=cache(), throw=False, **plain))
+    assert found.status is Status.BY_CHANCE and found.stats.accepted == 9 and float(found.t_reached) == 9 * 0.125
 
 
 # ------------------------------------------------------------------ methods

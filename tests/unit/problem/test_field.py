@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import weakref
 
 import pytest
 import torch
@@ -230,6 +231,34 @@ def test_what_a_field_keeps_of_a_tuple_state_is_never_rewritten():
     odeint(func, (fresh(), fresh()[:2]), T)
     for state, copies in kept:
         assert all(torch.equal(a, b) for a, b in zip(state, copies, strict=True))
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4"])
+def test_a_graph_that_a_field_makes_for_itself_ends_with_its_call(method):
+    """As in a flow, which differentiates in its field: a step would keep the graphs of its stages."""
+
+    class Kept:
+        """What a graph saves, in an object that ends with the graph."""
+
+        def __init__(self, x):
+            self.x = x.detach()
+
+    graphs = []
+
+    def pack(x):
+        kept = Kept(x)
+        graphs.append(weakref.ref(kept))
+        return kept
+
+    def func(t, y):
+        alive.append(sum(graph() is not None for graph in graphs))
+        with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(pack, lambda kept: kept.x):
+            return torch.tanh(y.detach().requires_grad_())
+
+    y0, alive = torch.ones(2), []
+    with torch.no_grad():
+        ys = odeint(func, y0, torch.linspace(0, 1, 3), method=method)
+    assert len(graphs) == len(alive) >= 8 and not any(alive) and not ys.requires_grad, alive
 
 
 @pytest.mark.parametrize("method", ["dopri5", "bosh3", "rk4", "implicit_adams"])
