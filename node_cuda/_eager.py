@@ -35,7 +35,7 @@ def eager(function: F) -> F:
 
 
 def _switched_off(function: F, frames: Any) -> Any:
-    """Return the function for torch 2.6, which can mark only one frame: the calls below it run with the compiler off."""
+    """Return the function with the compiler off while it runs, for torch 2.6: a mark holds for one frame there."""
 
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
