@@ -5,12 +5,14 @@ from __future__ import annotations
 import email
 import os
 import re
+import runpy
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import node_cuda
@@ -183,6 +185,13 @@ def test_torch_is_a_dependency_but_not_a_build_requirement(fresh_install: Path) 
     assert "torch" not in names(PYPROJECT["build-system"]["requires"])
     required = [row for row in metadata(fresh_install).get_all("Requires-Dist") if "extra ==" not in row]
     assert names(required) == {"torch", "numpy", "scipy"}
+
+
+def test_an_older_setuptools_is_refused_with_the_command_to_type(monkeypatch) -> None:
+    """Without build isolation the build runs with the setuptools of the environment."""
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"this Python has 65\.5\.0\. Type `pip install --upgrade setuptools`"):
+        runpy.run_path(str(ROOT / "setup.py"))
 
 
 def test_the_installed_torch_satisfies_the_requirement_of_the_package() -> None:
