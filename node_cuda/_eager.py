@@ -34,10 +34,9 @@ def eager(function: F) -> F:
     return marked
 
 
-def _switched_off(function: F, frames: Any) -> Any:
+def _switched_off(function: Callable[..., Any], frames: Any) -> Callable[..., Any]:
     """Return the function with the compiler off while it runs, for torch 2.6: a mark holds for one frame there."""
 
-    @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
         compiler = frames.set_eval_frame(None)
         try:
@@ -46,4 +45,4 @@ def _switched_off(function: F, frames: Any) -> Any:
             frames.set_eval_frame(compiler)
 
     frames.skip_code(call.__code__)
-    return call
+    return functools.update_wrapper(call, function)
