@@ -80,7 +80,10 @@ def tested(python: Path, arguments: list[str]) -> tuple[str, str]:
     failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
     for line in (*failed, *skips(done.stdout)):
         print(line, flush=True)
-    return version.stdout.strip(), (done.stdout.strip().splitlines() or ["no output"])[-1]
+    last = (done.stdout.strip().splitlines() or ["no output"])[-1]
+    if done.returncode > 1:  # 0: all passed, 1: some failed
+        last = f"stopped before its end, with code {done.returncode}: {last}"
+    return version.stdout.strip(), last
 
 
 def main() -> int:
@@ -110,7 +113,7 @@ def main() -> int:
                 shutil.rmtree(folder)
             ran = True
             rows.append((name, version, line))
-            good = good and " passed" in line and " failed" not in line and " error" not in line
+            good = good and " passed" in line and not any(w in line for w in ("stopped", " failed", " error"))
     print(f"{'python':8}{'torch':16}unit tests")
     for name, torch, line in rows:
         print(f"{name:8}{torch:16}{line}")

@@ -170,7 +170,13 @@ def test_the_matrix_deletes_an_environment_only_if_told(remove, monkeypatch, tmp
 
 
 @pytest.mark.parametrize(
-    ("line", "code"), [("700 passed in 9s", 0), ("1 failed, 699 passed in 9s", 1), ("no output", 1)]
+    ("line", "code"),
+    [
+        ("700 passed in 9s", 0),
+        ("1 failed, 699 passed in 9s", 1),
+        ("no output", 1),
+        ("stopped before its end, with code 2: 700 passed in 9s", 1),
+    ],
 )
 def test_a_test_that_fails_in_one_environment_fails_the_matrix(line, code, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["matrix.py", "--pythons", "3.11", "--torches", "newest", "--folder", "x"])
