@@ -30,7 +30,7 @@ test: lint types  ## run ruff, pyright, then the tests
 test-fast: $(INSTALLED)  ## run the fast unit tests, which compile nothing
 	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(WORKERS) -m 'not compiler and not slow' tests/unit
 
-# Up to eight environments in build/matrix, each with a torch. For some only: make matrix PYTHONS=3.12 TORCHES='2.6 newest'
+# Up to eight environments in build/matrix, of about 6 GB each where pip's torch brings CUDA. For some only: make matrix PYTHONS=3.12 TORCHES='2.6 newest'
 PYTHONS ?= 3.10 3.11 3.12 3.13
 TORCHES ?= 2.6 newest
 matrix:  ## run the fast unit tests on each Python and torch that this machine has or can install

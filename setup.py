@@ -4,8 +4,15 @@ import importlib.util
 import sys
 from pathlib import Path
 
+import setuptools
 from setuptools import find_namespace_packages, find_packages, setup
 from setuptools.command.build_py import build_py
+
+if int(setuptools.__version__.split(".")[0]) < 77:  # such as that of a new environment of Python 3.10 or 3.11
+    sys.exit(
+        f"node_cuda needs setuptools 77 or newer to be installed, and this Python has {setuptools.__version__}. "
+        "Type `pip install --upgrade setuptools`, and then the same command again."
+    )
 
 ROOT = Path(__file__).resolve().parent
 # By its path: importing node_cuda imports torch, which an isolated build does not have.

@@ -118,7 +118,17 @@ def shim(shim_module, shim_controls, monkeypatch):
 
 
 @pytest.fixture
-def interpreted(monkeypatch):
+def compiled_solves():
+    """Skip the test if this torch is too old to compile solves, for the reason that a solve gives, too.
+
+    unit/native/test_build.py tests that reason.
+    """
+    if (why := native_build.why_not()) is not None:
+        pytest.skip(why)
+
+
+@pytest.fixture
+def interpreted(compiled_solves, monkeypatch):
     """Run compiled solves as traced graphs, without the compiler. Results are the same up to rounding."""
     monkeypatch.setattr(native_build, "interpreted", True)
 

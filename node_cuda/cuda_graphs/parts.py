@@ -220,9 +220,11 @@ class _Same:
 
     def __init__(self, x: Any, name: str) -> None:
         try:
-            self.ref = weakref.ref(x)
+            self.ref: Any = weakref.ref(x)
         except TypeError:
-            raise _unseen(x, name) from None
+            if not isinstance(x, _BY_IDENTITY):
+                raise _unseen(x, name) from None
+            self.ref = x  # a generator, a stream or an event of an older torch; it is small
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, _Same) and self.ref is other.ref  # Python makes one weak reference for each object

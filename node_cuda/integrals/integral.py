@@ -132,7 +132,8 @@ def with_integral(
     options = replace(method.options, norm=norm)
     if isinstance(options, FixedOptions) and options.grid_constructor is not None:
         options = replace(options, grid_constructor=_grid_constructor(y0.shape, options.grid_constructor))
-    fill = None if field.measured else math.inf
+    # Older versions of torch divide four or more complex numbers by infinity, or by nearly the largest number, to NaN.
+    fill = None if field.measured else torch.finfo(y0.dtype).max / 4 if y0.is_complex() else math.inf
     rtol, atol = (
         None if tol is None else _extended(check_tolerance(name, tol, problem.layout, y0), problem, field, value)
         for name, tol, value in (("adjoint_rtol", given.rtol, None), ("adjoint_atol", given.atol, fill))

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import email
 import re
+import runpy
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import setuptools
 import torch
 
 import node_cuda
@@ -99,21 +101,56 @@ def test_the_classifiers_and_the_workflow_name_no_python_that_the_package_refuse
     assert set(rows) <= set(eval(listed)) and lowest in eval(listed)
 
 
-def test_a_python_or_torch_that_is_missing_is_a_line_of_the_matrix_and_no_failure(
-    monkeypatch, capsys, tmp_path
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["matrix.py", "--pythons", "3.99", "3.11", "--torches", "2.6", "--folder", "x"])
+MISSING = "ERROR: No matching distribution found for torch==2.6.*"
+
+
+@pytest.mark.parametrize("torches", [["2.6"], ["2.6", "newest"]])
+def test_what_is_missing_is_a_line_of_the_matrix_which_fails_if_nothing_was_tested(torches, monkeypatch, capsys):
+    argv = ["matrix.py", "--pythons", "3.99", "3.11", "--torches", *torches, "--folder", "x"]
+    monkeypatch.setattr(sys, "argv", argv)
     monkeypatch.setattr(matrix, "interpreter", lambda version: None if version == "3.99" else sys.executable)
-    monkeypatch.setattr(matrix, "environment", lambda *_: "ERROR: No matching distribution found for torch==2.6.*")
+    monkeypatch.setattr(matrix, "environment", lambda folder, python, torch: MISSING if torch == "2.6" else None)
+    monkeypatch.setattr(matrix, "tested", lambda *_: ("2.13.0", "700 passed in 9s"))
+    assert matrix.main() == (1 if torches == ["2.6"] else 0)
+    output = capsys.readouterr().out.splitlines()
+    assert "3.99    2.6             skipped: this machine has no python3.99" in output
+    assert f"3.11    2.6             skipped: {MISSING}" in output
+    assert ("no pair was tested" in output) == (torches == ["2.6"])
+
+
+def test_a_pair_without_an_environment_has_the_message_of_what_failed(monkeypatch, tmp_path):
+    failing = tmp_path / "python"
+    failing.write_text("#!/bin/sh\necho 'ensurepip is not available'\nexit 1\n")
+    failing.chmod(0o755)
+    assert matrix.environment(tmp_path / "made", str(failing), "2.6") == "ensurepip is not available"
+    assert not (tmp_path / "made" / "complete").exists()
+
+
+def test_the_matrix_counts_the_reasons_of_skipped_tests():
+    output = "SKIPPED [2] tests/a.py:3: old torch: too old\nSKIPPED [1] tests/b.py:4: old torch: too old\n"
+    output += "FAILED tests/a.py::test - SKIPPED [3]\nSKIPPED [1] tests/b.py:4: no GPU\n1 failed, 4 skipped"
+    assert matrix.skips(output) == ["  3 skipped: old torch: too old", "  1 skipped: no GPU"]
+
+
+@pytest.mark.parametrize("remove", [False, True])
+def test_the_matrix_deletes_an_environment_only_if_told(remove, monkeypatch, tmp_path):
+    argv = ["matrix.py", "--pythons", "3.11", "--torches", "2.6", "--folder", str(tmp_path)]
+    monkeypatch.setattr(sys, "argv", argv + ["--remove"] * remove)
+    monkeypatch.setattr(matrix, "interpreter", lambda version: sys.executable)
+    monkeypatch.setattr(matrix, "environment", lambda folder, *_: folder.mkdir())
+    monkeypatch.setattr(matrix, "tested", lambda *_: ("2.6.0", "700 passed in 9s"))
     assert matrix.main() == 0
-    assert capsys.readouterr().out.splitlines()[1:] == [
-        "3.99    2.6             skipped: this machine has no python3.99",
-        "3.11    2.6             skipped: ERROR: No matching distribution found for torch==2.6.*",
-    ]
+    assert (tmp_path / "python3.11-torch2.6").exists() != remove
 
 
 @pytest.mark.parametrize(
-    ("line", "code"), [("700 passed in 9s", 0), ("1 failed, 699 passed in 9s", 1), ("no output", 1)]
+    ("line", "code"),
+    [
+        ("700 passed in 9s", 0),
+        ("1 failed, 699 passed in 9s", 1),
+        ("no output", 1),
+        ("stopped before its end, with code 2: 700 passed in 9s", 1),
+    ],
 )
 def test_a_test_that_fails_in_one_environment_fails_the_matrix(line, code, monkeypatch, capsys) -> None:
     monkeypatch.setattr(sys, "argv", ["matrix.py", "--pythons", "3.11", "--torches", "newest", "--folder", "x"])
@@ -128,6 +165,13 @@ def test_torch_is_a_dependency_but_not_a_build_requirement(fresh_install: Path) 
     assert "torch" not in names(PYPROJECT["build-system"]["requires"])
     required = [row for row in metadata(fresh_install).get_all("Requires-Dist") if "extra ==" not in row]
     assert names(required) == {"torch", "numpy", "scipy"}
+
+
+def test_an_older_setuptools_is_refused_with_the_command_to_type(monkeypatch) -> None:
+    """Without build isolation the build runs with the setuptools of the environment."""
+    monkeypatch.setattr(setuptools, "__version__", "65.5.0")
+    with pytest.raises(SystemExit, match=r"this Python has 65\.5\.0\. Type `pip install --upgrade setuptools`"):
+        runpy.run_path(str(ROOT / "setup.py"))
 
 
 def test_the_installed_torch_satisfies_the_requirement_of_the_package() -> None:

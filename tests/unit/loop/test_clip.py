@@ -64,7 +64,7 @@ def test_times_are_rounded_inwards_to_the_dtype_of_the_state(dtype, reverse):
     assert float(y[-1]) == pytest.approx(math.exp(0.6 if reverse else -0.6), rel=1e-2)
 
 
-@pytest.mark.parametrize("path", ["reference", "fused"])
+@pytest.mark.parametrize("path", ["reference", pytest.param("fused", marks=pytest.mark.compiler)])
 def test_the_probe_of_the_first_step_stays_inside_too(path, request):
     """Without clip it would be at t = 10, because the field is slow and the interval is short."""
     if path == "fused":

@@ -12,7 +12,7 @@ import torch
 from native import Timed, reason, start
 from problems import F64, linspace
 
-from node_cuda import solve
+from node_cuda import Unsupported, solve
 from node_cuda.native import build
 from node_cuda.native.tracing import graph_of
 
@@ -35,7 +35,7 @@ class Runner:
 
 
 @pytest.fixture
-def compiler(monkeypatch, tmp_path):
+def compiler(compiled_solves, monkeypatch, tmp_path):
     """Stand in for the compiler; return the list of its calls. Results are kept in tmp_path."""
     calls = []
 
@@ -166,6 +166,8 @@ def test_an_old_torch_is_a_reason(monkeypatch):
     assert build.why_not() == "torch 2.13 or later is needed to compile a solve, and this is 2.9.1+cpu"
     with torch.no_grad():
         assert "torch 2.13 or later is needed" in reason(Timed(), start(), T, method="midpoint")
+        with pytest.raises(Unsupported, match=r"cannot be compiled: torch 2\.13 or later is needed"):
+            solve(Timed(), start(), T, method="midpoint", options=dict(compile="require"))
     for version in ("2.13.0", "2.14.0.dev20260901", "3.0.1+cu130", "2.13.0a0+git123"):
         monkeypatch.setattr(torch, "__version__", version)
         assert build.why_not() is None
