@@ -7,9 +7,8 @@ import pytest
 import torch
 
 from node_cuda.native import allocation
-from node_cuda.native.build import why_not
 
-pytestmark = pytest.mark.skipif(why_not() is not None, reason="this torch cannot compile a solve")
+pytestmark = pytest.mark.usefixtures("compiled_solves")
 
 
 def _node(name: str, size: int = 32, of: str | None = None) -> Any:
