@@ -22,7 +22,7 @@ from torch import nn
 from node_cuda import solve
 from node_cuda.native import build
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("compiled_solves")]
 ROOT = Path(__file__).resolve().parents[2]
 T = linspace(0.0, 1.0, 3)
 BOSH3 = dict(method="bosh3", rtol=1e-6, atol=1e-7)
