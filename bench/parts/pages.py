@@ -12,7 +12,7 @@ from pathlib import Path
 
 from parts.common.paths import BENCH, EXAMPLES, PUBLISHED, ROOT
 from parts.common.tables import Result
-from parts.compiled.report import compiled_block, compiled_short
+from parts.compiled.report import compiled_block, compiled_sentence, compiled_short
 from parts.device_loop.report import device_loop_block
 from parts.endurance.report import endurance_block
 from parts.examples.report import examples_block
@@ -51,6 +51,7 @@ BLOCKS: dict[str, tuple[str, Callable[[Result], str]]] = {
     "grids": ("methods", grids_block),
     "compiled": ("compiled", compiled_block),
     "compiled-short": ("compiled", compiled_short),
+    "compiled-sentence": ("compiled", compiled_sentence),
     "endurance": ("endurance", endurance_block),
     "stiff": ("stiff", stiff_block),
     "peers": ("peers", peers_block),

@@ -181,7 +181,7 @@ def captured_or_why(
 def refuse_in_capture(y0: Any) -> None:
     """Raise Unsupported if the user is capturing the stream that the state is on."""
     for part in y0 if isinstance(y0, tuple) else (y0,):
-        if isinstance(part, Tensor) and part.is_cuda and capturing(part.device):
+        if isinstance(part, Tensor) and capturing(part.device):
             raise Unsupported(
                 "A solve and its gradient cannot be part of a torch.cuda.graph: solve outside the graph with "
                 'options=dict(cuda_graph=True, throw="deferred"), which captures the steps itself and does not wait.'

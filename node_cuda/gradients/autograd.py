@@ -121,8 +121,7 @@ class DifferentiableSolve(ABC):
 
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients of the inputs from those of the outputs. autograd calls this without recording."""
-        if grad_ys.is_cuda:
-            refuse_in_capture(grad_ys)
+        refuse_in_capture(grad_ys)
         contexts = self.members.put_back()
         if self.autocast != autocast_state(grad_ys.device.type):
             contexts = [*autocast_contexts(self.autocast), *contexts]
@@ -137,16 +136,14 @@ class DifferentiableSolve(ABC):
         # func is bound to new leaves in the place of some parameters: a transform may pass those that require no
         # gradient, and a hook of a parameter is for its whole gradient, not for the part of each evaluation.
         count = len(self.parameters.wanted)
-        params = tuple(
-            [
-                p.detach().requires_grad_() if not p.requires_grad or (p._backward_hooks and self._binds(p)) else p
-                for p in saved.params[:count]
-            ]
-        )
+        params = list(saved.params[:count])
+        for i, p in enumerate(params):
+            if not p.requires_grad or (p._backward_hooks and self._binds(p)):
+                params[i] = p.detach().requires_grad_()
         problem, func = self._request.problem, self.parameters.bound((*params, *saved.params[count:]))
         if func is not problem.func:
             problem = with_fields(problem, func=func, field=problem.field_of(func))
-        saved = Saved(saved.t, saved.grid, saved.ys, saved.at, params)
+        saved = Saved(saved.t, saved.grid, saved.ys, saved.at, tuple(params))
         return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
 
     def _binds(self, p: Tensor) -> bool:

@@ -39,7 +39,13 @@ class Parameters:
         if named is None:
             assert isinstance(func, nn.Module)
             plain = type(func).parameters is nn.Module.parameters
-            named = _of_replica(func) if _is_replica(func) else params.values() if plain else func.parameters()
+            named = (
+                _of_replica(func)
+                if func.__dict__.get("_is_replica")
+                else params.values()
+                if plain
+                else func.parameters()
+            )
         named = list(named)
         self.every = tuple(dict(zip(map(id, named), named, strict=True)).values())
         self.wanted = tuple([x for x in self.every if x.requires_grad or is_wrapped(x)])

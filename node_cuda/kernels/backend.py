@@ -78,7 +78,7 @@ def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, 
 def is_plain(wanted: str, y0: Tensor) -> bool:
     """Return whether plain PyTorch computes the steps. Where kernels cannot be, this is known without the other
     reasons."""
-    return not y0.is_cuda or why_plain(wanted, y0) is not None
+    return not _has_kernels(y0.device) or why_plain(wanted, y0) is not None
 
 
 def why_plain(wanted: str, y0: Tensor) -> str | None:

@@ -121,7 +121,7 @@ def _known(name: str, options: Any) -> tuple[dict[Any, Method], Any]:
 
     Options with a cache of compiled solves are kept in that cache, so that they do not keep it alive.
     """
-    if type(options) is not dict:
+    if type(options) is not dict or options.get("progress"):  # tqdm is looked for each time
         return _PLAIN, None
     known: dict[Any, Method] = _PLAIN
     key: list[Any] = [name]

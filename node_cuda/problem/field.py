@@ -128,9 +128,14 @@ class VectorField:
 
     def _first(self, out: Tensor, y: Tensor) -> Tensor:
         """Return the output of one of the first evaluations, as a copy if func may write into its memory again."""
-        last, memory = self._last_memory, _memory(out)
+        last = self._last_memory
+        try:
+            memory = out.untyped_storage()
+            address = memory.data_ptr()
+        except (NotImplementedError, RuntimeError):  # under a torch.func transform, where the output is always new
+            memory, address = None, 0
         # Both are alive here, so that an equal address means the same buffer.
-        if last is not None and memory is not None and last.data_ptr() == memory.data_ptr():
+        if last is not None and address and last.data_ptr() == address:
             self.copies_output = True
         if self.nfe < self.probes:
             self._last_memory = memory
@@ -158,15 +163,6 @@ def _released(*_: Any) -> NoReturn:
 def version_of(x: Tensor) -> int | None:
     """Return how often x was written to, or None for a tensor made in inference mode, which has no counter."""
     return None if x.is_inference() else x._version
-
-
-def _memory(x: Tensor) -> torch.UntypedStorage | None:
-    """Return the memory of x, or None. Under a torch.func transform x has no memory, and is always new."""
-    try:
-        memory = x.untyped_storage()
-        return memory if memory.data_ptr() else None
-    except (NotImplementedError, RuntimeError):
-        return None
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:

@@ -997,7 +997,7 @@ def test_methods_compares_evaluations_and_errors(tmp_path, report, run_quick):
 
 @pytest.mark.slow
 @pytest.mark.usefixtures("interpreted")
-def test_compiled_compares_with_the_others_and_writes_its_results(tmp_path, report, run_quick, monkeypatch):
+def test_compiled_compares_with_the_others_and_writes_its_results(tmp_path, bench, report, run_quick, monkeypatch):
     """The graphs run without the compiler here, so that the time of the compiled solve is not its own."""
     pytest.importorskip("torchdiffeq")
     monkeypatch.setenv("NODE_CUDA_CACHE", "")  # which the program sets
@@ -1014,6 +1014,10 @@ def test_compiled_compares_with_the_others_and_writes_its_results(tmp_path, repo
         assert library in row["by"] or any(line.startswith(f"{library} is left out") for line in result["missing"])
     assert "| MLP 4x2 | forward | node_cuda compiled |" in report.block("compiled", tmp_path)
     assert "pays after" in report.block("compiled-short", tmp_path)
+    assert report.block("compiled-sentence", tmp_path) == "Not measured yet."  # it is about another field
+    row["case"] = "MLP 16x2"
+    sentence = bench("parts.compiled.report").compiled_sentence(result)
+    assert re.match(r"Compiled, with the field 16x2: a solve takes [\d.]+ ms \(node_cuda eager [\d.]+, torch", sentence)
 
 
 @pytest.mark.parametrize(

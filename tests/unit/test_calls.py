@@ -51,8 +51,8 @@ def euler(steps):
     return calls(run)
 
 
-def test_one_euler_step_without_a_gradient_calls_at_most_57_functions():
-    assert euler(1) <= 57
+def test_one_euler_step_without_a_gradient_calls_at_most_60_functions():
+    assert euler(1) <= 60
 
 
 def test_each_further_step_calls_at_most_25():

@@ -5,8 +5,13 @@ from __future__ import annotations
 import math
 
 from parts.common.libraries import DIFFRAX
+from parts.common.modes import DISCRETE
 from parts.common.tables import Result, Rows, digits, markdown, outcome, provenance, reasons, spread
+from parts.compiled.cases import FORWARD
 from parts.compiled.peers import COMPILED, EAGER
+
+SMALLEST = "MLP 16x2"
+WORDS = {FORWARD: "a solve", DISCRETE: "a training step by the discrete adjoint"}
 
 
 def compiled_rows(result: Result) -> Rows:
@@ -95,6 +100,20 @@ def compiled_block(result: Result) -> str:
 def compiled_short(result: Result) -> str:
     """The block `compiled-short` of the pages: when it pays."""
     return "\n\n".join([provenance(result), markdown(short_rows(result))])
+
+
+def compiled_sentence(result: Result) -> str:
+    """The block `compiled-sentence` of the pages: the times of the smallest field by all contestants."""
+    said = []
+    for row in result["rows"]:
+        timed = {name: found for name, found in row["by"].items() if "milliseconds" in found}
+        ours = timed.pop(COMPILED, None)
+        if row["case"] == SMALLEST and row["timed"] in WORDS and ours is not None and not by_eager(ours):
+            others = (f"{name} {digits(found['milliseconds'][0])}" for name, found in timed.items() if "error" in found)
+            said.append(f"{WORDS[row['timed']]} takes {digits(ours['milliseconds'][0])} ms ({', '.join(others)})")
+    if not said:
+        return ""
+    return f"Compiled, with the field {SMALLEST.removeprefix('MLP ')}: {'; '.join(said)}. {provenance(result)}"
 
 
 def eager_reasons(result: Result) -> list[str]:

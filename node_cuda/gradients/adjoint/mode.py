@@ -73,7 +73,9 @@ class _AdjointSolve(DifferentiableSolve):
             return ys, float(event_t)
         if not (request.wants_status or request.method.options.raises):
             request = with_fields(request, wants_status=True)  # the gradient of a failed solve is partial
-        ys, self.status = forward.outputs(request, self.replaced(request.problem), last)
+        options = request.method.options
+        why = self.replaced(request.problem) if options.compile or options.cuda_graph else None
+        ys, self.status = forward.outputs(request, why, last)
         if self.status is Status.SUCCESS:
             self.kept = last.evaluated(request.problem.times[-1], self.members)
         self.then = last.seen
