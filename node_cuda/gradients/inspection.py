@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from node_cuda._torch_modes import set_recording
 from node_cuda._typing import Func, State
 from node_cuda.gradients.members import Members
-from node_cuda.gradients.parameters import is_wrapped
+from node_cuda.gradients.parameters import is_wrapped, tensors_of
 from node_cuda.problem.field import VectorField
 from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, users_level
@@ -57,6 +57,7 @@ class Inspection:
         self.members = members
         self.by_chance = False
         self._reached: set[int] = set()
+        self._buffers: list[Tensor] | None = None
 
     def leave(self) -> None:
         """Put func back into the field. It is called after each solve: a captured one may not evaluate the field."""
@@ -118,7 +119,9 @@ class Inspection:
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             random.append(torch.cuda.get_rng_state(device))
         if self.replays and isinstance(self.func, nn.Module):
-            versions = [x._version for x in self.func.buffers() if not x.is_inference()]
+            if self._buffers is None:
+                self._buffers = list(tensors_of(self.func)[1].values())
+            versions = [x._version for x in self._buffers if not x.is_inference()]
         return random, versions
 
     def _warn_of_unnamed(self, out: Any, arguments: tuple[Tensor, ...]) -> None:

@@ -34,18 +34,12 @@ class Parameters:
         self.func = func
         self.owner: Any = func if isinstance(func, nn.Module) else getattr(func, "__self__", None)
         self._links: list[Link] = []
-        params, buffers = _tensors(self.owner, self._links)
+        params, buffers = tensors_of(self.owner, self._links)
         self._members = {**params, **buffers}
         if named is None:
             assert isinstance(func, nn.Module)
-            plain = type(func).parameters is nn.Module.parameters
-            named = (
-                _of_replica(func)
-                if func.__dict__.get("_is_replica")
-                else params.values()
-                if plain
-                else func.parameters()
-            )
+            plain, replica = type(func).parameters is nn.Module.parameters, func.__dict__.get("_is_replica")
+            named = _of_replica(func) if replica else params.values() if plain else func.parameters()
         named = list(named)
         self.every = tuple(dict(zip(map(id, named), named, strict=True)).values())
         self.wanted = tuple([x for x in self.every if x.requires_grad or is_wrapped(x)])
@@ -66,7 +60,7 @@ class Parameters:
         """
         members: dict[str, Tensor] = {}
         if not (unchanged or self._all_in_place()):
-            params, buffers = _tensors(self.owner)
+            params, buffers = tensors_of(self.owner)
             now = {**params, **buffers}
             members = {name: x for name, x in self._members.items() if now.get(name) is not x}
         for own, new in zip((*self.wanted, *self.carried), given, strict=True):
@@ -144,7 +138,7 @@ Link = tuple[dict[str, Any], str, Any]
 """A member of a module: the dict that holds it, its name there, and the member."""
 
 
-def _tensors(owner: Any, links: list[Link] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def tensors_of(owner: Any, links: list[Link] | None = None) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Return the parameters and the buffers under all their names in the module, in its order.
 
     links: receives where they and the submodules were found, if `_collect` finds them.

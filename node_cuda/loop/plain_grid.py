@@ -54,9 +54,16 @@ def applies(problem: Problem, method: Method) -> bool:
 
 
 def solve_grid(
-    problem: Problem, method: Method, stats: Stats, accepted: Callable[[Step], None] | None = None
+    problem: Problem,
+    method: Method,
+    stats: Stats,
+    accepted: Callable[[Step], None] | None = None,
+    begun: list[Tensor] | None = None,
 ) -> Tensor:
-    """Return y at the problem's times, of shape (len(times), *y0.shape). accepted: called with the last step."""
+    """Return y at the problem's times, of shape (len(times), *y0.shape).
+
+    accepted: called with the last step. begun: receives the state that each step began with.
+    """
     tableau = method.tableau
     assert tableau is not None
     field, times, sign = problem.field, problem.times, problem.direction
@@ -76,6 +83,8 @@ def solve_grid(
             h = sign * (times[n + 1] - times[n])
             t_n = t[n * stages : (n + 1) * stages]
             start = y.float() if half else y
+            if begun is not None:
+                begun.append(y)
             k, terms = _stages(field, t_n, y, start, rows, h, widens)
             if stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage

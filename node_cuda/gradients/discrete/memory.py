@@ -51,10 +51,12 @@ def graph_size(device: torch.device, params: Sequence[Tensor]) -> Iterator[Calla
     kept: dict[int, int] = {}
 
     def keep(x: Tensor) -> Tensor:
-        with contextlib.suppress(NotImplementedError, RuntimeError):  # sparse tensors have no storage
+        try:
             storage = x.untyped_storage()
             if storage.data_ptr() not in known:
                 kept[storage.data_ptr()] = storage.nbytes()
+        except (NotImplementedError, RuntimeError):  # sparse tensors have no storage
+            pass
         return x
 
     with torch.autograd.graph.saved_tensors_hooks(keep, lambda x: x):

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 from bisect import bisect_left, bisect_right
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -42,16 +41,18 @@ from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic, position
 from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.kernels.reference import real_dot
+from node_cuda.loop import plain_grid
 from node_cuda.loop.assemble import arithmetic_of, find_event, make_loop
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.host_loop import HostLoop
-from node_cuda.loop.outputs import solve_outputs
+from node_cuda.loop.outputs import grid_status, solve_outputs
 from node_cuda.loop.progress import Progress
 from node_cuda.loop.request import SolveSpec
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.registry import Method
+from node_cuda.methods.step import Step
 from node_cuda.native.cache import refused
 from node_cuda.native.tracing import Refused
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -64,6 +65,9 @@ from node_cuda.status import InvalidField, Status, Unsupported
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """Return y at the problem's times and the status of the solve. The gradient of y is by the discrete adjoint."""
     options = request.method.options
+    if request.checkpoints is None and plain_grid.applies(request.problem, request.method):
+        task = _DiscreteSolve(request, None, None, plain=True)
+        return task()[0], task.status
     points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
     task = _DiscreteSolve(request, None, points, taped_grid=grid is not None)
     return task(grid)[0], task.status
@@ -83,8 +87,8 @@ SAME = 1e-3
 class _DiscreteSolve(DifferentiableSolve):
     """A solve that records its steps, and the reverse pass over them.
 
-    points: the grid of the steps in solver time, if it is known before the solve. times: the output times in solver
-    time; the first one is the start.
+    points: the grid of the steps in solver time, if it is known before the solve. plain: `loop.plain_grid` takes the
+    steps, and all states are kept. times: the output times in solver time; the first one is the start.
     """
 
     what = 'gradient="discrete"'
@@ -95,13 +99,20 @@ class _DiscreteSolve(DifferentiableSolve):
     times: tuple[float, ...]
 
     def __init__(
-        self, request: SolveSpec, event_fn: EventFunc | None, points: list[float] | None, *, taped_grid: bool = False
+        self,
+        request: SolveSpec,
+        event_fn: EventFunc | None,
+        points: list[float] | None,
+        *,
+        taped_grid: bool = False,
+        plain: bool = False,
     ) -> None:
         super().__init__(request, Parameters(request.problem.func, request.adjoint.params, "discrete adjoint"))
         self.form = None if request.method.implicit is not None else _form(request)
         self.event_fn = event_fn
         self.points = points
         self.taped_grid = taped_grid
+        self.plain = plain
 
     @property
     def method(self) -> Method:
@@ -126,6 +137,12 @@ class _DiscreteSolve(DifferentiableSolve):
                 self.times = problem.times
                 return ys, problem.direction * self.times[-1]
             stats.why_backward = stats.why
+        if self.plain:
+            begun, last = list[Tensor](), list[Step]()
+            ys = plain_grid.solve_grid(problem, method, stats, last.append, begun)
+            self.trajectory = Trajectory.of_grid(begun, last[0] if last else None, problem)
+            self.status, self.times = grid_status(ys, stats), problem.times
+            return ys, None
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:
@@ -179,7 +196,7 @@ class _DiscreteSolve(DifferentiableSolve):
         Raises InvalidField if the outputs are not those of the compiled solve.
         """
         self.compiled = None
-        problem = replace(problem, y0=ys[0].detach(), field=problem.field_of(problem.func))
+        problem = with_fields(problem, y0=ys[0].detach(), field=problem.field_of(problem.func))
         again = Stats()
         loop, interpolant = make_loop(problem, self.method, again, points=self.points)
         self.trajectory = _recorded(loop, with_fields(self._request, problem=problem), None)
@@ -338,7 +355,7 @@ class _Backwards:
     ) -> None:
         ys, self.params = saved.ys, saved.params
         # A view of ys itself would keep the graph alive, and the graph keeps the trajectory alive.
-        problem = replace(problem, y0=ys.detach()[0], times=task.times)
+        problem = with_fields(problem, y0=ys.detach()[0], times=task.times)
         self.problem, self.ys, self.grid = problem, ys, saved.grid if wants_grid else None
         self.trajectory, self.times, self.at_event = task.trajectory, task.times, task.event_fn is not None
         self.trajectory.begin(problem.y0)

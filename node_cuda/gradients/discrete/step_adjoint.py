@@ -176,7 +176,7 @@ class StepAdjoint:
         self.reached = reached
         self.arithmetic = arithmetic
         self.cotangents = cotangents
-        self.at_once: bool | None = None
+        self.at_once: bool | None = True if len(form.rows) == 1 else None  # one stage has one graph
         self.form = form
         self.params = tuple(params)
         self.sums = sums

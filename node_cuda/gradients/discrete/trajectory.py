@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from torch import Tensor
@@ -14,6 +14,7 @@ from node_cuda.loop.host_loop import HostLoop
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.implicit.steps import ImplicitSteps
 from node_cuda.methods.step import Seen, Step
+from node_cuda.problem.problem import Problem
 
 
 class State(NamedTuple):
@@ -69,6 +70,18 @@ class Trajectory:
         self = cls([], Checkpoints(slots, count))
         self._jump = loop.selector.starts_at_jump
         loop.accepted = lambda step: self._record(step, stepper)
+        return self
+
+    @classmethod
+    def of_grid(cls, states: Sequence[Tensor], last: Step | None, problem: Problem) -> Trajectory:
+        """Return the trajectory of a solve by `loop.plain_grid`. states: those that its steps began with."""
+        self = cls([], Checkpoints(None, len(states)))
+        for n, (y0, t0, t1) in enumerate(zip(states, problem.times, problem.times[1:], strict=False)):
+            signed = problem.direction * (t1 - t0)
+            at = Interval(t0, t1, t1 - t0, signed, signed)
+            self.steps.append(StepRecord(at, False, at, 0.0, HERE))
+            self.checkpoints.offer(n, State(y0 if n else y0.new_empty(0), None))  # see `_record`
+        self.replayed = None if last is None else last.k[0]
         return self
 
     def _record(self, step: Step, stepper: ExplicitRK | ImplicitSteps) -> None:

@@ -746,7 +746,7 @@ def test_one_graph_at_a_time_gives_the_same_gradients(method, checkpoints, no_me
     monkeypatch.undo()
     monkeypatch.setattr(whole_step, "SMALL", 0)
     two, of_step = gradients()
-    assert (one, two) == ("stage", "step")
+    assert (one, two) == ("step" if method == "euler" else "stage", "step")  # a step of euler has one stage
     assert all(torch.equal(a, b) for a, b in zip(of_stage, of_step, strict=True))
 
 
