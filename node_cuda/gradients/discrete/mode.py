@@ -65,9 +65,11 @@ from node_cuda.status import InvalidField, Status, Unsupported
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """Return y at the problem's times and the status of the solve. The gradient of y is by the discrete adjoint."""
     options = request.method.options
-    if request.checkpoints is None and plain_grid.applies(request.problem, request.method):
-        task = _DiscreteSolve(request, None, None, plain=True)
-        return task()[0], task.status
+    if plain_grid.applies(request.problem, request.method):
+        slots = _slots(request, 1)
+        if slots is None or slots >= len(request.problem.times) - 1:
+            task = _DiscreteSolve(request, None, None, plain=True)
+            return task()[0], task.status
     points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
     task = _DiscreteSolve(request, None, points, taped_grid=grid is not None)
     return task(grid)[0], task.status
@@ -318,13 +320,18 @@ def _recorded(loop: HostLoop, request: SolveSpec, steps: int | None) -> Trajecto
     """Return the trajectory that the loop will fill. steps: the number of steps, if it is known."""
     stepper = loop.stepper
     assert isinstance(stepper, ExplicitRK | ImplicitSteps)
-    y0, slots, tableau = request.problem.y0, request.checkpoints, stepper.tableau
+    tableau = stepper.tableau
+    tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
+    return Trajectory.of(loop, stepper, _slots(request, tensors + request.method.options.compensated), steps)
+
+
+def _slots(request: SolveSpec, tensors: int) -> int | None:
+    """Return the number of states that may be kept, None for all. tensors: how many like y0 a state has."""
+    slots, y0 = request.checkpoints, request.problem.y0
     if isinstance(slots, str):  # "auto"
-        tensors = 2 if tableau.carry_last_stage and not tableau.fsal else 1
-        tensors += request.method.options.compensated
         slots = slots_for(tensors * y0.numel() * y0.itemsize, y0.device)
     request.stats.checkpoint_slots = slots
-    return Trajectory.of(loop, stepper, slots, steps)
+    return slots
 
 
 def _form(request: SolveSpec) -> StageTable:

@@ -17,6 +17,7 @@ from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from node_cuda import TABLEAUS, odeint, odeint_adjoint, odeint_event, solve
+from node_cuda.gradients.discrete import mode as discrete_mode
 from node_cuda.gradients.discrete import step_adjoint, whole_step
 from node_cuda.gradients.discrete.checkpoints import Checkpoints
 from node_cuda.gradients.discrete.memory import graph_size
@@ -922,3 +923,26 @@ def test_gradients_are_those_of_finite_differences_in_a_random_direction(method)
     along = float((grads[0] * dy).sum() + (grads[1] * dw).sum())
     # central differences have errors of eps^2 times a third derivative, and of 1e-16 / eps
     assert (ahead - behind) / (2 * eps) == pytest.approx(along, rel=1e-8)
+
+
+# ------------------------------------------------------------------ the loop of plain grids
+@pytest.mark.parametrize("dtype", [F64, torch.bfloat16])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "rk4"])
+def test_a_grid_whose_states_are_all_kept_takes_the_plain_loop_with_the_same_bits(method, dtype, monkeypatch):
+    def gradients(checkpoints):
+        func, y0 = MLP().to(dtype), leaf(Y.to(dtype))
+        solution = solve(func, y0, linspace(0.0, 1.0, 5), gradient="discrete", checkpoints=checkpoints, method=method)
+        found = torch.autograd.grad(loss_of(solution.ys), [y0, *func.parameters()])
+        return [solution.ys, *found], solution.stats
+
+    monkeypatch.setattr(discrete_mode.plain_grid, "applies", lambda problem, method: False)
+    general, stats = gradients(None)
+    monkeypatch.undo()
+    monkeypatch.setattr(discrete_mode, "make_loop", None)  # the general loop is not made
+    for checkpoints in (None, "auto", 4):
+        plain, counted = gradients(checkpoints)
+        assert all(torch.equal(a, b) for a, b in zip(plain, general, strict=True))
+        assert (counted.nfe, counted.nfe_backward, counted.accepted) == (stats.nfe, stats.nfe_backward, stats.accepted)
+        assert counted.recomputed_steps == 0
+    with pytest.raises(TypeError):  # three states are fewer than the steps: the general loop keeps them
+        gradients(3)
