@@ -143,7 +143,9 @@ class _DiscreteSolve(DifferentiableSolve):
             begun, last = list[Tensor](), list[Step]()
             ys = plain_grid.solve_grid(problem, method, stats, last.append, begun)
             self.trajectory = Trajectory.of_grid(begun, last[0] if last else None, problem)
-            self.status, self.times = grid_status(ys, stats), problem.times
+            if request.wants_status or not method.options.raises:  # the gradient of a failed solve is partial
+                self.status = grid_status(ys, stats)
+            self.times = problem.times
             return ys, None
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
@@ -375,7 +377,8 @@ class _Backwards:
         self.cotangents = self.arithmetic
         if wide != ys.dtype:
             # Plain PyTorch, because it accepts operands of both dtypes.
-            self.cotangents = Arithmetic(problem.y0.to(wide), problem.direction, ErrorNorm(0.0, 0.0), problem.times)
+            like = problem.y0.new_empty(problem.y0.shape, dtype=wide)
+            self.cotangents = Arithmetic(like, problem.direction, ErrorNorm(0.0, 0.0), problem.times)
         self.adjoint: StepAdjoint | ImplicitStepAdjoint
         if task.form is None:
             self.adjoint = ImplicitStepAdjoint(
