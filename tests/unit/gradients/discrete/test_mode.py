@@ -946,3 +946,17 @@ def test_a_grid_whose_states_are_all_kept_takes_the_plain_loop_with_the_same_bit
         assert counted.recomputed_steps == 0
     with pytest.raises(TypeError):  # three states are fewer than the steps: the general loop keeps them
         gradients(3)
+
+
+def test_the_gradient_of_a_grid_that_ends_in_nan_is_nan_as_in_the_other_modes():
+    """A partial gradient is for those who asked for a partial solution, by throw=False."""
+
+    def breaks(t, y):
+        return torch.where(t > 0.5, y * math.inf, -y)
+
+    for gradient in ("backprop", "adjoint", "discrete"):
+        y0 = leaf(torch.tensor([1.0, 2.0], dtype=F64))
+        t = linspace(0.0, 1.0, 5)
+        ys = odeint_adjoint(breaks, y0, t, method="rk4", gradient=gradient, adjoint_params=())
+        ys.nan_to_num(0.0, 0.0, 0.0).sum().backward()
+        assert y0.grad is not None and y0.grad.isnan().all()
