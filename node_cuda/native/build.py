@@ -88,7 +88,7 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
     path = folder / f"{_digest(graph, examples)}.so"
     try:
         if not path.exists():
-            _log.warning("Compiling %s: some 20 to 60 seconds, once. It is kept in %s.", what, folder)
+            _log.warning("Compiling %s: mostly 10 to 60 seconds, once. It is kept in %s.", what, folder)
             start = time.perf_counter()
             folder.mkdir(parents=True, exist_ok=True)
             with tempfile.TemporaryDirectory(dir=folder) as scratch:

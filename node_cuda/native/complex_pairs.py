@@ -123,7 +123,7 @@ def _whole(found: Any, result: Any) -> Any:
     if not isinstance(found, Pair):
         return found
     shape, real = result.shape, result.dtype.to_real()
-    parts = (torch.zeros(shape, dtype=real) if x is None else x.to(real) for x in found)
+    parts = (x.to(real) if isinstance(x, Tensor) else torch.full(shape, x or 0.0, dtype=real) for x in found)
     return Pair(*(x if x.shape == shape else x.expand(shape).contiguous() for x in parts))
 
 

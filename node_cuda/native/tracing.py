@@ -123,7 +123,10 @@ class TracedField:
         if self.clips:
             t = torch.minimum(torch.maximum(t, c.low), c.high)
         with _InPlaceOf(dict(zip(map(id, self.tensors), tensors, strict=True))):
-            return self._field(t.to(self.dtype), y).contiguous()  # what a loop carries has one layout
+            out = self._field(t.to(self.dtype), y).contiguous()  # what a loop carries has one layout
+        whole = out._base if out._is_view() else out
+        # A loop returns none of its inputs: func may return y, or a tensor that it keeps.
+        return out.clone() if any(whole is x for x in (y, *tensors)) else out
 
 
 def _random_states() -> tuple[Tensor, Any, Any]:

@@ -176,10 +176,15 @@ def share_memory(tensors: Sequence[Tensor]) -> bool:
 def _check(out: Any, shape: torch.Size, func: Func) -> None:
     """Raise if `out`, which func returned, is not a tensor of this shape."""
     if not isinstance(out, Tensor):
-        hint = " Did it forget `return`?" if out is None else ""
+        hint = "Wrap a number as `torch.full_like(y, number)`."
+        if out is None:
+            hint = "Did it forget `return`?"
+        elif isinstance(out, (tuple, list)):
+            hint = "y is one tensor here: return one, e.g. `torch.stack(...)`, or start from a tuple y0."
+        elif hasattr(out, "__array__"):
+            hint = "Compute with torch's functions: autograd does not see numpy's."
         raise InvalidField(
-            f"func must return a tensor dy/dt of shape {tuple(shape)}; got a {type(out).__name__}.{hint} "
-            "Wrap a number as `torch.full_like(y, number)`."
+            f"func must return a tensor dy/dt of shape {tuple(shape)}; got a {type(out).__name__}. {hint}"
         )
     if out.shape != shape:
         raise InvalidField(

@@ -190,7 +190,9 @@ def _refuse_swapped(error: InvalidInput | InvalidType, y0: State) -> None:
         check_times(y0)
     except Exception:
         raise error from None
-    raise type(error)(f"{error} If y0 and t are swapped, use `odeint(func, y0, t)`.") from None
+    raise type(error)(
+        f"{error} If y0 and t are swapped: y0 comes first, `odeint(func, y0, t)`, `layer(y0, t)`."
+    ) from None
 
 
 def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
@@ -213,6 +215,8 @@ def check_times(t: Tensor) -> tuple[tuple[float, ...], float]:
     times = tuple(values) if direction > 0.0 else tuple([-value for value in values])
     for i in range(1, len(times)):
         if not times[i - 1] < times[i]:
+            if math.isnan(times[i - 1]) or math.isnan(times[i]):
+                raise InvalidInput(f"t must be finite; got nan in {values[: i + 1]}. Look at how t is computed.")
             raise InvalidInput(
                 f"t must be strictly increasing or decreasing; got t[{i}] = {values[i]:g} after t[{i - 1}] = "
                 f"{values[i - 1]:g}. Sort it and drop repeats with `torch.unique(t)`; `.flip(0)` that to go backwards."

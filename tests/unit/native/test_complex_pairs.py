@@ -90,6 +90,10 @@ def test_tolerances_of_a_complex_state_are_of_its_modulus():
 
 
 @pytest.mark.compiled
+def test_an_imaginary_number_is_added_to_a_real_tensor():
+    compare(lambda t, y: (y.real + 1j) * 0.5 - y, state(3), T, **HEUN)
+
+
 def test_a_tuple_of_complex_tensors():
     def two(t, y):
         a, b = y

@@ -204,6 +204,24 @@ def calls_numpy(t, y):
     return torch.from_numpy(-np.asarray(y))
 
 
+class Returns(nn.Module):
+    """Returns its argument, a parameter, or a view of one of them."""
+
+    def __init__(self, kind):
+        super().__init__()
+        self.w, self.kind = nn.Parameter(torch.arange(6, dtype=F64).reshape(3, 2)), kind
+
+    def forward(self, t, y):
+        return {"y": y, "y[:]": y[:], "w": self.w, "w.view": self.w.view(3, 2)}[self.kind]
+
+
+@pytest.mark.parametrize("kind", ["y", "y[:]", "w", "w.view"])
+def test_a_field_may_return_its_argument_or_a_tensor_that_it_keeps(kind):
+    """A loop must not return its input, so that it gets a copy."""
+    for solver in (dict(method="bosh3", rtol=1e-4, atol=1e-4), MIDPOINT):
+        compare(Returns(kind), start(), T, **solver)
+
+
 def draws(t, y):
     return -y + 0.1 * torch.randn_like(y)
 
