@@ -208,5 +208,5 @@ def test_the_pages_have_the_markers_that_the_report_fills(monkeypatch):
     from parts import pages
 
     names = {found["name"] for found in pages.BLOCK.finditer(README)}
-    assert names == {"memory-short", "speed-short"}
+    assert names == {"memory-short", "speed-short", "compiled-sentence"}
     assert names <= set(pages.BLOCKS)
