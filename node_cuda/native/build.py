@@ -96,6 +96,9 @@ def native(graph: torch.fx.GraphModule, examples: Sequence[Tensor], what: str) -
                 os.replace(made, path)  # two processes may do this at once
             compilations += 1
             _log.warning("Compiled %s in %.0f seconds.", what, time.perf_counter() - start)
+    except Refused as refusal:
+        _log.warning("Not compiled, %s: %s.", what, refusal)
+        raise
     except OSError as error:
         why = f"native code cannot be kept in {folder} ({error.strerror}): set {VARIABLE} to a folder for it"
         raise Refused(why) from None

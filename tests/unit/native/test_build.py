@@ -98,7 +98,7 @@ FAILURES = {
 
 
 @pytest.mark.parametrize("case", FAILURES)
-def test_a_compiler_that_fails_is_a_reason_and_the_host_solves(compiler, monkeypatch, case):
+def test_a_compiler_that_fails_is_a_reason_and_the_host_solves(compiler, monkeypatch, caplog, case):
     error, why = FAILURES[case]
 
     def fails(*_, **__):
@@ -109,6 +109,7 @@ def test_a_compiler_that_fails_is_a_reason_and_the_host_solves(compiler, monkeyp
         solve(Timed(), start(), T, method="midpoint", options=dict(compile="require"))
     with torch.no_grad():
         assert re.search(why, reason(Timed(), start(), T, method="midpoint"))
+    assert re.search(f"Not compiled, the solve by midpoint of Timed: {why}", caplog.text)
 
 
 def test_operations_that_the_code_would_call_through_python_are_a_reason(compiler, monkeypatch, tmp_path):
