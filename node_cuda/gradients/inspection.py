@@ -57,7 +57,6 @@ class Inspection:
         self.members = members
         self.by_chance = False
         self._reached: set[int] = set()
-        self._buffers: list[Tensor] | None = None
 
     def leave(self) -> None:
         """Put func back into the field. It is called after each solve: a captured one may not evaluate the field."""
@@ -119,9 +118,7 @@ class Inspection:
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             random.append(torch.cuda.get_rng_state(device))
         if self.replays and isinstance(self.func, nn.Module):
-            if self._buffers is None:
-                self._buffers = list(tensors_of(self.func)[1].values())
-            versions = [x._version for x in self._buffers if not x.is_inference()]
+            versions = [x._version for x in tensors_of(self.func)[1].values() if not x.is_inference()]
         return random, versions
 
     def _warn_of_unnamed(self, out: Any, arguments: tuple[Tensor, ...]) -> None:

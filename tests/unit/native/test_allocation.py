@@ -11,9 +11,9 @@ from node_cuda.native import allocation
 pytestmark = pytest.mark.usefixtures("compiled_solves")
 
 
-def _node(name: str, size: int = 32, of: str | None = None) -> Any:
+def _node(name: str, size: int = 32) -> Any:
     layout = SimpleNamespace(storage_size=lambda: size)
-    return SimpleNamespace(get_name=lambda: name, get_layout=lambda: layout, get_dtype=lambda: torch.float32, of=of)
+    return SimpleNamespace(get_name=lambda: name, get_layout=lambda: layout, get_dtype=lambda: torch.float32)
 
 
 def _line(kind: str, name: str = "", **more: Any) -> Any:
