@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
-from node_cuda._records import with_fields
 from node_cuda._torch_modes import transformed
 from node_cuda._typing import (
     AdjointArguments,
@@ -245,10 +244,10 @@ def _solve(
         _warn_of_callbacks(problem, chosen)
         _refuse_callbacks(problem, chosen)
     if isinstance(given.params, Tensor):
-        given = with_fields(given, params=(given.params,))  # its rows are not parameters
+        given = given._replace(params=(given.params,))  # its rows are not parameters
     if given.options is not None:
         options_ = _with_graphs(given.options, func, "adjoint_options")
-        given = with_fields(given, options=_with_native(options_, func, "adjoint_options"))
+        given = given._replace(options=_with_native(options_, func, "adjoint_options"))
     beside = None
     if integral is not None or of_y is not func:
         beside = _beside(func, problem, integral)

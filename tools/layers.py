@@ -20,7 +20,6 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "_needs_torch",
         "_version",
         "_typing",
-        "_records",
         "_extras",
         "status",
         "_plots",

@@ -280,7 +280,7 @@ def set_apart(problem: Problem) -> Problem:
     if problem.field.nfe == 0:
         problem.field(problem.t[0].to(problem.y0.device, problem.time_dtype), problem.y0)
     y0 = problem.y0.detach().clone(memory_format=torch.contiguous_format)
-    return replace(with_field_of_its_own(problem), y0=y0, t=problem.t.detach())
+    return with_field_of_its_own(problem)._replace(y0=y0, t=problem.t.detach())
 
 
 def with_field_of_its_own(problem: Problem) -> Problem:
@@ -288,7 +288,7 @@ def with_field_of_its_own(problem: Problem) -> Problem:
     assert isinstance(problem.field, VectorField)
     own = problem.field_of(problem.field.func)
     # A callback that the method does not call would keep func alive.
-    return replace(problem, func=own, field=own, callbacks={}, adjoint_callbacks={})
+    return problem._replace(func=own, field=own, callbacks={}, adjoint_callbacks={})
 
 
 def release(problem: Problem) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
@@ -116,7 +115,7 @@ def solve_captured(
 
 def _by_the_host(problem: Problem, method: Method, points: Sequence[float] | None) -> Outcome:
     """Run the same solve in the host loop, with a new field and separate statistics."""
-    own, stats = replace(problem, field=problem.field_of(problem.func), callbacks={}), Stats()
+    own, stats = problem._replace(field=problem.field_of(problem.func), callbacks={}), Stats()
     with torch.no_grad():
         ys, status = solve_outputs(*make_loop(own, method, stats, points=points), False)
     return Outcome(status, [ys], (stats.accepted, stats.rejected))

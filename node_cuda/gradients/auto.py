@@ -12,7 +12,6 @@ from typing import TypeVar
 import torch
 from torch import Tensor
 
-from node_cuda._records import with_fields
 from node_cuda._typing import EventFunc
 from node_cuda.gradients import by_adjoint
 from node_cuda.gradients.discrete import mode as discrete
@@ -58,12 +57,12 @@ def why_not_discrete(request: SolveSpec) -> str | None:
 def _by_one_of(by_discrete: Callable[[SolveSpec], R], by_adjoint: Callable[[SolveSpec], R], request: SolveSpec) -> R:
     if request.adjoint.params is not None:  # both may read them
         named = tuple(request.adjoint.params)
-        request = with_fields(request, adjoint=with_fields(request.adjoint, params=named))
+        request = request._replace(adjoint=request.adjoint._replace(params=named))
     why = why_not_discrete(request)
     if why is None:
         checkpoints = "auto" if request.checkpoints is None else request.checkpoints
         try:
-            return by_discrete(with_fields(request, checkpoints=checkpoints))
+            return by_discrete(request._replace(checkpoints=checkpoints))
         except AnswersByChance:
             # Found in the first evaluation, so that no step is lost. It was a warning before this was the default.
             why = "func is non-deterministic: a second call at the same t and y differs"

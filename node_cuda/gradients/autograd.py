@@ -17,7 +17,6 @@ import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
-from node_cuda._records import with_fields
 from node_cuda._torch_modes import refuse_second_derivative, transformed
 from node_cuda.cuda_graphs.cache import refuse_in_capture
 from node_cuda.gradients.context import autocast_contexts, autocast_state
@@ -35,14 +34,12 @@ from node_cuda.status import InvalidInput, Status, Unsupported
 class Saved(NamedTuple):
     """The tensors that the forward pass saves for the backward pass.
 
-    grid: the grid of the steps, if it is on the tape. ys: y at the outputs. at: the time of the event; empty without
-    one.
+    grid: the grid of the steps, if it is on the tape. ys: y at the outputs.
     """
 
     t: Tensor
     grid: Tensor | None
     ys: Tensor
-    at: Tensor
     params: tuple[Tensor, ...]
 
 
@@ -60,11 +57,13 @@ class DifferentiableSolve(ABC):
 
     what: the gradient mode as the user writes it. replays: the backward pass computes the steps again. samples: under
     vmap, the solves of the samples. status: how the solve ended. by_chance: func is known to be non-deterministic.
-    shown: the attributes that the user finds in `ys.grad_fn`.
+    shown: the attributes that the user finds in `ys.grad_fn`. at: the user's time of the event, if the solve looked for
+    one.
     """
 
     what: ClassVar[str]
     replays: ClassVar[bool]
+    at: float | None = None
 
     def __init__(self, request: SolveSpec, parameters: Parameters) -> None:
         self.stats = request.stats
@@ -78,15 +77,15 @@ class DifferentiableSolve(ABC):
         self._inspection: Inspection | None = None
 
     @abstractmethod
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
-        """Return y at the outputs, and the user's time of the event, if the solve looked for one."""
+    def solve(self, request: SolveSpec) -> Tensor:
+        """Return y at the outputs, and set `at`."""
 
     @abstractmethod
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients: the backward pass. problem.y0 has a shape and a dtype, but no values."""
 
-    def __call__(self, grid: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Return y at the outputs, on the tape, and the time of the event (empty: no event), without a gradient."""
+    def __call__(self, grid: Tensor | None = None) -> Tensor:
+        """Return y at the outputs, on the tape."""
         problem = self._request.problem
         given = (*self.parameters.wanted, *self.parameters.carried)
         if transformed():
@@ -94,15 +93,21 @@ class DifferentiableSolve(ABC):
             return _TransformedSolve.apply(self, problem.t, grid, problem.y0, *given)
         return _Solve.apply(self, problem.t, grid, problem.y0, *given)
 
-    def forward(self, t: Tensor, y0: Tensor, params: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
+    def event(self) -> tuple[Tensor, Tensor]:
+        """Return the time of the event, without a gradient, and [y0, y at the event], on the tape."""
+        t, ys = self._request.problem.t, self()
+        assert self.at is not None
+        return torch.tensor(self.at, dtype=t.dtype, device=t.device), ys
+
+    def forward(self, t: Tensor, y0: Tensor, params: Sequence[Tensor]) -> Tensor:
         """Solve from these tensors. Without transforms they are those of the request."""
         request = self._request
         problem, func = request.problem, self.parameters.bound(params, unchanged=True)
         if func is not problem.func or y0 is not problem.y0 or t is not problem.t:
             field = problem.field if func is problem.func else problem.field_of(func)
-            problem = with_fields(problem, func=func, field=field, y0=y0, t=t)
-            request = with_fields(request, problem=problem)
-        self.autocast = autocast_state(y0.device.type)
+            problem = problem._replace(func=func, field=field, y0=y0, t=t)
+            request = request._replace(problem=problem)
+        self.autocast = autocast_state(y0.device)
         self.members = Members(self.parameters)
         if self._inspects:
             assert isinstance(problem.field, VectorField)
@@ -111,20 +116,20 @@ class DifferentiableSolve(ABC):
                 problem.field, self.parameters.func, named, self.what, self.replays, self.members
             )
             problem.field.func = self._inspection
-        ys, at = self.solve(request)
+        ys = self.solve(request)
         if self._inspection is not None:
             self._inspection.leave()
             self.by_chance = self._inspection.by_chance
             self.members.settle()
         self._let_go(problem)
-        return ys, ys.new_empty(0) if at is None else torch.tensor(at, dtype=torch.float64, device="cpu")
+        return ys
 
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients of the inputs from those of the outputs. autograd calls this without recording."""
         refuse_in_capture(grad_ys)
         contexts = self.members.put_back()
-        if self.autocast != autocast_state(grad_ys.device.type):
-            contexts = [*autocast_contexts(self.autocast), *contexts]
+        if self.autocast != autocast_state(grad_ys.device):
+            contexts = [*autocast_contexts(self.autocast, grad_ys.device), *contexts]
         if not contexts:
             return self._backward(saved, grad_ys, wants_t, wants_grid)
         with contextlib.ExitStack() as stack:
@@ -142,8 +147,8 @@ class DifferentiableSolve(ABC):
                 params[i] = p.detach().requires_grad_()
         problem, func = self._request.problem, self.parameters.bound((*params, *saved.params[count:]))
         if func is not problem.func:
-            problem = with_fields(problem, func=func, field=problem.field_of(func))
-        saved = Saved(saved.t, saved.grid, saved.ys, saved.at, tuple(params))
+            problem = problem._replace(func=func, field=problem.field_of(func))
+        saved = saved._replace(params=tuple(params))
         return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
 
     def _binds(self, p: Tensor) -> bool:
@@ -171,8 +176,8 @@ class DifferentiableSolve(ABC):
             sample.stats = Stats(host_reads=1)
             sample.samples = []
             sample._inspects = self._inspects and i == 0
-            own = with_fields(problem, field=problem.field_of(problem.func))
-            sample._request = with_fields(self._request, stats=sample.stats, problem=own)
+            own = problem._replace(field=problem.field_of(problem.func))
+            sample._request = self._request._replace(stats=sample.stats, problem=own)
             self.samples.append(sample)
         return self.samples
 
@@ -184,12 +189,14 @@ class DifferentiableSolve(ABC):
             self.stats.peak_checkpoints = max(sample.stats.peak_checkpoints for sample in self.samples)
             failed = [sample.status for sample in self.samples if sample.status is not Status.SUCCESS]
             self.status = failed[0] if failed else Status.SUCCESS
-            self._request = with_fields(self.samples[0]._request, stats=self.stats)
+            self._request = self.samples[0]._request._replace(stats=self.stats)
 
     def _let_go(self, problem: Problem) -> None:
         """Keep the problem without its tensors, which would keep the user's graph and the memory of y0 alive."""
-        blank = problem.y0.new_empty(()).expand(problem.y0.shape)
-        self._request = with_fields(self._request, problem=with_fields(problem, y0=blank, t=problem.t.detach()))
+        y0, t = problem.y0, problem.t
+        blank = y0.new_empty_strided(y0.shape, (0,) * y0.ndim)  # the memory of one element
+        problem = problem._replace(y0=blank, t=t.detach() if t.requires_grad else t)
+        self._request = self._request._replace(problem=problem)
 
 
 def refuse_transforms(what: str) -> None:
@@ -199,17 +206,17 @@ def refuse_transforms(what: str) -> None:
 
 
 class _Solve(torch.autograd.Function):
-    """The operation from (t, grid, y0, parameters) to (y at the outputs, the time of the event)."""
+    """The operation from (t, grid, y0, parameters) to y at the outputs."""
 
     @staticmethod
     def forward(ctx, task, t, grid, y0, *params):
-        ys, at = task.forward(t, y0, params)
-        _remember(ctx, (task, t, grid, y0, *params), (ys, at))
-        return ys, at
+        ys = task.forward(t, y0, params)
+        _remember(ctx, (task, t, grid, y0, *params), ys)
+        return ys
 
     @staticmethod
     @eager
-    def backward(ctx, grad_ys, _):  # pyright: ignore[reportIncompatibleMethodOverride]
+    def backward(ctx, grad_ys):  # pyright: ignore[reportIncompatibleMethodOverride]
         if torch._C._functorch.is_legacy_batchedtensor(grad_ys):  # pyright: ignore[reportAttributeAccessIssue]
             raise NotImplementedError(
                 f"{ctx.task.what} takes one gradient of the outputs at a time; got a batch of them (is_grads_batched, "
@@ -225,12 +232,10 @@ class _Solve(torch.autograd.Function):
         return None, adj_t, adj_grid, *found, *[None] * len(ctx.task.parameters.carried)
 
 
-def _remember(ctx: Any, inputs: Any, output: tuple[Tensor, Tensor]) -> None:
+def _remember(ctx: Any, inputs: Any, output: Tensor) -> None:
     """Save what the backward pass needs."""
     task, t, grid, _, *params = inputs
-    ys, at = output
-    ctx.mark_non_differentiable(at)
-    ctx.save_for_backward(t, grid, ys, at, *params)
+    ctx.save_for_backward(t, grid, output, *params)
     ctx.task = task
     for name, value in task.shown.items():
         setattr(ctx, name, value)
@@ -252,15 +257,15 @@ class _TransformedSolve(torch.autograd.Function):
         each = _samples(info, in_dims[1:], tensors)
         done = [_TransformedSolve.apply(*one) for one in zip(samples, *each, strict=True)]
         task.gather()
-        return _stacked(done)
+        return torch.stack(done), 0
 
 
 class _Gradient(torch.autograd.Function):
     """The backward pass of a solve as an operation. To differentiate it raises an error."""
 
     @staticmethod
-    def forward(task, wants_t, wants_grid, grad_ys, t, grid, ys, at, *params):
-        found = task.backward(Saved(t, grid, ys, at, params), grad_ys, wants_t, wants_grid)
+    def forward(task, wants_t, wants_grid, grad_ys, t, grid, ys, *params):
+        found = task.backward(Saved(t, grid, ys, params), grad_ys, wants_t, wants_grid)
         of_times = () if found.t is None else (found.t,)
         of_grid = () if found.grid is None else (found.grid,)
         return *of_times, *of_grid, found.y0, *found.params

@@ -109,9 +109,6 @@ class Comparison:
         self.members = members
         self.what = what
         self.ask = ask
-        kind = problem.y0.device.type
-        fewer = autocasts(kind) or (kind == "cuda" and problem.time_dtype is torch.float32)
-        self._rounding = max(ROUNDING * torch.finfo(problem.time_dtype).eps, FEWER_BITS if fewer else 0.0)
 
     def begin(self, kept: Evaluated, f: Tensor, z: Tensor) -> None:
         """Check f at z, the first evaluation of a backward solve. Evaluate func again only if it seems changed."""
@@ -147,7 +144,7 @@ class Comparison:
         if torch.equal(a, b):
             return False
         off = (a - b).abs()
-        counts = (off > self._rounding * b.abs().max()) & (off * at.h > UNNOTICED * self.norm.scale(z.abs()))
+        counts = (off > _rounding(z) * b.abs().max()) & (off * at.h > UNNOTICED * self.norm.scale(z.abs()))
         return bool(counts.any())
 
     def _off(self, f: Tensor, slope: Tensor, z: Tensor, at: Interval) -> bool:
@@ -157,6 +154,13 @@ class Comparison:
         if not largest > GUESSED * size:
             return False
         return bool((off.abs() * at.h > INTERPOLATION * self.norm.scale(z.abs())).any())
+
+
+def _rounding(y: Tensor) -> float:
+    """Return the difference that rounding may cause between two evaluations at y, relative to the largest element."""
+    dtype, kind = y.dtype.to_real(), y.device.type
+    fewer = autocasts(kind) or (kind == "cuda" and dtype is torch.float32)
+    return max(ROUNDING * torch.finfo(dtype).eps, FEWER_BITS if fewer else 0.0)
 
 
 def _slope(step: Step, stepper: ExplicitRK, s: float) -> Tensor | None:

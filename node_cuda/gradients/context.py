@@ -10,16 +10,18 @@ State = tuple[bool, list[tuple[str, bool, torch.dtype]]]
 """Whether autocast's cache is enabled, and for each kind of device whether autocast is, and its dtype."""
 
 
-def autocast_state(device_type: str) -> State:
-    """Return the state of autocast for this device and the CPU."""
-    states = [("cpu", torch.is_autocast_enabled("cpu"), torch.get_autocast_dtype("cpu"))]
-    if device_type != "cpu" and torch.amp.is_autocast_available(device_type):
-        states.append((device_type, torch.is_autocast_enabled(device_type), torch.get_autocast_dtype(device_type)))
+def autocast_state(device: torch.device) -> State | None:
+    """Return the state of autocast for this device and the CPU; None if autocast is off everywhere."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
+    states = [(name, torch.is_autocast_enabled(name), torch.get_autocast_dtype(name)) for name in _kinds(device)]
     return torch.is_autocast_cache_enabled(), states
 
 
-def autocast_contexts(state: State) -> list[Any]:
+def autocast_contexts(state: State | None, device: torch.device) -> list[Any]:
     """Return the contexts that restore this state."""
+    if state is None:
+        return [torch.autocast(name, enabled=False) for name in _kinds(device)]
     cache, states = state
     return [torch.autocast(name, dtype=dtype, enabled=on, cache_enabled=cache) for name, on, dtype in states]
 
@@ -27,3 +29,8 @@ def autocast_contexts(state: State) -> list[Any]:
 def autocasts(device_type: str) -> bool:
     """Return whether autocast is on for this device."""
     return torch.amp.is_autocast_available(device_type) and torch.is_autocast_enabled(device_type)
+
+
+def _kinds(device: torch.device) -> list[str]:
+    """Return the CPU and the type of this device, if they have autocast."""
+    return [name for name in dict.fromkeys(("cpu", device.type)) if torch.amp.is_autocast_available(name)]

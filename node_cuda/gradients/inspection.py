@@ -203,8 +203,8 @@ def sources(
     seen = set(waiting)
     while waiting:
         node = waiting.pop()
-        end = ends.get(node)
-        if end is None and node.name() == "torch::autograd::AccumulateGrad":
+        end, below = ends.get(node), node.next_functions
+        if end is None and not below and node.name() == "torch::autograd::AccumulateGrad":
             leaf: Any = getattr(node, "variable", None)
             held = sys.getrefcount(leaf) > _ALONE
             end = leaf
@@ -217,10 +217,10 @@ def sources(
             else:
                 others[id(end)] = end
             continue
-        for below, _ in node.next_functions:
-            if below is not None and below not in seen:
-                seen.add(below)
-                waiting.append(below)
+        for node, _ in below:
+            if node is not None and node not in seen:
+                seen.add(node)
+                waiting.append(node)
     return reached, list(others.values()), list(loose.values())
 
 

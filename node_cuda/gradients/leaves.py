@@ -11,7 +11,6 @@ nn.DataParallel does. `torch.func.functional_call` would put them into the modul
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from types import MethodType
 from typing import Any
 
@@ -35,7 +34,7 @@ def with_leaves(problem: Problem, params: Sequence[Tensor], y: Tensor) -> tuple[
     leaves = [nn.Parameter(p.detach()) for p in params]
     func = _computing_with(leaves, problem, params, y)
     if func is not None:
-        return replace(problem, func=func, field=problem.field_of(func)), leaves
+        return problem._replace(func=func, field=problem.field_of(func)), leaves
     if capture.override_of_streams() is None:
         raise capture.Uncapturable(
             "func computes with a tensor that is not, or not only, a parameter of an nn.Module, and this torch cannot "

@@ -57,14 +57,13 @@ NUMBER = "_node_cuda_number"
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """Return y at the problem's times and the status. The gradient of y is by the adjoint method."""
     task = _StoredAdjoint(request, None)
-    return task()[0], task.status
+    return task(), task.status
 
 
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """Return the event's time (no gradient), and y0 and y there, with their gradient by the adjoint method."""
     refuse_transforms("An event")
-    ys, at = _StoredAdjoint(request, event_fn)()
-    return at.to(request.problem.t), ys
+    return _StoredAdjoint(request, event_fn).event()
 
 
 class _StoredAdjoint(DifferentiableSolve):
@@ -79,10 +78,10 @@ class _StoredAdjoint(DifferentiableSolve):
         self.method, self.norm = _backward_method(request)
         self.event_fn = event_fn
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
-        """Solve, keep the steps, and return (y at the outputs, the user's time of the event or None)."""
+    def solve(self, request: SolveSpec) -> Tensor:
+        """Solve, and keep the steps."""
         # The user may write y0 before the backward pass.
-        problem = replace(request.problem, y0=request.problem.y0.detach().clone())
+        problem = request.problem._replace(y0=request.problem.y0.detach().clone())
         loop, interpolant = make_loop(
             problem, request.method, request.stats, endless=self.event_fn is not None, anywhere=True
         )
@@ -97,14 +96,14 @@ class _StoredAdjoint(DifferentiableSolve):
         loop.accepted = keep
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, request.method.options.raises)
-            return ys, None
-        at, y = find_event(loop, interpolant, request.method, self.event_fn)
-        return torch.stack([problem.y0, y]), at
+            return ys
+        self.at, y = find_event(loop, interpolant, request.method, self.event_fn)
+        return torch.stack([problem.y0, y])
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Solve for a along the stored solution, and return the gradients."""
-        ys, params, at_event = saved.ys, saved.params, self.event_fn is not None
-        times = (problem.times[0], problem.direction * float(saved.at)) if at_event else problem.times
+        ys, params, at_event = saved.ys, saved.params, self.at is not None
+        times = problem.times if self.at is None else (problem.times[0], problem.direction * self.at)
         # What a failed solve did not reach is NaN, and nothing flows back from it.
         failed = not at_event and self.status is not Status.SUCCESS
         count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else len(ys)
@@ -144,8 +143,7 @@ class _StoredAdjoint(DifferentiableSolve):
         derivative = field.derivative(self.method.options)
         options = replace(self.method.options, jac=derivative, norm=None)
         method = replace(self.method, options=options)
-        backward = replace(
-            problem, func=field, field=field, y0=a, times=ascending, direction=-problem.direction,
+        backward = problem._replace(func=field, field=field, y0=a, times=ascending, direction=-problem.direction,
             t=problem.t.detach().flip(0), norm=self.norm, callbacks=problem.adjoint_callbacks, bounds=None,
         )  # fmt: skip
         points = _backward_grid(backward, method.options) if isinstance(method.options, FixedOptions) else None
@@ -317,7 +315,7 @@ def _backward_grid(problem: Problem, options: FixedOptions) -> list[float]:
     points = [problem.times[0]]
     for ends in pairwise(problem.times):
         t = torch.tensor([problem.direction * s for s in ends], dtype=torch.float64, device="cpu")
-        points += grid_of(replace(problem, t=t, times=ends), options)[0][1:]
+        points += grid_of(problem._replace(t=t, times=ends), options)[0][1:]
     return points
 
 

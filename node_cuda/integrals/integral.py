@@ -138,8 +138,7 @@ def with_integral(
         None if tol is None else _extended(check_tolerance(name, tol, problem.layout, y0), problem, field, value)
         for name, tol, value in (("adjoint_rtol", given.rtol, None), ("adjoint_atol", given.atol, fill))
     )
-    extended = replace(
-        problem,
+    extended = problem._replace(
         func=func,
         field=VectorField(func, layout, problem.bounds, problem.ends),
         y0=torch.cat([y0.reshape(-1), y0.new_zeros(field.shape.numel())]),
@@ -155,7 +154,7 @@ def with_integral(
             name: _adjoint_callback(y0.numel(), y0.shape, call) for name, call in problem.adjoint_callbacks.items()
         },
     )
-    adjoint = replace(given, rtol=rtol, atol=atol, options=_adjoint_options(problem, given.options))
+    adjoint = given._replace(rtol=rtol, atol=atol, options=_adjoint_options(problem, given.options))
     return extended, replace(method, options=options), adjoint
 
 

@@ -11,6 +11,7 @@ from types import ModuleType
 import torch
 from torch import Tensor
 
+from node_cuda._torch_modes import CPU
 from node_cuda.extension import loading as extension
 from node_cuda.kernels import self_check
 from node_cuda.kernels.arithmetic import Arithmetic
@@ -117,7 +118,7 @@ def _fallback_reason(y0: Tensor) -> str | None:
 
 
 def _has_kernels(device: torch.device) -> bool:
-    return device.type == "cuda" and torch.version.hip is None
+    return device != CPU and device.type == "cuda" and torch.version.hip is None
 
 
 def _kernels(device: torch.device) -> tuple[ModuleType | None, Launch]:

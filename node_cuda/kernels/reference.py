@@ -22,7 +22,8 @@ from node_cuda._torch_modes import set_recording, transformed
 from node_cuda._typing import Row
 from node_cuda.kernels.norms import ErrorNorm
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+"""The dtypes whose sums are in float32."""
 
 
 def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:
@@ -33,13 +34,18 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     """
     if not row:
         return y0.clone() if out is None else out.copy_(y0)
-    half = y0.dtype in _HALF
+    half = y0.dtype in HALF
     first, pivot = row[0]
     scale: Any = h * pivot
     if len(row) == 1 and out is None and not half and not isinstance(scale, Tensor):
         return torch.add(y0, k[first], alpha=scale)  # the following gives the same and takes longer
     if half and torch.is_grad_enabled() and out is None and not (isinstance(scale, Tensor) or transformed()):
-        return combine_recorded(y0, k, row, h, y0, k)
+        out = recorded_sum(y0, k, row, h)
+        set_recording(False)
+        try:
+            return combine(y0, k, row, h, out)
+        finally:
+            set_recording(True)
     start = y0.float() if half else y0
     if isinstance(scale, Tensor):  # autograd records h; here a weight may be zero, so there is no division by a_0
         acc = start + h * functools.reduce(torch.add, (a * k[j].to(start.dtype) for j, a in row))
@@ -67,22 +73,15 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     return acc if out is None or acc is out else out.copy_(acc)
 
 
-def combine_recorded(
-    y0: Tensor, k: Sequence[Tensor], row: Row, h: Any, start: Tensor, terms: Sequence[Tensor]
-) -> Tensor:
-    """Return y0 + h sum_j a_j k_j of half tensors while autograd records.
+def recorded_sum(y0: Tensor, k: Sequence[Tensor], row: Row, h: Any) -> Tensor:
+    """Return a new half tensor with the graph of y0 + h sum_j a_j k_j. The caller sums in float32 into its memory.
 
-    start, terms: y0 and k, or the same numbers in float32. Of them the value is summed, in float32. The graph is that
-    of a sum of half tensors, which has no casts. Its gradients h a_j g are rounded once, as they would be with casts.
+    The graph is that of a sum of half tensors, which has no casts. Its gradients h a_j g are rounded once, as they
+    would be with casts. Its own value is rounded in every addition.
     """
-    acc = y0
     for j, a in row:
-        acc = torch.add(acc, k[j], alpha=h * a)
-    set_recording(False)
-    try:
-        return combine(start, terms, row, h, acc)
-    finally:
-        set_recording(True)
+        y0 = torch.add(y0, k[j], alpha=h * a)
+    return y0
 
 
 def compensated(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, lost: Tensor) -> tuple[Tensor, Tensor]:
@@ -91,7 +90,7 @@ def compensated(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, lo
     lost: that of the step before; float32 for half states. The results for a constant `lost` have the gradients of the
     plain sum. Kahan 1965, doi 10.1145/363707.363723.
     """
-    if y0.dtype in _HALF:
+    if y0.dtype in HALF:
         k = [x.float() for x in k]
     change = combine(lost, k, row, h)
     y1 = (y0 + change).to(y0.dtype)
@@ -100,7 +99,7 @@ def compensated(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, lo
 
 def nothing_lost(y0: Tensor) -> Tensor:
     """Return the `lost` of `compensated` at the start of a solve."""
-    return torch.zeros_like(y0, dtype=torch.float32 if y0.dtype in _HALF else y0.dtype)
+    return torch.zeros_like(y0, dtype=torch.float32 if y0.dtype in HALF else y0.dtype)
 
 
 def rk_finish(
@@ -122,7 +121,7 @@ def rk_finish(
 
 def _weighted_sum(k: Sequence[Tensor], row: Sequence[tuple[int, float]], h: float, like: Tensor) -> Tensor:
     """Return h sum_j e_j k_j as a new tensor, float32 for half states."""
-    dtype = torch.float32 if like.dtype in _HALF else like.dtype
+    dtype = torch.float32 if like.dtype in HALF else like.dtype
     if not row:
         return torch.zeros_like(like, dtype=dtype)
     (j, e), *rest = row
@@ -168,7 +167,7 @@ def initial_norms(y0: Tensor, f0: Tensor, norm: ErrorNorm) -> InitialNorms:
 def initial_change(y0: Tensor, f0: Tensor, f1: Tensor, norm: ErrorNorm) -> float:
     """Return |(f1 - f0) / scale| with scale = atol + rtol |y0|; f1 is the field after the Euler step."""
     with torch.no_grad():
-        if y0.dtype in _HALF:
+        if y0.dtype in HALF:
             f0, f1 = f0.float(), f1.float()  # in half precision the quotient overflows long before the norm does
         return norm((f1 - f0).div_(norm.scale(y0.abs())))
 

@@ -7,7 +7,6 @@ from collections.abc import Callable, Iterable, Sequence
 from torch import Tensor
 
 from node_cuda import options as opt
-from node_cuda._records import with_fields
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.backend import make_arithmetic
 from node_cuda.kernels.step_log import StepLog
@@ -63,7 +62,7 @@ def make_loop(
     options, tableau = method.options, method.tableau
     arithmetic = arithmetic_of(problem) if arithmetic is None else arithmetic
     y0 = arithmetic.as_contiguous(problem.y0)
-    problem = problem if y0 is problem.y0 else with_fields(problem, y0=y0)
+    problem = problem if y0 is problem.y0 else problem._replace(y0=y0)
     stepper: Stepper
     selector: StepSelector
     if isinstance(options, opt.AdaptiveOptions) and tableau is not None:

@@ -7,22 +7,20 @@ does every solve for which `applies` is False.
 
 from __future__ import annotations
 
-import functools
 import itertools
 from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
 
-from node_cuda._torch_modes import transformed
+from node_cuda._torch_modes import set_recording, transformed
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import is_plain
-from node_cuda.kernels.reference import combine, combine_recorded
+from node_cuda.kernels.reference import HALF, combine, recorded_sum
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step
 from node_cuda.methods.tableau import SparseRow
-from node_cuda.options import FixedOptions
 from node_cuda.problem.field import share_memory
 from node_cuda.problem.problem import Field, Problem
 from node_cuda.solution import Stats
@@ -37,15 +35,9 @@ def applies(problem: Problem, method: Method) -> bool:
     It can if a fixed-grid Runge-Kutta method steps from output to output, no callback or option needs the single steps,
     autograd records no derivative by t, and no kernel computes the steps.
     """
-    options, tableau = method.options, method.tableau
     return (
-        isinstance(options, FixedOptions)
-        and tableau is not None
-        and not tableau.fsal
-        and options.step_size is None
-        and options.grid_constructor is None
-        and not (options.perturb or options.record_steps or options.progress)
-        and not (options.compensated or options.cuda_graph or problem.callbacks)
+        method.steps_are_outputs
+        and not problem.callbacks
         and not (problem.t.requires_grad and torch.is_grad_enabled())
         and not transformed()
         and problem.backend != "fused"
@@ -70,9 +62,8 @@ def solve_grid(
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
     y = y_before = problem.y0
     t = stage_times(times, sign, tableau.nodes, y)
-    # A half y, and stages that are read several times, are widened once.
-    half = y.itemsize == 2
-    widens = half and max(map(len, (*rows, b))) > 1
+    wide: list[Tensor] | None = [] if y.dtype in HALF else None
+    widens = tableau.longest_sum > 1
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
     ys = _slab(y, len(times)) if large else None
@@ -82,14 +73,13 @@ def solve_grid(
         for n in range(len(times) - 1):
             h = sign * (times[n + 1] - times[n])
             t_n = t[n * stages : (n + 1) * stages]
-            start = y.float() if half else y
             if begun is not None:
                 begun.append(y)
-            k, terms = _stages(field, t_n, y, start, rows, h, widens)
+            k = _stages(field, t_n, y, rows, h, wide, widens)
             if stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
-                k, terms = _stages(field, t_n, y, start, rows, h, widens)
-            y_before, y = y, _half_sum(y, k, b, h, start, terms) if half else combine(y, k, b, h)
+                k = _stages(field, t_n, y, rows, h, wide, widens)
+            y_before, y = y, combine(y, k, b, h) if wide is None else _half_sum(y, k, b, h, wide, widens)
             if ys is None:
                 listed.append(y)
             else:
@@ -106,31 +96,44 @@ def solve_grid(
 
 
 def _stages(
-    field: Field, t: Sequence[Tensor], y: Tensor, start: Tensor, rows: Sequence[SparseRow], h: float, widens: bool
-) -> tuple[list[Tensor], list[Tensor]]:
-    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j), and the same as terms of the next sums.
-
-    start: y, a half y in float32. widens: the terms are in float32, too.
-    """
+    field: Field,
+    t: Sequence[Tensor],
+    y: Tensor,
+    rows: Sequence[SparseRow],
+    h: float,
+    wide: list[Tensor] | None,
+    widens: bool,
+) -> list[Tensor]:
+    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j). wide, widens: as in `_half_sum`, None if y is no
+    half state."""
     k: list[Tensor] = []
-    terms = list[Tensor]() if widens else k
+    if wide:
+        wide.clear()
     for t_i, row in zip(t, rows, strict=True):
         z = y
         if row:
-            z = combine(y, k, row, h) if start is y else _half_sum(y, k, row, h, start, terms)
+            z = combine(y, k, row, h) if wide is None else _half_sum(y, k, row, h, wide, widens)
         k.append(field(t_i, z, spare=z is not y))
+    return k
+
+
+def _half_sum(y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, wide: list[Tensor], widens: bool) -> Tensor:
+    """Return y + h sum_j a_j k_j of a half state.
+
+    wide: y and the first stages in float32, which receives the others; each is widened once. widens: if not, only y is
+    widened. (A sum with one term widens it by itself.)
+    """
+    recording = torch.is_grad_enabled()
+    out = recorded_sum(y, k, row, h) if recording else torch.empty_like(y)
+    set_recording(False)
+    try:
+        if not wide:
+            wide.append(y.float())
         if widens:
-            terms.append(k[-1].float())
-    return k, terms
-
-
-def _half_sum(
-    y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, start: Tensor, terms: Sequence[Tensor]
-) -> Tensor:
-    """Return y + h sum_j a_j k_j of a half state. start: y in float32. terms: k, or the same in float32."""
-    if torch.is_grad_enabled():
-        return combine_recorded(y, k, row, h, start, terms)
-    return combine(start, terms, row, h, torch.empty_like(y))
+            wide.extend([x.float() for x in k[len(wide) - 1 :]])
+        return combine(wide[0], wide[1:] if widens else k, row, h, out)
+    finally:
+        set_recording(recording)
 
 
 def stage_times(times: Sequence[float], sign: float, nodes: Sequence[float], y: Tensor) -> tuple[Tensor, ...]:
@@ -140,8 +143,8 @@ def stage_times(times: Sequence[float], sign: float, nodes: Sequence[float], y: 
         for c in nodes:
             values.append(sign * (t1 if c == 1.0 else t0 + c * (t1 - t0)))
     dtype, device = y.dtype.to_real(), y.device
-    if len(values) <= 2:  # a tensor and its views would take twice as long
-        return tuple(map(functools.partial(torch.scalar_tensor, dtype=dtype, device=device), values))
+    if len(values) <= 8:  # a tensor and its views would take longer
+        return tuple([torch.scalar_tensor(value, dtype=dtype, device=device) for value in values])
     return torch.tensor(values, dtype=dtype, device=device).unbind()
 
 

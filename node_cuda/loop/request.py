@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
@@ -14,8 +13,7 @@ from node_cuda.problem.problem import Problem, check_tolerance
 from node_cuda.solution import Stats
 
 
-@dataclass(frozen=True)
-class AdjointSpec:
+class AdjointSpec(NamedTuple):
     """The user's adjoint_* arguments, unchanged. None stands for the value of the forward solve."""
 
     rtol: Any = None
@@ -25,8 +23,7 @@ class AdjointSpec:
     params: Iterable[Tensor] | None = None
 
 
-@dataclass(frozen=True)
-class SolveSpec:
+class SolveSpec(NamedTuple):
     """A problem, the method, the statistics to fill in, and the method's name and options as the user gave them.
 
     checkpoints: the number of states that the discrete adjoint may keep. None: one for each step. "auto": as many as

@@ -54,6 +54,20 @@ class Method:
         return isinstance(self.options, opt.AdaptiveOptions)
 
     @cached_property
+    def steps_are_outputs(self) -> bool:
+        """The method is an explicit one on the fixed grid t, and no option needs the single steps."""
+        options, tableau = self.options, self.tableau
+        return (
+            isinstance(options, opt.FixedOptions)
+            and tableau is not None
+            and not tableau.fsal
+            and options.step_size is None
+            and options.grid_constructor is None
+            and not (options.perturb or options.record_steps or options.progress)
+            and not (options.compensated or options.cuda_graph)
+        )
+
+    @cached_property
     def reads_tolerances(self) -> bool:
         """The method uses rtol and atol, for its steps or for the end of an iteration."""
         return self.adaptive or self.implicit is not None or self.name in (SCIPY, "implicit_adams", "fixed_adams")

@@ -215,6 +215,11 @@ class Tableau:
         return i, j, sparse([x - y for x, y in zip(self.a[j], shorter, strict=True)])
 
     @cached_property
+    def longest_sum(self) -> int:
+        """The largest number of stages in the sum of one stage, or of y1."""
+        return max(map(len, (*self.rows, self.b_row)))
+
+    @cached_property
     def weights(self) -> tuple[float, ...]:
         """b as floats."""
         return tuple(float(b) for b in self.b)

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,8 +20,8 @@ from node_cuda.problem.field import ONE_TENSOR, Layout, VectorField
 from node_cuda.status import InvalidInput, InvalidState, InvalidType
 
 CALLBACKS = ("callback_step", "callback_accept_step", "callback_reject_step")
-_FORWARD = [(name, name) for name in CALLBACKS]
-_ADJOINT = [(name, name + "_adjoint") for name in CALLBACKS]
+_ADJOINT = "_adjoint"
+_CALLBACKS = frozenset((*CALLBACKS, *(name + _ADJOINT for name in CALLBACKS)))
 
 
 NO_DOUBLES = ("mps",)
@@ -41,8 +40,7 @@ class Field(Protocol):
     def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False) -> Tensor: ...
 
 
-@dataclass(frozen=True)
-class Problem:
+class Problem(NamedTuple):
     """dy/dt = field(t, y), y(times[0]) = y0, solved for y at `times`.
 
     func: the user's function. field: the function that the solver calls. y0: the flat state. times: solver times s in
@@ -357,16 +355,21 @@ def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
 
 def _callbacks(func: Func) -> tuple[dict[str, Callback], dict[str, Callback]]:
     """Return the callbacks of func for the forward solve, and those for the backward solve."""
+    if _has_no_callbacks(func):
+        return {}, {}
+    found = {name: x for name in _CALLBACKS if (x := getattr(func, name, None)) is not None}
+    return (
+        {name: found[name] for name in CALLBACKS if name in found},
+        {name: found[name + _ADJOINT] for name in CALLBACKS if name + _ADJOINT in found},
+    )
+
+
+def _has_no_callbacks(func: Any) -> bool:
+    """Return True if func is an nn.Module without callbacks: its `getattr` is slow for a name that does not exist."""
     kind = type(func)
-    # Module.__getattr__ is slow for a name that does not exist.
-    plain = getattr(kind, "__getattr__", None) is nn.Module.__getattr__
-    found: list[dict[str, Callback]] = []
-    for names in (_FORWARD, _ADJOINT):
-        called: dict[str, Callback] = {}
-        for name, full in names:
-            if not plain or hasattr(kind, full) or full in func.__dict__ or full in func._modules:  # pyright: ignore
-                callback = getattr(func, full, None)
-                if callback is not None:
-                    called[name] = callback
-        found.append(called)
-    return found[0], found[1]
+    if getattr(kind, "__getattr__", None) is not nn.Module.__getattr__:
+        return False
+    for members in (func.__dict__, func._modules, *[base.__dict__ for base in kind.__mro__]):
+        if not members.keys().isdisjoint(_CALLBACKS):
+            return False
+    return True

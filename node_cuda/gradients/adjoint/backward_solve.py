@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -12,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from node_cuda._records import with_fields
 from node_cuda._typing import Tolerance
 from node_cuda.gradients.adjoint.field import AdjointField, ParameterGradient
 from node_cuda.gradients.adjoint.norm import AdjointNorm, backward_error_norm, smallest
@@ -70,7 +69,7 @@ class Backward:
     ) -> None:
         self.forward = forward
         self.settings = settings
-        self.t, self.ys, self.grad_ys = t.detach(), ys, grad_ys.to(ys.dtype)
+        self.t, self.ys, self.grad_ys = t.detach(), ys.detach(), grad_ys.to(ys.dtype)
         self.times = times
         self.params = params
         options = dict(settings.options)
@@ -81,8 +80,7 @@ class Backward:
     def problem(self) -> Problem:
         """The problem of the flat state [y, a]; its field is set later."""
         forward, settings = self.forward, self.settings
-        return with_fields(
-            forward,
+        return forward._replace(
             y0=torch.cat([self.ys[-1].reshape(-1), self.grad_ys[-1].reshape(-1)]),
             t=self.t.flip(0),
             # Backwards from the last time, in the solver's ascending time.
@@ -111,12 +109,12 @@ class Backward:
         """Return a copy with separate memory for [y, a], for this forward problem and these parameters."""
         other = copy.copy(self)
         other.forward, other.params = forward, params
-        other.problem = with_fields(self.problem, y0=self.problem.y0.clone())
+        other.problem = self.problem._replace(y0=self.problem.y0.clone())
         return other
 
     def interval(self, i: int, z: Tensor) -> Problem:
         """Return the problem of the i-th interval, backwards. A fixed grid starts anew in each, as in torchdiffeq."""
-        return with_fields(self.problem, y0=z, t=self.problem.t[i : i + 2], times=self.problem.times[i : i + 2])
+        return self.problem._replace(y0=z, t=self.problem.t[i : i + 2], times=self.problem.times[i : i + 2])
 
 
 class BackwardSolve:
@@ -129,7 +127,7 @@ class BackwardSolve:
         self.arithmetic = arithmetic_of(backward.problem)
         self.field = AdjointField(self.forward, self.arithmetic, backward.params, reached)
         self.gradient = ParameterGradient(self.field, backward.params_norm, in_norm=backward.params_in_norm)
-        self.problem = with_fields(backward.problem, field=self.field, callbacks=self._callbacks())
+        self.problem = backward.problem._replace(field=self.field, callbacks=self._callbacks())
         self.stats = Stats()
         self.steps = 0  # since the last output
         settings, forward = backward.settings, backward.forward
@@ -190,10 +188,10 @@ class BackwardSolve:
         whole, method, bar = self.problem, self.method, None
         if method.options.progress:
             bar = Progress(whole.times, whole.direction, backwards=True)
-            method = with_fields(method, options=with_fields(method.options, progress=False))
+            method = replace(method, options=replace(method.options, progress=False))
 
         def interval(i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
-            problem = with_fields(self.backward.interval(i, z), field=self.field, callbacks=whole.callbacks)
+            problem = self.backward.interval(i, z)._replace(field=self.field, callbacks=whole.callbacks)
             loop, _ = make_loop(problem, method, self.stats, quadrature=self.gradient, arithmetic=self.arithmetic)
             loop.tried = None if bar is None else show_steps(bar, whole, self.stats)
             found = self._follow(loop.steps(), problem.times[1])
@@ -217,7 +215,7 @@ class BackwardSolve:
 
     def _scipy_interval(self, i: int, z: Tensor) -> tuple[Tensor, Tensor | None]:
         """Solve for (y, a) by scipy. The parameters' gradient is a Gauss rule over the dense output of each step."""
-        problem = with_fields(self.problem, y0=z, times=self.problem.times[i : i + 2])
+        problem = self.problem._replace(y0=z, times=self.problem.times[i : i + 2])
         assert isinstance(self.method.options, ScipyOptions)
         self.field.wants(False)
         solve = ScipySolve(problem, self.method.options, self.stats)

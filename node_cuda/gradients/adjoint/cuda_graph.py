@@ -11,7 +11,6 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -205,7 +204,7 @@ def try_captured(
 def _by_the_host(backward: Backward, *, timed: bool) -> Outcome:
     """Run the same backward solve in the host loop, with a new field."""
     forward, params = backward.forward, backward.params
-    own = replace(forward, field=forward.field_of(forward.func))
+    own = forward._replace(field=forward.field_of(forward.func))
     try:
         found = BackwardSolve(backward.apart(own, params), UsedParameters(range(len(params)))).run(timed)
     except SolveError as failure:

@@ -15,7 +15,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from node_cuda._records import with_fields
 from node_cuda._typing import EventFunc
 from node_cuda.gradients import forward
 from node_cuda.gradients.adjoint import native
@@ -38,7 +37,7 @@ from node_cuda.status import InvalidInput, SolveError, Status, users_level
 def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
     """Return y at the problem's times, with its gradient by the adjoint method, and the status."""
     task = _AdjointSolve(request, None)
-    ys, _ = task()
+    ys = task()
     if request.method.adaptive and ys.requires_grad and task.status is Status.SUCCESS and not task.by_chance:
         warn_of_many_outputs(request, task.settings, max(len(task.samples), 1))
     return ys, task.status
@@ -47,8 +46,7 @@ def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """Return the event's time (no gradient), and y0 and y there, with their gradient by the adjoint method."""
     refuse_transforms("An event")
-    ys, at = _AdjointSolve(request, event_fn)()
-    return at.to(request.problem.t), ys
+    return _AdjointSolve(request, event_fn).event()
 
 
 class _AdjointSolve(DifferentiableSolve):
@@ -65,14 +63,15 @@ class _AdjointSolve(DifferentiableSolve):
         self.shown = {"adjoint_options": self.settings.options}
         self.event_fn = event_fn
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
+    def solve(self, request: SolveSpec) -> Tensor:
         last = LastStep()
         if self.event_fn is not None:
             event_t, ys = forward.event(request, self.event_fn, last)
-            self.kept = last.evaluated(request.problem.direction * float(event_t), self.members)
-            return ys, float(event_t)
+            self.at = float(event_t)
+            self.kept = last.evaluated(request.problem.direction * self.at, self.members)
+            return ys
         if not (request.wants_status or request.method.options.raises):
-            request = with_fields(request, wants_status=True)  # the gradient of a failed solve is partial
+            request = request._replace(wants_status=True)  # the gradient of a failed solve is partial
         options = request.method.options
         why = self.replaced(request.problem) if options.compile or options.cuda_graph else None
         ys, self.status = forward.outputs(request, why, last)
@@ -81,19 +80,20 @@ class _AdjointSolve(DifferentiableSolve):
         self.then = last.seen
         # A partial solution has gradients where it was reached. If the status is not known yet, NaN stays NaN.
         self.failed = not request.method.options.raises and self.status not in (Status.SUCCESS, Status.PENDING)
-        return ys, None
+        return ys
 
     def gradients(self, problem: Problem, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
-        t, _, ys, at, params = saved
-        event_mode = self.event_fn is not None
-        times = torch.stack([t[0], at.to(t)]) if event_mode else t
+        t, _, ys, params = saved
+        event_mode = self.at is not None
+        times = t if self.at is None else torch.stack([t[0], torch.tensor(self.at, dtype=t.dtype, device=t.device)])
         # The outputs that a failed solve did not reach are NaN. They give no gradient.
         failed = not event_mode and self.failed
-        count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1) if failed else ys.shape[0]
+        count = len(t)
         solver_times = [problem.direction * s for s in times.cpu().double().tolist()] if event_mode else problem.times
-        backward = Backward(
-            problem, self.settings, times[:count], solver_times[:count], ys[:count], grad_ys[:count], params
-        )
+        if failed:
+            count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1)
+            times, solver_times, ys, grad_ys = times[:count], solver_times[:count], ys[:count], grad_ys[:count]
+        backward = Backward(problem, self.settings, times, solver_times, ys, grad_ys, params)
         used = self.reached(problem)
         try:
             options = backward.method.options

@@ -9,7 +9,6 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from node_cuda._records import with_fields
 from node_cuda.cuda_graphs.parts import Unseen
 from node_cuda.gradients.adjoint.backward_solve import Backward, Found
 from node_cuda.kernels.norms import ErrorNorm
@@ -70,7 +69,7 @@ def try_native(
         why = "check_reconstruction compares y at each output on the host"
     if why is None and forward.adjoint_callbacks:
         why = "func has callbacks for the backward solve, and a compiled loop calls no Python"
-    why = why or why_eager(with_fields(problem, callbacks={}), method)
+    why = why or why_eager(problem._replace(callbacks={}), method)
     seen = None
     if why is None:
         try:
@@ -83,8 +82,7 @@ def try_native(
     cache = method.options.compile
     assert isinstance(cache, NativeCache)
     # The state of the loop is y and a apart, each like y0, with its tolerances.
-    like = with_fields(
-        problem,
+    like = problem._replace(
         y0=given.ys[0].detach().contiguous(),
         layout=forward.layout,
         norm=ErrorNorm(settings.rtol, settings.atol, forward.norm.sizes),
@@ -169,8 +167,7 @@ def _grids(problem: Problem, method: Method) -> list[list[float]]:
     """Return the points of the grid of each interval. Each interval has a grid of its own, as in torchdiffeq."""
     assert isinstance(method.options, FixedOptions)
     pairs = [
-        with_fields(problem, t=problem.t[i : i + 2], times=problem.times[i : i + 2])
-        for i in range(len(problem.times) - 1)
+        problem._replace(t=problem.t[i : i + 2], times=problem.times[i : i + 2]) for i in range(len(problem.times) - 1)
     ]
     return [grid_of(pair, method.options)[0] for pair in pairs]
 

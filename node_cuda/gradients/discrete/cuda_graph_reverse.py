@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -65,7 +64,7 @@ class CapturedReversePass(CapturedSolve):
         self.tape, self.states = loop.tape, loop.states
         with self.recorder.aside(), torch.no_grad():
             problem, params = with_leaves(problem, params, loop.y)
-            own = with_field_of_its_own(replace(problem, y0=torch.empty_like(loop.y)))
+            own = with_field_of_its_own(problem._replace(y0=torch.empty_like(loop.y)))
             arithmetic = arithmetic_of(own)
             assert isinstance(arithmetic, Fused)
             self.arithmetic = arithmetic

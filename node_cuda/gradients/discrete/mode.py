@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Sequence
 import torch
 from torch import Tensor
 
-from node_cuda._records import with_fields
 from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.first_run_check import Outcome, Trial, refuted
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
@@ -69,17 +68,16 @@ def outputs(request: SolveSpec) -> tuple[Tensor, Status]:
         slots = _slots(request, 1)
         if slots is None or slots >= len(request.problem.times) - 1:
             task = _DiscreteSolve(request, None, None, plain=True)
-            return task()[0], task.status
+            return task(), task.status
     points, grid = grid_of(request.problem, options) if isinstance(options, FixedOptions) else (None, None)
     task = _DiscreteSolve(request, None, points, taped_grid=grid is not None)
-    return task(grid)[0], task.status
+    return task(grid), task.status
 
 
 def event(request: SolveSpec, event_fn: EventFunc) -> tuple[Tensor, Tensor]:
     """Return the time of the event, without a gradient, and [y0, y at the event], with the discrete adjoint."""
     refuse_transforms("An event")
-    ys, at = _DiscreteSolve(request, event_fn, None)()
-    return at.to(request.problem.t), ys
+    return _DiscreteSolve(request, event_fn, None).event()
 
 
 SAME = 1e-3
@@ -121,8 +119,8 @@ class _DiscreteSolve(DifferentiableSolve):
         """That of the solve."""
         return self._request.method
 
-    def solve(self, request: SolveSpec) -> tuple[Tensor, float | None]:
-        """Solve, record the steps, and return (y at the outputs, the user's time of the event or None)."""
+    def solve(self, request: SolveSpec) -> Tensor:
+        """Solve, and record the steps."""
         problem, method, stats = request.problem, request.method, request.stats
         endless = self.event_fn is not None
         if method.options.cuda_graph:
@@ -130,14 +128,14 @@ class _DiscreteSolve(DifferentiableSolve):
             if recorded is not None:
                 ys, self.status, self.record = recorded
                 self.times = problem.times
-                return ys, None
+                return ys
             stats.why_backward = stats.why
         if method.options.compile:
             compiled = native.try_native(request, self._why_not_compiled(request))
             if compiled is not None:
                 ys, self.status, self.compiled = compiled
                 self.times = problem.times
-                return ys, problem.direction * self.times[-1]
+                return ys
             stats.why_backward = stats.why
         if self.plain:
             begun, last = list[Tensor](), list[Step]()
@@ -146,16 +144,16 @@ class _DiscreteSolve(DifferentiableSolve):
             if request.wants_status or not method.options.raises:  # the gradient of a failed solve is partial
                 self.status = grid_status(ys, stats)
             self.times = problem.times
-            return ys, None
+            return ys
         loop, interpolant = make_loop(problem, method, stats, points=self.points, endless=endless)
         self.trajectory = _recorded(loop, request, None if self.points is None else len(self.points) - 1)
         if self.event_fn is None:
             ys, self.status = solve_outputs(loop, interpolant, method.options.raises)
             self.times = problem.times
-            return ys, None
-        at, y = find_event(loop, interpolant, method, self.event_fn)
-        self.times = problem.times[0], problem.direction * at
-        return torch.stack([problem.y0, y]), at
+            return ys
+        self.at, y = find_event(loop, interpolant, method, self.event_fn)
+        self.times = problem.times[0], problem.direction * self.at
+        return torch.stack([problem.y0, y])
 
     def _why_not_recorded(self, request: SolveSpec) -> str | None:
         if self.event_fn is not None:
@@ -200,10 +198,10 @@ class _DiscreteSolve(DifferentiableSolve):
         Raises InvalidField if the outputs are not those of the compiled solve.
         """
         self.compiled = None
-        problem = with_fields(problem, y0=ys[0].detach(), field=problem.field_of(problem.func))
+        problem = problem._replace(y0=ys[0].detach(), field=problem.field_of(problem.func))
         again = Stats()
         loop, interpolant = make_loop(problem, self.method, again, points=self.points)
-        self.trajectory = _recorded(loop, with_fields(self._request, problem=problem), None)
+        self.trajectory = _recorded(loop, self._request._replace(problem=problem), None)
         outputs, _ = solve_outputs(loop, interpolant, throw=False)
         self.stats.recomputed_steps += again.accepted
         if not torch.allclose(outputs, ys, rtol=SAME, atol=SAME * float(ys.abs().nan_to_num().max()), equal_nan=True):
@@ -364,7 +362,7 @@ class _Backwards:
     ) -> None:
         ys, self.params = saved.ys, saved.params
         # A view of ys itself would keep the graph alive, and the graph keeps the trajectory alive.
-        problem = with_fields(problem, y0=ys.detach()[0], times=task.times)
+        problem = problem._replace(y0=ys.detach()[0], times=task.times)
         self.problem, self.ys, self.grid = problem, ys, saved.grid if wants_grid else None
         self.trajectory, self.times, self.at_event = task.trajectory, task.times, task.event_fn is not None
         self.trajectory.begin(problem.y0)
