@@ -45,7 +45,7 @@ def _norm(x: Tensor) -> Tensor:
     return torch.linalg.vector_norm(x, dtype=torch.float32) if x.dtype in _HALF else torch.linalg.vector_norm(x)
 
 
-@dataclass(frozen=True)
+@dataclass(eq=False)
 class ErrorNorm:
     """The scaled norm of an error: the rms over a segment of |e_i| / (atol_i + rtol_i |y_i|), the maximum over
     segments.
