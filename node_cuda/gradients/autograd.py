@@ -148,7 +148,7 @@ class DifferentiableSolve(ABC):
         problem, func = self._request.problem, self.parameters.bound((*params, *saved.params[count:]))
         if func is not problem.func:
             problem = problem._replace(func=func, field=problem.field_of(func))
-        saved = saved._replace(params=tuple(params))
+        saved = Saved(saved.t, saved.grid, saved.ys, tuple(params))
         return self.gradients(problem, saved, grad_ys, wants_t, wants_grid)
 
     def _binds(self, p: Tensor) -> bool:

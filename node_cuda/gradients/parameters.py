@@ -43,8 +43,8 @@ class Parameters:
         named = list(named)
         self.every = tuple(dict(zip(map(id, named), named, strict=True)).values())
         self.wanted = tuple([x for x in self.every if x.requires_grad or is_wrapped(x)])
-        if torch.is_grad_enabled():
-            _refuse_shards_inside(self.owner, self.wanted, method)
+        if not set(map(type, self.wanted)) <= _NO_SHARDS and torch.is_grad_enabled():
+            _refuse_shards_inside(self.owner, method)
         self.carried: tuple[Tensor, ...] = ()
         if buffers:
             known = {id(x) for x in self.wanted}
@@ -112,10 +112,14 @@ def is_wrapped(x: Any) -> bool:
     return isinstance(x, Tensor) and known._functorch.is_functorch_wrapped_tensor(x)
 
 
-def _refuse_shards_inside(owner: Any, params: Sequence[Tensor], method: str) -> None:
+_NO_SHARDS = {nn.Parameter, Tensor}
+"""The types of plain parameters. The shards of a parameter are a DTensor."""
+
+
+def _refuse_shards_inside(owner: Any, method: str) -> None:
     """Raise Unsupported if fully_shard holds parts of func: their parameters are others during each evaluation."""
-    if not set(map(type, params)) - {nn.Parameter, Tensor} or not isinstance(owner, nn.Module):
-        return  # the shards of a parameter are a DTensor
+    if not isinstance(owner, nn.Module):
+        return
     fsdp: Any = sys.modules.get("torch.distributed.fsdp")
     kind = getattr(fsdp, "FSDPModule", ())
     for name, module in owner.named_modules():

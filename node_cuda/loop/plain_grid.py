@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -138,14 +139,14 @@ def _half_sum(y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, wide: li
 
 def stage_times(times: Sequence[float], sign: float, nodes: Sequence[float], y: Tensor) -> tuple[Tensor, ...]:
     """Return the times of all stages of all steps between these solver times, for states like y."""
-    values: list[float] = []
+    dtype, device = y.dtype.to_real(), y.device
+    few = (len(times) - 1) * len(nodes) <= 8  # then a tensor and its views would take longer
+    values: list[Any] = []
     for t0, t1 in itertools.pairwise(times):
         for c in nodes:
-            values.append(sign * (t1 if c == 1.0 else t0 + c * (t1 - t0)))
-    dtype, device = y.dtype.to_real(), y.device
-    if len(values) <= 8:  # a tensor and its views would take longer
-        return tuple([torch.scalar_tensor(value, dtype=dtype, device=device) for value in values])
-    return torch.tensor(values, dtype=dtype, device=device).unbind()
+            value = sign * (t1 if c == 1.0 else t0 + c * (t1 - t0))
+            values.append(torch.scalar_tensor(value, dtype=dtype, device=device) if few else value)
+    return tuple(values) if few else torch.tensor(values, dtype=dtype, device=device).unbind()
 
 
 def _slab(y0: Tensor, count: int) -> Tensor:

@@ -130,7 +130,7 @@ def make_problem(
             "rtol and atol are both 0, so no step can be accepted; got 0 and 0. Use for example `rtol=1e-12`."
         )
     bounds = _inside(times, direction, flat.dtype.to_real()) if clip else None
-    callbacks, adjoint_callbacks = _callbacks(func)
+    callbacks, adjoint_callbacks = ({}, {}) if _has_no_callbacks(func) else _callbacks(func)
     ends = None if endless else (direction * times[0], direction * times[-1])
     return Problem(
         func=func,
@@ -355,8 +355,6 @@ def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
 
 def _callbacks(func: Func) -> tuple[dict[str, Callback], dict[str, Callback]]:
     """Return the callbacks of func for the forward solve, and those for the backward solve."""
-    if _has_no_callbacks(func):
-        return {}, {}
     found = {name: x for name in _CALLBACKS if (x := getattr(func, name, None)) is not None}
     return (
         {name: found[name] for name in CALLBACKS if name in found},
@@ -369,7 +367,9 @@ def _has_no_callbacks(func: Any) -> bool:
     kind = type(func)
     if getattr(kind, "__getattr__", None) is not nn.Module.__getattr__:
         return False
-    for members in (func.__dict__, func._modules, *[base.__dict__ for base in kind.__mro__]):
-        if not members.keys().isdisjoint(_CALLBACKS):
+    if not (func.__dict__.keys().isdisjoint(_CALLBACKS) and func._modules.keys().isdisjoint(_CALLBACKS)):
+        return False
+    for base in kind.__mro__:
+        if not base.__dict__.keys().isdisjoint(_CALLBACKS):
             return False
     return True

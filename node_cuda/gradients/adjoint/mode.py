@@ -88,7 +88,7 @@ class _AdjointSolve(DifferentiableSolve):
         times = t if self.at is None else torch.stack([t[0], torch.tensor(self.at, dtype=t.dtype, device=t.device)])
         # The outputs that a failed solve did not reach are NaN. They give no gradient.
         failed = not event_mode and self.failed
-        count = len(t)
+        count = t.shape[0]
         solver_times = [problem.direction * s for s in times.cpu().double().tolist()] if event_mode else problem.times
         if failed:
             count = max(int(torch.isfinite(ys).reshape(len(ys), -1).all(1).sum()), 1)
@@ -105,7 +105,7 @@ class _AdjointSolve(DifferentiableSolve):
         used.check(params)
         if adj_t is not None and self._is_autonomous(backward):
             adj_t = torch.cat([-adj_t[1:].sum().reshape(1), adj_t[1:]])
-        if adj_t is not None and (event_mode or count < len(t)):
+        if adj_t is not None and (event_mode or count < t.shape[0]):
             # With an event, t[1] is not the event's time, so only t[0] has a gradient.
             kept = 1 if event_mode else count
             adj_t = torch.cat([adj_t[:kept], torch.zeros_like(t[kept:])])
