@@ -369,7 +369,7 @@ def _has_no_callbacks(func: Any) -> bool:
         return False
     if not (func.__dict__.keys().isdisjoint(_CALLBACKS) and func._modules.keys().isdisjoint(_CALLBACKS)):
         return False
-    for base in kind.__mro__:
+    for base in kind.__mro__:  # noqa: SIM110 - `all` of a generator calls a Python function for each
         if not base.__dict__.keys().isdisjoint(_CALLBACKS):
             return False
     return True
