@@ -50,27 +50,35 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
     if isinstance(scale, Tensor):  # autograd records h; here a weight may be zero, so there is no division by a_0
         acc = start + h * functools.reduce(torch.add, (a * k[j].to(start.dtype) for j, a in row))
         return acc.to(y0.dtype) if out is None else out.copy_(acc)
-    others: Any = row[1:]
-    sum_ = k[first].float() if half and others else k[first]  # torch.add widens a half tensor by itself
+    if half and len(row) > 1:  # a single half tensor is widened by torch.add
+        k = [x.float() if j == first else x for j, x in enumerate(k)]
     if torch.is_grad_enabled() or transformed():
+        sum_, others = k[first], list[Any](row[1:])
         for j, a in others:
             sum_ = torch.add(sum_, k[j], alpha=a / pivot)
         acc = torch.add(start, sum_, alpha=scale)
         acc = acc.type_as(y0) if half else acc  # takes two thirds of the time of `to`
     else:
-        ours = half  # this function made the memory of sum_, and may write into it
-        for j, a in others:
-            if ours:
-                sum_.add_(k[j], alpha=a / pivot)
-            else:
-                sum_ = torch.add(sum_, k[j], alpha=a / pivot)
-                ours = not sum_._is_zerotensor()
-        if half:
-            to = torch.empty_like(y0) if out is None or out.dtype is not y0.dtype else out
-        else:
-            to = out if out is not None or not (ours and others) else sum_
-        acc = torch.add(start, sum_, alpha=scale, out=to)
+        fits = not half or (out is not None and out.dtype is y0.dtype)
+        acc = add_into(out if fits else torch.empty_like(y0), start, k, row, h)
     return acc if out is None or acc is out else out.copy_(acc)
+
+
+def add_into(out: Tensor | None, start: Tensor, k: Sequence[Tensor], row: Any, h: Any) -> Tensor:
+    """Return start + h sum_j a_j k_j, written into `out`, by default a new tensor. Autograd must not record.
+
+    row: nonzero numbers. out: of any dtype. The first k_j of a sum has the dtype of start; others may be half tensors.
+    """
+    first, pivot = row[0]
+    sum_ = k[first]
+    if len(row) > 1:
+        j, a = row[1]
+        sum_ = torch.add(sum_, k[j], alpha=a / pivot)
+        sum_ = sum_.clone() if sum_._is_zerotensor() else sum_
+        for j, a in row[2:]:
+            sum_.add_(k[j], alpha=a / pivot)
+        out = sum_ if out is None else out
+    return torch.add(start, sum_, alpha=h * pivot, out=out)
 
 
 def recorded_sum(y0: Tensor, k: Sequence[Tensor], row: Row, h: Any) -> Tensor:

@@ -17,7 +17,7 @@ from torch import Tensor
 from node_cuda._torch_modes import set_recording, transformed
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import is_plain
-from node_cuda.kernels.reference import HALF, combine, recorded_sum
+from node_cuda.kernels.reference import HALF, add_into, combine, recorded_sum
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step
@@ -131,8 +131,9 @@ def _half_sum(y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, wide: li
         if not wide:
             wide.append(y.float())
         if widens:
-            wide.extend([x.float() for x in k[len(wide) - 1 :]])
-        return combine(wide[0], wide[1:] if widens else k, row, h, out)
+            for x in k[len(wide) - 1 :]:
+                wide.append(x.float())
+        return add_into(out, wide[0], wide[1:] if widens else k, row, h)
     finally:
         set_recording(recording)
 
