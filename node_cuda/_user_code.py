@@ -117,6 +117,15 @@ def _mend(error: Exception, func: Any, y: Any) -> str:
                 "`lambda t, y: func(y)`, with adjoint_params=tuple(func.parameters()) for the gradient."
             )
         return "func takes y alone, and is called as func(t, y). Use `lambda t, y: func(y)`."
+    if isinstance(error, TypeError) and "missing" in words and (further := _further_names(func)):
+        given = ", ".join(further)
+        keep = (
+            f"keep {given} in the module, `self.{further[0]}`, or use" if isinstance(func, torch.nn.Module) else "use"
+        )
+        return (
+            f"func needs {given} as well, and is called as func(t, y). {keep.capitalize()} "
+            f"`lambda t, y: func(t, y, {given})`."
+        )
     if "zero-dimensional" in words and "concatenated" in words:
         return (
             "t is a tensor of shape (), which cannot be concatenated. Use `t.expand(*y.shape[:-1], 1)`, as in "
@@ -149,6 +158,16 @@ def _signature(func: Any) -> inspect.Signature | None:
 def _names(func: Any) -> list[str]:
     signature = _signature(func)
     return [] if signature is None else list(signature.parameters)
+
+
+def _further_names(func: Any) -> list[str]:
+    """Return the names of the arguments that func needs after the first two."""
+    signature = _signature(func)
+    if signature is None:
+        return []
+    kinds = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    further = list(signature.parameters.values())[2:]
+    return [x.name for x in further if x.default is inspect.Parameter.empty and x.kind not in kinds]
 
 
 def takes(func: Any, count: int) -> bool:

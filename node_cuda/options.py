@@ -159,7 +159,7 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
     known = {f.name for f in dataclasses.fields(family)}
     unexpected = {name: value for name, value in options.items() if name not in known}
     if unexpected and not quiet:
-        hints = "".join(_hint(name, known) for name in unexpected)
+        hints = "".join(dict.fromkeys(_hint(name, known) for name in unexpected))
         warnings.warn(
             f"{method}: Unexpected arguments {unexpected} in options.{hints} It knows {', '.join(sorted(known))}.",
             stacklevel=users_level(),

@@ -19,6 +19,7 @@ from node_cuda._eager import eager
 from node_cuda._typing import AdjointArguments, Func
 from node_cuda.integrals.regularized import NOISES, Regularized, draw_noise
 from node_cuda.nn.neural_ode import NeuralODE, refuse_others
+from node_cuda.problem.problem import check_func
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidField, InvalidInput, InvalidType, did_you_mean
 
@@ -81,6 +82,7 @@ class ContinuousFlow(nn.Module):
     ) -> None:
         super().__init__()
         refuse_others("ContinuousFlow", solver)
+        check_func(func, "ContinuousFlow(func, shape)")
         times = t if isinstance(t, Tensor) else torch.tensor(t, dtype=torch.float64)
         if times.shape != (2,):
             raise InvalidInput(f"t must be two times, of the data and of the base; got {t!r:.60}. Use `t=(0.0, 1.0)`.")

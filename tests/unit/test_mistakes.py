@@ -31,6 +31,11 @@ class Field(nn.Module):
         return -y
 
 
+class Driven(nn.Module):
+    def forward(self, t, y, u, v):
+        return u - y
+
+
 def crossing(t, y):
     return y[0] - 0.5
 
@@ -74,6 +79,23 @@ MISTAKES = {
     "a class, in odeint_adjoint": (lambda: odeint_adjoint(Field, Y, T), TypeError, "got the class Field"),
     "a class, in a layer": (lambda: NeuralODE(Field), TypeError, "got the class Field", "NeuralODE(func, t)"),
     "a class, in a block": (lambda: ODEBlock(Field), TypeError, "got the class Field", "nn.Linear(2, 2)"),
+    "a class, in a flow": (
+        lambda: ContinuousFlow(Field, 2),
+        TypeError,
+        "the class Field",
+        "ContinuousFlow(func, shape)",
+    ),
+    "a function that needs more": (
+        lambda: odeint(lambda t, y, p, q=2: -y, Y, T),
+        TypeError,
+        "func needs p as well, and is called as func(t, y)",
+        "Use `lambda t, y: func(t, y, p)`",
+    ),
+    "a module that needs more": (
+        lambda: odeint(Driven(), Y, T),
+        TypeError,
+        "Keep u, v in the module, `self.u`, or use `lambda t, y: func(t, y, u, v)`",
+    ),
     "a function of y alone": (lambda: odeint(lambda y: -y, Y, T), TypeError, "takes y alone", "`lambda t, y: func(y)`"),
     "a module of y alone": (
         lambda: odeint(nn.Linear(2, 2), Y.float(), T.float()),
@@ -319,3 +341,9 @@ def test_a_star_import_leaves_pythons_compile():
 def test_the_types_know_the_methods_and_gradients_that_there_are():
     assert set(typing.get_args(_typing.MethodName)) == set(node_cuda.METHODS)
     assert set(typing.get_args(_typing.GradientName)) == set(GRADIENTS)
+
+
+def test_two_options_with_the_same_likely_meaning_get_one_hint():
+    with pytest.warns(UserWarning, match="Unexpected arguments") as caught:
+        odeint(f, Y, T, method="euler", options=dict(stepsize=0.1, step_sizes=0.1))
+    assert str(caught[0].message).count("Did you mean 'step_size'?") == 1
