@@ -150,6 +150,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "gradients.discrete.cuda_graph_forward",
         "gradients.discrete.cuda_graph_reverse",
         "gradients.discrete.native",
+        "gradients.discrete.reverse_pass",
         "gradients.discrete.mode",
         "gradients.discrete",
     ),

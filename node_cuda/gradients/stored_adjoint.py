@@ -21,7 +21,7 @@ from torch import Tensor
 from node_cuda._typing import EventFunc
 from node_cuda.gradients.autograd import DifferentiableSolve, Gradients, Saved, refuse_transforms
 from node_cuda.gradients.changed import Comparison
-from node_cuda.gradients.discrete.mode import by_the_flow
+from node_cuda.gradients.discrete.reverse_pass import by_the_flow
 from node_cuda.gradients.discrete.step_adjoint import of_times
 from node_cuda.gradients.parameters import Parameters
 from node_cuda.gradients.reached import UsedParameters

@@ -53,6 +53,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "unit/gradients/discrete/test_mode.py": (
         "gradients.discrete.checkpoints",
         "gradients.discrete.memory",
+        "gradients.discrete.reverse_pass",
         "gradients.discrete.step_adjoint",
         "gradients.discrete.trajectory",
     ),
