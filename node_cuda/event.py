@@ -8,11 +8,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from node_cuda._arguments import check_event_fn
 from node_cuda._eager import eager
 from node_cuda._typing import AdjointArguments, EventFunc, Func, S
 from node_cuda.gradients.autograd import refuse_transforms
 from node_cuda.gradients.event_time import Crossing, moving
-from node_cuda.odeint import check_event_fn, odeint
+from node_cuda.odeint import odeint
 from node_cuda.problem.field import Layout
 from node_cuda.status import InvalidInput, InvalidType
 

@@ -2,16 +2,28 @@
 
 from __future__ import annotations
 
-import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from node_cuda._arguments import (
+    ATOL,
+    RTOL,
+    check_event_fn,
+    check_gradient,
+    refuse_callbacks,
+    refuse_unknown,
+    tolerances_of_a_grid,
+    warn_of_callbacks,
+    warn_of_one_time,
+    warn_of_scipy,
+    warn_of_tolerances,
+    with_graphs,
+    with_native,
+)
 from node_cuda._eager import eager
-from node_cuda._torch_modes import transformed
 from node_cuda._typing import (
     AdjointArguments,
     EventFunc,
@@ -23,34 +35,20 @@ from node_cuda._typing import (
     SolverArguments,
     State,
 )
-from node_cuda.cuda_graphs.cache import GraphCache, graphs_of, refuse_in_capture
+from node_cuda.cuda_graphs.cache import refuse_in_capture
 from node_cuda.gradients.event_time import Crossing, moving
 from node_cuda.gradients.registry import GRADIENTS
 from node_cuda.integrals.integral import AugmentedField, Integral, event_of, with_integral
 from node_cuda.integrals.regularized import Regularized, refuse_regularized
 from node_cuda.loop.dense import DenseSolution, solve_dense
 from node_cuda.loop.request import AdjointSpec, SolveSpec
-from node_cuda.methods.registry import SCIPY, Method, for_one_output, lookup, supported_callbacks
-from node_cuda.native.cache import NativeCache, natives_of
-from node_cuda.options import ARGUMENTS, check_mapping, option_names
+from node_cuda.methods.registry import SCIPY, for_one_output, lookup
 from node_cuda.problem.problem import Problem, combined_event, make_problem
 from node_cuda.solution import Solution, Stats
-from node_cuda.status import (
-    InvalidInput,
-    InvalidType,
-    SolveError,
-    Status,
-    Unsupported,
-    did_you_mean,
-    users_level,
-)
+from node_cuda.status import InvalidInput, SolveError, Status
 
 if TYPE_CHECKING:
     from typing_extensions import Unpack
-
-RTOL, ATOL = 1e-7, 1e-9
-"""torchdiffeq's defaults. A fixed grid, which reads neither, takes them in place of None."""
-
 
 AS_FORWARD = AdjointSpec()
 """No adjoint_* arguments."""
@@ -217,7 +215,7 @@ def _solve(
         check_gradient(gradient, checkpoints)
     refuse_in_capture(y0)
     if options is not None:
-        options = _with_native(_with_graphs(options, func), func)
+        options = with_native(with_graphs(options, func), func)
     chosen = lookup(method, options)
     if event_fn is not None:
         check_event_fn(event_fn)
@@ -229,7 +227,7 @@ def _solve(
         )
     none = rtol is None or atol is None
     if none and not (given.method or chosen.reads_tolerances or chosen.options.check_reconstruction):
-        rtol, atol = _of_a_fixed_grid(rtol, atol, event_fn)
+        rtol, atol = tolerances_of_a_grid(rtol, atol, event_fn)
     if event_fn is not None and chosen.options.clip:
         raise InvalidInput(
             'options["clip"] keeps func within [t[0], t[-1]], and with an event_fn t[1] only gives the direction of '
@@ -239,30 +237,37 @@ def _solve(
     problem = make_problem(of_y, y0, t, rtol, atol, chosen.options.norm, clip=chosen.clips, endless=endless)
     stats = Stats(host_reads=1)
     if chosen.adaptive:
-        _warn_of_tolerances(problem, chosen, stats)
+        warn_of_tolerances(problem, chosen, stats)
     if problem.callbacks:
-        _warn_of_callbacks(problem, chosen)
-        _refuse_callbacks(problem, chosen)
+        warn_of_callbacks(problem, chosen)
+        refuse_callbacks(problem, chosen)
     if isinstance(given.params, Tensor):
         given = given._replace(params=(given.params,))  # its rows are not parameters
     if given.options is not None:
-        options_ = _with_graphs(given.options, func, "adjoint_options")
-        given = given._replace(options=_with_native(options_, func, "adjoint_options"))
+        options_ = with_graphs(given.options, func, "adjoint_options")
+        given = given._replace(options=with_native(options_, func, "adjoint_options"))
     beside = None
     if integral is not None or of_y is not func:
         beside = _beside(func, problem, integral)
         problem, chosen, given = with_integral(problem, chosen, given, beside)
     request = SolveSpec(problem, chosen, stats, method, options, given, checkpoints, wants_status)
-    mode = GRADIENTS[gradient]
-    if event_fn is None:
-        if len(problem.times) == 1:
-            _warn_of_one_time(problem)
-        if chosen.name == SCIPY:
-            _warn_of_scipy(problem, gradient)
-        ys, status = mode.outputs(request)
-        if beside is None and problem.layout.shapes is None and stats.reached is None:
-            return Solution(t, ys, stats, status)
-        return _solution(request, beside, t, ys, status)
+    if event_fn is not None:
+        return _until_event(request, beside, event_fn, gradient)
+    if len(problem.times) == 1:
+        warn_of_one_time(problem)
+    if chosen.name == SCIPY:
+        warn_of_scipy(problem, gradient)
+    ys, status = GRADIENTS[gradient].outputs(request)
+    if beside is None and problem.layout.shapes is None and stats.reached is None:
+        return Solution(t, ys, stats, status)
+    return _solution(request, beside, t, ys, status)
+
+
+def _until_event(
+    request: SolveSpec, beside: AugmentedField | None, event_fn: EventFunc, gradient: str
+) -> Solution[Any]:
+    """Solve until an element of event_fn changes its sign. Its time and y there have gradients."""
+    problem, t = request.problem, request.problem.t
     if len(t) != 2:
         raise ValueError(
             f"We require len(t) == 2 when in event handling mode, but got len(t)={len(t)}. t[1] only gives the "
@@ -271,12 +276,12 @@ def _solve(
     status = Status.SUCCESS
     try:
         of_state = event_fn if beside is None else event_of(beside, event_fn)
-        event_t, ys = mode.event(request, combined_event(of_state, problem))
+        event_t, ys = GRADIENTS[gradient].event(request, combined_event(of_state, problem))
         if gradient != "backprop":  # users of plain odeint call event_t.numpy()
             crossing = Crossing(problem.func, of_state, problem.layout, t[0], problem.y0)
             event_t, _ = moving(crossing, event_t, ys[-1], event_fn)
     except SolveError as failure:
-        if chosen.options.raises:
+        if request.method.options.raises:
             raise
         status, event_t = failure.status, t[0].detach() * torch.nan
         ys = torch.stack([problem.y0, torch.full_like(problem.y0, torch.nan)])
@@ -312,41 +317,10 @@ def odeint_dense(
         t0 = torch.as_tensor(t0, dtype=torch.float64)
     t = torch.stack([t0.reshape(()), torch.as_tensor(t1, dtype=t0.dtype, device=t0.device).reshape(())])
     problem = make_problem(func, y0, t, rtol, atol, chosen.options.norm, clip=chosen.clips)
-    _warn_of_callbacks(problem, chosen)
+    warn_of_callbacks(problem, chosen)
     stats = Stats(host_reads=1)
-    _warn_of_tolerances(problem, chosen, stats)
+    warn_of_tolerances(problem, chosen, stats)
     return solve_dense(problem, chosen, stats)
-
-
-def check_event_fn(event_fn: Any) -> None:
-    """Raise InvalidType if event_fn is not callable."""
-    if not callable(event_fn):
-        raise InvalidType(
-            f"event_fn must be callable as event_fn(t, y); got a {type(event_fn).__name__}. Use for "
-            "example `lambda t, y: y[0] - 1.0`."
-        )
-
-
-def refuse_unknown(name: str, unknown: Mapping[str, Any]) -> None:
-    """Raise InvalidType for arguments that this function does not have."""
-    for argument in unknown:
-        if argument in option_names():
-            mend = f"{argument} is an option: use `options=dict({argument}=...)`."
-        elif argument in ARGUMENTS:
-            mend = f"Use `odeint_adjoint` or `solve`, which have {argument}."
-        else:
-            mend = did_you_mean(argument, ARGUMENTS).strip() or f"It has {', '.join(ARGUMENTS[:5])} and others."
-        raise InvalidType(f"{name}() got an unexpected keyword argument {argument!r}. {mend}")
-
-
-def _of_a_fixed_grid(rtol: Any, atol: Any, event_fn: EventFunc | None) -> tuple[Any, Any]:
-    """Return rtol and atol for a fixed grid, where each may be None if no code reads it. An event reads atol."""
-    if atol is None and event_fn is not None:
-        raise InvalidType(
-            "atol must be a number where there is an event_fn: the event's time is found to within atol. Got None. Use "
-            "for example atol=1e-6."
-        )
-    return RTOL if rtol is None else rtol, ATOL if atol is None else atol
 
 
 def _beside(func: Func, problem: Problem, integral: Any) -> AugmentedField:
@@ -380,101 +354,3 @@ def _solution(
         reached = torch.tensor(reached[0], dtype=ts.dtype, device=ts.device), as_given(reached[1])[0]
     state, integral = as_given(ys, (len(ts),))
     return Solution(ts, state, request.stats, status, event_t, integral, reached)
-
-
-def check_gradient(gradient: str, checkpoints: int | str | None) -> None:
-    """Raise InvalidInput if this gradient mode does not exist, or does not take these checkpoints."""
-    if gradient not in GRADIENTS:
-        known = ", ".join(map(repr, GRADIENTS))
-        raise InvalidInput(f"gradient must be one of {known}; got {gradient!r}.{did_you_mean(gradient, GRADIENTS)}")
-    if checkpoints is None:
-        return
-    if gradient not in ("discrete", "auto"):
-        raise InvalidInput(
-            f'checkpoints={checkpoints!r} belongs to gradient="discrete" and "auto"; got gradient={gradient!r}. Drop '
-            'it, or take gradient="discrete".'
-        )
-    whole = isinstance(checkpoints, int) and not isinstance(checkpoints, bool) and checkpoints >= 1
-    if not whole and checkpoints != "auto":
-        raise InvalidInput(
-            f'checkpoints must be a number of states, at least 1, "auto" or None; got {checkpoints!r}. E.g. 64.'
-        )
-
-
-def _warn_of_tolerances(problem: Problem, method: Method, stats: Stats) -> None:
-    """Warn if rtol and atol are below the rounding errors of y0's dtype. Reads y0 only if rtol is below them."""
-    y0, eps = problem.y0, torch.finfo(problem.time_dtype).eps
-    rtol, atol = (
-        float(tol.max()) if isinstance(tol, Tensor) else tol for tol in (problem.norm.rtol, problem.norm.atol)
-    )
-    if not method.adaptive or method.options.throw == "deferred" or rtol >= eps / 8 or y0.numel() == 0 or transformed():
-        return
-    stats.host_reads += 1
-    size = float(y0.detach().abs().max())
-    if atol >= eps / 8 * size or not math.isfinite(size):
-        return
-    wider = "" if problem.time_dtype is torch.float64 else ", or a wider state, e.g. `y0.double()`"
-    warnings.warn(
-        f"rtol = {rtol:.3g} and atol = {atol:.3g} are less than {y0.dtype} can tell apart for |y0| up to {size:.3g}: "
-        f"the steps are chosen by rounding errors. Use rtol={eps:.1g}, atol={eps * size:.1g} or more{wider}.",
-        stacklevel=users_level(),
-    )
-
-
-def _warn_of_one_time(problem: Problem) -> None:
-    warnings.warn(
-        f"t holds one time, t[0] = {problem.times[0]:.6g}, at which y is y0: nothing is solved. Use "
-        "`torch.tensor([t0, t1])`, and `y[-1]` of the solution.",
-        stacklevel=users_level(),
-    )
-
-
-def _warn_of_scipy(problem: Problem, gradient: str) -> None:
-    if gradient == "backprop" and problem.y0.requires_grad and torch.is_grad_enabled():
-        warnings.warn(
-            "y0 requires a gradient, and scipy computes outside of autograd: y will have none. Use "
-            '`odeint_adjoint(..., method="scipy_solver")`, or `y0.detach()`.',
-            stacklevel=users_level(),
-        )
-
-
-def _warn_of_callbacks(problem: Problem, method: Method) -> None:
-    unsupported = set(problem.callbacks) - supported_callbacks(method)
-    if unsupported:
-        warnings.warn(f"Solver '{method.name}' does not support callbacks {unsupported}", stacklevel=users_level())
-
-
-def _with_graphs(options: Mapping[str, Any] | None, func: Any, name: str = "options") -> Mapping[str, Any] | None:
-    """Return the options with a cache for the captured graphs, which exists as long as func."""
-    check_mapping(options, name)
-    wanted = None if options is None else options.get("cuda_graph")
-    if options is None or not wanted or isinstance(wanted, GraphCache):
-        return options
-    if wanted is not True:
-        raise InvalidType(
-            'options["cuda_graph"] must be True, False, or a `node_cuda.cuda_graphs.cache.GraphCache`, which keeps '
-            f"the captured graphs; got {wanted!r:.60}."
-        )
-    return {**options, "cuda_graph": graphs_of(func)}
-
-
-def _with_native(options: Mapping[str, Any] | None, func: Any, name: str = "options") -> Mapping[str, Any] | None:
-    """Return the options with a cache for the compiled solves, which exists as long as func."""
-    wanted = None if options is None else options.get("compile")
-    if options is None or not wanted or isinstance(wanted, NativeCache):
-        return options
-    if wanted is not True and wanted != "require":
-        raise InvalidType(
-            f'{name}["compile"] must be True, False, "require" (an error if the solve cannot be compiled), or a '
-            f"`node_cuda.native.cache.NativeCache`, which keeps the compiled solves; got {wanted!r:.60}."
-        )
-    return {**options, "compile": natives_of(func, wanted == "require")}
-
-
-def _refuse_callbacks(problem: Problem, method: Method) -> None:
-    called = sorted(set(problem.callbacks) & supported_callbacks(method))
-    if method.options.cuda_graph and called:
-        raise Unsupported(
-            f"func has callbacks, {', '.join(called)}, and the Python of a callback does not run in a captured solve. "
-            "Drop cuda_graph=True, or solve with a func without callbacks."
-        )

@@ -157,7 +157,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
     ("gradients.stored_adjoint", "gradients.by_adjoint"),
     ("gradients.auto", "gradients.registry", "gradients"),
     ("integrals.integral", "integrals.regularized", "integrals"),
-    ("odeint", "event", "compiled", "diagnosis", "nn.neural_ode", "nn.residual", "nn.flow", "nn"),
+    ("_arguments", "odeint", "event", "compiled", "diagnosis", "nn.neural_ode", "nn.residual", "nn.flow", "nn"),
     (
         "as_torchdiffeq.names",
         "as_torchdiffeq.install",

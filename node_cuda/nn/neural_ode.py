@@ -8,12 +8,13 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
+from node_cuda._arguments import ATOL, RTOL, check_gradient, refuse_unknown
 from node_cuda._eager import eager
 from node_cuda._typing import AdjointArguments, Func, GradientName, MethodName, NoArguments
 from node_cuda._user_code import of_y_alone, takes
 from node_cuda.compiled import with_own_graphs
 from node_cuda.methods.registry import lookup
-from node_cuda.odeint import ATOL, RTOL, check_gradient, refuse_unknown, solve
+from node_cuda.odeint import solve
 from node_cuda.problem.problem import check_func, check_times
 from node_cuda.solution import Solution, Stats
 from node_cuda.status import InvalidInput, InvalidType
