@@ -22,6 +22,9 @@ from node_cuda.status import InvalidInput, Unsupported, did_you_mean
 BACKENDS = ("auto", "reference", "fused")
 VARIABLE = "NODE_CUDA_BACKEND"
 
+# A look for a name that os.environ does not have raises and catches two exceptions. One in its dict does not.
+_ENVIRONMENT, _KEY = getattr(os.environ, "_data", os.environ), os.environ.encodekey(VARIABLE)
+
 _TRACERS = (torch._C._TorchDispatchModeKey.PROXY, torch._C._TorchDispatchModeKey.FAKE)
 _inside: ContextVar[str | None] = ContextVar("node_cuda.backend", default=None)
 
@@ -51,7 +54,7 @@ def chosen() -> str:
     inside = _inside.get()
     if inside is not None:
         return inside
-    named = os.environ.get(VARIABLE)
+    named = os.environ[VARIABLE] if _KEY in _ENVIRONMENT else ""
     return _checked(named, VARIABLE) if named else "auto"
 
 

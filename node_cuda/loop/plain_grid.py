@@ -65,6 +65,7 @@ def solve_grid(
     t = stage_times(times, sign, tableau.nodes, y)
     wide: list[Tensor] | None = [] if y.dtype in HALF else None
     widens = tableau.longest_sum > 1
+    kept = accepted is not None
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
     ys = _slab(y, len(times)) if large else None
@@ -76,10 +77,10 @@ def solve_grid(
             t_n = t[n * stages : (n + 1) * stages]
             if begun is not None:
                 begun.append(y)
-            k = _stages(field, t_n, y, rows, h, wide, widens)
+            k = _stages(field, t_n, y, rows, h, wide, widens, kept)
             if stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
-                k = _stages(field, t_n, y, rows, h, wide, widens)
+                k = _stages(field, t_n, y, rows, h, wide, widens, kept)
             y_before, y = y, combine(y, k, b, h) if wide is None else _half_sum(y, k, b, h, wide, widens)
             if ys is None:
                 listed.append(y)
@@ -104,9 +105,12 @@ def _stages(
     h: float,
     wide: list[Tensor] | None,
     widens: bool,
+    kept: bool,
 ) -> list[Tensor]:
-    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j). wide, widens: as in `_half_sum`, None if y is no
-    half state."""
+    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j).
+
+    wide, widens: as in `_half_sum`; wide is None if y is no half state. kept: they are read after the next step begins.
+    """
     k: list[Tensor] = []
     if wide:
         wide.clear()
@@ -114,7 +118,7 @@ def _stages(
         z = y
         if row:
             z = combine(y, k, row, h) if wide is None else _half_sum(y, k, row, h, wide, widens)
-        k.append(field(t_i, z, spare=z is not y))
+        k.append(field(t_i, z, spare=z is not y, kept=kept))
     return k
 
 

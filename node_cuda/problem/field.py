@@ -70,10 +70,11 @@ class VectorField:
         self._copies_input = False
         self._last_memory: torch.UntypedStorage | None = None
 
-    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False) -> Tensor:
+    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False, kept: bool = True) -> Tensor:
         """Return dy/dt at the 0-d tensor t and the state y, which is not changed.
 
         spare: the caller does not use y again, so a first evaluation needs no copy to see whether func writes into it.
+        kept: the caller reads the result after the next evaluation, and does not look for shared memory by itself.
         """
         self.nfe += 1
         if self.bounds is not None:
@@ -103,7 +104,7 @@ class VectorField:
             out = out.detach()  # func enables autograd for itself; no graph is kept in a step that is not recorded
         if probes:
             self._copies_input = self._copies_input or wrote or (version is None and not torch.equal(argument, y))
-            return self._first(out, y)
+            return self._first(out, y) if kept else self._own(out, y)
         return out if out.dtype is y.dtype and not self.copies_output else self._own(out, y)
 
     def watch_again(self) -> None:

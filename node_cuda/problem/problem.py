@@ -32,12 +32,12 @@ Callback = Callable[[Tensor, Any, Tensor], Any]
 
 class Field(Protocol):
     """dy/dt of a flat state; counts its evaluations. copies_output: the result is a copy that the caller may keep.
-    spare: the caller does not use y again."""
+    spare, kept: see `VectorField`."""
 
     nfe: int
     copies_output: bool
 
-    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False) -> Tensor: ...
+    def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False, kept: bool = True) -> Tensor: ...
 
 
 class Problem(NamedTuple):

@@ -76,7 +76,7 @@ class AdjointField(Rates):
         self.shape = problem.y0.shape
         self.copies_output = True
 
-    def __call__(self, t: Tensor, z: Tensor, *, spare: bool = False) -> Tensor:
+    def __call__(self, t: Tensor, z: Tensor, *, spare: bool = False, kept: bool = True) -> Tensor:
         """Return dz/dt at z."""
         y, a = (part.view(self.shape) for part in z.chunk(2))
         f, vjp_y = self.vjp(t, y, a)
