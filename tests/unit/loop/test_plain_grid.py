@@ -98,23 +98,32 @@ def test_without_gradients_a_small_and_a_large_solve_give_the_same_bits_too(gene
     assert torch.equal(solved(), expected)
 
 
-def test_a_field_that_begins_to_return_one_buffer_is_found_in_the_step_where_it_does(general):
-    class Late:
+@pytest.mark.parametrize("dtype", [F32, BF16])
+@pytest.mark.parametrize("method", FIXED)
+@pytest.mark.parametrize(("first", "count"), [(1, 1), (2, 1), (6, 1), (1, 2)])
+def test_a_field_that_returns_its_buffers_again_has_the_result_of_one_that_returns_new_tensors(
+    general, method, dtype, first, count
+):
+    """first: the call from which on it does. count: of its buffers, which it returns in turn."""
+
+    class Buffered:
         def __init__(self):
-            self.calls, self.buffer = 0, torch.empty(24, 3)
+            self.calls, self.buffers = 0, [torch.empty(24, 3, dtype=dtype) for _ in range(count)]
 
         def __call__(self, t, y):
             self.calls += 1
             out = y * torch.cos(t)
-            return out if self.calls < 6 else self.buffer.copy_(out)
+            return out if self.calls < first else self.buffers[self.calls % count].copy_(out)
 
-    def solved():
+    def solved(steps, func):
         with torch.no_grad():
-            return odeint(Late(), state(), grid(4), method="rk4")
+            return odeint(func, state(dtype), grid(steps), method=method)
 
-    with torch.no_grad():
-        exact = odeint(lambda t, y: y * torch.cos(t), state(), grid(4), method="rk4")
-    assert torch.equal(solved(), exact) and torch.equal(general(solved), exact)
+    for steps in (1, 4):
+        exact = solved(steps, lambda t, y: y * torch.cos(t))
+        assert torch.equal(solved(steps, Buffered()), exact)
+        if count == 1:  # the general loop finds one buffer only
+            assert torch.equal(general(lambda steps=steps: solved(steps, Buffered())), exact)
 
 
 def late(wrong):
