@@ -62,99 +62,124 @@ def try_native(
 
     then: what func reached in the forward pass. wanted: the parameters as func knows them.
     """
-    problem, method, settings, forward = given.problem, given.method, given.settings, given.forward
-    if len(problem.times) < 2:  # the solve failed before its first output
+    method = given.method
+    if len(given.times) < 2:  # the solve failed before its first output
         return None
-    if why is None and settings.checks:
+    found = _seen(given, why)
+    if isinstance(found, Seen):
+        solve = _NativeSolve(given, found, wanted)
+        found = solve.compiled(found)
+        if not isinstance(found, str):
+            made, seen = found
+            if then is not None:
+                then.refuse_changes(seen, 'gradient="adjoint"')
+            account(made, stats)
+            return solve.run(made, seen, stats, wants_t)
+    stats.why_backward = refused(method, found)
+    return None
+
+
+def _seen(given: Backward, why: str | None) -> Seen | str:
+    """Return what func reaches now, or the reason why the backward solve is not compiled. why: one that is known."""
+    if why is None and given.settings.checks:
         why = "check_reconstruction compares y at each output on the host"
-    if why is None and forward.adjoint_callbacks:
+    if why is None and given.forward.adjoint_callbacks:
         why = "func has callbacks for the backward solve, and a compiled loop calls no Python"
-    why = why or why_eager(problem._replace(callbacks={}), method)
-    seen = None
-    if why is None:
-        try:
-            seen = Seen(problem.func)
-        except Unseen as unseen:
-            why = str(unseen)
-    if seen is None:
-        stats.why_backward = refused(method, str(why))
-        return None
-    cache = method.options.compile
-    assert isinstance(cache, NativeCache)
-    # The state of the loop is y and a apart, each like y0, with its tolerances.
-    like = problem._replace(
-        y0=given.ys[0].detach().contiguous(),
-        layout=forward.layout,
-        norm=ErrorNorm(settings.rtol, settings.atol, forward.norm.sizes),
-    )
-    begun = begin(like, method)
-    points = None if isinstance(method.options, AdaptiveOptions) else _grids(like, method)
-    room = 0 if points is None else room_of(max(points, key=len))
-    form = Form(1, begun.form.tstops, begun.form.jumps, room)
-    places = {id(x): i for i, x in enumerate(seen.tensors)}
-    known = [places.get(id(x)) for x in wanted]
-    shape = Shape(
-        form,
-        tuple(sorted({i for i in known if i is not None})),
-        (isinstance(settings.rtol, Tensor), isinstance(settings.atol, Tensor)),
-        like.norm.sizes,
-        given.params_in_norm,
-    )
-    found = cache.get(
-        key_of(like, method, "adjoint", shape), like.func, lambda seen: CompiledAdjoint(like, method, seen, shape), seen
-    )
-    if isinstance(found, str):
-        stats.why_backward = refused(method, found)
-        return None
-    made, seen = found
-    if then is not None:
-        then.refuse_changes(seen, 'gradient="adjoint"')
-    account(made, stats)
-    tensors = seen.bare()
-    for i, x in zip(known, given.params, strict=True):
-        if i is not None:
-            tensors[i] = x.detach()
-    sums_norm = given.params_norm
-    begun = begun._replace(
-        settings=begun.settings._replace(rtol_sums=float(sums_norm.rtol), atol_sums=float(sums_norm.atol))
-    )
-    stops = begun.times[len(problem.times) : len(problem.times) + form.tstops + form.jumps]
-    y, a = given.ys[-1].contiguous(), given.grad_ys[-1].contiguous()
-    changing = [y, y, *(tensors[i] for i in shape.wanted), *(torch.zeros_like(tensors[i]) for i in shape.wanted)]
-    p, last = begun.point._replace(output=0), len(problem.times) - 1
-    after = Clock(1.0, like.time_dtype, y.device).after
-    adj_t = torch.zeros_like(given.t) if wants_t else None
-    cap = float(max(int(SECONDS / max(made.attempt_seconds, 1e-7)), 1))
-    for i in range(last):
-        m = last - i
-        if i:
-            p = p._replace(output=0, place=0, t_k1=after(p.t), fresh=int(made.scheme.adaptive))
-        grid = [] if points is None else padded(points[i], room)
-        while p.output < 1:
-            tried = p.accepted + p.rejected
-            looked_at = next_look(tried)
-            numbers = [*p, *begun.settings, problem.times[i + 1], *stops, *grid]
-            numbers[CAP] = min(cap, looked_at - tried)
-            vector = torch.tensor(numbers, dtype=torch.float64, device="cpu")
-            point, y, a, *changing = made.call([vector, y, a, *changing, *begun.tolerances, *tensors])
-            p = point_of(point.tolist())
-            stats.host_reads += 1
-            tried = p.accepted + p.rejected
-            if tried == looked_at and p.output < 1 and made.scheme.adaptive:
-                chance = look_at_length(like, p.t, y, p.proposal, tried, p.rejected, False)
-                p = p if chance is None else p._replace(status=Status.BY_CHANCE.value)
-            if p.status:
-                stats.nfe_backward += p.nfe
-                raise failure_of(like, method, stats, p, y, changing[0])
-        if adj_t is not None:
-            adj_t[m] = real_dot(given.grad_ys[m], _f(given, m, stats))
-            if m == 1:
-                adj_t[0] = -real_dot(a, _f(given, 0, stats))
-        y, a = given.ys[m - 1].contiguous(), a + given.grad_ys[m - 1]
-    stats.nfe_backward += p.nfe
-    stats.loop_backward = "native"
-    sums = dict(zip(shape.wanted, changing[2 + len(shape.wanted) :], strict=True))
-    return adj_t, a, [torch.zeros_like(x) if i is None else sums[i] for i, x in zip(known, given.params, strict=True)]
+    why = why or why_eager(given.problem._replace(callbacks={}), given.method)
+    if why is not None:
+        return why
+    try:
+        return Seen(given.problem.func)
+    except Unseen as unseen:
+        return str(unseen)
+
+
+class _NativeSolve:
+    """A backward solve as the compiled loop takes it: y and a apart, each like y0, from output to output.
+
+    wanted: the parameters as func knows them. known: their places among the tensors that func reaches; None for one
+    that it does not reach.
+    """
+
+    def __init__(self, given: Backward, seen: Seen, wanted: Sequence[Tensor]) -> None:
+        settings, forward = given.settings, given.forward
+        self.given, self.method = given, given.method
+        self.problem = given.problem._replace(
+            y0=given.ys[0].detach().contiguous(),
+            layout=forward.layout,
+            norm=ErrorNorm(settings.rtol, settings.atol, forward.norm.sizes),
+        )
+        self.begun = begin(self.problem, self.method)
+        self.points = None if isinstance(self.method.options, AdaptiveOptions) else _grids(self.problem, self.method)
+        self.room = 0 if self.points is None else room_of(max(self.points, key=len))
+        places = {id(x): i for i, x in enumerate(seen.tensors)}
+        self.known = [places.get(id(x)) for x in wanted]
+        self.shape = Shape(
+            Form(1, self.begun.form.tstops, self.begun.form.jumps, self.room),
+            tuple(sorted({i for i in self.known if i is not None})),
+            (isinstance(settings.rtol, Tensor), isinstance(settings.atol, Tensor)),
+            self.problem.norm.sizes,
+            given.params_in_norm,
+        )
+
+    def compiled(self, seen: Seen) -> tuple[CompiledAdjoint, Seen] | str:
+        """Return the compiled loop and what func reaches in it, or the reason why there is none."""
+        problem, method, shape = self.problem, self.method, self.shape
+        cache = method.options.compile
+        assert isinstance(cache, NativeCache)
+        key = key_of(problem, method, "adjoint", shape)
+        return cache.get(key, problem.func, lambda now: CompiledAdjoint(problem, method, now, shape), seen)
+
+    def run(self, made: CompiledAdjoint, seen: Seen, stats: Stats, wants_t: bool) -> Found:
+        """Return the gradients. Raises SolveError."""
+        given, times, begun, form = self.given, self.problem.times, self.begun, self.shape.form
+        tensors = seen.bare()
+        for i, x in zip(self.known, given.params, strict=True):
+            if i is not None:
+                tensors[i] = x.detach()
+        norm = given.params_norm
+        settings = begun.settings._replace(rtol_sums=float(norm.rtol), atol_sums=float(norm.atol))
+        stops = begun.times[len(times) : len(times) + form.tstops + form.jumps]
+        y, a = given.ys[-1].contiguous(), given.grad_ys[-1].contiguous()
+        own = [tensors[i] for i in self.shape.wanted]
+        changing = [y, y, *own, *map(torch.zeros_like, own)]
+        p, last = begun.point._replace(output=0), len(times) - 1
+        after = Clock(1.0, self.problem.time_dtype, y.device).after
+        adj_t = torch.zeros_like(given.t) if wants_t else None
+        cap = float(max(int(SECONDS / max(made.attempt_seconds, 1e-7)), 1))
+        for i in range(last):
+            m = last - i
+            if i:
+                p = p._replace(output=0, place=0, t_k1=after(p.t), fresh=int(made.scheme.adaptive))
+            grid = [] if self.points is None else padded(self.points[i], self.room)
+            while p.output < 1:
+                tried = p.accepted + p.rejected
+                looked_at = next_look(tried)
+                numbers = [*p, *settings, times[i + 1], *stops, *grid]
+                numbers[CAP] = min(cap, looked_at - tried)
+                vector = torch.tensor(numbers, dtype=torch.float64, device="cpu")
+                point, y, a, *changing = made.call([vector, y, a, *changing, *begun.tolerances, *tensors])
+                p = point_of(point.tolist())
+                stats.host_reads += 1
+                tried = p.accepted + p.rejected
+                if tried == looked_at and p.output < 1 and made.scheme.adaptive:
+                    chance = look_at_length(self.problem, p.t, y, p.proposal, tried, p.rejected, False)
+                    p = p if chance is None else p._replace(status=Status.BY_CHANCE.value)
+                if p.status:
+                    stats.nfe_backward += p.nfe
+                    raise failure_of(self.problem, self.method, stats, p, y, changing[0])
+            if adj_t is not None:
+                adj_t[m] = real_dot(given.grad_ys[m], _f(given, m, stats))
+                if m == 1:
+                    adj_t[0] = -real_dot(a, _f(given, 0, stats))
+            y, a = given.ys[m - 1].contiguous(), a + given.grad_ys[m - 1]
+        stats.nfe_backward += p.nfe
+        stats.loop_backward = "native"
+        sums = dict(zip(self.shape.wanted, changing[2 + len(own) :], strict=True))
+        of_params = [
+            torch.zeros_like(x) if i is None else sums[i] for i, x in zip(self.known, given.params, strict=True)
+        ]
+        return adj_t, a, of_params
 
 
 def refuse_changes(then: Then, problem: Problem) -> None:
