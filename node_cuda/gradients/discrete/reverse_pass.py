@@ -86,7 +86,7 @@ class ReversePass:
                 problem, self.arithmetic, solved.method, self.params, self.sums, reached, timed=wants_grid
             )
         else:
-            kind = WholeStepAdjoint if is_small(problem, self.arithmetic, wants_grid) else StepAdjoint
+            kind = WholeStepAdjoint if is_small(problem, self.arithmetic, self.params, wants_grid) else StepAdjoint
             arithmetics = self.arithmetic, self.cotangents
             self.adjoint = kind(problem, *arithmetics, solved.form, self.params, self.sums, reached, timed=wants_grid)
         self.comparison = Comparison(problem, solved.members, solved.what, self.adjoint.plain)

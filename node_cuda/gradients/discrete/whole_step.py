@@ -6,24 +6,30 @@ takes longer than the sums, and this file calls it once a step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
+from torch import Tensor
 
 from node_cuda.gradients.discrete.step_adjoint import Back, Cotangent, Outputs, StepAdjoint
 from node_cuda.gradients.discrete.trajectory import State, StepRecord
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.problem.problem import Problem
 
-SMALL = 2**14
-"""A state with at most this many elements is small. For 2**16 elements one vjp a step saves no time."""
+SMALL, FEW = 2**14, 2**16
+"""A state with at most SMALL elements is small: for 2**16 elements one vjp a step saves no time. It saves none either
+for more parameters than FEW, and autograd's own sum over the stages takes twice their memory."""
 
 
-def is_small(problem: Problem, arithmetic: Arithmetic, timed: bool) -> bool:
+def is_small(problem: Problem, arithmetic: Arithmetic, params: Sequence[Tensor], timed: bool) -> bool:
     """Return whether `WholeStepAdjoint` is right and fast. timed: the cotangents of the grid are wanted.
 
     The kernels have no derivatives, and cotangents of half states are float32.
     """
     y0 = problem.y0
-    return type(arithmetic) is Arithmetic and not timed and y0.itemsize >= 4 and y0.numel() <= SMALL
+    if type(arithmetic) is not Arithmetic or timed or y0.itemsize < 4 or y0.numel() > SMALL:
+        return False
+    return sum(map(torch.numel, params)) <= FEW
 
 
 class WholeStepAdjoint(StepAdjoint):

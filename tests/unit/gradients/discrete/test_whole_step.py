@@ -89,8 +89,30 @@ class Watched(MLP):
         return Counted.apply(super().forward(t, y))
 
 
-@pytest.mark.parametrize(("elements", "at_once"), [(whole_step.SMALL, True), (whole_step.SMALL + 2, False)])
-def test_only_a_small_state_has_one_vjp_a_step(elements, at_once):
+class Wide(MLP):
+    """With further parameters, which take part in dy/dt by their first element."""
+
+    def __init__(self, further):
+        super().__init__(dtype=torch.float32)
+        self.further = nn.Parameter(torch.zeros(further))
+
+    def forward(self, t, y):
+        return super().forward(t, y) + self.further[:1].sum()
+
+
+OF_MLP = sum(p.numel() for p in MLP().parameters())
+
+
+@pytest.mark.parametrize(
+    ("elements", "further", "at_once"),
+    [
+        (whole_step.SMALL, 0, True),
+        (whole_step.SMALL + 2, 0, False),
+        (2, whole_step.FEW - OF_MLP, True),
+        (2, whole_step.FEW - OF_MLP + 1, False),
+    ],
+)
+def test_only_a_small_state_of_a_field_with_few_parameters_has_one_vjp_a_step(elements, further, at_once):
     """In it autograd computes the products of all stages in one call, and so without the solver's code between them."""
     calls = []
 
@@ -101,7 +123,7 @@ def test_only_a_small_state_has_one_vjp_a_step(elements, at_once):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch.autograd, "grad", counting(torch.autograd.grad))
         patch.setattr(_torch_modes, "_run_backward", counting(_torch_modes._run_backward))
-        found(MLP(dtype=torch.float32), torch.linspace(0, 1, 5), y0, method="rk4")
+        found(Wide(further), torch.linspace(0, 1, 5), y0, method="rk4")
     # The last step comes first, and decides by stages whether a step's graph fits.
     assert len(calls) - 1 == (4 + 3 if at_once else 16)  # and that of the test
 
