@@ -300,6 +300,17 @@ def test_compiled_solves_take_part_but_in_a_quick_run(bench):
     assert made.arguments == {"gradient": "discrete", "options": {"compile": True}}
 
 
+@pytest.mark.usefixtures("interpreted")
+def test_the_evaluations_of_a_compiled_solve_are_those_of_its_statistics(bench):
+    """Its native code calls no Python, and so the counter of calls has only those of the tracing."""
+    contestants, problem = bench("parts.peers.torch_contestants"), bench("parts.peers.problems").QUICK_PROBLEMS[0]
+    makers = contestants.ours(problem, 1e-3)
+    compiled, eager = (makers[name]() for name in ("node_cuda compiled", "node_cuda discrete"))
+    found, expected = compiled.solved(), eager.solved()
+    assert compiled.stats.loop == "native" and found.nfe == expected.nfe > 12
+    assert found.nfe_backward > 0
+
+
 def test_every_problem_of_the_peers_has_a_field_in_jax_and_another_name(bench):
     problems, fields = bench("parts.peers.problems").PROBLEMS, bench("parts.peers.diffrax_contestant").FIELDS
     assert {problem.jax for problem in problems} == fields.keys()
