@@ -25,7 +25,7 @@ from node_cuda.kernels import reference
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.fused import DTYPES, Fused, Launch
-from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.norms import HALF, ErrorNorm
 from node_cuda.kernels.reference import ControllerParams
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Clock
 from node_cuda.kernels.step_control import ControlSpec
@@ -60,7 +60,7 @@ class Side:
     def __init__(self, dtype: torch.dtype, device: torch.device, module: ModuleType | None, on: Launch | None) -> None:
         self.dtype = dtype
         self.device = device
-        self.half = dtype in (torch.float16, torch.bfloat16)
+        self.half = dtype in HALF
         self.case = ONE
         self.taken = 0
         self._module, self._on = module, on

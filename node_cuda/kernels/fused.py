@@ -21,7 +21,7 @@ from node_cuda.kernels.arithmetic import Arithmetic, ErrorTerm, FieldCall, Polyn
 from node_cuda.kernels.control import DeviceStepControl
 from node_cuda.kernels.fused_sums import FusedGradientAccumulator
 from node_cuda.kernels.memory import address, has_address, resolved
-from node_cuda.kernels.norms import ErrorNorm
+from node_cuda.kernels.norms import HALF, ErrorNorm
 from node_cuda.kernels.reference import ControllerParams, DenseCotangents
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.kernels.step_control import ControlSpec, StepControl
@@ -52,7 +52,7 @@ class Fused(Arithmetic):
         self.device = y0.device
         self.dtype = y0.dtype
         self.shape = y0.shape
-        self.acc_dtype = torch.float32 if y0.dtype in (torch.float16, torch.bfloat16) else y0.dtype
+        self.acc_dtype = torch.float32 if y0.dtype in HALF else y0.dtype
         self.plan = module.SolveContext(
             DTYPES[y0.dtype], y0.numel(), y0.itemsize, self.acc_dtype.itemsize, on, float(direction)
         )

@@ -16,7 +16,8 @@ from node_cuda._torch_modes import forward_mode, numbers
 from node_cuda._typing import Tolerance
 from node_cuda._user_code import tell
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
+"""The dtypes whose sums are in float32."""
 
 
 def rms(tensors: Sequence[Tensor]) -> float:
@@ -37,12 +38,12 @@ def rms(tensors: Sequence[Tensor]) -> float:
 
 
 def _mixed(tensors: Sequence[Tensor]) -> bool:
-    return any(x.dtype in _HALF or x.dtype != tensors[0].dtype for x in tensors)
+    return any(x.dtype in HALF or x.dtype != tensors[0].dtype for x in tensors)
 
 
 def _norm(x: Tensor) -> Tensor:
     # A sum of squares in half precision overflows at 65504.
-    return torch.linalg.vector_norm(x, dtype=torch.float32) if x.dtype in _HALF else torch.linalg.vector_norm(x)
+    return torch.linalg.vector_norm(x, dtype=torch.float32) if x.dtype in HALF else torch.linalg.vector_norm(x)
 
 
 @dataclass(eq=False)
@@ -63,7 +64,7 @@ class ErrorNorm:
 
     def scale(self, magnitude: Tensor) -> Tensor:
         """Return atol + rtol * magnitude, for a real non-negative magnitude of the state's shape."""
-        if magnitude.dtype in _HALF:
+        if magnitude.dtype in HALF:
             magnitude = magnitude.float()  # float32, where rtol |y| underflows later
         if isinstance(self.rtol, Tensor):
             return self.atol + self.rtol.to(magnitude) * magnitude

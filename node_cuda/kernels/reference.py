@@ -20,10 +20,7 @@ from torch import Tensor
 
 from node_cuda._torch_modes import set_recording, transformed
 from node_cuda._typing import Row
-from node_cuda.kernels.norms import ErrorNorm
-
-HALF = (torch.float16, torch.bfloat16)
-"""The dtypes whose sums are in float32."""
+from node_cuda.kernels.norms import HALF, ErrorNorm
 
 
 def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: Tensor | None = None) -> Tensor:

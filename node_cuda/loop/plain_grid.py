@@ -17,7 +17,8 @@ from torch import Tensor
 from node_cuda._torch_modes import set_recording, transformed
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import is_plain
-from node_cuda.kernels.reference import HALF, add_into, combine, recorded_sum
+from node_cuda.kernels.norms import HALF
+from node_cuda.kernels.reference import add_into, combine, recorded_sum
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step

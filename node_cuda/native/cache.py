@@ -22,6 +22,7 @@ from node_cuda._torch_modes import transformed
 from node_cuda.controllers import controller, runs_on_host
 from node_cuda.cuda_graphs.fingerprint import Fingerprint, difference, surroundings, without, written
 from node_cuda.cuda_graphs.parts import Unseen, parts
+from node_cuda.kernels.norms import HALF
 from node_cuda.methods.registry import Method
 from node_cuda.native.build import why_not
 from node_cuda.native.tracing import Refused
@@ -194,7 +195,7 @@ def why_eager(problem: Problem, method: Method) -> str | None:
         return f"{method.name} evaluates the first stage of each step, which compiled solves do not"
     if not tableau.adaptive and tableau.fsal:
         return f"{method.name} has a stage at the end of a step of a fixed grid"
-    if problem.y0.dtype in (torch.float16, torch.bfloat16):
+    if problem.y0.dtype in HALF:
         return "the compiler rounds a state in half precision at other places"
     if problem.callbacks:
         return f"func has callbacks ({', '.join(sorted(problem.callbacks))}), and a compiled loop calls no Python"

@@ -10,7 +10,6 @@ import weakref
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from node_cuda.cuda_graphs.cache import GraphCache, captured_or_why, fallback_reason, key_of
@@ -20,6 +19,7 @@ from node_cuda.gradients.discrete.checkpoints import Checkpoints, slots_for
 from node_cuda.gradients.discrete.trajectory import State, StepRecord, Trajectory
 from node_cuda.kernels.arithmetic import Arithmetic
 from node_cuda.kernels.fused import Fused, can_sum
+from node_cuda.kernels.norms import HALF
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE
 from node_cuda.kernels.step_log import StepLog
 from node_cuda.loop.request import SolveSpec
@@ -208,7 +208,7 @@ def _first_room(problem: Problem) -> int:
 
 def why_not_recorded(problem: Problem, method: Method, params: Sequence[Tensor]) -> str | None:
     """Return the reason why the discrete adjoint cannot be captured, or None. Only reasons known before the capture."""
-    if problem.y0.dtype in (torch.float16, torch.bfloat16):
+    if problem.y0.dtype in HALF:
         return "half-precision states have float32 cotangents, and the kernels need one dtype"
     if method.tableau is not None and method.tableau.carry_last_stage and not method.tableau.fsal:
         return f"{method.name} reuses its last stage, which is not the field at the end of the step"

@@ -7,6 +7,7 @@ from itertools import accumulate
 import torch
 from torch import Tensor
 
+from node_cuda.kernels.norms import HALF
 from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidInput, InvalidState
 
@@ -23,7 +24,7 @@ class Blocks:
 
     def __init__(self, problem: Problem, batch_dims: int) -> None:
         y0 = problem.y0
-        if y0.dtype in (torch.float16, torch.bfloat16):
+        if y0.dtype in HALF:
             raise InvalidState(
                 f"implicit methods solve linear systems, which torch does in float32 and float64; got a state of "
                 f"{y0.dtype}. Use `y0.float()`."
