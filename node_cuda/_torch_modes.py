@@ -8,7 +8,7 @@ from typing import Any, NoReturn
 import torch
 from torch import Tensor
 
-from node_cuda.status import UnsupportedTransform
+from node_cuda.status import InvalidField, UnsupportedTransform
 
 _functorch: Any = torch._C._functorch  # pyright: ignore[reportAttributeAccessIssue]
 
@@ -70,9 +70,17 @@ def vjp(output: Tensor, inputs: Sequence[Tensor], cotangent: Tensor) -> tuple[Te
     The checks of that function take as long as the derivative of a small field. The solver knows what they check:
     cotangent has the shape, dtype and device of output.
     """
-    if _run_backward is None or type(output) is not Tensor or type(cotangent) is not Tensor:
-        return torch.autograd.grad(output, tuple(inputs), cotangent, allow_unused=True)
-    return _run_backward((output,), (cotangent,), False, False, tuple(inputs), True, accumulate_grad=False)
+    try:
+        if _run_backward is None or type(output) is not Tensor or type(cotangent) is not Tensor:
+            return torch.autograd.grad(output, tuple(inputs), cotangent, allow_unused=True)
+        return _run_backward((output,), (cotangent,), False, False, tuple(inputs), True, accumulate_grad=False)
+    except RuntimeError as error:
+        if "through the graph a second time" not in str(error):
+            raise
+        raise InvalidField(
+            "func keeps a tensor with its graph from one evaluation to the next: a buffer that it writes into, as in "
+            "`self.buffer.copy_(...)`, or a result that it stores. Return a new tensor, and store `x.detach()`."
+        ) from error
 
 
 # The function that torch.autograd.grad calls after its checks. It is not public; a torch without it has the slower way.

@@ -65,6 +65,9 @@ class Crossing:
         return value.reshape(-1) if isinstance(value, Tensor) else torch.as_tensor(value).reshape(-1)
 
 
+SECOND = "finite differences of the first derivative, or a solve to a fixed time"
+
+
 class _EventGradient(torch.autograd.Function):
     """The identity on (t*, y(t*)). Its backward pass adds the gradients by which the event's time moves."""
 
@@ -80,7 +83,7 @@ class _EventGradient(torch.autograd.Function):
         of = (*ctx.saved_tensors[:2], grad_t, grad_y)
         with torch.no_grad():
             gradients = _EventGradient.moved(ctx, grad_t, grad_y)
-        return None, *first_derivatives(gradients, "the time of an event", *of)
+        return None, *first_derivatives(gradients, "the time of an event", *of, instead=SECOND)
 
     @staticmethod
     def moved(ctx, grad_t, grad_y):

@@ -35,6 +35,7 @@ class UsedParameters:
             shapes = ", ".join(str(tuple(params[i].shape)) for i in sorted(self._missing))
             raise InvalidField(
                 f"func used a tensor in the forward pass (shape {shapes}) that it does not use in the backward pass, "
-                "where its gradient is to be computed: an attribute was replaced in between. Call backward() first, "
-                "or make the tensor a parameter of an nn.Module."
+                "where its gradient is to be computed: an attribute was replaced in between, or func chooses its "
+                "tensors by t, and the steps of the two passes are at other times. Call backward() first, make the "
+                'tensor a parameter of an nn.Module, or use gradient="discrete", whose passes have the same steps.'
             )

@@ -66,7 +66,7 @@ def solve_grid(
     t = stage_times(times, sign, tableau.nodes, y)
     wide: list[Tensor] | None = [] if y.dtype in HALF else None
     widens = tableau.longest_sum > 1
-    kept = accepted is not None
+    kept = accepted is not None or not tableau.reads_last_stage_only
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
     ys = _slab(y, len(times)) if large else None
@@ -79,7 +79,7 @@ def solve_grid(
             if begun is not None:
                 begun.append(y)
             k = _stages(field, t_n, y, rows, h, wide, widens, kept)
-            if stages > 1 and not field.copies_output and share_memory(k):
+            if kept and stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
                 k = _stages(field, t_n, y, rows, h, wide, widens, kept)
             y_before, y = y, combine(y, k, b, h) if wide is None else _half_sum(y, k, b, h, wide, widens)
@@ -110,7 +110,7 @@ def _stages(
 ) -> list[Tensor]:
     """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j).
 
-    wide, widens: as in `_half_sum`; wide is None if y is no half state. kept: they are read after the next step begins.
+    wide, widens: as in `_half_sum`; wide is None if y is no half state. kept: one is read after the next begins.
     """
     k: list[Tensor] = []
     if wide:

@@ -215,6 +215,12 @@ class Tableau:
         return i, j, sparse([x - y for x, y in zip(self.a[j], shorter, strict=True)])
 
     @cached_property
+    def reads_last_stage_only(self) -> bool:
+        """Each sum has the stage before it alone (euler, midpoint): no stage is read after the next one begins."""
+        read = [[j for j, _ in row] for row in (*self.rows[1:], self.b_row)]
+        return read == [[i] for i in range(self.stages)]
+
+    @cached_property
     def longest_sum(self) -> int:
         """The largest number of stages in the sum of one stage, or of y1."""
         return max(map(len, (*self.rows, self.b_row)))

@@ -74,7 +74,7 @@ class VectorField:
         """Return dy/dt at the 0-d tensor t and the state y, which is not changed.
 
         spare: the caller does not use y again, so a first evaluation needs no copy to see whether func writes into it.
-        kept: the caller reads the result after the next evaluation, and does not look for shared memory by itself.
+        kept: the caller reads the result after the next evaluation begins, which may write into its memory.
         """
         self.nfe += 1
         if self.bounds is not None:
@@ -96,7 +96,8 @@ class VectorField:
         if wrote and argument is y and not probes:
             raise InvalidField(
                 f"func wrote into its argument y at t = {float(t):.6g}, but not in its first calls. "
-                "Write `y = y.clone()` at its beginning, or use operations that are not in place."
+                "Write `y = y.clone()` at its beginning, or use operations that are not in place. If y0 is a tensor "
+                "that func holds and writes into, start from `y0.clone()`."
             )
         if not isinstance(out, Tensor) or out.shape != y.shape:
             _check(out, y.shape, self.func)

@@ -356,6 +356,12 @@ def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
 def _callbacks(func: Func) -> tuple[dict[str, Callback], dict[str, Callback]]:
     """Return the callbacks of func for the forward solve, and those for the backward solve."""
     found = {name: x for name in _CALLBACKS if (x := getattr(func, name, None)) is not None}
+    for name, x in found.items():
+        if not callable(x):
+            raise InvalidType(
+                f"{name} of func must be callable as {name}(t0, y0, dt); got a {type(x).__name__}. Make it a method, "
+                "or give the attribute another name."
+            )
     return (
         {name: found[name] for name in CALLBACKS if name in found},
         {name: found[name + _ADJOINT] for name in CALLBACKS if name + _ADJOINT in found},

@@ -14,7 +14,18 @@ from problems import F64, linspace
 from torch import nn
 
 import node_cuda
-from node_cuda import SolveError, Status, _typing, backend, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from node_cuda import (
+    InvalidField,
+    SolveError,
+    Status,
+    _typing,
+    backend,
+    odeint,
+    odeint_adjoint,
+    odeint_dense,
+    odeint_event,
+    solve,
+)
 from node_cuda.gradients.registry import GRADIENTS
 from node_cuda.nn import ContinuousFlow, NeuralODE, ODEBlock
 
@@ -29,6 +40,39 @@ def f(t, y):
 class Field(nn.Module):
     def forward(self, t, y):
         return -y
+
+
+class Buffered(nn.Module):
+    """It writes into its buffer while autograd records."""
+
+    def __init__(self):
+        super().__init__()
+        self.rate, self.kept = nn.Parameter(torch.tensor(-1.0, dtype=F64)), torch.zeros(2, dtype=F64)
+
+    def forward(self, t, y):
+        return self.kept.copy_(self.rate * y)
+
+
+class ByTime(nn.Module):
+    """It chooses its parameter by t."""
+
+    def __init__(self):
+        super().__init__()
+        self.rates = nn.ParameterList([nn.Parameter(torch.tensor(-1.0, dtype=F64)) for _ in range(2)])
+
+    def forward(self, t, y):
+        return self.rates[int(t >= 0.5)] * y
+
+
+class Labelled(Field):
+    callback_step = "every"
+
+
+def second_derivative_of_an_event():
+    y0 = Y.clone().requires_grad_()
+    at, _ = odeint_event(f, y0, T[0], event_fn=crossing)
+    (first,) = torch.autograd.grad(at, y0, create_graph=True)
+    torch.autograd.grad(first.sum(), y0)
 
 
 class Driven(nn.Module):
@@ -95,6 +139,13 @@ MISTAKES = {
         lambda: odeint(Driven(), Y, T),
         TypeError,
         "Keep u, v in the module, `self.u`, or use `lambda t, y: func(t, y, u, v)`",
+    ),
+    "a callback that is a word": (lambda: odeint(Labelled(), Y, T), TypeError, "callback_step of func", "got a str"),
+    "a second derivative of an event": (
+        second_derivative_of_an_event,
+        NotImplementedError,
+        "the time of an event gives first derivatives only",
+        "Use finite differences of the first derivative, or a solve to a fixed time",
     ),
     "a function of y alone": (lambda: odeint(lambda y: -y, Y, T), TypeError, "takes y alone", "`lambda t, y: func(y)`"),
     "a module of y alone": (
@@ -347,3 +398,20 @@ def test_two_options_with_the_same_likely_meaning_get_one_hint():
     with pytest.warns(UserWarning, match="Unexpected arguments") as caught:
         odeint(f, Y, T, method="euler", options=dict(stepsize=0.1, step_sizes=0.1))
     assert str(caught[0].message).count("Did you mean 'step_size'?") == 1
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+@pytest.mark.parametrize("method", ["rk4", "dopri5"])
+def test_a_graph_that_func_keeps_is_named(gradient, method):
+    ys = odeint_adjoint(Buffered(), Y, T, method=method, gradient=gradient)
+    with pytest.raises(InvalidField, match=r"keeps a tensor with its graph .* Return a new tensor"):
+        ys.sum().backward()
+
+
+def test_a_field_that_chooses_its_parameter_by_t_is_told_of_the_discrete_gradient():
+    two = T[[0, -1]]
+    with pytest.raises(InvalidField, match=r'func chooses its tensors by t.*gradient="discrete"'):
+        odeint_adjoint(ByTime(), Y, two, method="euler").sum().backward()
+    func = ByTime()
+    odeint_adjoint(func, Y, two, method="euler", gradient="discrete").sum().backward()
+    assert func.rates[0].grad == 2.0  # dy/dt = rate y from y = (1, 1), in one step of size 1

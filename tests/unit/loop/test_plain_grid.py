@@ -126,6 +126,56 @@ def test_a_field_that_returns_its_buffers_again_has_the_result_of_one_that_retur
             assert torch.equal(general(lambda steps=steps: solved(steps, Buffered())), exact)
 
 
+def low_pass():
+    """A field with a state of its own, in the buffer that it returns."""
+    kept = torch.zeros(24, 3)
+    return lambda t, y: kept.mul_(0.5).add_(y, alpha=-0.5)
+
+
+def two_rows():
+    """A field that writes into both rows of its buffer, and returns one of them."""
+    rows = torch.zeros(2, 24, 3)
+
+    def func(t, y):
+        rows[0], rows[1] = -y, -2 * y
+        return rows[int(t > 1)]
+
+    return func
+
+
+def noise():
+    """A field that draws new numbers into its buffer."""
+    drawn = torch.zeros(24, 3)
+    return lambda t, y: drawn.normal_()
+
+
+def constant():
+    """A field that returns what it holds."""
+    held = torch.ones(24, 3)
+    return lambda t, y: held
+
+
+def scaled_time():
+    """A field that writes into t, and returns one buffer."""
+    kept = torch.zeros(24, 3)
+    return lambda t, y: kept.copy_(-y * t.mul_(2))
+
+
+@pytest.mark.parametrize("make", [low_pass, two_rows, noise, constant, scaled_time])
+@pytest.mark.parametrize("method", FIXED)
+def test_a_field_that_returns_what_it_holds_is_evaluated_as_often_as_in_the_general_loop(general, method, make):
+    """Its first evaluations show it, so that no step is taken again, in which it could act otherwise."""
+
+    def solved():
+        torch.manual_seed(0)
+        with torch.no_grad():
+            solution = solve(make(), state(), grid(4), method=method)
+        return solution.ys, solution.stats.nfe
+
+    (ys, nfe), (expected, as_often) = solved(), general(solved)
+    assert torch.equal(ys, expected) and nfe == as_often
+
+
 def late(wrong):
     """Return a field that is wrong from its fourth evaluation on."""
     calls = []
