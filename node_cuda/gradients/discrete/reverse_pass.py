@@ -99,7 +99,7 @@ class ReversePass:
         # A failed solve gives NaN for the outputs it did not reach. Their gradients are not used.
         finite = torch.isfinite(ys).reshape(len(ys), -1).all(1) if solved.failed else None
         self.reached = len(ys) if finite is None else max(int(finite.sum()), 1)
-        self.grad_ys = self.cotangents.as_contiguous(grad_ys[: self.reached].to(wide))
+        self.grad_ys = self.cotangents.as_contiguous((grad_ys if finite is None else grad_ys[: self.reached]).to(wide))
 
     def run(self, t: Tensor, wants_t: bool) -> tuple[Tensor, Tensor | None, Tensor | None]:
         """Do the reverse pass, and return (dL/dy0, dL/dt or None, dL/dgrid or None)."""

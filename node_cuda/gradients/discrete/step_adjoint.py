@@ -290,7 +290,8 @@ class StepAdjoint:
         """Return lam with the outputs' part, and the cotangents of y0 and of each stage that do not come from y1."""
         lam, kappa, at_start, extra = outgoing.lam, outgoing.kappa, list[Tensor](), dict[int, Tensor]()
         if outputs is not None and outputs.places is not None and all(x == 1.0 for x in outputs.places):
-            lam = lam + outputs.gradients.sum(0)
+            given = outputs.gradients
+            lam = lam + (given[0] if len(outputs.places) == 1 else given.sum(0))
         elif outputs is not None:
             found = self.cotangents.dense_adjoint(self._polynomials, at, lam, outputs.first, outputs.gradients)
             lam, at_start = found.lam, [found.start]
