@@ -119,13 +119,10 @@ def _mend(error: Exception, func: Any, y: Any) -> str:
         return "func takes y alone, and is called as func(t, y). Use `lambda t, y: func(y)`."
     if isinstance(error, TypeError) and "missing" in words and (further := _further_names(func)):
         given = ", ".join(further)
-        keep = (
-            f"keep {given} in the module, `self.{further[0]}`, or use" if isinstance(func, torch.nn.Module) else "use"
-        )
-        return (
-            f"func needs {given} as well, and is called as func(t, y). {keep.capitalize()} "
-            f"`lambda t, y: func(t, y, {given})`."
-        )
+        use = "Use"
+        if isinstance(func, torch.nn.Module):
+            use = f"Keep {given} in the module, `self.{further[0]}`, or use"
+        return f"func needs {given} as well, and is called as func(t, y). {use} `lambda t, y: func(t, y, {given})`."
     if "zero-dimensional" in words and "concatenated" in words:
         return (
             "t is a tensor of shape (), which cannot be concatenated. Use `t.expand(*y.shape[:-1], 1)`, as in "

@@ -66,6 +66,7 @@ class Crossing:
 
 
 SECOND = "finite differences of the first derivative, or a solve to a fixed time"
+"""What gives second derivatives in place of the time of an event."""
 
 
 class _EventGradient(torch.autograd.Function):

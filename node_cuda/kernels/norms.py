@@ -60,7 +60,7 @@ class ErrorNorm:
     atol: Tolerance
     sizes: tuple[int, ...] | None = None
     custom: Callable[[Tensor, Sequence[Tensor]], Tensor | float] | None = None
-    _zero_d: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False, compare=False)
+    _zero_d: dict[torch.dtype, Tensor] = field(default_factory=dict, repr=False)
 
     def scale(self, magnitude: Tensor) -> Tensor:
         """Return atol + rtol * magnitude, for a real non-negative magnitude of the state's shape."""

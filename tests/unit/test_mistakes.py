@@ -76,8 +76,8 @@ def second_derivative_of_an_event():
 
 
 class Driven(nn.Module):
-    def forward(self, t, y, u, v):
-        return u - y
+    def forward(self, t, y, U, v):
+        return U - y
 
 
 def crossing(t, y):
@@ -138,7 +138,7 @@ MISTAKES = {
     "a module that needs more": (
         lambda: odeint(Driven(), Y, T),
         TypeError,
-        "Keep u, v in the module, `self.u`, or use `lambda t, y: func(t, y, u, v)`",
+        "Keep U, v in the module, `self.U`, or use `lambda t, y: func(t, y, U, v)`",
     ),
     "a callback that is a word": (lambda: odeint(Labelled(), Y, T), TypeError, "callback_step of func", "got a str"),
     "a second derivative of an event": (

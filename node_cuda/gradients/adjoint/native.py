@@ -105,7 +105,7 @@ class _NativeSolve:
         settings, forward = given.settings, given.forward
         self.given, self.method = given, given.method
         self.problem = given.problem._replace(
-            y0=given.ys[0].detach().contiguous(),
+            y0=given.ys[0].contiguous(),
             layout=forward.layout,
             norm=ErrorNorm(settings.rtol, settings.atol, forward.norm.sizes),
         )
