@@ -111,10 +111,7 @@ class DifferentiableSolve(ABC):
         self.members = Members(self.parameters)
         if self._inspects:
             assert isinstance(problem.field, VectorField)
-            named = (*self.parameters.every, *params)
-            self._inspection = Inspection(
-                problem.field, self.parameters.func, named, self.what, self.replays, self.members
-            )
+            self._inspection = Inspection(problem.field, self.parameters, params, self.what, self.replays, self.members)
             problem.field.func = self._inspection
         ys = self.solve(request)
         if self._inspection is not None:

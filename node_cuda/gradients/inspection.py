@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from node_cuda._torch_modes import set_recording
 from node_cuda._typing import Func, State
 from node_cuda.gradients.members import Members
-from node_cuda.gradients.parameters import is_wrapped, tensors_of
+from node_cuda.gradients.parameters import Parameters, is_wrapped
 from node_cuda.problem.field import VectorField
 from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidField, MissingGradientWarning, Unsupported, users_level
@@ -40,18 +40,25 @@ _States = tuple[list[Tensor], list[int]]
 class Inspection:
     """Replaces func in one evaluation of a field. It records the evaluation on a tape, and checks it.
 
-    func: the user's function. named: the tensors that the gradient mode differentiates by. what: that mode as the user
+    parameters: those of the user's function. given: the tensors in their place. what: the gradient mode as the user
     writes it. replays: the mode computes steps again, and refuses a non-deterministic func; the other mode only warns.
     members: noted after the evaluation of func. by_chance: func is non-deterministic.
     """
 
     def __init__(
-        self, field: VectorField, func: Func, named: Sequence[Tensor], what: str, replays: bool, members: Members
+        self,
+        field: VectorField,
+        parameters: Parameters,
+        given: Sequence[Tensor],
+        what: str,
+        replays: bool,
+        members: Members,
     ) -> None:
         self.field = field
         self.called = field.func
-        self.func = func
-        self.named = named
+        self.func = parameters.func
+        self.named = (*parameters.every, *given)
+        self.buffers = parameters.buffers if replays else ()
         self.what = what
         self.replays = replays
         self.members = members
@@ -114,12 +121,10 @@ class Inspection:
 
     def _states(self, device: torch.device) -> _States:
         """Return the states that an evaluation changes if it is random, or if it depends on earlier evaluations."""
-        random, versions = [torch.default_generator.get_state()], list[int]()
+        random = [torch.default_generator.get_state()]
         if device.type == "cuda" and not torch.cuda.is_current_stream_capturing():
             random.append(torch.cuda.get_rng_state(device))
-        if self.replays and isinstance(self.func, nn.Module):
-            versions = [x._version for x in tensors_of(self.func)[1].values() if not x.is_inference()]
-        return random, versions
+        return random, [x._version for x in self.buffers if not x.is_inference()]
 
     def _warn_of_unnamed(self, out: Any, arguments: tuple[Tensor, ...]) -> None:
         named = (*self.named, *arguments)

@@ -18,8 +18,8 @@ class Parameters:
     """The tensors to differentiate func by, each once.
 
     every: the tensors that the caller named, or else the module's parameters. wanted: those of them that require a
-    gradient. carried: func's buffers that belong to a torch.func transform. owner: the module, or the object that func
-    is a method of.
+    gradient. buffers: those of the module. carried: the buffers that belong to a torch.func transform. owner: the
+    module, or the object that func is a method of.
 
     Raises ValueError if the caller named no tensors and func is not a module. method: for the message.
     """
@@ -36,6 +36,7 @@ class Parameters:
         self._links: list[Link] = []
         params, buffers = tensors_of(self.owner, self._links)
         self._members = {**params, **buffers}
+        self.buffers = tuple(buffers.values())
         if named is None:
             assert isinstance(func, nn.Module)
             plain, replica = type(func).parameters is nn.Module.parameters, func.__dict__.get("_is_replica")

@@ -67,16 +67,15 @@ def _checked(name: str, where: str) -> str:
 
 def make_arithmetic(wanted: str, y0: Tensor, direction: float, norm: ErrorNorm, times: Sequence[float]) -> Arithmetic:
     """Return the arithmetic of a solve. Raises Unsupported if "fused" is wanted and not possible."""
-    fallback_reason = why_plain(wanted, y0)
-    if fallback_reason is None:
-        module, on = _kernels(y0.device)
-        assert module is not None
-        return Fused(module, on, y0, direction, norm, times)
-    if wanted == "fused":
-        raise Unsupported(
-            f'The backend "fused" was chosen, but {fallback_reason}. Use "auto" to solve without the kernels.'
-        )
-    return Arithmetic(y0, direction, norm, times)
+    if is_plain(wanted, y0):
+        if wanted == "fused":
+            raise Unsupported(
+                f'The backend "fused" was chosen, but {why_plain(wanted, y0)}. Use "auto" to solve without the kernels.'
+            )
+        return Arithmetic(y0, direction, norm, times)
+    module, on = _kernels(y0.device)
+    assert module is not None
+    return Fused(module, on, y0, direction, norm, times)
 
 
 def is_plain(wanted: str, y0: Tensor) -> bool:

@@ -54,17 +54,17 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
         for j, a in others:
             sum_ = torch.add(sum_, k[j], alpha=a / pivot)
         acc = torch.add(start, sum_, alpha=scale)
-        acc = acc.type_as(y0) if half else acc  # takes two thirds of the time of `to`
     else:
-        fits = not half or (out is not None and out.dtype is y0.dtype)
-        acc = add_into(out if fits else torch.empty_like(y0), start, k, row, h)
+        acc = add_sum(start, k, row, h, None if half else out)
+    if half and (out is None or out.dtype is not y0.dtype):
+        acc = acc.type_as(y0)  # takes two thirds of the time of `to`
     return acc if out is None or acc is out else out.copy_(acc)
 
 
-def add_into(out: Tensor | None, start: Tensor, k: Sequence[Tensor], row: Any, h: Any) -> Tensor:
-    """Return start + h sum_j a_j k_j, written into `out`, by default a new tensor. Autograd must not record.
+def add_sum(start: Tensor, k: Sequence[Tensor], row: Any, h: Any, out: Tensor | None = None) -> Tensor:
+    """Return start + h sum_j a_j k_j in start's dtype, written into `out` if given. Autograd must not record.
 
-    row: nonzero numbers. out: of any dtype. The first k_j of a sum has the dtype of start; others may be half tensors.
+    row: nonzero numbers. The first k_j of a sum has the dtype of start; others may be half tensors.
     """
     first, pivot = row[0]
     sum_ = k[first]

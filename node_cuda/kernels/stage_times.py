@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Sequence
 from typing import Any, NamedTuple
@@ -45,9 +46,6 @@ class Clock:
         self.direction = direction
         self.dtype = dtype
         self.device = device
-        info = torch.finfo(dtype)
-        self._bits = round(-math.log2(info.eps)) + 1
-        self._least = math.frexp(info.smallest_normal)[1] - self._bits
 
     def tensors(self, times: Sequence[float]) -> tuple[Tensor, ...]:
         """Return one 0-d tensor for each solver time, as views of one new vector."""
@@ -78,11 +76,20 @@ class Clock:
         """Return nextafter(round(s), sign * inf) in this dtype."""
         if self.dtype is torch.float64:
             return math.nextafter(s, sign * math.inf)
+        bits, least = _resolution(self.dtype)
         if s == 0.0:
-            return sign * math.ldexp(1.0, self._least)
-        exponent = max(math.frexp(s)[1] - self._bits, self._least)
+            return sign * math.ldexp(1.0, least)
+        exponent = max(math.frexp(s)[1] - bits, least)
         rounded = round(math.ldexp(s, -exponent))  # an integer number of units in the last place, ties to even
-        if abs(rounded) == 2 ** (self._bits - 1) and rounded * sign < 0 and exponent > self._least:
+        if abs(rounded) == 2 ** (bits - 1) and rounded * sign < 0 and exponent > least:
             # from a power of two towards zero the spacing is half a unit
             return math.ldexp(2 * rounded + sign, exponent - 1)
         return math.ldexp(rounded + sign, exponent)
+
+
+@functools.cache
+def _resolution(dtype: torch.dtype) -> tuple[int, int]:
+    """Return the number of bits of the mantissa, and the exponent of the smallest number."""
+    info = torch.finfo(dtype)
+    bits = round(-math.log2(info.eps)) + 1
+    return bits, math.frexp(info.smallest_normal)[1] - bits

@@ -52,9 +52,11 @@ class GradientAccumulator:
         for i, x in enumerate(given):
             if x is None:
                 given[i] = self._zero(i)
-        if weight and not self._sum and self._total is None:
-            self._sum = self._zero_sums()  # which becomes the total, so that no -0.0 gets into it
-        if weight:
+        if weight == 1.0 and not self._sum:
+            self._sum = [x.to(d, copy=True) for x, d in zip(given, self.dtypes, strict=True)]
+        elif weight:
+            if not self._sum and self._total is None:
+                self._sum = self._zero_sums()  # which becomes the total, so that no -0.0 gets into it
             self._sum = reference.accumulate(self._sum, given, weight, self.dtypes)
         if error_weight and self.with_error:
             self._error = reference.accumulate(self._error, given, error_weight, self.dtypes)

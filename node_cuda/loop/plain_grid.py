@@ -18,7 +18,7 @@ from node_cuda._torch_modes import set_recording, transformed
 from node_cuda._user_code import in_step, tell_step
 from node_cuda.kernels.backend import is_plain
 from node_cuda.kernels.norms import HALF
-from node_cuda.kernels.reference import add_into, combine, recorded_sum
+from node_cuda.kernels.reference import add_sum, combine, recorded_sum
 from node_cuda.kernels.stage_times import Interval
 from node_cuda.methods.registry import Method
 from node_cuda.methods.step import Step
@@ -130,7 +130,7 @@ def _half_sum(y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, wide: li
     widened. (A sum with one term widens it by itself.)
     """
     recording = torch.is_grad_enabled()
-    out = recorded_sum(y, k, row, h) if recording else torch.empty_like(y)
+    out = recorded_sum(y, k, row, h) if recording else None
     set_recording(False)
     try:
         if not wide:
@@ -138,7 +138,8 @@ def _half_sum(y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, wide: li
         if widens:
             for x in k[len(wide) - 1 :]:
                 wide.append(x.float())
-        return add_into(out, wide[0], wide[1:] if widens else k, row, h)
+        acc = add_sum(wide[0], wide[1:] if widens else k, row, h)
+        return acc.type_as(y) if out is None else out.copy_(acc)
     finally:
         set_recording(recording)
 

@@ -70,4 +70,4 @@ class GridBackwardSolve:
             tell_step(error, in_step(sign * times[i], h, i, 0))
             raise
         totals = zip(sums.total, field.params, strict=True)
-        return adj_t, a, [g if g.dtype is p.dtype else g.to(p.dtype) for g, p in totals]
+        return adj_t, a, [g if g.dtype is p.dtype else g.type_as(p) for g, p in totals]

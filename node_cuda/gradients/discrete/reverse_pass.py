@@ -25,7 +25,6 @@ from node_cuda.gradients.discrete.whole_step import WholeStepAdjoint, is_small
 from node_cuda.gradients.members import Members
 from node_cuda.gradients.reached import UsedParameters
 from node_cuda.kernels.arithmetic import Arithmetic, position
-from node_cuda.kernels.norms import ErrorNorm
 from node_cuda.loop.assemble import arithmetic_of
 from node_cuda.loop.progress import Progress
 from node_cuda.methods.registry import Method
@@ -76,10 +75,9 @@ class ReversePass:
         # In half precision, small cotangents would be lost in a sum of many.
         wide = torch.promote_types(ys.dtype, torch.float32)
         self.cotangents = self.arithmetic
-        if wide != ys.dtype:
-            # Plain PyTorch, because it accepts operands of both dtypes.
-            like = problem.y0.new_empty(problem.y0.shape, dtype=wide)
-            self.cotangents = Arithmetic(like, problem.direction, ErrorNorm(0.0, 0.0), problem.times)
+        if wide != ys.dtype and type(self.arithmetic) is not Arithmetic:
+            # Plain PyTorch accepts operands of both dtypes.
+            self.cotangents = Arithmetic(problem.y0, problem.direction, problem.norm, problem.times)
         self.adjoint: StepAdjoint | ImplicitStepAdjoint
         if solved.form is None:
             self.adjoint = ImplicitStepAdjoint(
@@ -187,7 +185,7 @@ class ReversePass:
 
     def of_params(self) -> list[Tensor]:
         """Return dL/dtheta, each in the dtype of its parameter."""
-        return [g.to(p.dtype) for g, p in zip(self.sums.total, self.params, strict=True)]
+        return [g.type_as(p) for g, p in zip(self.sums.total, self.params, strict=True)]
 
 
 def by_the_flow(

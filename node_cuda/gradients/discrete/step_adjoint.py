@@ -32,8 +32,7 @@ from node_cuda.methods.tableau import DenseOutput, SparseRow, Tableau
 from node_cuda.problem.problem import Problem
 
 
-@dataclass(frozen=True)
-class StageTable:
+class StageTable(NamedTuple):
     """A method and its interpolant as one list of stages.
 
     rows, nodes, sides: one entry for each stage; first the stages of the method, then those that only outputs need.
