@@ -49,7 +49,7 @@ class VectorField:
     """dy/dt = func(t, y) on flat states. The result has y's shape and dtype, and no other code writes into it.
 
     nfe: evaluations so far. The first two evaluations (`probes`) show how the user's function treats memory: if it
-    returns the same buffer every time, its output is copied; if it writes into its argument, it gets a copy.
+    writes again into an output, its outputs are copied; if it writes into its argument, it gets a copy.
     bounds: func is not evaluated at times outside of them. ends: the user's first and last time, for messages.
     """
 
@@ -68,7 +68,7 @@ class VectorField:
         self.probes = 2
         self.copies_output = False  # func returns memory that it writes into again
         self._copies_input = False
-        self._last_memory: torch.UntypedStorage | None = None
+        self._last: tuple[Tensor, int | None] | None = None  # the output of the first of them, and its version
 
     def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False, kept: bool = True) -> Tensor:
         """Return dy/dt at the 0-d tensor t and the state y, which is not changed.
@@ -83,6 +83,7 @@ class VectorField:
         spare = spare and not y.is_inference()  # whose writes are only seen in a copy
         argument = y.clone() if self._copies_input or (probes and not spare) else y
         version = None if argument.is_inference() else argument._version
+        own = None if argument is y else version_of(y)
         shapes = self.layout.shapes
         state = argument if shapes is None else self.layout.unflatten(argument)
         try:
@@ -98,6 +99,11 @@ class VectorField:
                 f"func wrote into its argument y at t = {float(t):.6g}, but not in its first calls. "
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place. If y0 is a tensor "
                 "that func holds and writes into, start from `y0.clone()`."
+            )
+        if own is not None and version_of(y) != own:
+            raise InvalidField(
+                "func wrote into y0 itself, not into its argument y: y0 is a tensor that func holds and writes into. "
+                "Start from `y0.clone()`."
             )
         if not isinstance(out, Tensor) or out.shape != y.shape:
             _check(out, y.shape, self.func)
@@ -115,7 +121,7 @@ class VectorField:
     def release(self) -> None:
         """Drop the references to the user's function and to its output. The field cannot be evaluated after this."""
         self.func = _released
-        self._last_memory = None
+        self._last = None
 
     def _flat(self, out: Any, shapes: Sequence[torch.Size]) -> Tensor:
         """Return the components that func returned as one tensor."""
@@ -130,20 +136,16 @@ class VectorField:
 
     def _first(self, out: Tensor, y: Tensor) -> Tensor:
         """Return the output of one of the first evaluations, as a copy if func may write into its memory again."""
-        last = self._last_memory
-        try:
-            memory = out.untyped_storage()
-            address = memory.data_ptr()
-        except (NotImplementedError, RuntimeError):  # under a torch.func transform, where the output is always new
-            memory, address = None, 0
-        # Both are alive here, so that an equal address means the same buffer.
-        if last is not None and address and last.data_ptr() == address:
-            self.copies_output = True
+        if self._last is not None:
+            last, version = self._last
+            # Both are alive here, so that an equal address means the same buffer.
+            if version_of(last) != version or _address(out) == _address(last) != 0:
+                self.copies_output = True
         if self.nfe < self.probes:
-            self._last_memory = memory
+            self._last = out, version_of(out)
             # It may be written again by the next evaluation.
             return out.clone() if out.dtype is y.dtype else self._own(out, y)
-        self._last_memory = None
+        self._last = None
         return self._own(out, y)
 
     def _own(self, out: Tensor, y: Tensor) -> Tensor:
@@ -165,6 +167,14 @@ def _released(*_: Any) -> NoReturn:
 def version_of(x: Tensor) -> int | None:
     """Return how often x was written to, or None for a tensor made in inference mode, which has no counter."""
     return None if x.is_inference() else x._version
+
+
+def _address(x: Tensor) -> int:
+    """Return the address of the memory that x is a part of; 0 under a torch.func transform, where it is always new."""
+    try:
+        return x.untyped_storage().data_ptr()
+    except (NotImplementedError, RuntimeError):
+        return 0
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:

@@ -10,7 +10,7 @@ import torch
 from problems import F64, linspace, relative_difference
 from torch import nn
 
-from node_cuda import TABLEAUS, odeint, odeint_adjoint
+from node_cuda import TABLEAUS, InvalidField, odeint, odeint_adjoint
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
 from node_cuda.problem.field import Layout, VectorField
 
@@ -64,6 +64,21 @@ class TwoStatic(nn.Module):
     def forward(self, t, y):
         self.calls += 1
         return torch.mul(y, -1.0, out=self.buffers[self.calls % 2])
+
+
+class InTurn(nn.Module):
+    """Returns buffers in turn, without a graph. scratch: it also writes into the next one, an earlier output."""
+
+    def __init__(self, count, *, scratch=False):
+        super().__init__()
+        self.buffers, self.scratch = [torch.empty(3, dtype=F64) for _ in range(count)], scratch
+
+    @torch.no_grad()
+    def forward(self, t, y):
+        self.buffers.append(self.buffers.pop(0))
+        if self.scratch:
+            torch.mul(y, 7.0, out=self.buffers[1])
+        return torch.mul(y, -1.0, out=self.buffers[0])
 
 
 class LateStatic(nn.Module):
@@ -142,6 +157,7 @@ FIELDS = {
     "a constant": (Constant, lambda y0: y0 + torch.tensor([1.0, 2.0, 3.0], dtype=F64)),
     "one static buffer": (Static, decay),
     "a slice of a static buffer": (OffsetStatic, decay),
+    "two buffers in turn, one as scratch": (lambda: InTurn(2, scratch=True), decay),
 }
 
 
@@ -172,6 +188,26 @@ def test_a_static_buffer_that_appears_late_is_copied_or_refused(make, method):
         assert "buffer" in str(error) or "memory" in str(error)
     else:
         assert relative_difference(ys[-1], decay(fresh())) < LIMIT.get(method, 1e-4)
+
+
+@pytest.mark.parametrize("buffers", [1, 2, 3, 4])
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+@pytest.mark.parametrize("method", ["euler", "midpoint", "heun2", "rk4", "dopri5"])
+def test_buffers_that_a_field_writes_again_are_not_taken_for_a_change_of_func(method, gradient, buffers):
+    func, y0 = InTurn(buffers, scratch=buffers == 2), fresh().requires_grad_()
+    ys = odeint_adjoint(func, y0, T, method=method, gradient=gradient)
+    odeint_adjoint(func, 2 * fresh(), T, method=method)  # writes again what was kept of the first solve
+    (grad,) = torch.autograd.grad(ys[-1].sum(), y0)
+    assert torch.equal(grad, torch.ones(3, dtype=F64))  # func hides its graph, so y1 = y0 + a constant
+
+
+@pytest.mark.parametrize("solver", [odeint, odeint_adjoint])
+@pytest.mark.parametrize("method", METHODS)
+def test_a_y0_that_is_a_buffer_of_func_is_refused(method, solver):
+    func = Static()
+    func.buffer.copy_(fresh())
+    with pytest.raises(InvalidField, match="y0 is a tensor that func holds and writes into"):
+        solver(func, func.buffer, T, **settings(method))
 
 
 @pytest.mark.parametrize("method", METHODS)
