@@ -30,6 +30,9 @@ from node_cuda.solution import Stats
 LARGE = 2**20
 """If the outputs have at least this many elements, they are written into one tensor, unless autograd records."""
 
+Sum = Callable[[Tensor, Sequence[Tensor], SparseRow, float], Tensor]
+"""y + h sum_j a_j k_j of (y, k, row, h)."""
+
 
 def applies(problem: Problem, method: Method) -> bool:
     """Return whether this file can solve the problem.
@@ -64,8 +67,7 @@ def solve_grid(
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
     y = y_before = problem.y0
     t = stage_times(times, sign, tableau.nodes, y)
-    wide: list[Tensor] | None = [] if y.dtype in HALF else None
-    widens = tableau.longest_sum > 1
+    add: Sum = _HalfSums(widens=tableau.longest_sum > 1).add if y.dtype in HALF else combine
     kept = accepted is not None or not tableau.reads_last_stage_only
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
@@ -78,11 +80,11 @@ def solve_grid(
             t_n = t[n * stages : (n + 1) * stages]
             if begun is not None:
                 begun.append(y)
-            k = _stages(field, t_n, y, rows, h, wide, widens, kept)
+            k = _stages(field, t_n, y, rows, h, add, kept)
             if kept and stages > 1 and not field.copies_output and share_memory(k):
                 field.copies_output = True  # func returned a buffer that held an earlier stage
-                k = _stages(field, t_n, y, rows, h, wide, widens, kept)
-            y_before, y = y, combine(y, k, b, h) if wide is None else _half_sum(y, k, b, h, wide, widens)
+                k = _stages(field, t_n, y, rows, h, add, kept)
+            y_before, y = y, add(y, k, b, h)
             if ys is None:
                 listed.append(y)
             else:
@@ -99,49 +101,42 @@ def solve_grid(
 
 
 def _stages(
-    field: Field,
-    t: Sequence[Tensor],
-    y: Tensor,
-    rows: Sequence[SparseRow],
-    h: float,
-    wide: list[Tensor] | None,
-    widens: bool,
-    kept: bool,
+    field: Field, t: Sequence[Tensor], y: Tensor, rows: Sequence[SparseRow], h: float, add: Sum, kept: bool
 ) -> list[Tensor]:
-    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j).
-
-    wide, widens: as in `_half_sum`; wide is None if y is no half state. kept: one is read after the next begins.
-    """
+    """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j). kept: one is read after the next begins."""
     k: list[Tensor] = []
-    if wide:
-        wide.clear()
     for t_i, row in zip(t, rows, strict=True):
-        z = y
-        if row:
-            z = combine(y, k, row, h) if wide is None else _half_sum(y, k, row, h, wide, widens)
+        z = add(y, k, row, h) if row else y
         k.append(field(t_i, z, spare=z is not y, kept=kept))
     return k
 
 
-def _half_sum(y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float, wide: list[Tensor], widens: bool) -> Tensor:
-    """Return y + h sum_j a_j k_j of a half state.
+class _HalfSums:
+    """The sums of the steps of a half state, in float32: y and each stage are widened once a step.
 
-    wide: y and the first stages in float32, which receives the others; each is widened once. widens: if not, only y is
-    widened. (A sum with one term widens it by itself.)
+    widens: if not, only y is widened. (A sum with one term widens it by itself.)
     """
-    recording = torch.is_grad_enabled()
-    out = recorded_sum(y, k, row, h) if recording else None
-    set_recording(False)
-    try:
-        if not wide:
-            wide.append(y.float())
-        if widens:
-            for x in k[len(wide) - 1 :]:
-                wide.append(x.float())
-        acc = add_sum(wide[0], wide[1:] if widens else k, row, h)
-        return acc.type_as(y) if out is None else out.copy_(acc)
-    finally:
-        set_recording(recording)
+
+    def __init__(self, *, widens: bool) -> None:
+        self.widens = widens
+        self.k: Sequence[Tensor] = ()  # the stages of this step
+        self.wide: list[Tensor] = []  # y and the first of them in float32
+
+    def add(self, y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float) -> Tensor:
+        """Return y + h sum_j a_j k_j. k: the same list for all sums of a step."""
+        recording = torch.is_grad_enabled()
+        out = recorded_sum(y, k, row, h) if recording else None
+        set_recording(False)
+        try:
+            if k is not self.k:
+                self.k, self.wide = k, [y.float()]
+            if self.widens:
+                for x in k[len(self.wide) - 1 :]:
+                    self.wide.append(x.float())
+            sum_ = add_sum(self.wide[0], self.wide[1:] if self.widens else k, row, h)
+            return sum_.type_as(y) if out is None else out.copy_(sum_)
+        finally:
+            set_recording(recording)
 
 
 def stage_times(times: Sequence[float], sign: float, nodes: Sequence[float], y: Tensor) -> tuple[Tensor, ...]:

@@ -68,7 +68,7 @@ class VectorField:
         self.probes = 2
         self.copies_output = False  # func returns memory that it writes into again
         self._copies_input = False
-        self._last: tuple[Tensor, int | None] | None = None  # the output of the first of them, and its version
+        self._last: tuple[Tensor, int, int | None] | None = None  # the first output, its address and its version
 
     def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False, kept: bool = True) -> Tensor:
         """Return dy/dt at the 0-d tensor t and the state y, which is not changed.
@@ -83,7 +83,7 @@ class VectorField:
         spare = spare and not y.is_inference()  # whose writes are only seen in a copy
         argument = y.clone() if self._copies_input or (probes and not spare) else y
         version = None if argument.is_inference() else argument._version
-        own = None if argument is y else version_of(y)
+        own = None if argument is y or y.is_inference() else y._version
         shapes = self.layout.shapes
         state = argument if shapes is None else self.layout.unflatten(argument)
         try:
@@ -100,7 +100,7 @@ class VectorField:
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place. If y0 is a tensor "
                 "that func holds and writes into, start from `y0.clone()`."
             )
-        if own is not None and version_of(y) != own:
+        if own is not None and y._version != own:
             raise InvalidField(
                 "func wrote into y0 itself, not into its argument y: y0 is a tensor that func holds and writes into. "
                 "Start from `y0.clone()`."
@@ -136,13 +136,17 @@ class VectorField:
 
     def _first(self, out: Tensor, y: Tensor) -> Tensor:
         """Return the output of one of the first evaluations, as a copy if func may write into its memory again."""
+        try:
+            address = out.untyped_storage().data_ptr()
+        except (NotImplementedError, RuntimeError):  # under a torch.func transform, where the output is always new
+            address = 0
         if self._last is not None:
-            last, version = self._last
+            last, before, version = self._last
             # Both are alive here, so that an equal address means the same buffer.
-            if version_of(last) != version or _address(out) == _address(last) != 0:
+            if address == before != 0 or version_of(last) != version:
                 self.copies_output = True
         if self.nfe < self.probes:
-            self._last = out, version_of(out)
+            self._last = out, address, None if out.is_inference() else out._version
             # It may be written again by the next evaluation.
             return out.clone() if out.dtype is y.dtype else self._own(out, y)
         self._last = None
@@ -167,14 +171,6 @@ def _released(*_: Any) -> NoReturn:
 def version_of(x: Tensor) -> int | None:
     """Return how often x was written to, or None for a tensor made in inference mode, which has no counter."""
     return None if x.is_inference() else x._version
-
-
-def _address(x: Tensor) -> int:
-    """Return the address of the memory that x is a part of; 0 under a torch.func transform, where it is always new."""
-    try:
-        return x.untyped_storage().data_ptr()
-    except (NotImplementedError, RuntimeError):
-        return 0
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:
