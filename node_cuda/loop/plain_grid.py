@@ -130,10 +130,11 @@ class _HalfSums:
         try:
             if k is not self.k:
                 self.k, self.wide = k, [y.float()]
+            wide = self.wide
             if self.widens:
-                for x in k[len(self.wide) - 1 :]:
-                    self.wide.append(x.float())
-            sum_ = add_sum(self.wide[0], self.wide[1:] if self.widens else k, row, h)
+                for x in k[len(wide) - 1 :]:
+                    wide.append(x.float())
+            sum_ = add_sum(wide[0], wide[1:] if self.widens else k, row, h)
             return sum_.type_as(y) if out is None else out.copy_(sum_)
         finally:
             set_recording(recording)
