@@ -10,13 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from node_cuda._parse_options import ARGUMENTS, check_mapping, option_names
 from node_cuda._torch_modes import transformed
 from node_cuda._typing import EventFunc
 from node_cuda.cuda_graphs.cache import GraphCache, graphs_of
 from node_cuda.gradients.registry import GRADIENTS
 from node_cuda.methods.registry import Method, supported_callbacks
 from node_cuda.native.cache import NativeCache, natives_of
-from node_cuda.options import ARGUMENTS, check_mapping, option_names
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
 from node_cuda.status import InvalidInput, InvalidType, Unsupported, did_you_mean, users_level

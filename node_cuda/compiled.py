@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor
 
+from node_cuda._parse_options import check_mapping
 from node_cuda._typing import Func, S
 from node_cuda.cuda_graphs.cache import TIERS, GraphCache
 from node_cuda.native.cache import NativeCache
 from node_cuda.odeint import solve
-from node_cuda.options import check_mapping
 from node_cuda.solution import Solution
 from node_cuda.status import InvalidInput
 

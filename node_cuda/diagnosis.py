@@ -13,10 +13,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from node_cuda._parse_options import check_mapping
 from node_cuda._typing import Func
 from node_cuda.loop.stiffness import ENOUGH
 from node_cuda.odeint import solve
-from node_cuda.options import check_mapping
 from node_cuda.solution import Solution
 from node_cuda.status import InvalidInput, SolveError, Status
 

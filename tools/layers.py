@@ -46,7 +46,7 @@ LAYERS: tuple[tuple[str, ...], ...] = (
         "kernels.backend",
         "kernels",
     ),
-    ("options", "solution", "problem.field", "problem.problem", "problem"),
+    ("options", "_parse_options", "solution", "problem.field", "problem.problem", "problem"),
     (
         "methods.tableau",
         "methods.tableaus",

@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from node_cuda import _parse_options
 from node_cuda import options as opt
 from node_cuda.methods.implicit.tableau import Implicit
 from node_cuda.methods.implicit.tableaus import IMPLICIT_TABLEAUS
@@ -109,9 +110,9 @@ def lookup(name: str | None, options: Mapping[str, Any] | None, *, quiet: bool =
         hint = f" Use {instead}." if instead else did_you_mean(name, names)
         raise ValueError(f'Invalid method "{name}".{hint} Must be one of {{{known}}}.')
     implicit = IMPLICIT_TABLEAUS.get(name)
-    opt.check_mapping(options)
+    _parse_options.check_mapping(options)
     defaults = {} if implicit is None else implicit.defaults
-    parsed = opt.parse(family, name, {**defaults, **(options or {})}, quiet=quiet)
+    parsed = _parse_options.parse(family, name, {**defaults, **(options or {})}, quiet=quiet)
     method = Method(name, parsed, tableau, implicit)
     if key is not None and all(x in parsed.__dataclass_fields__ for x in options or ()):  # the others warn each time
         if len(known) >= MOST:

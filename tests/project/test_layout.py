@@ -71,7 +71,7 @@ ELSEWHERE: dict[str, tuple[str, ...]] = {
     "unit/methods/test_explicit_rk.py": ("methods.evaluations", "methods.step"),
     "unit/methods/test_register.py": ("methods.order_conditions",),
     "unit/test_compiled.py": ("_eager",),
-    "unit/test_mistakes.py": ("_arguments",),
+    "unit/test_mistakes.py": ("_arguments", "_parse_options"),
     "unit/test_odeint.py": ("loop.assemble", "loop.outputs", "loop.request", "options"),
     "unit/test_status.py": ("problem.problem",),
 }

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import node_cuda
-from node_cuda import options
+from node_cuda import _parse_options, options
 from node_cuda.gradients.registry import GRADIENTS
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -40,7 +40,7 @@ def test_the_page_lists_the_names_of_the_package() -> None:
 
 def test_the_page_lists_the_arguments_and_gradient_modes() -> None:
     arguments, modes = re.findall(r"^(?:Arguments|Values) of .*?:(.*?)\.$", PAGE, re.MULTILINE | re.DOTALL)
-    assert named(arguments) == set(options.ARGUMENTS)
+    assert named(arguments) == set(_parse_options.ARGUMENTS)
     assert named(modes) == set(GRADIENTS)
 
 

@@ -5,6 +5,7 @@ import weakref
 
 import pytest
 
+from node_cuda import _parse_options
 from node_cuda import options as opt
 from node_cuda.methods.registry import lookup
 from node_cuda.native.cache import NativeCache
@@ -14,13 +15,13 @@ from node_cuda.native.cache import NativeCache
 def parsed(monkeypatch: pytest.MonkeyPatch) -> list[object]:
     """The options that were parsed."""
     calls: list[object] = []
-    original = opt.parse
+    original = _parse_options.parse
 
     def counted(*arguments: object, **more: object) -> object:
         calls.append(arguments[2])
         return original(*arguments, **more)  # pyright: ignore
 
-    monkeypatch.setattr(opt, "parse", counted)
+    monkeypatch.setattr(_parse_options, "parse", counted)
     return calls
 
 
