@@ -22,7 +22,7 @@ from node_cuda.as_torchdiffeq.run import run
 from node_cuda.extension import build
 from node_cuda.extension import loading as extension
 from node_cuda.kernels import backend, self_check
-from node_cuda.status import InvalidInput
+from node_cuda.status import InvalidInput, did_you_mean
 
 REFERENCE = "the pure PyTorch reference (node_cuda.kernels.reference), on every device"
 FUSED = "fused kernels on CUDA tensors, the pure PyTorch reference elsewhere"
@@ -146,7 +146,9 @@ def main() -> None:
         "node_cuda in the place of torchdiffeq.",
     )
     if sys.argv[1:2] != ["run"] or sys.argv[2:3] in (["-h"], ["--help"]):
-        parser.parse_args([x for x in sys.argv[1:] if x != "run"])
+        others = parser.parse_known_args([x for x in sys.argv[1:] if x != "run"])[1]
+        if others:
+            parser.error(f"the only command is run; got {others[0]!r}.{did_you_mean(others[0], ('run',))}")
         print(report())
         return
     program = sys.argv[2:]

@@ -51,8 +51,12 @@ class ODEBlock(NeuralODE):
     ) -> None:
         refuse_others("ODEBlock", solver)
         if not callable(f) or isinstance(f, type):
-            got = f"the class {f.__name__}" if isinstance(f, type) else f"a {type(f).__name__}"
-            raise InvalidType(f"f must be an nn.Module of h; got {got}. Use for example nn.Linear(2, 2).")
+            got, use = f"a {type(f).__name__}", "Use for example nn.Linear(2, 2)."
+            if isinstance(f, type):
+                name = f.__name__
+                got = f"the class {name}, whose call makes an object"
+                use = f"Make the object first: `f = {name}(...)`, then `ODEBlock(f)`."
+            raise InvalidType(f"f must be an nn.Module of h; got {got}. {use}")
         if takes(f, 1 if timed else 2):
             needed, got = ("(t, h)", "h alone") if timed else ("h alone", "(t, h)")
             use = "ODEBlock(f)" if timed else "ODEBlock(f, timed=True)"

@@ -137,12 +137,13 @@ def test_a_backend_that_there_is_not_is_a_line_of_the_report(monkeypatch: pytest
 def test_an_argument_is_refused_and_not_ignored(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "argv", ["node_cuda", "--chek"])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_module("node_cuda", run_name="__main__")
-    assert ended.value.code == 2
-    printed = capsys.readouterr()
-    assert "unrecognized arguments: --chek" in printed.err and not printed.out
+    for given, words in (("--chek", "got '--chek'."), ("rnu", "got 'rnu'. Did you mean 'run'?")):
+        monkeypatch.setattr(sys, "argv", ["node_cuda", given])
+        with pytest.raises(SystemExit) as ended:
+            runpy.run_module("node_cuda", run_name="__main__")
+        assert ended.value.code == 2
+        printed = capsys.readouterr()
+        assert f"the only command is run; {words}" in printed.err and not printed.out
 
 
 # ------------------------------------------------------------------ run
