@@ -67,7 +67,9 @@ def solve_grid(
     rows, b, stages = tableau.rows, tableau.b_row, tableau.stages
     y = y_before = problem.y0
     t = stage_times(times, sign, tableau.nodes, y)
-    add: Sum = _HalfSums(widens=tableau.longest_sum > 1).add if y.dtype in HALF else combine
+    add: Sum = combine if torch.is_grad_enabled() else add_sum
+    if y.dtype in HALF:
+        add = _HalfSums(widens=tableau.longest_sum > 1).add
     kept = accepted is not None or not tableau.reads_last_stage_only
     k: list[Tensor] = []
     large = y.numel() * len(times) >= LARGE and not torch.is_grad_enabled()
@@ -105,9 +107,10 @@ def _stages(
 ) -> list[Tensor]:
     """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j). kept: one is read after the next begins."""
     k: list[Tensor] = []
+    f = field.__call__  # calls of the object itself would make a dict of their keywords
     for t_i, row in zip(t, rows, strict=True):
         z = add(y, k, row, h) if row else y
-        k.append(field(t_i, z, spare=z is not y, kept=kept))
+        k.append(f(t_i, z, spare=z is not y, kept=kept))
     return k
 
 
