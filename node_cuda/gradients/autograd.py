@@ -124,6 +124,10 @@ class DifferentiableSolve(ABC):
     def backward(self, saved: Saved, grad_ys: Tensor, wants_t: bool, wants_grid: bool) -> Gradients:
         """Return the gradients of the inputs from those of the outputs. autograd calls this without recording."""
         refuse_in_capture(grad_ys)
+        if torch.is_inference_mode_enabled():  # where autograd records nothing, and a backward pass needs graphs
+            with torch.inference_mode(False), torch.no_grad():
+                ys, grad_ys = (x.clone() if x.is_inference() else x for x in (saved.ys, grad_ys))
+                return self.backward(saved._replace(ys=ys), grad_ys, wants_t, wants_grid)
         contexts = self.members.put_back()
         if self.autocast != autocast_state(grad_ys.device):
             contexts = [*autocast_contexts(self.autocast, grad_ys.device), *contexts]

@@ -24,7 +24,6 @@ from node_cuda.methods.adams import Adams
 from node_cuda.methods.explicit_rk import ExplicitRK
 from node_cuda.methods.interpolation import dense_of
 from node_cuda.methods.step import Step, Stepper
-from node_cuda.problem.field import version_of
 from node_cuda.problem.problem import Problem
 from node_cuda.status import InvalidField
 
@@ -42,23 +41,6 @@ GUESSED, INTERPOLATION = 0.05, 30.0
 Ask = Callable[[Tensor, Tensor], Tensor]
 
 
-class Kept(NamedTuple):
-    """An output of func that is kept, and its version."""
-
-    f: Tensor
-    version: int | None
-
-    @classmethod
-    def of(cls, f: Tensor) -> Kept:
-        """Keep f as it is now."""
-        return cls(f, version_of(f))
-
-    @property
-    def intact(self) -> bool:
-        """Whether func did not write into it again. One that it wrote into tells nothing."""
-        return version_of(self.f) == self.version
-
-
 class Evaluated(NamedTuple):
     """One evaluation in the last step of a solve: f at a node of the step, and at z.
 
@@ -70,7 +52,7 @@ class Evaluated(NamedTuple):
     node: float
     side: int
     z: Tensor
-    kept: Kept
+    f: Tensor
     slope: Tensor | None = None
     exact: bool = False
 
@@ -98,18 +80,18 @@ class LastStep:
         if isinstance(stepper, ExplicitRK) and stepper.tableau.adaptive and stepper.tableau.fsal:
             exact = end == step.t1
             slope = step.k[-1] if exact else _slope(step, stepper, end)
-            return Evaluated(step.at, 1.0, JUST_BEFORE, step.y1, Kept.of(step.k[-1]), slope, exact)
+            return Evaluated(step.at, 1.0, JUST_BEFORE, step.y1, step.k[-1], slope, exact)
         # The first evaluation of the backward pass is not known here. func is checked only if its tensors were written.
         if not members.tensors:
             return None
         if stepper is None:
-            return Evaluated(step.at, 0.0, HERE, step.y0, Kept.of(step.k[0]))
+            return Evaluated(step.at, 0.0, HERE, step.y0, step.k[0])
         if not isinstance(stepper, (ExplicitRK, Adams)):
             return None
         if isinstance(stepper, ExplicitRK) and stepper.tableau.carry_last_stage:  # the first stage is not f at y0
             z = stepper.arithmetic.combine(step.y0, step.k, stepper.tableau.rows[1], step.at.dt)
-            return Evaluated(step.at, stepper.tableau.nodes[1], JUST_BEFORE, z, Kept.of(step.k[1]))
-        return Evaluated(step.at, 0.0, JUST_AFTER if stepper.inside else HERE, step.y0, Kept.of(step.k[0]))
+            return Evaluated(step.at, stepper.tableau.nodes[1], JUST_BEFORE, z, step.k[1])
+        return Evaluated(step.at, 0.0, JUST_AFTER if stepper.inside else HERE, step.y0, step.k[0])
 
     def _take(self, step: Step) -> None:
         self._step = step
@@ -128,16 +110,14 @@ class Comparison:
         self.what = what
         self.ask = ask
 
-    def begin(self, last: Evaluated, f: Tensor, z: Tensor) -> None:
+    def begin(self, kept: Evaluated, f: Tensor, z: Tensor) -> None:
         """Check f at z, the first evaluation of a backward solve. Evaluate func again only if it seems changed."""
-        if not last.kept.intact:
-            return
         suspect = self.members.rewritten()
-        if last.slope is not None and not suspect:
-            suspect = self.differ(f, last.slope, z, last.at) if last.exact else self._off(f, last.slope, z, last.at)
+        if kept.slope is not None and not suspect:
+            suspect = self.differ(f, kept.slope, z, kept.at) if kept.exact else self._off(f, kept.slope, z, kept.at)
         if suspect:
-            (t,) = self.clock.at_nodes(last.at, (last.node,), last.side)
-            self.judge(t, last.z, last.kept.f, last.at)
+            (t,) = self.clock.at_nodes(kept.at, (kept.node,), kept.side)
+            self.judge(t, kept.z, kept.f, kept.at)
 
     def judge(self, t: Tensor, z: Tensor, f: Tensor, at: Interval) -> None:
         """Raise InvalidField if func, which returned f at (t, z), now returns another value."""

@@ -48,8 +48,9 @@ ONE_TENSOR = Layout()
 class VectorField:
     """dy/dt = func(t, y) on flat states. The result has y's shape and dtype, and no other code writes into it.
 
-    nfe: evaluations so far. The first two evaluations (`probes`) show how the user's function treats memory: if it
-    writes again into an output, its outputs are copied; if it writes into its argument, it gets a copy.
+    nfe: evaluations so far. An output that was written in place is copied, because it may be a buffer of the user's
+    function. The first two evaluations (`probes`) show how the function treats memory otherwise: if it writes again
+    into an output, all outputs are copied; if it writes into its argument, it gets a copy.
     bounds: func is not evaluated at times outside of them. ends: the user's first and last time, for messages.
     """
 
@@ -109,10 +110,17 @@ class VectorField:
             _check(out, y.shape, self.func)
         if out.requires_grad and not torch.is_grad_enabled():
             out = out.detach()  # func enables autograd for itself; no graph is kept in a step that is not recorded
+        first = False
         if probes:
             self._copies_input = self._copies_input or wrote or (version is None and not torch.equal(argument, y))
-            return self._first(out, y) if kept else self._own(out, y)
-        return out if out.dtype is y.dtype and not self.copies_output else self._own(out, y)
+            first = kept and self._probe(out)
+        if out.dtype is not y.dtype:
+            return _converted(out, y)
+        # An output that was written in place may be a buffer. (One of inference mode has no version, and a buffer that
+        # was made before has.)
+        if kept and (first or self.copies_output or not (out.is_inference() or out._version == 0)):
+            return out.clone()
+        return out
 
     def watch_again(self) -> None:
         """Probe the next two evaluations as the first two: func may act differently when autograd records."""
@@ -134,8 +142,8 @@ class VectorField:
             _check(part, shape, self.func)
         return self.layout.flatten(out)
 
-    def _first(self, out: Tensor, y: Tensor) -> Tensor:
-        """Return the output of one of the first evaluations, as a copy if func may write into its memory again."""
+    def _probe(self, out: Tensor) -> bool:
+        """Look whether func writes again into one of its first outputs. Return whether the next evaluation may."""
         try:
             address = out.untyped_storage().data_ptr()
         except (NotImplementedError, RuntimeError):  # under a torch.func transform, where the output is always new
@@ -145,23 +153,19 @@ class VectorField:
             # Both are alive here, so that an equal address means the same buffer.
             if address == before != 0 or version_of(last) != version:
                 self.copies_output = True
-        if self.nfe < self.probes:
-            self._last = out, address, None if out.is_inference() else out._version
-            # It may be written again by the next evaluation.
-            return out.clone() if out.dtype is y.dtype else self._own(out, y)
-        self._last = None
-        return self._own(out, y)
+        first = self.nfe < self.probes
+        self._last = (out, address, None if out.is_inference() else out._version) if first else None
+        return first
 
-    def _own(self, out: Tensor, y: Tensor) -> Tensor:
-        """Return the output in y's dtype, as a copy if func writes into its memory again."""
-        if out.dtype is y.dtype:
-            return out.clone() if self.copies_output else out
-        if out.is_complex() and not y.is_complex():
-            raise InvalidField(
-                f"func returned {out.dtype} for a state of {y.dtype}: the imaginary part would be lost. "
-                f"Start from a complex state, `y0.to({out.dtype})`, or return `out.real`."
-            )
-        return out.to(y.dtype)
+
+def _converted(out: Tensor, y: Tensor) -> Tensor:
+    """Return the output in y's dtype."""
+    if out.is_complex() and not y.is_complex():
+        raise InvalidField(
+            f"func returned {out.dtype} for a state of {y.dtype}: the imaginary part would be lost. "
+            f"Start from a complex state, `y0.to({out.dtype})`, or return `out.real`."
+        )
+    return out.to(y.dtype)
 
 
 def _released(*_: Any) -> NoReturn:

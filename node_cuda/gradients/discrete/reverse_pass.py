@@ -168,12 +168,10 @@ class ReversePass:
 
         The first evaluation is a stage of the last step, and the forward solve kept its value.
         """
-        kept, at = self.trajectory.replayed, self.trajectory.steps[-1].at
-        if kept is None or stage.k is None or not kept.intact:
-            return
-        z = stage.z.detach()
-        if self.comparison.differ(stage.k, kept.f, z, at):
-            self.comparison.judge(stage.t.detach(), z, kept.f, at)
+        before, at = self.trajectory.replayed, self.trajectory.steps[-1].at
+        differ = self.comparison.differ
+        if before is not None and stage.k is not None and differ(stage.k, before, stage.z.detach(), at):
+            self.comparison.judge(stage.t.detach(), stage.z.detach(), before, at)
 
     def _times_by_the_flow(self, adj_t: Tensor, lam0: Tensor) -> None:
         """Write dL/dt by the exact flow. The time of an event does not depend on t[1], so it needs dL/dt_0 only."""

@@ -7,7 +7,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from node_cuda.gradients.changed import Kept
 from node_cuda.gradients.discrete.checkpoints import Checkpoints
 from node_cuda.kernels.reference import nothing_lost
 from node_cuda.kernels.stage_times import HERE, JUST_AFTER, JUST_BEFORE, Interval
@@ -54,7 +53,7 @@ class Trajectory:
     def __init__(self, steps: list[StepRecord], checkpoints: Checkpoints[State]) -> None:
         self.steps = steps
         self.checkpoints = checkpoints
-        self.replayed: Kept | None = None
+        self.replayed: Tensor | None = None
         self.seen: Seen | None = None
         self._first: State | None = None
         self._lost: Tensor | None = None  # of the last step
@@ -82,7 +81,7 @@ class Trajectory:
             at = Interval(t0, t1, t1 - t0, signed, signed)
             self.steps.append(StepRecord(at, False, at, 0.0, HERE))
             self.checkpoints.offer(n, State(y0 if n else y0.new_empty(0), None))  # see `_record`
-        self.replayed = None if last is None else Kept.of(last.k[0])
+        self.replayed = None if last is None else last.k[0]
         return self
 
     def _record(self, step: Step, stepper: ExplicitRK | ImplicitSteps) -> None:
@@ -101,7 +100,7 @@ class Trajectory:
         self.steps.append(taken)
         self._lost = step.lost
         if isinstance(stepper, ExplicitRK):
-            self.replayed = Kept.of(step.k[0 if k1 is None else 1])
+            self.replayed = step.k[0 if k1 is None else 1]
         else:
             self.seen = stepper.seen
         self._jump = step.jump

@@ -5,6 +5,7 @@ They are never silently zero: if a transform cannot handle a solve as one operat
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import warnings
 
@@ -386,6 +387,22 @@ def test_a_hook_of_a_parameter_meets_its_whole_gradient_once(mode, method):
     outside.register_hook(doubled)
     named = dict(adjoint_params=(outside,), method=method, gradient=mode)
     assert torch.autograd.grad(loss_of(solve(lambda t, y: -outside * y, Y, T, **named).ys), outside)[0].isfinite().all()
+
+
+@pytest.mark.parametrize("method", ["dopri5", "rk4", "rodas5p", "kvaerno5", "gl6"])
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete", "auto"])
+def test_a_backward_pass_inside_inference_mode_is_that_outside(method, gradient):
+    net, t = MLP(timed=True), linspace(0.0, 1.0, 3).requires_grad_()
+    y0 = torch.ones(2, 2, dtype=F64, requires_grad=True)
+    options = {} if method in ("dopri5", "rodas5p", "kvaerno5") else dict(step_size=0.1)
+
+    def gradients(context):
+        ys = odeint_adjoint(net, y0, t, method=method, rtol=1e-6, atol=1e-6, options=options, gradient=gradient)
+        value = loss_of(ys)
+        with context:
+            return torch.autograd.grad(value, [y0, t, *net.parameters()])
+
+    assert_equal(gradients(torch.inference_mode()), gradients(contextlib.nullcontext()))
 
 
 @both
