@@ -25,6 +25,9 @@ from node_cuda.status import Status
 Evaluate = Callable[[Tensor, Tensor], Tensor]
 """dy/dt at a solver time and a state."""
 
+Field = Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor]
+"""dy/dt at a solver time and a state, of the settings before them and func's tensors after them."""
+
 
 class Scheme(NamedTuple):
     """The method of a loop: what is fixed in its code.

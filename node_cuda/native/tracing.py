@@ -78,6 +78,11 @@ def while_loop(
     return repeat(*graphs, tuple(carried), tuple(given), mutated_arg_indices=mutated)
 
 
+def once(go: Tensor, *_: Tensor) -> Tensor:
+    """Return the condition of a loop of one iteration, or of none if go is 0. The body returns go - 1."""
+    return go > 0
+
+
 class TracedField:
     """func as a loop calls it while it is traced: with the loop's inputs in place of the tensors that func reaches.
 

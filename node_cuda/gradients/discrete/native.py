@@ -18,7 +18,7 @@ from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why
 from node_cuda.native.forward import Begun, CompiledForward, Segment, account, begin, compiled_or_why, name_of, solve
 from node_cuda.native.loop import Scheme, extra_evaluations
 from node_cuda.native.numbers import point_of
-from node_cuda.native.reverse import Shape, reverse
+from node_cuda.native.reverse import ReverseLoop, Shape
 from node_cuda.native.tracing import Refused, TracedField
 from node_cuda.problem.problem import Problem
 from node_cuda.solution import Stats
@@ -125,7 +125,7 @@ class CompiledReverse:
         start = time.perf_counter()
         field = TracedField(problem, seen.tensors)
         field.probe()
-        run = reverse(scheme, shape, field)
+        run = ReverseLoop(scheme, shape, field)
         y = torch.zeros(problem.y0.shape, dtype=problem.y0.dtype)
         numbers = torch.zeros(shape.form.length, dtype=torch.float64)
         count = torch.zeros((), dtype=torch.int64)
