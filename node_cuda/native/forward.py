@@ -19,7 +19,7 @@ from node_cuda.loop.step_control import look_at_length, next_look, tstops_of, wr
 from node_cuda.methods.registry import Method
 from node_cuda.native.build import Native, traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
-from node_cuda.native.loop import Room, forward, scheme_of
+from node_cuda.native.loop import ForwardLoop, Room, scheme_of
 from node_cuda.native.numbers import CAP, Form, Point, Settings, point_of, settings_of_law
 from node_cuda.native.tracing import TracedField
 from node_cuda.options import AdaptiveOptions, FixedOptions
@@ -50,7 +50,7 @@ class CompiledForward:
         self.attempt_seconds = (time.perf_counter() - begin) / 2 * self.scheme.tableau.stages
         shown = tuple(isinstance(tol, Tensor) for tol in (problem.norm.rtol, problem.norm.atol))
         sizes = problem.norm.sizes
-        run = forward(self.scheme, order_of(method), sizes, self.room, field, begun.form, shown)  # pyright: ignore
+        run = ForwardLoop(self.scheme, order_of(method), sizes, self.room, field, begun.form, shown)  # pyright: ignore
         examples = [torch.zeros_like(x) for x in (*begun.inputs(begun.point), *seen.bare())]
         what = f"the solve by {method.name} of {name_of(problem.func)}"
         self.call: Native = traced(run, examples, len(seen.tensors), what)
@@ -145,8 +145,8 @@ def padded(points: Sequence[float], room: int) -> list[float]:
 class Segment(NamedTuple):
     """The steps of one call. point, y, k1: where it began. attempts: how many it tried. steps: how many it took.
 
-    tape: their y0, times (see `loop.forward`), and their k1 if it is kept; None if it was dropped. end: the state after
-    the last of them.
+    tape: their y0, times (see `loop.ForwardLoop`), and their k1 if it is kept; None if it was dropped. end: the state
+    after the last of them.
     """
 
     point: Point

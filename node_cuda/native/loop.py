@@ -17,8 +17,8 @@ from node_cuda.methods.registry import Method
 from node_cuda.methods.tableau import DenseOutput, Tableau
 from node_cuda.native import step as formulas
 from node_cuda.native.numbers import FIRST, Form, Given, Point, Settings, given_in, packed, point_in
-from node_cuda.native.step import Norm, beside, combine, cut, judge, proposed, weighted
-from node_cuda.native.tracing import while_loop
+from node_cuda.native.step import Cut, Law, Norm, beside, combine, cut, judge, proposed, weighted
+from node_cuda.native.tracing import once, while_loop
 from node_cuda.options import AdaptiveOptions, FixedOptions
 from node_cuda.status import Status
 
@@ -47,8 +47,7 @@ class Scheme(NamedTuple):
     @property
     def b_err(self) -> tuple[tuple[int, float], ...]:
         """The nonzero weights of the error estimate."""
-        row = self.tableau.b_err or ()
-        return tuple((j, float(e)) for j, e in enumerate(row) if e)
+        return self.tableau.err_row or ()
 
     @property
     def carries(self) -> bool:
@@ -64,6 +63,14 @@ class Scheme(NamedTuple):
     def keeps_k1(self) -> bool:
         """The first stage of a step is not a function of its y0."""
         return self.adaptive and not self.tableau.fsal
+
+    def first_time(self, t0: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the time of the stage at t0, the start of a step on a grid. dtype: of the state."""
+        return beside(t0, 1.0, dtype.to_real()) if self.inside else t0
+
+    def last_time(self, t1: Tensor, dtype: torch.dtype) -> Tensor:
+        """Return the time of the stages at t1, the end of a step."""
+        return beside(t1, -1.0, dtype.to_real()) if self.inside else t1
 
 
 def scheme_of(method: Method) -> Scheme:
@@ -94,12 +101,21 @@ class Step(NamedTuple):
 
 
 def compute(
-    scheme: Scheme, c: Any, f: Evaluate, t0: Any, t1: Any, h: Any, y0: Tensor, k1: Tensor, *, last: bool = True
+    scheme: Scheme,
+    c: Settings,
+    f: Evaluate,
+    t0: Tensor,
+    t1: Tensor,
+    h: Tensor,
+    y0: Tensor,
+    k1: Tensor,
+    *,
+    last: bool = True,
 ) -> Step:
     """Compute a step from (t0, y0). last: also the stage at y1 of an FSAL method."""
     tableau = scheme.tableau
     signed = c.direction * h
-    end = beside(t1, -1.0, y0.dtype.to_real()) if scheme.inside else t1
+    end = scheme.last_time(t1, y0.dtype)
     known = tableau.stages - tableau.fsal
     k = [k1]
     for node, row in zip(tableau.nodes[1:known], tableau.rows[1:known], strict=True):
@@ -135,128 +151,180 @@ class Room(NamedTuple):
     steps: int
 
 
-def forward(
-    scheme: Scheme,
-    order: int,
-    sizes: tuple[int, ...] | None,
-    room: Room,
-    field: Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor],
-    form: Form,
-    per_element: tuple[bool, bool],
-) -> Callable[..., tuple[Tensor, ...]]:
-    """Return the forward loop as a function of (numbers, y, k1, rtol and atol as far as tensors, func's tensors).
+def fixed_in(
+    form: Form, per_element: tuple[bool, bool], sizes: tuple[int, ...] | None, fixed: Sequence[Tensor]
+) -> tuple[Given, Norm, Sequence[Tensor]]:
+    """Return what a loop reads and does not change: the settings and the times, the norm, func's tensors.
 
-    per_element: whether rtol, and atol, is a tensor. It returns the point, y, k1, the outputs (of which the rows from
-    the first to before the last output of this call hold), and with a record of steps: their y0, their (t0, h, t1, time
-    of k1, carried), and their k1 if it is kept.
+    fixed: the numbers, rtol and atol as far as tensors, func's tensors. per_element: whether rtol, and atol, is a
+    tensor. sizes: the segments of y.
     """
-    used = scheme.used
-    n_tape = 0 if not room.steps else 3 if scheme.keeps_k1 else 2
-    n_tols = sum(per_element)
+    numbers, *rest = fixed
+    rtol, atol = (rest.pop(0) if is_tensor else None for is_tensor in per_element)
+    return given_in(form, numbers), Norm(rtol, atol, sizes), rest
 
-    def told(rest: Sequence[Tensor]) -> tuple[Given, Norm, Sequence[Tensor]]:
-        """Return what stays the same, from (numbers, tolerances, func's tensors)."""
-        tols = iter(rest[1 : 1 + n_tols])
-        rtol, atol = (next(tols) if is_tensor else None for is_tensor in per_element)
-        norm = Norm(rtol, atol, sizes)
-        return given_in(form, rest[0]), norm, rest[1 + n_tols :]
 
-    def going(point: Tensor, *rest: Tensor) -> Tensor:
-        p, given = point_in(point), given_in(form, rest[2 + 2 + n_tape])
-        c: Any = given.c
-        go = (p.status == 0) & (p.output < len(given.times)) & (p.fresh == 0) & (p.calls < c.cap)
-        go = go & (p.rows < room.outputs)
-        return go & (p.steps < room.steps) if room.steps else go
+class ForwardLoop:
+    """The forward loop, as a function that can be traced.
 
-    def body(point: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> list[Tensor]:
-        record, ends, tape, fixed = rest[0], rest[1], rest[2 : 2 + n_tape], rest[2 + n_tape :]
-        given, norm, tensors = told(fixed)
-        c, before = given.c, point_in(point)
-        f = _with(field, c, tensors)
-        if scheme.adaptive:
-            p, y1, k_next, step = _attempt(scheme, c, f, norm, before, y, k1, given)
+    order: of the method, for the first step size. sizes, per_element: see `fixed_in`.
+    """
+
+    def __init__(
+        self,
+        scheme: Scheme,
+        order: int,
+        sizes: tuple[int, ...] | None,
+        room: Room,
+        field: Field,
+        form: Form,
+        per_element: tuple[bool, bool],
+    ) -> None:
+        self.scheme, self.order, self.sizes, self.room = scheme, order, sizes, room
+        self.field, self.form, self.per_element = field, form, per_element
+        self.n_tape = 0 if not room.steps else 3 if scheme.keeps_k1 else 2
+
+    def __call__(self, numbers: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
+        """Return the point, y, k1, the outputs, and the record of steps if there is one.
+
+        rest: rtol and atol as far as tensors, func's tensors. Of the outputs, the rows from the first to before the
+        last output of this call hold. The record of steps: their y0, their (t0, h, t1, time of k1, carried), and their
+        k1 if it is kept.
+        """
+        fixed = (numbers, *rest)
+        given, _, _ = self._fixed_in(fixed)
+        p = point_in(numbers[:FIRST])
+        p = p._replace(**dict.fromkeys(("calls", "rows", "steps"), torch.zeros((), dtype=torch.int64)))
+        k1 = k1.clone()
+        if self.scheme.adaptive:
+            p, k1 = self._begin(given.c, p, y, k1, fixed)
+        room, columns = self.room, 2 + len(self.scheme.used)
+        record, ends = y.new_zeros(room.outputs, columns, *y.shape), numbers.new_zeros(room.outputs, 3)
+        tape = [y.new_zeros(room.steps, *y.shape), numbers.new_zeros(room.steps, 5), y.new_zeros(room.steps, *y.shape)]
+        tape = tape[: self.n_tape]
+        written = range(2 + self.n_tape)
+        carried = [packed(p), y.clone(), k1]
+        point, y1, k1 = while_loop(self._going, self._body, carried, [record, ends, *tape, *fixed], written)
+        outputs = _outputs(self.scheme, given.times, record, ends, point_in(point).rows, y)
+        return point, y1, k1, outputs, *tape
+
+    def _fixed_in(self, fixed: Sequence[Tensor]) -> tuple[Given, Norm, Sequence[Tensor]]:
+        return fixed_in(self.form, self.per_element, self.sizes, fixed)
+
+    def _evaluate(self, c: Settings, tensors: Sequence[Tensor]) -> Evaluate:
+        """Return the field with its settings and func's tensors."""
+        return lambda s, y: self.field(c, s, y, tensors)
+
+    # ------------------------------------------------------------------ before the first step
+    def _begin(self, c: Settings, p: Point, y: Tensor, k1: Tensor, fixed: Sequence[Tensor]) -> tuple[Point, Tensor]:
+        """Find k1 and the first step size where they are not known. Each is a loop of one iteration, or of none."""
+        p, k1 = self._first_stage(p, y, k1, fixed)
+        p, k1 = self._first_step(p, y, k1, fixed)
+        return proposed(c, p, p.attempts == 0), k1
+
+    def _first_stage(self, p: Point, y: Tensor, k1: Tensor, fixed: Sequence[Tensor]) -> tuple[Point, Tensor]:
+        """Evaluate k1 if it is not known."""
+
+        def evaluate(go: Tensor, nfe: Tensor, _k1: Tensor, t_k1: Tensor, y: Tensor, *fixed: Tensor) -> list[Tensor]:
+            given, _, tensors = self._fixed_in(fixed)
+            return [go - 1, nfe + 1, self.field(given.c, t_k1, y, tensors)]
+
+        carried = [(p.fresh > 0).long(), p.nfe, k1]
+        _, nfe, k1 = while_loop(once, evaluate, carried, [p.t_k1, y, *fixed])
+        return p._replace(nfe=nfe), k1
+
+    def _first_step(self, p: Point, y: Tensor, k1: Tensor, fixed: Sequence[Tensor]) -> tuple[Point, Tensor]:
+        """Find the first step size if it is not known."""
+
+        def propose(*flat: Tensor) -> list[Tensor]:
+            go, nfe, _, _, k1, t, y, *fixed = flat
+            given, norm, tensors = self._fixed_in(fixed)
+            f = self._evaluate(given.c, tensors)
+            proposal, status = first_step_by(given.c, lambda s, x: [f(s, x[0])], norm, self.order, t, [y], [k1])
+            return [go - 1, nfe + (status == 0).long(), proposal, status, k1.clone()]
+
+        carried = [(p.fresh > 1).long(), p.nfe, p.proposal, p.status, k1]
+        _, nfe, proposal, status, k1 = while_loop(once, propose, carried, [p.t, y, *fixed])
+        return p._replace(nfe=nfe, proposal=proposal, status=status, fresh=torch.zeros_like(nfe)), k1
+
+    # ------------------------------------------------------------------ the steps
+    def _going(self, point: Tensor, _y: Tensor, _k1: Tensor, *rest: Tensor) -> Tensor:
+        """Return whether there is another step to take in this call, and room to record it."""
+        p, given = point_in(point), given_in(self.form, rest[2 + self.n_tape])
+        go = (p.status == 0) & (p.output < len(given.times)) & (p.fresh == 0) & (p.calls < given.c.cap)
+        go = go & (p.rows < self.room.outputs)
+        return go & (p.steps < self.room.steps) if self.room.steps else go
+
+    def _body(self, point: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> list[Tensor]:
+        """Take one step and write it into the records. Return the point, y and k1 after it."""
+        (record, ends, *tape), fixed = rest[: 2 + self.n_tape], rest[2 + self.n_tape :]
+        given, norm, tensors = self._fixed_in(fixed)
+        before, f = point_in(point), self._evaluate(given.c, tensors)
+        if self.scheme.adaptive:
+            p, y1, k_next, step = self._attempt(given, norm, f, before, y, k1)
         else:
-            p, y1, k_next, step = _grid_step(scheme, c, f, before, y, given)
+            p, y1, k_next, step = self._grid_step(given, f, before, y)
         holds = p.output > before.output
-        k = _slopes_if(scheme, field, holds, step, fixed[0], tensors, form)
-        counts = {name: getattr(before, name) for name in ("rows", "steps", "calls")}
-        row = torch.stack([step.y0, step.y1, *(k[j] for j in used)])
-        record.index_copy_(0, counts["rows"].reshape(1), row.unsqueeze(0))
-        ends.index_copy_(0, counts["rows"].reshape(1), torch.stack([step.t0, step.t1, step.signed]).unsqueeze(0))
+        k = self._slopes_if(holds, step, fixed[0], tensors)
+        self._write_output(record, ends, before, step, k)
         if tape:
-            t_k1 = before.t_k1 if scheme.adaptive else _start(scheme, step)
-            of_step = torch.stack([step.t0, step.h, step.t1, t_k1, (t_k1 < step.t0).double()])
-            for memory, x in zip(tape, (y, of_step, k1), strict=False):
-                memory.index_copy_(0, counts["steps"].reshape(1), x.unsqueeze(0))
+            self._write_step(tape, before, step)
         p = p._replace(
-            rows=counts["rows"] + holds.long(),
-            steps=counts["steps"] + (p.accepted - before.accepted),
-            calls=counts["calls"] + 1,
-            nfe=p.nfe + holds.long() * extra_evaluations(scheme),
+            rows=before.rows + holds.long(),
+            steps=before.steps + (p.accepted - before.accepted),
+            calls=before.calls + 1,
+            nfe=p.nfe + holds.long() * extra_evaluations(self.scheme),
         )
         return [packed(p), y1, k_next]
 
-    def run(numbers: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
-        fixed = (numbers, *rest)
-        given, norm, _ = told(fixed)
-        p = point_in(numbers[:FIRST])
-        p = p._replace(**dict.fromkeys(("calls", "rows", "steps"), torch.zeros((), dtype=torch.int64)))
-        slope = k1.clone()
-        if scheme.adaptive:
-            p, slope = _begin(given, field, norm, order, p, y, slope, fixed, told)
-        record, ends = y.new_zeros(room.outputs, 2 + len(used), *y.shape), numbers.new_zeros(room.outputs, 3)
-        tape = [y.new_zeros(room.steps, *y.shape), numbers.new_zeros(room.steps, 5), y.new_zeros(room.steps, *y.shape)]
-        tape = tape[:n_tape]
-        written = range(2 + n_tape)
-        carried = [packed(p), y.clone(), slope]
-        point, y1, slope = while_loop(going, body, carried, [record, ends, *tape, *fixed], written)
-        outputs = _outputs(scheme, used, given.times, record, ends, point_in(point).rows, y)
-        return point, y1, slope, outputs, *tape
+    def _attempt(
+        self, given: Given, norm: Norm, f: Evaluate, p: Point, y: Tensor, k1: Tensor
+    ) -> tuple[Point, Tensor, Tensor, Step]:
+        """Take a step whose error decides, and move if it is accepted."""
+        at = cut(p, given.tstops, None)
+        step = compute(self.scheme, given.c, f, p.t, at.t1, at.h, y, k1)
+        error = weighted(step.k, self.scheme.b_err, step.signed)
+        p, accept = judged(self.scheme, given, p, at, norm.ratio(given.c, error, y, step.y1), y.dtype)
+        return p, torch.where(accept, step.y1, y), torch.where(accept, step.k[-1], k1), step
 
-    return run
+    def _grid_step(self, given: Given, f: Evaluate, p: Point, y: Tensor) -> tuple[Point, Tensor, Tensor, Step]:
+        """Take the step to the next point of the grid."""
+        t0, t1 = grid_interval(given, p)
+        k1 = f(self.scheme.first_time(t0, y.dtype), y)
+        step = compute(self.scheme, given.c, f, t0, t1, t1 - t0, y, k1)
+        output = (given.times <= t1).sum()
+        nfe = self.scheme.tableau.stages
+        p = p._replace(t=t1, place=p.place + 1, accepted=p.accepted + 1, output=output, nfe=p.nfe + nfe)
+        return p, step.y1, k1, step
 
+    def _slopes_if(self, holds: Tensor, step: Step, numbers: Tensor, tensors: Sequence[Tensor]) -> list[Tensor]:
+        """Return the slopes of the interpolant. Those that cost evaluations are computed only if there is an output."""
+        scheme, n = self.scheme, len(step.k)
+        fresh = extra_evaluations(scheme)
+        if not fresh:
+            return step.k
 
-def _with(field: Any, c: Settings, tensors: Sequence[Tensor]) -> Evaluate:
-    return lambda s, y: field(c, s, y, tensors)
+        def more(go: Tensor, *flat: Tensor) -> list[Tensor]:
+            numbers, t0, t1, h, signed, y0, y1, *rest = flat[fresh:]
+            f = self._evaluate(given_in(self.form, numbers).c, rest[n:])
+            return [go - 1, *slopes(scheme, f, Step(t0, t1, h, signed, y0, y1, rest[:n]))[-fresh:]]
 
+        zeros = [torch.zeros_like(step.y0) for _ in range(fresh)]
+        _, *found = while_loop(once, more, [holds.long(), *zeros], [numbers, *step[:-1], *step.k, *tensors])
+        return [*step.k[: 1 if scheme.hermite else n], *found]
 
-def _start(scheme: Scheme, step: Step) -> Tensor:
-    """Return the time of a grid step's first stage."""
-    return beside(step.t0, 1.0, step.y0.dtype.to_real()) if scheme.inside else step.t0
+    def _write_output(self, record: Tensor, ends: Tensor, p: Point, step: Step, k: Sequence[Tensor]) -> None:
+        """Write a step with its slopes k. The next step writes over it if it holds no output."""
+        row = torch.stack([step.y0, step.y1, *(k[j] for j in self.scheme.used)])
+        record.index_copy_(0, p.rows.reshape(1), row.unsqueeze(0))
+        ends.index_copy_(0, p.rows.reshape(1), torch.stack([step.t0, step.t1, step.signed]).unsqueeze(0))
 
-
-def _begin(
-    given: Given,
-    field: Any,
-    norm: Norm,
-    order: int,
-    p: Point,
-    y: Tensor,
-    k1: Tensor,
-    fixed: Sequence[Tensor],
-    told: Callable[[Sequence[Tensor]], tuple[Given, Norm, Sequence[Tensor]]],
-) -> tuple[Point, Tensor]:
-    """Find k1 and the first step size where they are not known. Each is a loop of one iteration, or of none."""
-
-    def slope(*flat: Tensor) -> list[Tensor]:
-        go, nfe, _, t_k1, y, *rest = flat
-        given, _, tensors = told(rest)
-        return [go - 1, nfe + 1, field(given.c, t_k1, y, tensors)]
-
-    start = [(p.fresh > 0).long(), p.nfe, k1]
-    _, nfe, k1 = while_loop(lambda go, *_: go > 0, slope, start, [p.t_k1, y, *fixed])
-
-    def first_step(*flat: Tensor) -> list[Tensor]:
-        go, nfe, _, _, k1, t, y, *rest = flat
-        given, norm, tensors = told(rest)
-        f = _with(field, given.c, tensors)
-        proposal, status = first_step_by(given.c, lambda s, x: [f(s, x[0])], norm, order, t, [y], [k1])
-        return [go - 1, nfe + (status == 0).long(), proposal, status, k1.clone()]
-
-    start = [(p.fresh > 1).long(), nfe, p.proposal, p.status, k1]
-    _, nfe, proposal, status, k1 = while_loop(lambda go, *_: go > 0, first_step, start, [p.t, y, *fixed])
-    p = p._replace(nfe=nfe, proposal=proposal, status=status, fresh=torch.zeros_like(nfe))
-    return proposed(given.c, p, p.attempts == 0), k1
+    def _write_step(self, tape: Sequence[Tensor], p: Point, step: Step) -> None:
+        """Write a step for a backward pass. The next step writes over it if it is rejected."""
+        t_k1 = p.t_k1 if self.scheme.adaptive else self.scheme.first_time(step.t0, step.y0.dtype)
+        times = torch.stack([step.t0, step.h, step.t1, t_k1, (t_k1 < step.t0).double()])
+        for memory, x in zip(tape, (step.y0, times, step.k[0]), strict=False):
+            memory.index_copy_(0, p.steps.reshape(1), x.unsqueeze(0))
 
 
 def first_step_by(
@@ -290,39 +358,26 @@ def first_step_by(
     return formulas.within(c, h), torch.where(bad, Status.NON_FINITE.value, 0)
 
 
-def _attempt(
-    scheme: Scheme, c: Any, f: Evaluate, norm: Norm, p: Point, y: Tensor, k1: Tensor, given: Given
-) -> tuple[Point, Tensor, Tensor, Step]:
-    """Take a step whose error decides, and move if it is accepted."""
-    at = cut(p, given.tstops, None)
-    step = compute(scheme, c, f, p.t, at.t1, at.h, y, k1)
-    error = weighted(step.k, scheme.b_err, step.signed)
-    ratio = norm(error / norm.scale(c, torch.maximum(y.abs(), step.y1.abs())))
-    law = judge(c, at.h, ratio, p)
+def judged(scheme: Scheme, given: Given, p: Point, at: Cut, ratio: Tensor, dtype: torch.dtype) -> tuple[Point, Tensor]:
+    """Judge a step by its error ratio. Return the point after it, and whether it is accepted. dtype: of the state."""
+    law = judge(given.c, at.h, ratio, p)
     accept = law.accept & torch.isfinite(ratio)
     output = torch.where(accept, (given.times <= at.t1).sum(), p.output)
-    active = output < len(given.times)
-    p = moved(c, p, law, at, ratio, y.dtype.to_real(), output, active, given.jumps, scheme.tableau.stages - 1)
-    return p, torch.where(accept, step.y1, y), torch.where(accept, step.k[-1], k1), step
+    return _moved(given, p, law, at, ratio, output, scheme.tableau.stages - 1, dtype.to_real()), accept
 
 
-def moved(
-    c: Any,
-    p: Point,
-    law: Any,
-    at: Any,
-    ratio: Tensor,
-    dtype: torch.dtype,
-    output: Tensor,
-    active: Tensor,
-    jumps: Tensor | None,
-    cost: int,
+def _moved(
+    given: Given, p: Point, law: Law, at: Cut, ratio: Tensor, output: Tensor, cost: int, dtype: torch.dtype
 ) -> Point:
-    """Return the point after a step was judged, with the next step proposed, as `StepControl.judge_ratio`."""
+    """Return the point after a step was judged, with the next step proposed, as `StepControl.judge_ratio`.
+
+    output: the first output that is not reached. cost: the evaluations of the step.
+    """
+    active = output < len(given.times)
     finite = torch.isfinite(ratio)
     accept = law.accept & finite
     broken = law.accept & ~finite  # a step of min_step, whose error is no number
-    jump = accept & (jumps == at.t1).any() if jumps is not None else torch.zeros_like(accept)
+    jump = accept & (given.jumps == at.t1).any() if given.jumps is not None else torch.zeros_like(accept)
     t_k1 = torch.where(jump, beside(at.t1, 1.0, dtype), beside(at.t1, -1.0, dtype))
     q = p._replace(
         t=torch.where(accept, at.t1, p.t),
@@ -339,49 +394,17 @@ def moved(
         output=output,
         nfe=p.nfe + cost,
     )
-    return proposed(c, q, active)
+    return proposed(given.c, q, active)
 
 
-def _grid_step(
-    scheme: Scheme, c: Any, f: Evaluate, p: Point, y: Tensor, given: Given
-) -> tuple[Point, Tensor, Tensor, Step]:
-    """Take the step to the next point of the grid."""
-    grid: Any = given.grid
-    place: Any = p.place
-    t0, t1 = grid.index_select(0, torch.stack([place, place + 1])).unbind()
-    start = beside(t0, 1.0, y.dtype.to_real()) if scheme.inside else t0
-    k1 = f(start, y)
-    step = compute(scheme, c, f, t0, t1, t1 - t0, y, k1)
-    output = (given.times <= t1).sum()
-    p = p._replace(t=t1, place=place + 1, accepted=p.accepted + 1, output=output, nfe=p.nfe + scheme.tableau.stages)
-    return p, step.y1, k1, step
+def grid_interval(given: Given, p: Point) -> tuple[Tensor, Tensor]:
+    """Return the next step of a fixed grid, from t0 to t1."""
+    assert given.grid is not None
+    t0, t1 = given.grid.index_select(0, torch.stack([p.place, p.place + 1])).unbind()
+    return t0, t1
 
 
-def _slopes_if(
-    scheme: Scheme, field: Any, holds: Tensor, step: Step, numbers: Tensor, tensors: Sequence[Tensor], form: Form
-) -> list[Tensor]:
-    """Return the slopes of the interpolant. Those that cost evaluations are computed only if there is an output."""
-    fresh = extra_evaluations(scheme)
-    if not fresh:
-        return step.k
-    n = len(step.k)
-
-    def more(*flat: Tensor) -> list[Tensor]:
-        go, rest = flat[0], flat[1 + fresh :]
-        c, tensors = given_in(form, rest[0]).c, rest[7 + n :]
-        t0, t1, h, signed, y0, y1 = rest[1:7]
-        again = Step(t0, t1, h, signed, y0, y1, list(rest[7 : 7 + n]))
-        return [go - 1, *slopes(scheme, _with(field, c, tensors), again)[-fresh:]]
-
-    zeros = [torch.zeros_like(step.y0) for _ in range(fresh)]
-    fixed = [numbers, step.t0, step.t1, step.h, step.signed, step.y0, step.y1, *step.k, *tensors]
-    _, *found = while_loop(lambda go, *_: go > 0, more, [holds.long(), *zeros], fixed)
-    return [*step.k[: 1 if scheme.hermite else n], *found]
-
-
-def _outputs(
-    scheme: Scheme, used: Sequence[int], times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor
-) -> Tensor:
+def _outputs(scheme: Scheme, times: Tensor, record: Tensor, ends: Tensor, rows: Any, y0: Tensor) -> Tensor:
     """Return y at all times, from the recorded steps. Rows of times that these do not hold have no meaning."""
     t0, t1, signed = ends.unbind(1)
     last = torch.where(torch.arange(len(t1)) < rows, t1, torch.inf)

@@ -38,6 +38,10 @@ class Norm(NamedTuple):
         """Return the largest rms of a segment, a 0-d double."""
         return largest([rms(x) for x in (scaled.split(list(self.sizes)) if self.sizes else (scaled,)) if x.numel()])
 
+    def ratio(self, c: Settings, error: Tensor, y0: Tensor, y1: Tensor) -> Tensor:
+        """Return the norm of the error of a step from y0 to y1."""
+        return self(error / self.scale(c, torch.maximum(y0.abs(), y1.abs())))
+
 
 def rms(x: Tensor) -> Tensor:
     """Return the root mean square of x, a 0-d double."""

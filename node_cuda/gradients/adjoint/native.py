@@ -17,7 +17,7 @@ from node_cuda.kernels.stage_times import Clock
 from node_cuda.loop.grids import grid_of
 from node_cuda.loop.step_control import look_at_length, next_look
 from node_cuda.methods.registry import Method
-from node_cuda.native.adjoint import Shape, backward
+from node_cuda.native.adjoint import BackwardLoop, Shape
 from node_cuda.native.build import traced
 from node_cuda.native.cache import NativeCache, Seen, Then, key_of, refused, why_eager
 from node_cuda.native.forward import SECONDS, account, begin, failure_of, name_of, order_of, padded, room_of
@@ -41,7 +41,7 @@ class CompiledAdjoint:
         begun = time.perf_counter()
         field.probe()
         self.attempt_seconds = 2 * (time.perf_counter() - begun) * self.scheme.tableau.stages
-        run = backward(self.scheme, order_of(method), shape, field)
+        run = BackwardLoop(self.scheme, order_of(method), shape, field)
         y = torch.zeros(problem.y0.shape, dtype=problem.y0.dtype)
         tensors = [torch.zeros_like(x) for x in seen.bare()]
         sums = [tensors[i].clone() for i in shape.wanted]
