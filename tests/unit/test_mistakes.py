@@ -122,7 +122,13 @@ MISTAKES = {
     "a class": (lambda: odeint(Field, Y, T), TypeError, "got the class Field", "`func = Field(...)`", "odeint(func"),
     "a class, in odeint_adjoint": (lambda: odeint_adjoint(Field, Y, T), TypeError, "got the class Field"),
     "a class, in a layer": (lambda: NeuralODE(Field), TypeError, "got the class Field", "NeuralODE(func, t)"),
-    "a class, in a block": (lambda: ODEBlock(Field), TypeError, "got the class Field", "nn.Linear(2, 2)"),
+    "a class, in a block": (
+        lambda: ODEBlock(Field),
+        TypeError,
+        "got the class Field",
+        "`f = Field(...)`",
+        "ODEBlock(f)",
+    ),
     "a class, in a flow": (
         lambda: ContinuousFlow(Field, 2),
         TypeError,
