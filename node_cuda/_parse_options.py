@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Mapping
 from typing import Any, TypeVar
 
+import torch
 from torch import Tensor
 
 from node_cuda._extras import extra
@@ -46,8 +47,9 @@ def parse(family: type[T], method: str, options: Mapping[str, Any] | None, *, qu
         )
     values = {name: value for name, value in options.items() if name in known}
     for name in _SCALARS:
-        if isinstance(values.get(name), Tensor):
-            values[name] = float(values[name].detach())
+        value = values.get(name)
+        if isinstance(value, Tensor) and value.numel() == 1:
+            values[name] = float(value.detach())
     parsed = family(**values)
     _check(parsed)
     return parsed
@@ -99,14 +101,21 @@ def _check(options: Common) -> None:
         _check_equations(options)
     if isinstance(options, FixedOptions):
         _check_grid(options)
+    if isinstance(options, AdamsOptions):
+        _check_adams(options)
+    if isinstance(options, ScipyOptions) and not isinstance(options.solver, (str, type)):
+        raise InvalidType(
+            f'options["solver"] must be the name of a method of SciPy; got {options.solver!r:.60}. Use "LSODA".'
+        )
 
 
 def _check_types(options: Common) -> None:
     """Check the types of the options that several families have."""
     for name in (*_SCALARS, "max_num_steps"):
         value = getattr(options, name, None)
-        if value is not None and not isinstance(value, (int, float)):
-            raise InvalidType(f'options["{name}"] must be a number; got {value!r:.60}.')
+        missing = value is None and getattr(type(options), name, None) is not None
+        if missing or not (value is None or isinstance(value, (int, float))):
+            raise InvalidType(f'options["{name}"] must be a number; got {value!r:.60}. Leave it out for the default.')
     checks = getattr(options, "event_checks", 0)
     if isinstance(checks, bool) or not isinstance(checks, int) or checks < 0:
         raise InvalidInput(
@@ -165,10 +174,12 @@ def _check_adaptive(options: AdaptiveOptions) -> None:
     ):
         if not holds:
             raise InvalidInput(f'options["{name}"] must be {need}; got {getattr(options, name)}.')
-    if not 0 <= options.min_step <= options.max_step or not options.max_step > 0:
+    if not isinstance(options.dtype, torch.dtype):
+        raise InvalidType(f'options["dtype"] must be a torch.dtype; got {options.dtype!r:.60}. Use torch.float64.')
+    if not 0 <= options.min_step <= options.max_step or not options.max_step > 0 or options.min_step == math.inf:
         raise InvalidInput(
-            f"options must have 0 <= min_step <= max_step and max_step > 0; got min_step = {options.min_step}, "
-            f"max_step = {options.max_step}."
+            "options must have 0 <= min_step <= max_step, a finite min_step and max_step > 0; got min_step = "
+            f"{options.min_step}, max_step = {options.max_step}."
         )
 
 
@@ -184,6 +195,12 @@ def _check_grid(options: FixedOptions) -> None:
         raise ValueError("step_size and grid_constructor are mutually exclusive arguments. Drop one of them.")
     if options.step_size is not None and not 0 < options.step_size < math.inf:
         raise InvalidInput(f'options["step_size"] must be positive and finite; got {options.step_size}.')
+
+
+def _check_adams(options: AdamsOptions) -> None:
+    for name, value in (("max_order", options.max_order or 0), ("max_iters", options.max_iters)):
+        if not (isinstance(value, (int, float)) and value == value // 1 >= 0):
+            raise InvalidType(f'options["{name}"] must be a whole number, 0 or more; got {value!r:.60}. Use 4.')
 
 
 def _check_progress(options: Common) -> None:

@@ -82,8 +82,9 @@ class _EventGradient(torch.autograd.Function):
     @eager
     def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
         of = (*ctx.saved_tensors[:2], grad_t, grad_y)
-        with torch.no_grad():
-            gradients = _EventGradient.moved(ctx, grad_t, grad_y)
+        with torch.inference_mode(False), torch.no_grad():  # in inference mode autograd would record nothing below
+            given = (x.clone() if x.is_inference() else x for x in (grad_t, grad_y))
+            gradients = _EventGradient.moved(ctx, *given)
         return None, *first_derivatives(gradients, "the time of an event", *of, instead=SECOND)
 
     @staticmethod

@@ -64,7 +64,7 @@ def combine(y0: Tensor, k: Sequence[Tensor], row: Row, h: float | Tensor, out: T
 def add_sum(start: Tensor, k: Sequence[Tensor], row: Any, h: Any, out: Tensor | None = None) -> Tensor:
     """Return start + h sum_j a_j k_j in start's dtype, written into `out` if given. Autograd must not record.
 
-    row: nonzero numbers. The first k_j of a sum has the dtype of start; others may be half tensors.
+    row: nonzero numbers. The first k_j of several has start's dtype. Others, and a single one, may be half tensors.
     """
     first, pivot = row[0]
     sum_ = k[first]

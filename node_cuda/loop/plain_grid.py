@@ -107,7 +107,7 @@ def _stages(
 ) -> list[Tensor]:
     """Return the stages k_i = f(t + c_i h, y + h sum_j a_ij k_j). kept: one is read after the next begins."""
     k: list[Tensor] = []
-    f = field.__call__  # calls of the object itself would make a dict of their keywords
+    f = field.__call__  # faster than calls of the object, for which Python puts the keywords into a dict
     for t_i, row in zip(t, rows, strict=True):
         z = add(y, k, row, h) if row else y
         k.append(f(t_i, z, spare=z is not y, kept=kept))
@@ -115,9 +115,9 @@ def _stages(
 
 
 class _HalfSums:
-    """The sums of the steps of a half state, in float32: y and each stage are widened once a step.
+    """The sums of the steps of a half state, in float32.
 
-    widens: if not, only y is widened. (A sum with one term widens it by itself.)
+    widens: the stages are widened too, each once a step. If not, only y is: a sum with one term widens that by itself.
     """
 
     def __init__(self, *, widens: bool) -> None:
@@ -126,7 +126,7 @@ class _HalfSums:
         self.wide: list[Tensor] = []  # y and the first of them in float32
 
     def add(self, y: Tensor, k: Sequence[Tensor], row: SparseRow, h: float) -> Tensor:
-        """Return y + h sum_j a_j k_j. k: the same list for all sums of a step."""
+        """Return y + h sum_j a_j k_j. k: the list of this step; another list object is another step."""
         recording = torch.is_grad_enabled()
         out = recorded_sum(y, k, row, h) if recording else None
         set_recording(False)

@@ -46,7 +46,7 @@ ONE_TENSOR = Layout()
 
 
 class VectorField:
-    """dy/dt = func(t, y) on flat states. The result has y's shape and dtype, and no other code writes into it.
+    """dy/dt = func(t, y) on flat states. The result has y's shape and dtype. Nothing writes into one that is kept.
 
     nfe: evaluations so far. An output that was written in place is copied, because it may be a buffer of the user's
     function. The first two evaluations (`probes`) show how the function treats memory otherwise: if it writes again
@@ -69,7 +69,7 @@ class VectorField:
         self.probes = 2
         self.copies_output = False  # func returns memory that it writes into again
         self._copies_input = False
-        self._last: tuple[Tensor, int, int | None] | None = None  # the first output, its address and its version
+        self._first: tuple[Tensor, int, int | None] | None = None  # the output of the first probe, its address, version
 
     def __call__(self, t: Tensor, y: Tensor, *, spare: bool = False, kept: bool = True) -> Tensor:
         """Return dy/dt at the 0-d tensor t and the state y, which is not changed.
@@ -84,7 +84,7 @@ class VectorField:
         spare = spare and not y.is_inference()  # whose writes are only seen in a copy
         argument = y.clone() if self._copies_input or (probes and not spare) else y
         version = None if argument.is_inference() else argument._version
-        own = None if argument is y or y.is_inference() else y._version
+        of_y = None if argument is y or y.is_inference() else y._version
         shapes = self.layout.shapes
         state = argument if shapes is None else self.layout.unflatten(argument)
         try:
@@ -101,7 +101,7 @@ class VectorField:
                 "Write `y = y.clone()` at its beginning, or use operations that are not in place. If y0 is a tensor "
                 "that func holds and writes into, start from `y0.clone()`."
             )
-        if own is not None and y._version != own:
+        if of_y is not None and y._version != of_y and not wrote and not _same(argument, y):
             raise InvalidField(
                 "func wrote into y0 itself, not into its argument y: y0 is a tensor that func holds and writes into. "
                 "Start from `y0.clone()`."
@@ -116,8 +116,8 @@ class VectorField:
             first = kept and self._probe(out)
         if out.dtype is not y.dtype:
             return _converted(out, y)
-        # An output that was written in place may be a buffer. (One of inference mode has no version, and a buffer that
-        # was made before has.)
+        # An output that was written in place may be a buffer, which func writes again. (Tensors of inference mode have
+        # no version. A buffer among them is only found by its address.)
         if kept and (first or self.copies_output or not (out.is_inference() or out._version == 0)):
             return out.clone()
         return out
@@ -129,7 +129,7 @@ class VectorField:
     def release(self) -> None:
         """Drop the references to the user's function and to its output. The field cannot be evaluated after this."""
         self.func = _released
-        self._last = None
+        self._first = None
 
     def _flat(self, out: Any, shapes: Sequence[torch.Size]) -> Tensor:
         """Return the components that func returned as one tensor."""
@@ -143,18 +143,18 @@ class VectorField:
         return self.layout.flatten(out)
 
     def _probe(self, out: Tensor) -> bool:
-        """Look whether func writes again into one of its first outputs. Return whether the next evaluation may."""
+        """Look whether func writes again into its output. Return True for the first probe: the next one will show."""
         try:
             address = out.untyped_storage().data_ptr()
         except (NotImplementedError, RuntimeError):  # under a torch.func transform, where the output is always new
             address = 0
-        if self._last is not None:
-            last, before, version = self._last
+        if self._first is not None:
+            earlier, before, version = self._first
             # Both are alive here, so that an equal address means the same buffer.
-            if address == before != 0 or version_of(last) != version:
+            if address == before != 0 or version_of(earlier) != version:
                 self.copies_output = True
         first = self.nfe < self.probes
-        self._last = (out, address, None if out.is_inference() else out._version) if first else None
+        self._first = (out, address, None if out.is_inference() else out._version) if first else None
         return first
 
 
@@ -175,6 +175,11 @@ def _released(*_: Any) -> NoReturn:
 def version_of(x: Tensor) -> int | None:
     """Return how often x was written to, or None for a tensor made in inference mode, which has no counter."""
     return None if x.is_inference() else x._version
+
+
+def _same(a: Tensor, b: Tensor) -> bool:
+    """Return whether a and b hold the same values; NaN equals NaN."""
+    return torch.equal(a.detach().nan_to_num(), b.detach().nan_to_num())
 
 
 def share_memory(tensors: Sequence[Tensor]) -> bool:

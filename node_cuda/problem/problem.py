@@ -337,7 +337,7 @@ def _tolerance(name: str, tol: Any, shape: torch.Size, flat: Tensor) -> Tol:
         tol = tol.item()
     if not isinstance(tol, Tensor):
         if isinstance(tol, complex) or not tol >= 0:
-            raise InvalidInput(f"{name} must be a number that is not negative; got {tol}.")
+            raise InvalidInput(f"{name} must be a number that is not negative; got {tol}. Use for example 1e-6.")
         return float(tol)
     if tol.is_complex() or not bool((tol >= 0).all()):
         raise InvalidInput(f"{name} must be real and not negative; got {tol}.")

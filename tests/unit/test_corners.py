@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 import node_cuda
-from node_cuda import SolveError, Status, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
+from node_cuda import InvalidType, SolveError, Status, odeint, odeint_adjoint, odeint_dense, odeint_event, solve
 from node_cuda.kernels import reference
 from node_cuda.kernels.norms import ErrorNorm
 
@@ -207,6 +207,10 @@ def test_what_a_field_of_scipy_keeps_is_never_rewritten():
         dict(first_step=float("inf")),
         dict(max_num_steps="a"),
         dict(min_step="a"),
+        dict(min_step=None),
+        dict(min_step=float("inf")),
+        dict(safety=ones(2)),
+        dict(dtype="float64"),
         dict(norm=3),
         dict(controller=[1]),
     ],
@@ -216,6 +220,13 @@ def test_constants_with_which_no_solve_ends_are_refused(options):
     (name,) = options
     with pytest.raises((ValueError, TypeError), match=name):
         odeint(lambda t, y: -y, ones(), T, options=options)
+
+
+@pytest.mark.parametrize("name", ["max_order", "max_iters"])
+@pytest.mark.parametrize("value", ["4", 2.5, float("nan"), float("inf"), -1])
+def test_the_numbers_of_adams_methods_are_whole(name, value):
+    with pytest.raises(InvalidType, match=rf'options\["{name}"\] must be a whole number, 0 or more; got .* Use 4\.'):
+        odeint(lambda t, y: -y, ones(), T, method="implicit_adams", options={name: value})
 
 
 def test_an_event_function_that_is_nan_gives_an_error():

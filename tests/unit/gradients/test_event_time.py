@@ -50,6 +50,16 @@ def test_the_time_of_an_event_has_the_gradient_of_the_implicit_function(solver, 
     assert relative_difference(speed, truth) < 1e-4
 
 
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete", "auto"])
+def test_the_time_of_an_event_has_its_gradient_inside_inference_mode_too(gradient):
+    ball, y0, t = Ball(), START.clone().requires_grad_(), torch.tensor([0.0, 9.0], dtype=F64)
+    event_t, _ = odeint_adjoint(ball, y0, t, event_fn=ground, gradient=gradient, **precise("dopri5"))
+    with torch.inference_mode():
+        found = torch.autograd.grad(event_t, [y0, ball.g])
+    landing = (y0[1] + torch.sqrt(y0[1] ** 2 + 2 * ball.g * y0[0])) / ball.g
+    assert relative_difference(found, torch.autograd.grad(landing, [y0, ball.g])) < 1e-4
+
+
 def test_the_time_of_an_event_in_reversed_time_has_its_gradient():
     ball = Ball()
     y0 = START.clone().requires_grad_()

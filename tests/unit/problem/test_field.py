@@ -259,6 +259,22 @@ def test_a_y0_that_is_a_buffer_of_func_is_refused(method, solver):
 
 
 @pytest.mark.parametrize("method", METHODS)
+def test_a_field_may_write_beside_y0(method):
+    log, calls = torch.zeros(10_000, 3, dtype=F64), 0
+    log[0] = fresh()
+
+    def func(t, y):
+        nonlocal calls
+        calls += 1
+        log[calls] = y
+        return -y
+
+    with torch.no_grad():
+        ys = odeint(func, log[0], T, **settings(method))
+    assert relative_difference(ys[-1], decay(fresh())) < LIMIT.get(method, 1e-4)
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_field_that_writes_minus_y_in_place_is_right_or_refused(method):
     """y.neg_() overwrites the given state. Its result is y' = -y nevertheless."""
     y0 = fresh()
