@@ -97,7 +97,7 @@ class BackwardLoop:
     def __call__(self, numbers: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the point and the state at the end of the interval, or where the cap on the attempts was met.
 
-        numbers: with one output time, the end of the interval. rest: the state, tolerances, func's tensors.
+        numbers: they hold one output time, the end of the interval. rest: the state, tolerances, func's tensors.
         """
         state, fixed = self._split(rest)
         fixed = [numbers, *fixed]
