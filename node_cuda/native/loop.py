@@ -187,8 +187,8 @@ class ForwardLoop:
     def __call__(self, numbers: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the point, y, k1, the outputs, and the record of steps if there is one.
 
-        rest: rtol and atol, if they are tensors; func's tensors. Of the outputs, only the rows that lie in this call are
-        set. The record of steps: their y0, their (t0, h, t1, time of k1, whether k1 is that of the step before), and
+        rest: rtol and atol, if they are tensors; func's tensors. Of the outputs, only the rows in this call are set. The
+        record of steps: their y0, their (t0, h, t1, time of k1, whether k1 is that of the step before), and
         their k1 if it is kept.
         """
         fixed = (numbers, *rest)
@@ -381,7 +381,7 @@ def _moved(
     t_k1 = torch.where(jump, beside(at.t1, 1.0, dtype), beside(at.t1, -1.0, dtype))
     q = p._replace(
         t=torch.where(accept, at.t1, p.t),
-        proposal=torch.where(accept, torch.maximum(law.h_next, at.uncut), law.h_next),
+        proposal=torch.where(accept, torch.maximum(law.h_next, at.carried), law.h_next),
         r0=law.r0,
         r1=law.r1,
         t_k1=torch.where(accept, t_k1, p.t_k1),

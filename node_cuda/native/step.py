@@ -122,7 +122,7 @@ class Cut(NamedTuple):
 
     t1: Tensor
     h: Tensor
-    uncut: Tensor
+    carried: Tensor
 
 
 def cut(p: Point, tstops: Tensor | None, stop: Tensor | None) -> Cut:
@@ -130,7 +130,7 @@ def cut(p: Point, tstops: Tensor | None, stop: Tensor | None) -> Cut:
     t: Any = p.t
     h: Any = p.proposal
     t1 = t + h
-    uncut = torch.zeros_like(t)
+    carried = torch.zeros_like(t)
     landed = torch.zeros_like(t, dtype=torch.bool)
     if tstops is not None:
         following = torch.where(tstops > t, tstops, math.inf).amin()
@@ -142,10 +142,10 @@ def cut(p: Point, tstops: Tensor | None, stop: Tensor | None) -> Cut:
         passes = t1 >= stop
         halves = ~passes & ~landed & (t + 2 * h > stop)
         short = passes | halves
-        uncut = torch.where(short, h, uncut)
+        carried = torch.where(short, h, carried)
         t1 = torch.where(passes, stop, torch.where(halves, t + 0.5 * (stop - t), t1))
         h = torch.where(short, torch.minimum(t1 - t, h), h)
-    return Cut(t1, h, uncut)
+    return Cut(t1, h, carried)
 
 
 def proposed(c: Settings, p: Point, active: Tensor) -> Point:
