@@ -187,9 +187,9 @@ class ForwardLoop:
     def __call__(self, numbers: Tensor, y: Tensor, k1: Tensor, *rest: Tensor) -> tuple[Tensor, ...]:
         """Return the point, y, k1, the outputs, and the record of steps if there is one.
 
-        rest: rtol and atol, if they are tensors; func's tensors. Of the outputs, only the rows in this call are set. The
-        record of steps: their y0, their (t0, h, t1, time of k1, whether k1 is that of the step before), and
-        their k1 if it is kept.
+        rest: rtol and atol, if they are tensors; func's tensors. Of the outputs, the rows in this call are set. The
+        record of steps: their y0, their (t0, h, t1, time of k1, whether k1 is that of the step before), and their k1
+        if it is kept.
         """
         fixed = (numbers, *rest)
         given, _, _ = self._fixed_in(fixed)
