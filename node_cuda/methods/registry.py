@@ -30,7 +30,7 @@ ELSEWHERE = {
     **dict.fromkeys(_RADAU, _STIFF.format("Radau")),
     **dict.fromkeys(_BDF, _STIFF.format("BDF")),
     "lsoda": _STIFF.format("LSODA"),
-    **dict.fromkeys(("rk45", "ode45", "dp5", "dormand_prince"), 'method="dopri5"'),
+    **dict.fromkeys(("rk45", "ode45", "dp5", "dopri", "dopri45", "dormand_prince"), 'method="dopri5"'),
     **dict.fromkeys(("rk23", "ode23", "bs3"), 'method="bosh3"'),
     **dict.fromkeys(("dop853", "dp8"), 'method="dopri8"'),
 }

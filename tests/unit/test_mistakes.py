@@ -109,6 +109,7 @@ MISTAKES = {
     "an unknown argument": (lambda: odeint_dense(f, Y, 0.0, 1.0, colour=3), TypeError, "'colour'", "It has rtol, atol"),
     "an option of odeint_event": (lambda: odeint_event(f, Y, T[0], event_fn=crossing, clip=True), TypeError, "clip"),
     # methods and gradients
+    "a method without its order": (lambda: odeint(f, Y, T, method="dopri"), ValueError, '"dopri". Use method="dopri5"'),
     "a method that is nearly one": (lambda: odeint(f, Y, T, method="dopri6"), ValueError, '"dopri6"', "mean 'dopri"),
     "a method of diffrax": (lambda: odeint(f, Y, T, method="Dopri5"), ValueError, "Did you mean 'dopri5'?"),
     "RK45": (lambda: odeint(f, Y, T, method="RK45"), ValueError, 'Use method="dopri5"'),
