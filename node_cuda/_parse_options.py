@@ -110,7 +110,7 @@ def _check(options: Common) -> None:
 
 
 def _check_types(options: Common) -> None:
-    """Check the types of the options that several families have."""
+    """Check each option that several families have."""
     for name in (*_SCALARS, "max_num_steps"):
         value = getattr(options, name, None)
         missing = value is None and getattr(type(options), name, None) is not None

@@ -23,6 +23,11 @@ def transformed() -> bool:
     return _functorch.peek_interpreter_stack() is not None or torch.autograd.forward_ad._current_level >= 0
 
 
+def recordable(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return the tensors; those of inference mode as copies that autograd can record. Call it outside of it."""
+    return tuple([x.clone() if x.is_inference() else x for x in tensors])
+
+
 def in_transform(x: Tensor) -> bool:
     """Return whether x belongs to a transform of torch.func, or has a tangent of forward mode."""
     if not transformed():

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._eager import eager
-from node_cuda._torch_modes import refuse_second_derivative, transformed
+from node_cuda._torch_modes import recordable, refuse_second_derivative, transformed
 from node_cuda.cuda_graphs.cache import refuse_in_capture
 from node_cuda.gradients.context import autocast_contexts, autocast_state
 from node_cuda.gradients.inspection import Inspection, refuse_hidden
@@ -126,7 +126,7 @@ class DifferentiableSolve(ABC):
         refuse_in_capture(grad_ys)
         if torch.is_inference_mode_enabled():  # where autograd records nothing, and a backward pass needs graphs
             with torch.inference_mode(False), torch.no_grad():
-                ys, grad_ys = (x.clone() if x.is_inference() else x for x in (saved.ys, grad_ys))
+                ys, grad_ys = recordable(saved.ys, grad_ys)
                 return self.backward(saved._replace(ys=ys), grad_ys, wants_t, wants_grid)
         contexts = self.members.put_back()
         if self.autocast != autocast_state(grad_ys.device):

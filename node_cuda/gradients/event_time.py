@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._eager import eager
-from node_cuda._torch_modes import first_derivatives
+from node_cuda._torch_modes import first_derivatives, recordable
 from node_cuda._typing import EventFunc, Func
 from node_cuda._user_code import tell
 from node_cuda.kernels.reference import real_dot
@@ -83,8 +83,7 @@ class _EventGradient(torch.autograd.Function):
     def backward(ctx, grad_t, grad_y):  # pyright: ignore[reportIncompatibleMethodOverride]
         of = (*ctx.saved_tensors[:2], grad_t, grad_y)
         with torch.inference_mode(False), torch.no_grad():  # in inference mode autograd would record nothing below
-            given = (x.clone() if x.is_inference() else x for x in (grad_t, grad_y))
-            gradients = _EventGradient.moved(ctx, *given)
+            gradients = _EventGradient.moved(ctx, *recordable(grad_t, grad_y))
         return None, *first_derivatives(gradients, "the time of an event", *of, instead=SECOND)
 
     @staticmethod

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from node_cuda._torch_modes import recordable
 from node_cuda._typing import Func, State
 from node_cuda.gradients.parameters import is_wrapped
 from node_cuda.integrals.integral import AugmentedField, as_tuple
@@ -169,7 +170,7 @@ class Penalty(AugmentedField):
         taped = torch.is_grad_enabled()
         # Inference mode records nothing, and tensors made in it cannot be recorded later.
         with torch.inference_mode(False), torch.enable_grad():
-            t, *plain = (x.clone() if x.is_inference() else x for x in (t, *as_tuple(y)))
+            t, *plain = recordable(t, *as_tuple(y))
             roots = [_root(plain[i], taped) for i in self.parts]
             for i, root in zip(self.parts, roots, strict=True):
                 plain[i] = root.clone()  # func may write into the copy

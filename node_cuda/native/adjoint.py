@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from node_cuda._typing import Row
-from node_cuda.native.loop import Field, Scheme, first_step_by, fixed_in, grid_interval, judged
+from node_cuda.native.loop import Field, Scheme, first_step_by, fixed_in, grid_interval, judged, stages
 from node_cuda.native.numbers import FIRST, Form, Given, Point, Settings, given_in, packed, point_in
 from node_cuda.native.reverse import leaves_of, vjp
 from node_cuda.native.step import Norm, combine, cut, largest, proposed, real, rms, weighted
@@ -248,23 +248,14 @@ def _slope_in(flat: Sequence[Tensor]) -> Slope:
 def compute(scheme: Scheme, c: Settings, evaluate: Evaluate, t0: Tensor, t1: Tensor, h: Tensor, state: State) -> Step:
     """Compute a step of y and a from t0."""
     y, a, k1, _ = state
-    tableau = scheme.tableau
     signed = c.direction * h
     end = scheme.last_time(t1, y.dtype)
-    known = tableau.stages - tableau.fsal
-    k = [k1]
-    for node, row in zip(tableau.nodes[1:known], tableau.rows[1:known], strict=True):
-        s = end if node == 1.0 else t0 + node * h
-        k.append(evaluate(s, *_combined(y, a, k, row, signed)))
-    y1, a1 = _combined(y, a, k, tableau.b_row, signed)
-    if tableau.fsal:
-        k.append(evaluate(end, y1, a1))
+
+    def add(k: Sequence[Slope], row: Row) -> tuple[Tensor, Tensor]:
+        return combine(y, [x.y for x in k], row, signed), combine(a, [x.a for x in k], row, signed)
+
+    k, (y1, a1) = stages(scheme, t0, h, end, k1, add, lambda s, z: evaluate(s, *z))
     return Step(signed, y, a, y1, a1, k)
-
-
-def _combined(y: Tensor, a: Tensor, k: Sequence[Slope], row: Row, signed: Tensor) -> tuple[Tensor, Tensor]:
-    """Return y and a, each plus signed sum_j a_j k_j."""
-    return combine(y, [x.y for x in k], row, signed), combine(a, [x.a for x in k], row, signed)
 
 
 def integral(row: Row, step: Step, like: Sequence[Tensor]) -> list[Tensor]:

@@ -7,11 +7,12 @@ call ends before, and the next call continues. A record of all steps, for the di
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
 
+from node_cuda._typing import Row
 from node_cuda.methods.interpolation import HERMITE, HERMITE_END, dense_of
 from node_cuda.methods.registry import Method
 from node_cuda.methods.tableau import DenseOutput, Tableau
@@ -27,6 +28,9 @@ Evaluate = Callable[[Tensor, Tensor], Tensor]
 
 Field = Callable[[Any, Tensor, Tensor, Sequence[Tensor]], Tensor]
 """dy/dt at a solver time and a state, of the settings before them and func's tensors after them."""
+
+K = TypeVar("K")  # a stage
+Z = TypeVar("Z")  # a state
 
 
 class Scheme(NamedTuple):
@@ -113,17 +117,37 @@ def compute(
     last: bool = True,
 ) -> Step:
     """Compute a step from (t0, y0). last: also the stage at y1 of an FSAL method."""
-    tableau = scheme.tableau
     signed = c.direction * h
     end = scheme.last_time(t1, y0.dtype)
+    k, y1 = stages(scheme, t0, h, end, k1, lambda k, row: combine(y0, k, row, signed), f, last=last)
+    return Step(t0, t1, h, signed, y0, y1, k)
+
+
+def stages(
+    scheme: Scheme,
+    t0: Tensor,
+    h: Tensor,
+    end: Tensor,
+    k1: K,
+    add: Callable[[Sequence[K], Row], Z],
+    evaluate: Callable[[Tensor, Z], K],
+    *,
+    last: bool = True,
+) -> tuple[list[K], Z]:
+    """Return the stages of an explicit Runge-Kutta step, and the state at its end.
+
+    end: the time of the stages at node 1. add: the state at the start plus the stages so far with a row of weights.
+    evaluate: a stage from its time and state. last: also the stage at the end of an FSAL method.
+    """
+    tableau = scheme.tableau
     known = tableau.stages - tableau.fsal
     k = [k1]
     for node, row in zip(tableau.nodes[1:known], tableau.rows[1:known], strict=True):
-        k.append(f(end if node == 1.0 else t0 + node * h, combine(y0, k, row, signed)))
-    y1 = combine(y0, k, tableau.b_row, signed)
+        k.append(evaluate(end if node == 1.0 else t0 + node * h, add(k, row)))
+    z1 = add(k, tableau.b_row)
     if tableau.fsal and last:
-        k.append(f(end, y1))
-    return Step(t0, t1, h, signed, y0, y1, k)
+        k.append(evaluate(end, z1))
+    return k, z1
 
 
 def slopes(scheme: Scheme, f: Evaluate, step: Step) -> list[Tensor]:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from node_cuda._eager import eager
+from node_cuda._torch_modes import recordable
 from node_cuda._typing import AdjointArguments, Func
 from node_cuda.integrals.regularized import NOISES, Regularized, draw_noise
 from node_cuda.nn.neural_ode import NeuralODE, refuse_others
@@ -202,7 +203,7 @@ class WithTrace(nn.Module):
         x, taped = state[0], torch.is_grad_enabled()
         # Inference mode records nothing, and tensors made in it cannot be recorded later.
         with torch.inference_mode(False), torch.enable_grad():
-            t, x = (y.clone() if y.is_inference() else y for y in (t, x))
+            t, x = recordable(t, x)
             root = x if taped and x.requires_grad else x.detach().requires_grad_(True)
             dx = self.func(t, root.clone())  # func may write into the copy
             if not isinstance(dx, Tensor) or dx.shape != x.shape:
