@@ -960,3 +960,25 @@ def test_the_gradient_of_a_grid_that_ends_in_nan_is_nan_as_in_the_other_modes():
         ys = odeint_adjoint(breaks, y0, t, method="rk4", gradient=gradient, adjoint_params=())
         ys.nan_to_num(0.0, 0.0, 0.0).sum().backward()
         assert y0.grad is not None and y0.grad.isnan().all()
+
+
+@pytest.mark.parametrize("gradient", ["adjoint", "discrete"])
+@pytest.mark.parametrize("method", ["euler", "rk4", "dopri5"])
+def test_two_parameters_whose_gradients_are_one_tensor_get_each_its_own(method, gradient):
+    """autograd gives p and q of y + p + q the same tensor, into which a sum over the stages must not be written."""
+
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.p = nn.Parameter(torch.zeros(3, dtype=F64))
+            self.q = nn.Parameter(torch.zeros(3, dtype=F64))
+
+        def forward(self, t, y):
+            return self.p + self.q - y
+
+    func, t = Shifted(), torch.linspace(0, 1, 101, dtype=F64)
+    ys = odeint_adjoint(func, torch.ones(3, dtype=F64), t, method=method, gradient=gradient)
+    ys[-1].sum().backward()
+    # y(1) = exp(-1) + (1 - exp(-1)) (p + q); euler with 100 steps has an error of 2e-3
+    for x in (func.p, func.q):
+        assert torch.allclose(x.grad, torch.full((3,), 1 - math.exp(-1), dtype=F64), atol=4e-3, rtol=0)
